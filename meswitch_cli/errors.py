@@ -1,0 +1,25 @@
+"""The errors meswitch raises: every mistake a user can make ends in one of these, never in a traceback."""
+
+
+class MeswitchError(Exception):
+    """The work cannot go on; the message says what is wrong, where, and what to do next. Exit status 1."""
+
+    exit_code = 1
+
+
+class UsageError(MeswitchError):
+    """The command was called wrongly: an option's value, or two options that exclude each other. Exit status 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(MeswitchError):
+    """A Hugging Face checkpoint is missing, damaged, or of a kind meswitch cannot compress."""
+
+
+class ArtifactError(MeswitchError):
+    """An artifact is missing, damaged, of an unknown version, or does not belong to the given base."""
+
+
+class CalibrationError(MeswitchError):
+    """The calibration data cannot be read or used."""
