@@ -1,0 +1,89 @@
+"""The truth: what every backend computes, in plain PyTorch, one slot at a time.
+
+Sums are in float32, or in float64 where `x` is float64. A token whose slot is empty or outside the bank
+comes out as NaN here as in every backend; on the CPU `ops` refuses it before it gets this far.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bank import BankTensors, dequantize_rows
+from .groups import TokenGroups
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankTensors,
+    slot_of_token: Tensor,
+    groups: TokenGroups | None = None,
+) -> Tensor:
+    """y `[tokens, out]` = x·Wᵀ + bias, plus each token's delta product and bias delta."""
+    wide = accumulation_dtype(x)
+    y = torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    for slot, tokens in tokens_by_slot(slot_of_token, bank.slot_bits):
+        delta = dequantize_rows(bank, slot, slice(None), wide)
+        y[tokens] += x[tokens].to(wide) @ delta.T + bank.bias_delta[slot].to(wide)
+    y[unservable(slot_of_token, bank.slot_bits)] = torch.nan
+    return y.to(x.dtype)
+
+
+def expert_embedding(
+    ids: Tensor, weight: Tensor, bank: BankTensors, added_rows: Tensor, slot_of_token: Tensor
+) -> Tensor:
+    """Row `ids[t]` of the base's `weight` `[vocab, hidden]` plus the delta of token t's slot.
+
+    Ids from `vocab` on are the slot's added rows `[slots, max_added, hidden]`.
+    """
+    vocab, wide = len(weight), accumulation_dtype(weight)
+    rows = weight[ids.clamp(max=vocab - 1)].to(wide)
+    for slot, tokens in tokens_by_slot(slot_of_token, bank.slot_bits):
+        delta = dequantize_rows(bank, slot, ids[tokens].clamp(max=vocab - 1), wide)
+        rows[tokens] += delta
+        added = (ids[tokens] - vocab).clamp(min=0)
+        if added_rows.shape[1]:
+            own = added_rows[slot, added.clamp(max=added_rows.shape[1] - 1)].to(wide)
+            rows[tokens] = torch.where((ids[tokens] >= vocab).unsqueeze(1), own, rows[tokens])
+    rows[unservable(slot_of_token, bank.slot_bits)] = torch.nan
+    return rows.to(weight.dtype)
+
+
+def expert_norm_gain(x: Tensor, table: Tensor, slot_of_token: Tensor) -> Tensor:
+    """x `[tokens, hidden]` times row `slot + 1` of the ratios `[slots + 1, hidden]`."""
+    wide = accumulation_dtype(x)
+    outside = (slot_of_token < -1) | (slot_of_token > len(table) - 2)
+    row = (slot_of_token + 1).clamp(0, len(table) - 1).long()
+    y = x.to(wide) * table[row].to(wide)
+    y[outside] = torch.nan
+    return y.to(x.dtype)
+
+
+def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor) -> Tensor:
+    """x·Aᵀ `[tokens, max_added]` with the added vocabulary rows A of each token's slot; -inf where none."""
+    wide = accumulation_dtype(x)
+    y = x.new_full((len(x), added_rows.shape[1]), -torch.inf, dtype=wide)
+    for slot, tokens in tokens_by_slot(slot_of_token, torch.ones_like(added_counts)):
+        count = int(added_counts[slot])
+        y[tokens, :count] = x[tokens].to(wide) @ added_rows[slot, :count].to(wide).T
+    return y.to(x.dtype)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def tokens_by_slot(slot_of_token: Tensor, slot_bits: Tensor) -> list[tuple[int, Tensor]]:
+    """Each loaded slot in the batch with the indices of its tokens."""
+    present = [int(slot) for slot in torch.unique(slot_of_token) if 0 <= slot < len(slot_bits)]
+    return [(slot, torch.nonzero(slot_of_token == slot)[:, 0]) for slot in present if slot_bits[slot]]
+
+
+def unservable(slot_of_token: Tensor, slot_bits: Tensor) -> Tensor:
+    """Mask of the tokens whose slot is outside the bank or empty."""
+    outside = (slot_of_token < -1) | (slot_of_token >= len(slot_bits))
+    bits = slot_bits[slot_of_token.clamp(0, len(slot_bits) - 1).long()]
+    return outside | ((slot_of_token >= 0) & (bits == 0))

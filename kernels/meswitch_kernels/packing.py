@@ -1,0 +1,50 @@
+"""Low-bit codes packed into 32-bit words, little-endian along the input dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BIT_WIDTHS = (1, 2, 4)
+"""The widths a code may have. Each divides 32, so that no code straddles two words."""
+
+
+def check_bits(bits: int) -> int:
+    """Return `bits`, or raise ValueError where it is not a width the kernels know."""
+    if bits not in BIT_WIDTHS:
+        raise ValueError(f"bits must be one of {BIT_WIDTHS}, not {bits!r}")
+    return bits
+
+
+def words_per_row(in_features: int, bits: int) -> int:
+    """Number of int32 words that hold one output row of `in_features` codes."""
+    return -(-in_features * bits // 32)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of steps an output row has; `group_size` 0 means one for the whole row."""
+    return 1 if group_size == 0 else -(-in_features // group_size)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes `[out, in]` (any integer dtype) into int32 words `[out, ceil(in*bits/32)]`.
+
+    Code i of a row occupies bits `(i*bits) % 32` and up of word `(i*bits) // 32`; padding bits are zero.
+    """
+    check_bits(bits)
+    out_features, in_features = codes.shape
+    per_word = 32 // bits
+    words = words_per_row(in_features, bits)
+    padded = torch.zeros(out_features, words * per_word, dtype=torch.int64, device=codes.device)
+    padded[:, :in_features] = codes
+    shifts = torch.arange(per_word, device=codes.device) * bits
+    packed = (padded.view(out_features, words, per_word) << shifts).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def unpack_codes(words: Tensor, bits: int, in_features: int) -> Tensor:
+    """Unpack int32 words `[out, words]` into uint8 codes `[out, in_features]`."""
+    check_bits(bits)
+    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
+    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2)[..., :in_features].to(torch.uint8)

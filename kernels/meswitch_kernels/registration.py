@@ -1,0 +1,127 @@
+"""The one torch.library registration behind the operators, so that torch.compile and export trace them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bank import BankTensors
+from .dispatch import backend_module
+from .groups import TokenGroups
+
+_BANK = (
+    "Tensor codes, Tensor steps, Tensor salient_index, Tensor salient_value, Tensor channel_scale, "
+    "Tensor bias_delta, Tensor slot_bits, Tensor slot_group, int bits, int group_size"
+)
+
+
+def _unpack_groups(
+    packed: Sequence[Tensor], tile_size: int, slot_of_token: Tensor, slots: int
+) -> TokenGroups | None:
+    if not packed:
+        return None
+    order, tile_slot, tile_start, tile_count = packed
+    return TokenGroups(slot_of_token, order, tile_slot, tile_start, tile_count, tile_size, slots)
+
+
+def _linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
+    bias_delta: Tensor, slot_bits: Tensor, slot_group: Tensor, bits: int, group_size: int,
+    slot_of_token: Tensor, groups: Sequence[Tensor], tile_size: int, backend: str,
+) -> Tensor:  # fmt: skip
+    bank = BankTensors(
+        codes,
+        steps,
+        salient_index,
+        salient_value,
+        channel_scale,
+        bias_delta,
+        slot_bits,
+        slot_group,
+        bits,
+        group_size,
+    )
+    unpacked = _unpack_groups(groups, tile_size, slot_of_token, len(slot_bits))
+    y: Tensor = backend_module(backend).expert_linear(x, weight, bias, bank, slot_of_token, unpacked)
+    return y
+
+
+def _embedding_op(
+    ids: Tensor, weight: Tensor,
+    codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
+    bias_delta: Tensor, slot_bits: Tensor, slot_group: Tensor, bits: int, group_size: int,
+    added_rows: Tensor, slot_of_token: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
+    bank = BankTensors(
+        codes,
+        steps,
+        salient_index,
+        salient_value,
+        channel_scale,
+        bias_delta,
+        slot_bits,
+        slot_group,
+        bits,
+        group_size,
+    )
+    y: Tensor = backend_module(backend).expert_embedding(ids, weight, bank, added_rows, slot_of_token)
+    return y
+
+
+def _gain_op(x: Tensor, table: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
+    y: Tensor = backend_module(backend).expert_norm_gain(x, table, slot_of_token)
+    return y
+
+
+def _added_op(
+    x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor, backend: str
+) -> Tensor:
+    y: Tensor = backend_module(backend).added_logits(x, added_rows, added_counts, slot_of_token)
+    return y
+
+
+def _linear_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _embedding_fake(ids: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+def _gain_fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _added_fake(x: Tensor, added_rows: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], added_rows.shape[1])
+
+
+_library: Any = torch.library.Library("meswitch", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    f"expert_linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor slot_of_token, Tensor[] groups, "
+    "int tile_size, str backend) -> Tensor"
+)
+_library.define(
+    f"expert_embedding(Tensor ids, Tensor weight, {_BANK}, Tensor added_rows, Tensor slot_of_token, "
+    "str backend) -> Tensor"
+)
+_library.define("expert_norm_gain(Tensor x, Tensor table, Tensor slot_of_token, str backend) -> Tensor")
+_library.define(
+    "added_logits(Tensor x, Tensor added_rows, Tensor added_counts, Tensor slot_of_token, "
+    "str backend) -> Tensor"
+)
+_library.impl("expert_linear", _linear_op, "CompositeExplicitAutograd")
+_library.impl("expert_embedding", _embedding_op, "CompositeExplicitAutograd")
+_library.impl("expert_norm_gain", _gain_op, "CompositeExplicitAutograd")
+_library.impl("added_logits", _added_op, "CompositeExplicitAutograd")
+for _name, _fake in (
+    ("expert_linear", _linear_fake),
+    ("expert_embedding", _embedding_fake),
+    ("expert_norm_gain", _gain_fake),
+    ("added_logits", _added_fake),
+):
+    torch.library.register_fake(f"meswitch::{_name}", _fake, lib=_library)

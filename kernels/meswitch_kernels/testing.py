@@ -1,0 +1,162 @@
+"""Synthetic experts and calls, shared by the tests and the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import naive
+from .bank import BankTensors, ExpertBank
+from .packing import group_count, pack_codes
+
+SLOT_PATTERNS = ("base", "one", "different", "skewed", "mixed")
+
+ERROR_BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+"""Largest ‖y − truth‖ / ‖truth‖ by the dtype of x, the truth being `naive` in float64 on the same inputs.
+
+Half precision rounds the output once (up to 2^-9 bfloat16, 2^-12 float16, relative), and in prefill W + Δ̂.
+"""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's tensors for one linear, as an artifact stores them."""
+
+    codes: Tensor
+    steps: Tensor
+    salient_index: Tensor
+    salient_value: Tensor
+    channel_scale: Tensor | None
+    bias_delta: Tensor | None
+    bits: int
+    group_size: int
+    added_rows: Tensor | None = None
+
+    def load_into(self, bank: ExpertBank, slot: int) -> None:
+        """Load this expert into a slot of a bank."""
+        bank.load(
+            slot,
+            self.codes,
+            self.steps,
+            self.salient_index,
+            self.salient_value,
+            self.channel_scale,
+            self.bias_delta,
+            self.bits,
+            group_size=self.group_size,
+            added_rows=self.added_rows,
+        )
+
+
+def random_expert(
+    seed: int,
+    in_features: int,
+    out_features: int,
+    bits: int = 2,
+    group_size: int = 0,
+    k: int = 8,
+    channel_scale: bool = False,
+    bias: bool = False,
+    added: int = 0,
+) -> Expert:
+    """An expert whose delta is about as large as a base weight of variance 1 / in_features."""
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=rng)
+    scale = in_features**-0.5
+    steps = (torch.rand(out_features, group_count(in_features, group_size), generator=rng) + 0.5) * scale
+    index = torch.randperm(in_features, generator=rng)[:k].sort().values.to(torch.int32)
+    value = torch.randn(out_features, k, generator=rng).mul(4 * scale).to(torch.bfloat16)
+    channel = (torch.rand(in_features, generator=rng) + 0.5).to(torch.float16) if channel_scale else None
+    return Expert(
+        codes=pack_codes(codes, bits),
+        steps=steps.to(torch.float16),
+        salient_index=index,
+        salient_value=value,
+        channel_scale=channel,
+        bias_delta=torch.randn(out_features, generator=rng) if bias else None,
+        bits=bits,
+        group_size=group_size,
+        added_rows=torch.randn(added, in_features, generator=rng).to(torch.bfloat16) if added else None,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one `expert_linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    bank: ExpertBank
+    slot_of_token: Tensor
+
+    def truth(self) -> Tensor:
+        """The answer, from `naive` in float64, on the CPU."""
+        bias = None if self.bias is None else self.bias.double().cpu()
+        tensors = BankTensors(*(t.cpu() if isinstance(t, Tensor) else t for t in self.bank.tensors))
+        slots = self.slot_of_token.cpu()
+        return naive.expert_linear(self.x.double().cpu(), self.weight.double().cpu(), bias, tensors, slots)
+
+    def with_tokens(self, x: Tensor, slot_of_token: Tensor) -> Call:
+        """The same layer called on other tokens."""
+        return replace(self, x=x, slot_of_token=slot_of_token)
+
+
+def slots_for(pattern: str, tokens: int, slots: int) -> Tensor:
+    """int32 `[tokens]`: all on the base, one slot, all slots in turn, skewed to slot 0, or base and all."""
+    turn = torch.arange(tokens, dtype=torch.int32)
+    if pattern == "base":
+        return torch.full_like(turn, -1)
+    if pattern == "one":
+        return torch.full_like(turn, slots - 1)
+    if pattern == "different":
+        return turn % slots
+    if pattern == "skewed":
+        return torch.where(turn % 5 == 4, turn % slots, 0).to(torch.int32)
+    if pattern == "mixed":
+        return ((turn * 7) % (slots + 1) - 1).to(torch.int32)
+    raise ValueError(f"unknown slot pattern {pattern!r}; choose from {', '.join(SLOT_PATTERNS)}")
+
+
+def random_call(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    *,
+    bits: int | tuple[int, ...] = 2,
+    group_size: int = 0,
+    k: int = 8,
+    channel_scale: bool = False,
+    bias: bool = False,
+    pattern: str = "mixed",
+    slots: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Call:
+    """A call with random operands. Several `bits` go to the slots in turn, in a bank of the widest."""
+    rng = torch.Generator().manual_seed(seed)
+    widths = (bits,) if isinstance(bits, int) else bits
+    bank = ExpertBank(slots, in_features, out_features, max(widths), group_size, max(k, 1), dtype, device)
+    for slot in range(slots):
+        width = widths[slot % len(widths)]
+        random_expert(
+            seed + slot + 1, in_features, out_features, width, group_size, k, channel_scale, bias
+        ).load_into(bank, slot)
+    weight = torch.randn(out_features, in_features, generator=rng) * in_features**-0.5
+    return Call(
+        x=torch.randn(tokens, in_features, generator=rng).to(device, dtype),
+        weight=weight.to(device, dtype),
+        bias=torch.randn(out_features, generator=rng).to(device, dtype) if bias else None,
+        bank=bank,
+        slot_of_token=slots_for(pattern, tokens, slots).to(device),
+    )
+
+
+def relative_error(y: Tensor, truth: Tensor) -> float:
+    """‖y − truth‖ / ‖truth‖ in float64; NaN where y holds one."""
+    if not truth.numel():
+        return 0.0
+    return float((y.double().cpu() - truth).norm() / truth.norm())

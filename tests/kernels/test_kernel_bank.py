@@ -1,0 +1,140 @@
+import pytest
+import torch
+from meswitch_kernels import ExpertBank
+from meswitch_kernels.packing import unpack_codes
+from meswitch_kernels.testing import random_expert
+
+IN, OUT = 100, 6
+
+
+def dense(expert):
+    """The delta by the definition, one element at a time."""
+    codes = unpack_codes(expert.codes, expert.bits, IN)
+    delta = torch.zeros(OUT, IN)
+    for o in range(OUT):
+        for i in range(IN):
+            step = expert.steps[o, i // expert.group_size if expert.group_size else 0].float()
+            scale = 1.0 if expert.channel_scale is None else expert.channel_scale[i].float()
+            delta[o, i] = (codes[o, i].float() - (2**expert.bits - 1) / 2) * step * scale
+        for j, i in enumerate(expert.salient_index.tolist()):
+            delta[o, i] += expert.salient_value[o, j].float()
+    return delta
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("k", [0, 1, 8])
+@pytest.mark.parametrize("scale", [False, True])
+def test_dequantize_follows_the_definition(bits, group_size, k, scale):
+    bank = ExpertBank(2, IN, OUT, 4, group_size=32, max_salient=8)
+    expert = random_expert(1, IN, OUT, bits, group_size, k, channel_scale=scale)
+    expert.load_into(bank, 1)
+    torch.testing.assert_close(bank.dequantize(1), dense(expert), rtol=1e-6, atol=1e-7)
+
+
+def test_reloading_a_slot_leaves_nothing_of_the_expert_before():
+    first = random_expert(1, IN, OUT, 4, 32, 8, channel_scale=True, bias=True)
+    second = random_expert(2, IN, OUT, 1, 0, 1)
+    used, fresh = (ExpertBank(1, IN, OUT, 4, group_size=32) for _ in range(2))
+    first.load_into(used, 0)
+    second.load_into(used, 0)
+    second.load_into(fresh, 0)
+    assert torch.equal(used.dequantize(0), fresh.dequantize(0))
+    assert torch.equal(used.tensors.bias_delta, fresh.tensors.bias_delta)
+
+
+def test_loading_one_slot_leaves_the_others_alone():
+    bank = ExpertBank(3, IN, OUT, 2)
+    random_expert(1, IN, OUT).load_into(bank, 0)
+    before = bank.dequantize(0)
+    random_expert(2, IN, OUT).load_into(bank, 1)
+    bank.clear(1)
+    assert torch.equal(bank.dequantize(0), before)
+    assert not bank.is_loaded(1)
+    with pytest.raises(ValueError, match="slot 1 is empty"):
+        bank.dequantize(1)
+
+
+def test_nbytes_counts_every_byte_and_does_not_move_with_loading():
+    bank = ExpertBank(3, IN, OUT, 2, group_size=32, max_salient=4)
+    words, groups = 7, 4
+    per_slot = OUT * words * 4 + OUT * groups * 4 + 4 * 4 + OUT * 4 * 2 + IN * 2 + OUT * 4 + 3 * 4
+    assert bank.nbytes == 3 * per_slot
+    random_expert(1, IN, OUT, k=4).load_into(bank, 0)
+    assert bank.nbytes == 3 * per_slot
+
+
+def test_a_float32_bank_holds_both_16_bit_types_exactly():
+    bank = ExpertBank(1, IN, OUT, 2, dtype=torch.float32)
+    expert = random_expert(3, IN, OUT)
+    value = torch.rand(OUT, 8).half()
+    bank.load(0, expert.codes, expert.steps, expert.salient_index, value)
+    assert torch.equal(bank.tensors.salient_value[0].half(), value)
+
+
+def load(bank, **changes):
+    expert = random_expert(1, IN, OUT)
+    arguments = {
+        "slot": 0,
+        "codes": expert.codes,
+        "steps": expert.steps,
+        "salient_index": expert.salient_index,
+        "salient_value": expert.salient_value,
+    }
+    bank.load(**{**arguments, **changes})
+
+
+BAD_LOADS = {
+    "slot": ({"slot": 2}, IndexError, "slot 2"),
+    "negative slot": ({"slot": -1}, IndexError, "slot -1"),
+    "codes shape": ({"codes": torch.zeros(OUT, 6, dtype=torch.int32)}, ValueError, "codes"),
+    "codes dtype": ({"codes": torch.zeros(OUT, 7, dtype=torch.int64)}, TypeError, "codes"),
+    "too wide": ({"bits": 4}, ValueError, "4 bits"),
+    "no such width": ({"bits": 3}, ValueError, "bits"),
+    "steps shape": ({"steps": torch.zeros(OUT, 3)}, ValueError, "steps"),
+    "steps dtype": ({"steps": torch.zeros(OUT, 1, dtype=torch.float64)}, TypeError, "steps"),
+    "finer groups": ({"group_size": 32}, ValueError, "group"),
+    "odd groups": ({"group_size": 48}, ValueError, "multiple of 32"),
+    "k too large": (
+        {"salient_index": torch.arange(9, dtype=torch.int32), "salient_value": torch.zeros(OUT, 9).half()},
+        ValueError,
+        "8 channels",
+    ),
+    "index outside": ({"salient_index": torch.full((8,), IN, dtype=torch.int32)}, IndexError, "100 input"),
+    "index dtype": ({"salient_index": torch.arange(8)}, TypeError, "salient_index"),
+    "value shape": ({"salient_value": torch.zeros(OUT, 7).half()}, ValueError, "salient_value"),
+    "value without index": ({"salient_index": None}, ValueError, "together"),
+    "scale shape": ({"channel_scale": torch.ones(IN - 1).half()}, ValueError, "channel_scale"),
+    "scale dtype": ({"channel_scale": torch.ones(IN)}, TypeError, "channel_scale"),
+    "bias shape": ({"bias_delta": torch.ones(OUT + 1)}, ValueError, "bias_delta"),
+    "added rows": ({"added_rows": torch.ones(1, IN)}, ValueError, "added_rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOADS)
+def test_a_bad_load_is_refused_and_changes_nothing(case):
+    changes, error, message = BAD_LOADS[case]
+    bank = ExpertBank(2, IN, OUT, 2)
+    random_expert(5, IN, OUT).load_into(bank, 0)
+    before = bank.dequantize(0)
+    with pytest.raises(error, match=message):
+        load(bank, **changes)
+    assert torch.equal(bank.dequantize(0), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"slots": 0}, ValueError),
+        ({"bits": 3}, ValueError),
+        ({"group_size": 48}, ValueError),
+        ({"max_salient": -1}, ValueError),
+        ({"max_salient": IN + 1}, ValueError),
+        ({"dtype": torch.float64}, TypeError),
+        ({"max_added_rows": -1}, ValueError),
+    ],
+)
+def test_bad_settings_are_refused(arguments, error):
+    settings = {"slots": 1, "in_features": IN, "out_features": OUT, "bits": 2}
+    with pytest.raises(error):
+        ExpertBank(**{**settings, **arguments})

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meswitch_kernels import group_tokens, groups_from_sorted
+from meswitch_kernels.groups import max_tiles
+
+
+def check(groups, slots):
+    """Every token is in exactly one tile, and that tile has its slot."""
+    seen = []
+    for slot, start, count in zip(groups.tile_slot, groups.tile_start, groups.tile_count, strict=True):
+        assert 0 <= count <= groups.tile_size
+        tokens = groups.order[start : start + count]
+        assert (slots[tokens] == slot).all()
+        seen += tokens.tolist()
+    assert sorted(seen) == list(range(len(slots)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    slots=st.integers(1, 6),
+    tile=st.sampled_from([1, 4, 16]),
+    data=st.data(),
+)
+def test_tiles_cover_every_token_once(slots, tile, data):
+    of_token = data.draw(st.lists(st.integers(-1, slots - 1), max_size=60))
+    tensor = torch.tensor(of_token, dtype=torch.int32)
+    groups = group_tokens(tensor, slots, tile)
+    check(groups, tensor)
+    assert len(groups.tile_slot) == (max_tiles(len(tensor), slots, tile) if of_token else 0)
+    for field in ("order", "tile_slot", "tile_start", "tile_count"):
+        assert getattr(groups, field).dtype == torch.int32
+
+
+def test_shapes_follow_from_tokens_and_slots_alone():
+    alike = group_tokens(torch.zeros(50, dtype=torch.int32), 8)
+    spread = group_tokens(torch.arange(50, dtype=torch.int32) % 8, 8)
+    assert [alike.order.shape, alike.tile_slot.shape] == [spread.order.shape, spread.tile_slot.shape]
+    assert alike.tile_size == spread.tile_size
+
+
+def test_tokens_of_one_slot_keep_their_order():
+    groups = group_tokens(torch.tensor([1, 0, 1, -1, 0], dtype=torch.int32), 2)
+    assert groups.order.tolist() == [3, 1, 4, 0, 2]
+
+
+def test_adapter_metadata_gives_the_same_groups():
+    slots = torch.tensor([2, -1, 0, 2, 2, -1, 0, 2], dtype=torch.int32)
+    order = torch.argsort(slots, stable=True)
+    groups = groups_from_sorted(
+        slots,
+        order,
+        slot_of_group=torch.tensor([-1, 0, 2, -1], dtype=torch.int32),
+        counts=torch.tensor([2, 2, 4, 0], dtype=torch.int32),
+        starts=torch.tensor([0, 2, 4, 8], dtype=torch.int32),
+        slots=3,
+        tile_size=2,
+    )
+    check(groups, slots)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error"),
+    [
+        (torch.tensor([0, 3], dtype=torch.int32), IndexError),
+        (torch.tensor([-2], dtype=torch.int32), IndexError),
+        (torch.tensor([0]), TypeError),
+        (torch.zeros(1, 1, dtype=torch.int32), ValueError),
+    ],
+)
+def test_bad_slots_are_refused(tensor, error):
+    with pytest.raises(error):
+        group_tokens(tensor, 3)
+
+
+def test_metadata_of_other_lengths_is_refused():
+    slots = torch.zeros(2, dtype=torch.int32)
+    one = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="order"):
+        groups_from_sorted(slots, one, one, one, one, 1)
+    with pytest.raises(ValueError, match="one entry per group"):
+        groups_from_sorted(slots, slots, one, one, slots, 1)

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meswitch_kernels.packing import pack_codes, unpack_codes, words_per_row
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.sampled_from([1, 2, 4]), width=st.integers(1, 130), seed=st.integers(0, 9))
+def test_unpack_inverts_pack(bits, width, seed):
+    codes = torch.randint(0, 2**bits, (3, width), generator=torch.Generator().manual_seed(seed))
+    words = pack_codes(codes, bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (3, words_per_row(width, bits))
+    assert torch.equal(unpack_codes(words, bits, width).long(), codes)
+
+
+def test_codes_are_little_endian_along_the_input():
+    codes = torch.tensor([[1, 2, 3] + [0] * 13 + [2]])
+    assert pack_codes(codes, 2).tolist() == [[0b111001, 2]]
+
+
+def test_the_last_code_of_a_word_may_set_its_sign_bit():
+    codes = torch.zeros(1, 16, dtype=torch.long)
+    codes[0, 15] = 3
+    assert pack_codes(codes, 2).tolist() == [[-(1 << 30)]]
+    assert torch.equal(unpack_codes(pack_codes(codes, 2), 2, 16).long(), codes)
+
+
+def test_padding_bits_are_zero():
+    assert pack_codes(torch.full((1, 5), 15), 4).tolist() == [[0xFFFFF]]
+
+
+@pytest.mark.parametrize("bits", [0, 3, 8])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ValueError, match="bits"):
+        pack_codes(torch.zeros(1, 4, dtype=torch.long), bits)
