@@ -1,0 +1,61 @@
+"""The `meswitch` command. A subcommand's module is imported only when that subcommand is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+from meswitch_cli import __version__
+from meswitch_cli.errors import MeswitchError
+
+#: Subcommands in the order of `--help`, each with the line that is shown there.
+COMMANDS = {
+    "compress": "Compress a fine-tune to a low-bit delta against its base.",
+    "inspect": "Show what an artifact holds and how faithful each of its tensors is.",
+    "verify": "Check an artifact's every hash and tensor, and that a base is its base.",
+    "restore": "Write an artifact back as an ordinary Hugging Face checkpoint.",
+}
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """Make the command-line application, with the subcommand that the arguments name and the others' names alone."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback(help="Serve a family of fine-tuned language models from one base.")(_options)
+    requested = next((item for item in arguments if not item.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        run: Callable[..., None] = _listed
+        description = ""
+        if name == requested:
+            run = importlib.import_module(f"meswitch_cli.commands.{name}").run
+            description = f"\n\n{run.__doc__}"
+        app.command(name, help=line + description)(run)
+    return app
+
+
+def _listed() -> None:
+    """Stands for a subcommand that was not asked for."""
+
+
+def _options(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    if version:
+        typer.echo(f"meswitch {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on stderr and exit status 1 or 2."""
+    try:
+        build_app(sys.argv[1:])()
+    except MeswitchError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,109 @@
+"""An artifact on disk, opened and checked; its experts' tensors on demand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from meswitch_cli.artifact.disk import file_digest
+from meswitch_cli.artifact.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    parse_manifest,
+)
+from meswitch_cli.artifact.shard import Shard
+from meswitch_cli.delta.quantize import dequantize
+from meswitch_cli.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest has been checked. Shards are opened, and their headers checked, when first used."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Open a folder.
+
+        Raises:
+            ArtifactError: it is no artifact, of another version, or its manifest is damaged.
+        """
+        file = path / MANIFEST_FILE
+        try:
+            if file.stat().st_size > MAX_MANIFEST_BYTES:
+                raise ArtifactError(f"{file}: larger than a manifest can be")
+            raw = file.read_bytes()
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path}: not an artifact: it has no {MANIFEST_FILE}") from error
+        except OSError as error:
+            raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+        return cls(path, parse_manifest(raw, str(file)))
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def entries_of(self, shard: str) -> list[TensorEntry]:
+        return [entry for entry in self.manifest.tensors if entry.shard == shard]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a handful of headers, keyed by a frozen value
+    def shard(self, name: str) -> Shard:
+        """Open a shard by file name.
+
+        Raises:
+            ArtifactError: it is missing, damaged, or disagrees with the manifest.
+        """
+        return Shard(self.path / name, self.entries_of(name))
+
+    def expert_tensor(self, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
+        """As the function `expert_tensor`, for an entry of this artifact."""
+        return expert_tensor(self.shard(entry.shard), entry, base)
+
+    def verify(self) -> Iterator[FileEntry]:
+        """Check every file's size and hash and every tensor's shape and values; yield each file when it is proven.
+
+        Raises:
+            ArtifactError: at the first thing that is not as the manifest says.
+        """
+        for file in (*self.manifest.files, *self.manifest.shards):
+            path = self.path / file.name
+            if not path.is_file():
+                raise ArtifactError(f"{path}: missing")
+            if path.stat().st_size != file.nbytes:
+                raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {file.nbytes}")
+            if file_digest(path) != file.sha256:
+                raise ArtifactError(f"{path}: its SHA-256 is not the manifest's: changed or damaged")
+            if file in self.manifest.shards:
+                for _ in self.shard(file.name).check_values():
+                    pass
+            yield file
+
+
+def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
+    """The expert's tensor, fp32 in `entry.shape`, given the base tensor `entry.base`.
+
+    Raises:
+        ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
+    """
+    if entry.kind == "dense":
+        return shard.read(entry.name, "value").float()
+    if tuple(base.shape) != entry.base_shape:
+        raise ArtifactError(
+            f"tensor {entry.name!r} was made for a base of {list(entry.base_shape)}, this base has "
+            f"{list(base.shape)}: wrong base"
+        )
+    rows = min(entry.shape[0], entry.base_shape[0])
+    value = base[:rows].to(torch.float32, copy=True)
+    if entry.bits:
+        value += dequantize(shard.delta(entry.name))
+    if entry.added_rows:
+        value = torch.cat([value, shard.read(entry.name, "added_rows").float()])
+    return value

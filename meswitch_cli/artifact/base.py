@@ -1,0 +1,60 @@
+"""Whether a checkpoint is the base that an artifact was made against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.checkpoint.architecture import Architecture, architecture
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.errors import ArtifactError
+
+
+def check_base_shapes(manifest: Manifest, base: Checkpoint) -> Architecture:
+    """Refuse, on metadata alone, a base that cannot be the artifact's.
+
+    Raises:
+        ArtifactError: family or a tensor's shape differs.
+    """
+    if base.model_type != manifest.model_type:
+        raise ArtifactError(
+            f"wrong base: the artifact was made against {manifest.base.id} ({manifest.model_type}), "
+            f"{base.source.path} is {base.model_type}"
+        )
+    model = architecture(base.config, str(base.source.path))
+    for entry in manifest.tensors:
+        shape = model.parameters[entry.base].shape if entry.base in model.parameters else None
+        if shape != entry.base_shape:
+            raise ArtifactError(
+                f"wrong base: the artifact was made against {manifest.base.id}, whose {entry.base!r} is "
+                f"{list(entry.base_shape)}; {base.source.path} has {list(shape) if shape else 'no such tensor'}"
+            )
+    return model
+
+
+def base_fingerprint(
+    base: Checkpoint, model: Architecture, on_tensor: Callable[[int], None] = lambda nbytes: None
+) -> str:
+    """Read and hash every tensor of a base; `on_tensor` hears the bytes of each."""
+    digests: dict[str, str] = {}
+    for name, stored in model.stored_names(base).items():
+        if model.parameters[name].tied_to:
+            continue
+        tensor = base.read(stored)
+        digests[name] = tensor_digest(name, tensor)
+        on_tensor(tensor.nbytes)
+    return fingerprint(digests)
+
+
+def refuse_other_base(manifest: Manifest, found: str, path: object) -> None:
+    """Compare fingerprints.
+
+    Raises:
+        ArtifactError: they differ.
+    """
+    if found != manifest.base.fingerprint:
+        raise ArtifactError(
+            f"wrong base: {path} has fingerprint {found}, the artifact was made against {manifest.base.id} "
+            f"with {manifest.base.fingerprint}"
+        )

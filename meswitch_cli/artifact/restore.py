@@ -1,0 +1,147 @@
+"""From an artifact and its base back to an ordinary Hugging Face checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
+from meswitch_cli.checkpoint.architecture import architecture
+from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
+from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.errors import ArtifactError
+
+#: A shard is held in memory while it fills.
+MAX_SHARD_BYTES = 1 << 30
+
+
+def restore(
+    artifact: Artifact,
+    base: Checkpoint,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int], None] = lambda nbytes: None,
+) -> Path:
+    """Write base + delta as a checkpoint that `AutoModelForCausalLM` loads; `dtype` None is the expert's own.
+
+    The checkpoint is written beside `out` and appears there whole, after the base has proven to be the right one.
+
+    Raises:
+        ArtifactError: the artifact is damaged, the base is another one, or `out` is occupied or cannot be written.
+    """
+    check_base_shapes(artifact.manifest, base)
+    out = out.expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (force and (out / CONFIG_FILE).is_file()):
+        raise ArtifactError(f"{out}: in use; choose another output folder, or --force to replace a checkpoint")
+    partial = out.parent / f".{out.name}.partial"
+    with disk_errors(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        found = _write_weights(artifact, base, partial, dtype, max_shard_bytes, on_tensor)
+        refuse_other_base(artifact.manifest, found, base.source.path)
+        _write_side_files(artifact, partial, dtype)
+        with disk_errors(out):
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_weights(
+    artifact: Artifact,
+    base: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    on_tensor: Callable[[int], None],
+) -> str:
+    """Write the shards and the index; return the fingerprint of the base that was read."""
+    target = dtype or getattr(torch, artifact.manifest.dtype)
+    digests: dict[str, str] = {}
+    files: list[tuple[Path, list[str], int]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        path = folder / f"part-{len(files):05d}.safetensors"
+        with disk_errors(path):
+            safetensors.torch.save_file(pending, path, metadata={"format": "pt"})
+        files.append((path, list(pending), pending_bytes))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in _expert_tensors(artifact, base, digests):
+        converted = tensor.to(target).contiguous()
+        if pending and pending_bytes + converted.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = converted
+        pending_bytes += converted.nbytes
+        on_tensor(converted.nbytes)
+    flush()
+    _name_shards(folder, files)
+    return fingerprint(digests)
+
+
+def _expert_tensors(
+    artifact: Artifact, base: Checkpoint, digests: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the expert's tensors, base tensor by base tensor, noting the base's digests on the way."""
+    base_model = architecture(base.config, str(base.source.path))
+    config = read_json(artifact.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+    expert_model = architecture(config, str(artifact.path))
+    entries = {entry.name: entry for entry in artifact.manifest.tensors}
+    unchanged = set(artifact.manifest.unchanged)
+    by_base: dict[str, list[str]] = {}
+    for name, item in expert_model.parameters.items():
+        if item.tied_to:
+            continue  # the loader ties it again
+        if name not in entries and name not in unchanged:
+            raise ArtifactError(f"{artifact.path}: the manifest does not list {name!r}")
+        by_base.setdefault(base_model.parameters[name].tied_to or name, []).append(name)
+    for base_name, stored in base_model.stored_names(base).items():
+        if base_model.parameters[base_name].tied_to:
+            continue
+        tensor = base.read(stored)
+        digests[base_name] = tensor_digest(base_name, tensor)
+        for name in by_base.get(base_name, []):
+            yield name, artifact.expert_tensor(entries[name], tensor) if name in entries else tensor
+
+
+def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:
+    if len(files) == 1:
+        files[0][0].rename(folder / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for index, (path, names, _) in enumerate(files):
+        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    value = {"metadata": {"total_size": sum(size for _, _, size in files)}, "weight_map": weight_map}
+    write_atomically(folder / INDEX_FILE, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | None) -> None:
+    for file in artifact.manifest.files:
+        if file.name == MODEL_CARD:
+            continue
+        data = (artifact.path / file.name).read_bytes()
+        if file.name == CONFIG_FILE and dtype is not None:
+            config = json.loads(data)
+            config.pop("torch_dtype", None)
+            data = (json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n").encode()
+        write_atomically(folder / file.name, data)

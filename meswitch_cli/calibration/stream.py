@@ -1,0 +1,211 @@
+"""Activation statistics of an expert, one decoder layer in memory at a time.
+
+The model's own forward runs once over all windows; what makes it stream is that each decoder layer is wrapped to
+load its weights when its turn comes, run the windows through in small batches, and drop the weights again. Masks,
+rotary tables and every family's particulars stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from meswitch_cli.checkpoint.architecture import Architecture, skeleton
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.errors import CalibrationError
+
+#: Called after a layer has run with (layer index, statistics by parameter name of its linears).
+OnLayer = Callable[[int, dict[str, InputStatistics]], None]
+
+#: Tokens run through a layer at once; bounds the activations in memory.
+BATCH_TOKENS = 4096
+
+
+class _Collector:
+    """Sums of second moments for the linears below a module, filled by forward hooks."""
+
+    def __init__(self, prefix: str, module: nn.Module, gram: bool) -> None:
+        self._gram = gram
+        self._energy: dict[str, torch.Tensor] = {}
+        self._grams: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._handles = [
+            child.register_forward_pre_hook(self._hook(f"{prefix}.{name}.weight"))
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear)
+        ]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.add(name, args[0])
+
+        return observe
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Take inputs `[..., in]` of the linear with this weight name into its sums."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        energy = rows.square().sum(0, dtype=torch.float64)
+        self._energy[name] = self._energy[name] + energy if name in self._energy else energy
+        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        if self._gram:
+            gram = rows.T @ rows
+            self._grams[name] = self._grams[name].add_(gram) if name in self._grams else gram
+
+    def finish(self) -> dict[str, InputStatistics]:
+        for handle in self._handles:
+            handle.remove()
+        return {
+            name: InputStatistics(energy.float(), self._grams.get(name), self._tokens[name])
+            for name, energy in self._energy.items()
+        }
+
+
+class _StreamedLayer(nn.Module):
+    """Stands in a decoder layer's place during the one streaming forward."""
+
+    def __init__(self, layer: nn.Module, index: int, owner: _Stream) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)  # not a submodule: its weights come and go
+        self._index, self._owner = index, owner
+
+    def __getattr__(self, name: str) -> Any:
+        """Families read attributes of their layers (attention type and the like)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer: nn.Module = object.__getattribute__(self, "_layer")
+        return self._owner.run_layer(layer, self._index, hidden_states, args, kwargs)
+
+
+class _Stream:
+    def __init__(
+        self,
+        expert: Checkpoint,
+        model: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_layer: OnLayer,
+        gram: bool,
+    ) -> None:
+        self.expert, self.model, self.device, self.dtype = expert, model, device, dtype
+        self.on_layer, self.gram = on_layer, gram
+        self.stored = model.stored_names(expert)
+
+    @contextmanager
+    def loaded(self, prefix: str, module: nn.Module) -> Iterator[None]:
+        """Give a meta module its weights for the time of the block."""
+        names = [name for name, _ in module.named_parameters()]
+        for name in names:
+            full = f"{prefix}.{name}"
+            stored = self.stored.get(full) or self.stored[str(self.model.parameters[full].tied_to)]
+            _set(module, name, self.expert.read(stored).to(device=self.device, dtype=self.dtype))
+        try:
+            yield
+        finally:
+            for name in names:
+                _set(module, name, module.get_parameter(name).to("meta"))
+
+    def run_layer(
+        self, layer: nn.Module, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        prefix = f"{self.model.layers_prefix}.{index}"
+        windows, length = hidden.shape[:2]
+        size = max(1, BATCH_TOKENS // length)
+        with self.loaded(prefix, layer):
+            collector = _Collector(prefix, layer, self.gram)
+            outputs = [
+                layer(
+                    hidden[start : start + size],
+                    *(_slice(item, start, size, windows) for item in args),
+                    **{key: _slice(item, start, size, windows) for key, item in kwargs.items()},
+                )
+                for start in range(0, windows, size)
+            ]
+            statistics = collector.finish()
+        self.on_layer(index, statistics)
+        if isinstance(outputs[0], tuple):
+            return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+        return torch.cat(outputs)
+
+
+@torch.no_grad()
+def stream_statistics(
+    expert: Checkpoint,
+    model: Architecture,
+    windows: torch.Tensor,
+    on_layer: OnLayer,
+    *,
+    gram: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, InputStatistics]:
+    """Run token windows `[n, length]` through the expert and report each layer's input statistics as it passes.
+
+    Args:
+        expert: the full fine-tune; its activations are the ones that count.
+        model: the expert's architecture.
+        windows: int64 token ids.
+        on_layer: gets every decoder layer's statistics, in order; free to take its time.
+        gram: also sum x x^T, `[in, in]` for every linear of one layer.
+        device: where layers run: fp32 on a CPU, the checkpoint's own precision elsewhere.
+
+    Returns:
+        The statistics of the language-model head, by parameter name.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else next(iter(expert.tensors.values())).dtype
+    root: Any = skeleton(expert.config, str(expert.source.path))
+    stream = _Stream(expert, model, device, dtype, on_layer, gram)
+    materialise_buffers(root, device)
+    layers = root.get_submodule(model.layers_prefix)
+    for index in range(len(layers)):
+        layers[index] = _StreamedLayer(layers[index], index, stream)
+    body = getattr(root, root.base_model_prefix)
+    with stream.loaded(root.base_model_prefix, body):
+        hidden = body(input_ids=windows.to(device), use_cache=False).last_hidden_state
+    head = next((name for name, item in model.parameters.items() if item.kind == "head"), None)
+    collector = _Collector("", nn.Module(), gram)
+    if head is not None:
+        collector.add(head, hidden)
+    gc.collect()  # the wrapped layers and the model refer to each other
+    return collector.finish()
+
+
+def materialise_buffers(root: Any, device: torch.device) -> None:
+    """Compute the buffers that follow from the config (rotary tables, embedding scales), as from_pretrained does."""
+    for name, module in root.named_modules():
+        buffers = [(key, buffer) for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for key, buffer in buffers:
+            poisoned = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+            setattr(module, key, poisoned.fill_(float("nan")) if buffer.is_floating_point() else poisoned)
+        if buffers:
+            root._init_weights(module)
+        for key, _ in buffers:
+            if not torch.isfinite(getattr(module, key)).all():
+                raise CalibrationError(
+                    f"{root.config.model_type}: buffer {name}.{key} does not follow from the config; "
+                    "compress this family without calibration data (--calibration none)"
+                )
+
+
+def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _slice(value: Any, start: int, size: int, windows: int) -> Any:
+    """Take the batch rows of a tensor that has one row a window; pass anything else on."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == windows > 1:
+        return value[start : start + size]
+    if isinstance(value, tuple):
+        return tuple(_slice(item, start, size, windows) for item in value)
+    return value

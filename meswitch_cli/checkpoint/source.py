@@ -1,0 +1,61 @@
+"""From what the user names, a folder or a Hub id, to a local folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from meswitch_cli.errors import CheckpointError
+
+#: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded.
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on local disk. `id` is what to call it, free of local paths; `revision` a Hub commit if known."""
+
+    path: Path
+    id: str
+    revision: str | None
+
+
+def resolve(name: str, *, files: list[str] | None = None) -> Source:
+    """Find a folder, or download a Hub repository (`owner/name` or `owner/name@revision`).
+
+    Raises:
+        CheckpointError: there is neither such a folder nor such a repository, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(path, *_identify(path.resolve()))
+    if path.exists():
+        raise CheckpointError(f"{name}: a file, not a checkpoint folder; give the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such folder, and not a Hub id (owner/name)")
+    return _download(name, files or CHECKPOINT_FILES)
+
+
+def _identify(path: Path) -> tuple[str, str | None]:
+    """Name a folder: by its Hub repository where it lies in the Hub's cache, else by its own name."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
+    return path.name, None
+
+
+def _download(name: str, files: list[str]) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name}: no such folder here, and the Hub does not give it: {detail}. "
+            "Check the name; a private repository needs `hf auth login`."
+        ) from error
+    return Source(path, repository, path.name)

@@ -1,0 +1,93 @@
+"""`meswitch compress`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+Bits = Literal["1", "2", "4"]
+
+
+def run(
+    base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id (owner/name@revision).")],
+    expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
+    bits: Annotated[Bits, typer.Option(help="Bits a weight of the linear layers.")] = "2",
+    salient: Annotated[
+        int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.")
+    ] = 8,
+    group_size: Annotated[
+        int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
+    ] = 0,
+    channel_scale: Annotated[
+        Literal["none", "rms"], typer.Option(help="Scale input channels by the RMS of the delta's column.")
+    ] = "none",
+    rounding: Annotated[
+        Literal["nearest", "feedback"], typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data.")
+    ] = "nearest",
+    steps: Annotated[
+        Literal["least-squares", "unbiased", "layerwise", "distill"],
+        typer.Option(
+            help="How steps are fitted. unbiased keeps the delta's length; layerwise and distill need "
+            "calibration data, distill also holds both models in memory."
+        ),
+    ] = "unbiased",
+    embedding_bits: Annotated[
+        Bits | None, typer.Option(help="Bits a weight of embedding and head.", show_default="2, or --bits if more")
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help='JSONL whose lines have "text", "prompt" and "response", or "messages"; none: data-free.',
+        ),
+    ] = "none",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows used.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration window.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Order of the calibration data.")] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the artifact there, and drop unfinished work with other settings.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """An interrupted run loses at most one decoder layer: the same command goes on, and ends with the same bytes.
+
+    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
+    """
+    from meswitch_cli.calibration.data import read_calibration
+    from meswitch_cli.commands import report
+    from meswitch_cli.commands.progress import work_progress
+    from meswitch_cli.compression.device import choose_device
+    from meswitch_cli.compression.job import compress, prepare
+    from meswitch_cli.compression.settings import CompressionSettings
+
+    chosen = choose_device(device)
+    data = None if calibration == "none" else read_calibration(Path(calibration))
+    settings = CompressionSettings(
+        bits=int(bits),
+        salient=salient,
+        group_size=group_size,
+        channel_scale=channel_scale,
+        rounding=rounding,
+        steps=steps,
+        embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
+        calibration=data.sha256 if data else None,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    job = prepare(base, expert, out, settings, data)
+    if not as_json:
+        report.print_plan(job)
+    with work_progress(job.nbytes, len(job.plan.units)) as on_progress:
+        manifest = compress(job, device=chosen, force=force, on_progress=on_progress)
+    if as_json:
+        typer.echo(json.dumps({"artifact": str(out)} | report.summary(manifest, job.expert.nbytes)))
+    else:
+        report.print_summary(manifest, job.expert.nbytes)
+        report.print_worst_layers(manifest)
+        typer.echo(f"{out}")

@@ -1,0 +1,43 @@
+"""The progress bar on stderr; nothing where stderr is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+@contextmanager
+def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show bytes done of `total`; the yielded function takes bytes that are newly done."""
+    with _bar() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+@contextmanager
+def work_progress(total: int, units: int) -> Iterator[Callable[[str, int, int], None]]:
+    """As `byte_progress`, with what is being done and how many of the units (layers, and the rest) are finished."""
+    with _bar() as progress:
+        task = progress.add_task("plan", total=total)
+
+        def advance(what: str, nbytes: int, done: int) -> None:
+            progress.update(task, description=f"{what}, {done}/{units} units", advance=nbytes)
+
+        yield advance
+
+
+def _bar() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

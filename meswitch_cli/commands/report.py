@@ -1,0 +1,152 @@
+"""What the artifact commands print: the plan before the work, the sizes and errors after it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from meswitch_cli.artifact.manifest import Manifest, TensorEntry
+
+if TYPE_CHECKING:
+    from meswitch_cli.compression.job import Job
+
+WORST_LAYERS = 5
+
+
+def megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def print_plan(job: Job) -> None:
+    """What will be done, from metadata alone; on stderr, since it is not the result."""
+    from meswitch_cli.compression.size import expected_bytes
+
+    console = Console(stderr=True)
+    table = Table(title=f"{job.expert.source.id} against {job.base.source.id} ({job.plan.architecture.model_type})")
+    for column in ("kind", "tensors", "weights", "to"):
+        table.add_column(column, justify="left" if column in ("kind", "to") else "right")
+    for kind in ("linear", "embedding", "head", "dense"):
+        items = [item for item in job.plan.tensors if item.kind == kind]
+        bits = job.settings.bits if kind == "linear" else job.settings.embedding_bits
+        if items:
+            weights = sum(_numel(item.shape) for item in items)
+            table.add_row(kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else f"{bits} bit")
+    console.print(table)
+    if job.plan.added_rows:
+        console.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
+    for key, (ours, theirs) in job.config_differences().items():
+        console.print(f"[yellow]config differs: {key}: base {ours!r}, expert {theirs!r}[/]", highlight=False)
+    console.print(
+        f"expected size {megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}", highlight=False
+    )
+
+
+def summary(manifest: Manifest, expert_nbytes: int | None = None) -> dict[str, Any]:
+    """The figures of an artifact, as `--json` gives them; errors are relative to the delta's energy."""
+    weights = sum(entry.numel for entry in manifest.tensors)
+    result: dict[str, Any] = {
+        "base": manifest.base.id,
+        "base_fingerprint": manifest.base.fingerprint,
+        "expert": manifest.expert.id,
+        "model_type": manifest.model_type,
+        "settings": dict(manifest.settings),
+        "bytes": manifest.nbytes,
+        "weights": weights,
+        "bits_per_weight": 8 * manifest.nbytes / weights if weights else 0.0,
+        "tensors": len(manifest.tensors),
+        "unchanged": len(manifest.unchanged),
+        "errors": {kind: _errors(entries) for kind, entries in by_projection(manifest).items()},
+    }
+    if expert_nbytes is not None:
+        result |= {"expert_bytes": expert_nbytes, "ratio": expert_nbytes / max(1, manifest.nbytes)}
+    return result
+
+
+def by_projection(manifest: Manifest) -> dict[str, list[TensorEntry]]:
+    """Quantised tensors by the last part of their name (q_proj, down_proj, ...), in order of appearance."""
+    groups: dict[str, list[TensorEntry]] = defaultdict(list)
+    for entry in manifest.tensors:
+        if entry.bits:
+            groups[projection(entry)].append(entry)
+    return dict(groups)
+
+
+def projection(entry: TensorEntry) -> str:
+    return entry.name.removesuffix(".weight").rpartition(".")[2]
+
+
+def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
+    """Size, ratio, bits a weight, and the error of each kind of projection."""
+    console = Console()
+    if not manifest.tensors:
+        console.print("The expert is identical to its base: nothing is stored.")
+        return
+    figures = summary(manifest, expert_nbytes)
+    table = Table(title=f"{manifest.expert.id} against {manifest.base.id}")
+    for column in ("projection", "bits", "tensors", "size", "weight error", "output error"):
+        table.add_column(column, justify="left" if column == "projection" else "right")
+    for kind, entries in by_projection(manifest).items():
+        errors = _errors(entries)
+        table.add_row(
+            kind,
+            "/".join(str(bits) for bits in sorted({entry.bits for entry in entries})),
+            str(len(entries)),
+            megabytes(sum(entry.nbytes for entry in entries)),
+            _percent(errors["weight_error"]),
+            _percent(errors["output_error"]),
+        )
+    whole = [entry for entry in manifest.tensors if not entry.bits]
+    if whole:
+        table.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
+    console.print(table)
+    line = f"{megabytes(manifest.nbytes)}, {figures['bits_per_weight']:.2f} bits a weight"
+    if expert_nbytes is not None:
+        line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
+    console.print(line, highlight=False)
+    if manifest.unchanged:
+        console.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room", highlight=False)
+
+
+def print_worst_layers(manifest: Manifest) -> None:
+    """The tensors with the largest error."""
+    measured = [entry for entry in manifest.tensors if entry.bits and entry.weight_error is not None]
+    if not measured:
+        return
+    by_output = any(entry.output_error is not None for entry in measured)
+    which = "output error" if by_output else "weight error"
+    worst = sorted(measured, key=lambda item: -(_error_of(item, by_output) or 0.0))[:WORST_LAYERS]
+    Console().print(
+        f"largest {which}: " + ", ".join(f"{item.name} {_percent(_error_of(item, by_output))}" for item in worst),
+        highlight=False,
+    )
+
+
+def _error_of(entry: TensorEntry, by_output: bool) -> float | None:
+    return entry.output_error if by_output else entry.weight_error
+
+
+def _errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
+    """Mean relative errors, weighted by the deltas' energy."""
+    items = list(entries)
+    result: dict[str, float | None] = {}
+    for name in ("weight_error", "output_error"):
+        pairs = [(getattr(item, name), item.delta_energy) for item in items]
+        known = [(error, energy) for error, energy in pairs if error is not None and energy]
+        total = sum(energy for _, energy in known)
+        result[name] = sum(error * energy for error, energy in known) / total if total else None
+    return result
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for item in shape:
+        count *= item
+    return count

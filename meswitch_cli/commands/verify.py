@@ -1,0 +1,46 @@
+"""`meswitch verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    base: Annotated[str | None, typer.Option(help="Also prove that this checkpoint is the artifact's base.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Reads every byte once. Exit status 0 only if everything is as the manifest says."""
+    from meswitch_cli.artifact.artifact import Artifact
+    from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
+    from meswitch_cli.checkpoint.checkpoint import Checkpoint
+    from meswitch_cli.commands.progress import byte_progress
+
+    opened = Artifact.open(artifact)
+    manifest = opened.manifest
+    opened_base = Checkpoint.open(base) if base else None
+    model = check_base_shapes(manifest, opened_base) if opened_base else None
+    total = manifest.nbytes + (opened_base.nbytes if opened_base else 0)
+    with byte_progress("verify", total) as advance:
+        files = 0
+        for file in opened.verify():
+            files += 1
+            advance(file.nbytes)
+        if opened_base and model:
+            refuse_other_base(manifest, base_fingerprint(opened_base, model, advance), opened_base.source.path)
+    result = {
+        "artifact": str(artifact),
+        "files": files,
+        "tensors": len(manifest.tensors),
+        "bytes": manifest.nbytes,
+        "base_checked": opened_base is not None,
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(f"ok: {files} files, {len(manifest.tensors)} tensors, {manifest.nbytes:,} bytes")
+    typer.echo(f"ok: {base} is its base" if base else f"base not checked (give --base; it was {manifest.base.id})")

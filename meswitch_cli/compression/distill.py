@@ -1,0 +1,301 @@
+"""End-to-end distillation of the steps: the compressed expert's logits are pulled to the full expert's.
+
+Only steps learn. Codes, salient channels, embeddings and norms stay as they are; this is the one method that holds
+whole models in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from meswitch_cli.artifact.disk import write_atomically
+from meswitch_cli.artifact.manifest import FileEntry, TensorEntry, shard_name
+from meswitch_cli.artifact.shard import Shard, delta_tensors, encode_shard
+from meswitch_cli.artifact.workspace import UnitRecord, Workspace
+from meswitch_cli.checkpoint.architecture import skeleton
+from meswitch_cli.checkpoint.tensorfile import read_header, read_tensor
+from meswitch_cli.delta.codes import centred, grouped
+from meswitch_cli.delta.packing import unpack
+from meswitch_cli.delta.quantize import QuantizedDelta, dequantize
+
+if TYPE_CHECKING:
+    from meswitch_cli.compression.job import Job, OnProgress
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """Training of the steps: each is its starting value times a factor, and the factors are learned.
+
+    Attributes:
+        updates: optimiser steps.
+        batch_tokens: tokens an update sees.
+        learning_rate: of Adam on the factors, warmed up over a tenth of the updates, then a cosine to zero.
+        save_every: updates between checkpoints of the training.
+    """
+
+    updates: int = 60
+    batch_tokens: int = 1024
+    learning_rate: float = 5e-3
+    save_every: int = 10
+
+
+class _StepLinear(torch.autograd.Function):
+    """y = x (fixed + step * multiples)^T, with a gradient for x and for the steps' factors alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factors: torch.Tensor, module: DistilledLinear) -> torch.Tensor:
+        ctx.save_for_backward(x, factors)
+        ctx.module = module
+        return x @ module.weight(factors).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, factors = ctx.saved_tensors
+        module, gradient = ctx.module, gradients[0]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        weight_gradient = flat.T @ x.reshape(-1, x.shape[-1])
+        per_group = grouped(weight_gradient * module.values(), module.group_size).sum(-1)
+        return gradient @ module.weight(factors), per_group * module.steps, None
+
+
+class DistilledLinear(nn.Module):
+    """A linear whose weight is a fixed part plus codes times trainable steps."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, delta: QuantizedDelta) -> None:
+        """Split `weight` `[out, in]`, the compressed expert's, into what the steps make and the rest."""
+        super().__init__()
+        self.group_size = delta.group_size if delta.group_size < delta.in_features else 0
+        multiples = (2 * centred(unpack(delta.codes, delta.bits, delta.in_features).float(), delta.bits)).to(torch.int8)
+        multiples[:, delta.salient_index.long()] = 0  # what a salient channel holds must not move
+        scale = torch.ones(delta.in_features) if delta.channel_scale is None else delta.channel_scale.float()
+        device = weight.device
+        self.register_buffer("doubled", multiples.to(device))
+        self.register_buffer("scale", scale.to(device))
+        self.register_buffer("steps", delta.steps.float().to(device))
+        self.factors = nn.Parameter(torch.ones_like(self.get_buffer("steps")))
+        self.register_buffer("fixed", torch.zeros_like(weight))
+        self.register_buffer("fixed", weight - self.weight(self.factors.detach()))
+        self.bias = bias
+
+    def values(self) -> torch.Tensor:
+        """What a step of one contributes, `[out, in]`."""
+        return self.get_buffer("doubled").float() * (self.get_buffer("scale") / 2)
+
+    def weight(self, factors: torch.Tensor) -> torch.Tensor:
+        """The weight for these factors of the starting steps."""
+        steps = self.get_buffer("steps") * factors
+        spread = steps if steps.shape[1] == 1 else steps.repeat_interleave(self.group_size, dim=1)
+        return self.get_buffer("fixed") + self.values() * spread[:, : self.get_buffer("doubled").shape[1]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _StepLinear.apply(x, self.factors, self)
+        return y if self.bias is None else y + self.bias
+
+
+def distill(
+    job: Job,
+    space: Workspace,
+    records: list[UnitRecord],
+    device: torch.device | str,
+    on_progress: OnProgress,
+    *,
+    stage: str,
+    settings: DistillSettings | None = None,
+) -> list[UnitRecord]:
+    """Train the steps of quantised units and write the units anew; returns their records."""
+    count = len(records)
+    finished = [space.record(index, stage) for index in range(count)]
+    if all(finished):
+        return [record for record in finished if record]
+    trained = _trained_steps(job, space, records, torch.device(device), on_progress, settings or DistillSettings())
+    results = []
+    for index, record in enumerate(records):
+        data, final = _final_unit(job, space, record, trained, shard_name(index, count))
+        space.finish_unit(index, stage, data, final)
+        results.append(final)
+    return results
+
+
+def _final_unit(
+    job: Job, space: Workspace, record: UnitRecord, trained: dict[str, torch.Tensor], name: str
+) -> tuple[bytes, UnitRecord]:
+    path = space.folder / record.shard.name
+    shard = Shard(path, list(record.tensors))
+    tensors = {key: read_tensor(info) for key, info in read_header(path).items()}
+    planned = {item.name: item for item in job.plan.tensors}
+    entries: list[TensorEntry] = []
+    for entry in record.tensors:
+        changes: dict[str, Any] = {"shard": name}
+        if entry.name in trained:
+            delta = with_steps(shard.delta(entry.name), trained[entry.name])
+            tensors |= delta_tensors(entry.name, delta)
+            item = planned[entry.name]
+            exact = job.expert.read(item.expert_stored).float() - job.base.read(item.base_stored).float()
+            error = float((exact - dequantize(delta)).double().square().sum())
+            changes |= {"weight_error": error / float(entry.delta_energy or 1.0), "output_error": None}
+        entries.append(dataclasses.replace(entry, **changes))
+    data = encode_shard(tensors)
+    file = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+    return data, dataclasses.replace(record, shard=file, tensors=tuple(entries))
+
+
+def with_steps(delta: QuantizedDelta, steps: torch.Tensor) -> QuantizedDelta:
+    """A delta with other steps, its salient channels' values kept by adapting their residuals."""
+    replaced = dataclasses.replace(delta, steps=steps.to(delta.steps.dtype))
+    if not delta.salient_index.numel():
+        return replaced
+    index = delta.salient_index.long()
+    residual = dequantize(delta)[:, index] - dequantize(replaced)[:, index] + delta.salient_value.float()
+    return dataclasses.replace(replaced, salient_value=residual.to(delta.salient_value.dtype))
+
+
+def _trained_steps(
+    job: Job,
+    space: Workspace,
+    records: list[UnitRecord],
+    device: torch.device,
+    on_progress: OnProgress,
+    settings: DistillSettings,
+) -> dict[str, torch.Tensor]:
+    from meswitch_cli.compression.job import calibration_windows
+
+    teacher = _expert_model(job, device)
+    student, linears = _student_model(job, space, records, device)
+    windows = calibration_windows(job)
+    per_batch = max(1, settings.batch_tokens // windows.shape[1])
+    batches = _batches(len(windows), per_batch, settings.updates, job.settings.seed)
+    parameters = [module.factors for module in linears.values()]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
+    checkpoint = _TrainingState(space.folder / "training.safetensors", optimizer, parameters)
+    for update in range(checkpoint.load(), settings.updates):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(update, settings.updates)
+        batch = windows[batches[update]].to(device)
+        with torch.no_grad():
+            target = torch.log_softmax(teacher(batch, use_cache=False).logits.float(), dim=-1)
+        logits = student(batch, use_cache=False).logits.float()
+        loss = nn.functional.kl_div(
+            torch.log_softmax(logits, dim=-1).flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (update + 1) % settings.save_every == 0:
+            checkpoint.save(update + 1)
+        on_progress(f"distill {update + 1}/{settings.updates}", 0, len(records))
+    return {
+        name: (module.get_buffer("steps") * module.factors.detach()).clamp(min=0).cpu()
+        for name, module in linears.items()
+    }
+
+
+def _schedule(update: int, updates: int) -> float:
+    warmup = max(1, updates // 10)
+    if update < warmup:
+        return (update + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
+
+
+def _batches(windows: int, size: int, updates: int, seed: int) -> list[list[int]]:
+    """Indices of the windows of each update: shuffled passes over all of them."""
+    generator, order, batches = random.Random(seed), list[int](), list[list[int]]()
+    for _ in range(updates):
+        while len(order) < size:
+            order += generator.sample(range(windows), windows)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+class _TrainingState:
+    """The factors and Adam's moments in one file, so that an interrupted training goes on with the same numbers."""
+
+    def __init__(self, path: Path, optimizer: torch.optim.Adam, parameters: list[nn.Parameter]) -> None:
+        self._path, self._optimizer, self._parameters = path, optimizer, parameters
+
+    def save(self, update: int) -> None:
+        tensors = {"update": torch.tensor([update])}
+        for index, parameter in enumerate(self._parameters):
+            state = self._optimizer.state[parameter]
+            tensors[f"{index}.factors"] = parameter.detach().cpu()
+            tensors[f"{index}.exp_avg"] = state["exp_avg"].cpu()
+            tensors[f"{index}.exp_avg_sq"] = state["exp_avg_sq"].cpu()
+        write_atomically(self._path, safetensors.torch.save(tensors))
+
+    def load(self) -> int:
+        """Return the number of updates done."""
+        if not self._path.exists():
+            return 0
+        tensors = safetensors.torch.load_file(self._path)
+        update = int(tensors["update"])
+        for index, parameter in enumerate(self._parameters):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"{index}.factors"])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(update)),
+                "exp_avg": tensors[f"{index}.exp_avg"].to(parameter.device),
+                "exp_avg_sq": tensors[f"{index}.exp_avg_sq"].to(parameter.device),
+            }
+        return update
+
+
+def _expert_model(job: Job, device: torch.device) -> nn.Module:
+    names = job.plan.architecture.stored_names(job.expert)
+    return _assemble(job, device, lambda name: job.expert.read(names[name]).float())
+
+
+def _student_model(
+    job: Job, space: Workspace, records: list[UnitRecord], device: torch.device
+) -> tuple[nn.Module, dict[str, DistilledLinear]]:
+    """The compressed expert as a model whose quantised linears have trainable steps."""
+    from meswitch_cli.artifact.artifact import expert_tensor
+
+    where = {entry.name: (record, entry) for record in records for entry in record.tensors}
+    planned = {item.name: item for item in job.plan.tensors}
+
+    def weight(name: str) -> torch.Tensor:
+        base = job.base.read(planned[name].base_stored)
+        if name not in where:
+            return base.float()
+        record, entry = where[name]
+        return expert_tensor(Shard(space.folder / record.shard.name, list(record.tensors)), entry, base)
+
+    model = _assemble(job, device, weight)
+    linears: dict[str, DistilledLinear] = {}
+    for name, (record, entry) in where.items():
+        if entry.kind != "linear" or not entry.bits:
+            continue
+        path = name.removesuffix(".weight")
+        parent, _, leaf = path.rpartition(".")
+        plain = model.get_submodule(path)
+        assert isinstance(plain, nn.Linear)
+        delta = Shard(space.folder / record.shard.name, list(record.tensors)).delta(name)
+        linears[name] = DistilledLinear(plain.weight.detach(), plain.bias, delta)
+        setattr(model.get_submodule(parent), leaf, linears[name])
+    return model, linears
+
+
+def _assemble(job: Job, device: torch.device, weight: Callable[[str], torch.Tensor]) -> nn.Module:
+    """The expert's architecture in fp32 with the weights that `weight` gives by name."""
+    from meswitch_cli.calibration.stream import materialise_buffers
+
+    model: Any = skeleton(job.expert.config, str(job.expert.source.path))
+    materialise_buffers(model, device)
+    for name, item in job.plan.architecture.parameters.items():
+        if item.tied_to:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        value = weight(name).to(device)
+        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,80 @@
+"""What `meswitch compress` was asked to do, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from meswitch_cli.delta.settings import BITS, ChannelScale, QuantizerSettings, Rounding, StepRule
+from meswitch_cli.errors import UsageError
+
+StepMethod = Literal["least-squares", "unbiased", "layerwise", "distill"]
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Everything that decides an artifact's bytes besides the two checkpoints.
+
+    Attributes:
+        bits, salient, group_size, channel_scale, rounding: as in `QuantizerSettings`, for the decoder's linears.
+        steps: as there, or `distill`: unbiased steps trained end to end afterwards.
+        embedding_bits: code width of embedding and head.
+        calibration: SHA-256 of the calibration file, None without one.
+        samples, sequence_length: calibration windows and their tokens.
+        seed: order of the calibration items, and of the batches of `distill`.
+
+    Raises:
+        UsageError: a value is not possible, or needs calibration data that was not given.
+    """
+
+    bits: int = 2
+    salient: int = 8
+    group_size: int = 0
+    channel_scale: ChannelScale = "none"
+    rounding: Rounding = "nearest"
+    steps: StepMethod = "unbiased"
+    embedding_bits: int = 2
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps not in get_args(StepMethod):
+            raise UsageError(f"--steps must be one of {', '.join(get_args(StepMethod))}, not {self.steps!r}")
+        try:
+            linears = self.linears()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if self.embedding_bits not in BITS:
+            raise UsageError(f"--embedding-bits must be 1, 2 or 4, not {self.embedding_bits}")
+        if self.samples < 1 or self.sequence_length < 8:
+            raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
+        if self.calibration is None and (linears.needs_gram or self.steps == "distill"):
+            wanted = "--rounding feedback" if self.rounding == "feedback" else f"--steps {self.steps}"
+            raise UsageError(f"{wanted} needs calibration data: give --calibration FILE.jsonl")
+
+    def linears(self) -> QuantizerSettings:
+        """Settings of the decoder's linears."""
+        rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
+        return QuantizerSettings(self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule)
+
+    def head(self) -> QuantizerSettings:
+        """Settings of an untied head."""
+        base = self.linears()
+        return QuantizerSettings(
+            self.embedding_bits, base.salient, base.group_size, base.channel_scale, base.rounding, base.steps
+        )
+
+    def embedding(self) -> QuantizerSettings:
+        """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
+        return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def changes_from(self, other: dict[str, Any]) -> list[str]:
+        """What differs from settings written earlier, as `name: then -> now`."""
+        mine = self.to_dict()
+        names = [field.name for field in fields(self)]
+        return [f"{name}: {other.get(name)} -> {mine[name]}" for name in names if other.get(name) != mine[name]]

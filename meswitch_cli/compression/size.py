@@ -1,0 +1,45 @@
+"""How large an artifact will be, from metadata alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from meswitch_cli.artifact.manifest import TensorEntry
+from meswitch_cli.compression.unit import tensor_settings
+
+if TYPE_CHECKING:
+    from meswitch_cli.compression.job import Job
+
+_ITEM_BYTES = {"codes": 4, "steps": 4, "salient_index": 4, "salient_value": 2, "channel_scale": 2}
+
+
+def expected_bytes(job: Job) -> int:
+    """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
+    total = 0
+    for item in job.plan.tensors:
+        settings = tensor_settings(item, job.settings)
+        itemsize = job.expert.tensors[item.expert_stored].dtype.itemsize
+        if settings is None:
+            total += math.prod(item.shape) * itemsize
+            continue
+        entry = TensorEntry(
+            name=item.name,
+            kind=item.kind,
+            shape=item.shape,
+            base=item.base_name,
+            base_shape=item.base_shape,
+            layer=item.layer,
+            shard="",
+            nbytes=0,
+            bits=settings.bits,
+            salient=settings.salient,
+            group_size=settings.group_size,
+            channel_scale=settings.channel_scale == "rms",
+            added_rows=item.shape[0] - item.shared_rows,
+        )
+        for name, shape in entry.stored_shapes().items():
+            part = name.rpartition(".")[2]
+            size = 2 if part == "steps" and settings.group_size else _ITEM_BYTES.get(part, itemsize)
+            total += math.prod(shape) * size
+    return total

@@ -1,0 +1,146 @@
+"""Compressing one unit: a decoder layer, or everything outside the layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from meswitch_cli.artifact.manifest import FileEntry, TensorEntry
+from meswitch_cli.artifact.shard import delta_tensors, encode_shard
+from meswitch_cli.artifact.workspace import UnitRecord
+from meswitch_cli.checkpoint.plan import PlannedTensor
+from meswitch_cli.compression.pairs import TensorPair
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.delta.quantize import quantize
+from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.errors import CheckpointError
+
+
+def tensor_settings(planned: PlannedTensor, settings: CompressionSettings) -> QuantizerSettings | None:
+    """How a tensor is quantised; None for one that is stored whole."""
+    if planned.kind == "linear":
+        return settings.linears()
+    if planned.kind == "head":
+        return settings.head()
+    return settings.embedding() if planned.kind == "embedding" else None
+
+
+def compress_unit(
+    pairs: Iterable[TensorPair],
+    shard: str,
+    settings: CompressionSettings,
+    statistics: Mapping[str, InputStatistics],
+    device: torch.device | str,
+    expert_folder: Path,
+) -> tuple[bytes, UnitRecord]:
+    """Compress a unit's tensors into the bytes of its shard.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite (the tensor and the model are named).
+    """
+    stored: dict[str, torch.Tensor] = {}
+    entries: list[TensorEntry] = []
+    unchanged: list[str] = []
+    base_digests: dict[str, str] = {}
+    expert_digests: dict[str, str] = {}
+    for pair in pairs:
+        base_digests[pair.planned.base_name] = pair.base_digest
+        expert_digests[pair.planned.expert_name] = pair.expert_digest
+        entry, tensors = _compress_tensor(pair, shard, settings, statistics, device, expert_folder)
+        if entry is None:
+            unchanged.append(pair.planned.name)
+        else:
+            entries.append(entry)
+            stored |= tensors
+    data = encode_shard(stored)
+    file = FileEntry(shard, len(data), hashlib.sha256(data).hexdigest())
+    return data, UnitRecord(file, tuple(entries), tuple(unchanged), base_digests, expert_digests)
+
+
+def _compress_tensor(
+    pair: TensorPair,
+    shard: str,
+    settings: CompressionSettings,
+    statistics: Mapping[str, InputStatistics],
+    device: torch.device | str,
+    expert_folder: Path,
+) -> tuple[TensorEntry | None, dict[str, torch.Tensor]]:
+    planned, name = pair.planned, pair.planned.name
+    quantizer = tensor_settings(planned, settings)
+    if quantizer is None:
+        _refuse_non_finite(pair.expert, name, expert_folder)
+        if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
+            return None, {}
+        tensors = {f"{name}.value": pair.expert}
+        return _entry(planned, shard, tensors), tensors
+    rows = planned.shared_rows
+    try:
+        result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
+    except FloatingPointError as error:
+        _refuse_non_finite(pair.expert, name, expert_folder)
+        raise CheckpointError(f"the base's tensor {planned.base_stored!r} holds NaN or infinity") from error
+    added = pair.expert[rows:]
+    tensors = delta_tensors(name, result[0]) if result else {}
+    if len(added):
+        _refuse_non_finite(added, name, expert_folder)
+        tensors[f"{name}.added_rows"] = added.clone()
+    if not tensors and planned.shape == planned.base_shape:
+        return None, {}
+    if result is None:
+        return _entry(planned, shard, tensors), tensors
+    delta, error_ = result
+    entry = _entry(
+        planned,
+        shard,
+        tensors,
+        bits=delta.bits,
+        salient=delta.salient_index.numel(),
+        group_size=delta.group_size,
+        channel_scale=delta.channel_scale is not None,
+        delta_energy=error_.delta_energy,
+        weight_error=error_.weight_error,
+        output_error=error_.output_error,
+    )
+    return entry, tensors
+
+
+def _entry(
+    planned: PlannedTensor,
+    shard: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    bits: int = 0,
+    salient: int = 0,
+    group_size: int = 0,
+    channel_scale: bool = False,
+    delta_energy: float | None = None,
+    weight_error: float | None = None,
+    output_error: float | None = None,
+) -> TensorEntry:
+    return TensorEntry(
+        name=planned.name,
+        kind=planned.kind,
+        shape=planned.shape,
+        base=planned.base_name,
+        base_shape=planned.base_shape,
+        layer=planned.layer,
+        shard=shard,
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bits=bits,
+        salient=salient,
+        group_size=group_size,
+        channel_scale=channel_scale,
+        added_rows=0 if planned.kind == "dense" else planned.shape[0] - planned.shared_rows,
+        delta_energy=delta_energy,
+        weight_error=weight_error,
+        output_error=output_error,
+    )
+
+
+def _refuse_non_finite(tensor: torch.Tensor, name: str, folder: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinity; the fine-tune is damaged")

@@ -1,0 +1,57 @@
+"""Error feedback: round column by column and let the columns not yet rounded absorb each error (GPTQ, OBQ)."""
+
+from __future__ import annotations
+
+import torch
+
+from meswitch_cli.delta.codes import centred, round_to_codes
+
+#: Added to the gram matrix's diagonal, as a share of its mean, so that it can be inverted (GPTQ, section 3.3).
+DAMPING = 0.01
+#: Columns handled before their errors are passed on in one product; any value gives the same result.
+BLOCK = 128
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the damped gram matrix's inverse, `[in, in]` fp32."""
+    damped = gram.to(torch.float64, copy=True)
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def feedback_codes(
+    block: torch.Tensor,
+    steps: torch.Tensor,
+    bits: int,
+    factor: torch.Tensor,
+    exact: torch.Tensor,
+) -> torch.Tensor:
+    """Codes `[rows, in]` fp32 chosen with error feedback.
+
+    Args:
+        block: the delta, fp32 `[rows, in]`.
+        steps: fp32 `[rows, 1]` or `[rows, in]`, held fixed.
+        bits: code width.
+        factor: from `inverse_factor`.
+        exact: `[in]`, 1 where the channel is stored in 16 bit and so has no error to pass on.
+    """
+    rows, columns = block.shape
+    remaining = block.clone()
+    steps = steps.expand(rows, columns)
+    codes = torch.empty_like(block)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.empty(rows, stop - start, dtype=block.dtype, device=block.device)
+        for column in range(start, stop):
+            step = steps[:, column : column + 1]
+            target = remaining[:, column : column + 1]
+            code = round_to_codes(target, step, bits)
+            codes[:, column : column + 1] = code
+            error = (target - centred(code, bits) * step) * (1 - exact[column]) / factor[column, column]
+            errors[:, column - start : column - start + 1] = error
+            remaining[:, column + 1 : stop] -= error * factor[column, column + 1 : stop]
+        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes

@@ -1,0 +1,286 @@
+"""From a base and an expert weight to a low-bit delta with salient channels, and back.
+
+Rows are independent, so everything runs on blocks of rows that stay in the processor's cache; only column sums
+(channel scales, reconstruction errors) span blocks, in sweeps of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from meswitch_cli.delta.codes import (
+    FIT_ROUNDS,
+    centred,
+    initial_steps,
+    layerwise_steps,
+    least_squares_steps,
+    per_channel,
+    round_to_codes,
+    unbiased_steps,
+)
+from meswitch_cli.delta.feedback import feedback_codes, inverse_factor
+from meswitch_cli.delta.packing import pack, unpack
+from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.statistics import InputStatistics
+
+#: Elements a block holds: a handful of fp32 temporaries of this size stay in a few MiB of cache.
+BLOCK_ELEMENTS = 1 << 18
+_FP16_MAX = 65504.0
+_FP16_SMALLEST_NORMAL = 2.0**-14
+
+
+@dataclass(frozen=True)
+class QuantizedDelta:
+    """A compressed delta `[out, in]`.
+
+    Attributes:
+        bits: code width.
+        in_features: input channels (the codes' words may hold padding).
+        group_size: input channels that share a step; 0 is one step per output channel.
+        codes: `[out, ceil(in * bits / 32)]` int32.
+        steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
+        salient_index: `[k]` int32, ascending.
+        salient_value: `[out, k]` fp16, what to add to the code's value in those channels.
+        channel_scale: `[in]` fp16, or None for all ones.
+    """
+
+    bits: int
+    in_features: int
+    group_size: int
+    codes: torch.Tensor
+    steps: torch.Tensor
+    salient_index: torch.Tensor
+    salient_value: torch.Tensor
+    channel_scale: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class DeltaError:
+    """How far a compressed delta is from the delta, all sums over the tensor.
+
+    Attributes:
+        delta_energy: squared Frobenius norm of the delta.
+        weight_error: squared Frobenius norm of the error, over `delta_energy`.
+        output_error: the same with each input channel weighted by its energy; None without calibration.
+    """
+
+    delta_energy: float
+    weight_error: float
+    output_error: float | None
+
+
+def quantize(
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    settings: QuantizerSettings,
+    statistics: InputStatistics | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[QuantizedDelta, DeltaError] | None:
+    """Compress `expert - base`, both `[out, in]` of any floating dtype; None where the two are equal.
+
+    Salient channels are the k with the largest E_i = a_i * sum_o (d_oi - d_hat_oi)^2, a_i the input's energy (1
+    without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1).
+
+    Raises:
+        ValueError: settings that need calibration without statistics, or more salient channels than inputs.
+        FloatingPointError: a weight is NaN or infinite.
+    """
+    rows, columns = expert.shape
+    if settings.salient > columns:
+        raise ValueError(f"{settings.salient} salient channels asked for, the tensor has {columns} input channels")
+    gram = None
+    if settings.needs_gram:
+        if statistics is None or statistics.gram is None:
+            raise ValueError(f"rounding={settings.rounding!r}, steps={settings.steps!r} need calibration data")
+        gram = statistics.gram.to(device)
+    energy = _column_energy(base, expert, device)
+    if not torch.isfinite(energy).all():
+        raise FloatingPointError("NaN or infinity")
+    if not energy.any():
+        return None
+    scale = _channel_scale(energy, rows) if settings.channel_scale == "rms" else None
+    work = _Work(base, expert, settings, device, scale, None if statistics is None else statistics.energy.to(device))
+    salient = work.select_salient(settings.salient)
+    return work.run(salient, gram, energy)
+
+
+def dequantize(delta: QuantizedDelta) -> torch.Tensor:
+    """The delta that a `QuantizedDelta` stands for, fp32 `[out, in]`."""
+    values = centred(unpack(delta.codes, delta.bits, delta.in_features).float(), delta.bits)
+    values *= per_channel(delta.steps.float(), delta.in_features, delta.group_size)
+    if delta.channel_scale is not None:
+        values *= delta.channel_scale.float()
+    if delta.salient_index.numel():
+        values[:, delta.salient_index.long()] += delta.salient_value.float()
+    return values
+
+
+def row_blocks(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first row, `expert - base` in fp32) for blocks of rows."""
+    step = max(1, BLOCK_ELEMENTS // expert.shape[1])
+    for row in range(0, expert.shape[0], step):
+        block = expert[row : row + step].to(device=device, dtype=torch.float32, copy=True)
+        yield row, block.sub_(base[row : row + step].to(device=device, dtype=torch.float32))
+
+
+def _column_energy(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    total = torch.zeros(expert.shape[1], dtype=torch.float64, device=device)
+    for _, block in row_blocks(base, expert, device):
+        total += block.square_().sum(0)
+    return total
+
+
+def _channel_scale(energy: torch.Tensor, rows: int) -> torch.Tensor:
+    """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
+    rms = (energy / rows).sqrt()
+    return (rms / rms.mean()).clamp(max=_FP16_MAX).half()
+
+
+class _Work:
+    """The sweeps over one tensor's row blocks."""
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        expert: torch.Tensor,
+        settings: QuantizerSettings,
+        device: torch.device | str,
+        scale: torch.Tensor | None,
+        input_energy: torch.Tensor | None,
+    ) -> None:
+        self.base, self.expert, self.settings, self.device = base, expert, settings, device
+        self.scale, self.input_energy = scale, input_energy
+        self.columns = expert.shape[1]
+        self.scale32 = None if scale is None else scale.float()
+        self.inverse_scale = None
+        if self.scale32 is not None:
+            self.inverse_scale = torch.where(self.scale32 > 0, 1 / self.scale32, torch.zeros_like(self.scale32))
+
+    def select_salient(self, count: int) -> torch.Tensor:
+        """Indices `[count]` of the channels whose reconstruction error costs most, ascending."""
+        if not count:
+            return torch.empty(0, dtype=torch.long, device=self.device)
+        error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        channels = torch.ones(self.columns, device=self.device)
+        for _, block in row_blocks(self.base, self.expert, self.device):
+            codes, steps = self._nearest(self._scaled(block), channels)
+            error += block.sub_(self._values(codes, steps)).square_().sum(0)
+        if self.input_energy is not None:
+            error *= self.input_energy
+        return error.topk(count).indices.sort().values
+
+    def run(
+        self, salient: torch.Tensor, gram: torch.Tensor | None, energy: torch.Tensor
+    ) -> tuple[QuantizedDelta, DeltaError]:
+        settings = self.settings
+        channels = torch.ones(self.columns, device=self.device)
+        channels[salient] = 0
+        factor = None
+        if gram is not None:
+            if self.scale32 is not None:  # the codes see the delta divided by t, so their inputs are x * t
+                gram = gram * self.scale32 * self.scale32[:, None]
+            if settings.rounding == "feedback":
+                factor = inverse_factor(gram)
+            gram = gram * channels * channels[:, None]
+        packed, all_steps, residuals = [], [], []
+        error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        for _, block in row_blocks(self.base, self.expert, self.device):
+            scaled = self._scaled(block)
+            codes, steps = self._nearest(scaled, channels)
+            if factor is not None:
+                spread = per_channel(steps, self.columns, settings.group_size)
+                codes = feedback_codes(scaled, spread, settings.bits, factor, 1 - channels)
+            steps = self._final_steps(scaled, codes, steps, channels, gram)
+            block -= self._values(codes, steps)
+            residual = _sixteen_bit(block[:, salient])
+            block[:, salient] -= residual.float()
+            error += block.square_().sum(0)
+            packed.append(pack(codes.to(torch.uint8), settings.bits).cpu())
+            all_steps.append(steps.cpu())
+            residuals.append(residual.cpu())
+        return self._result(packed, all_steps, residuals, salient), self._error(energy, error)
+
+    def _scaled(self, block: torch.Tensor) -> torch.Tensor:
+        return block if self.inverse_scale is None else block * self.inverse_scale
+
+    def _values(self, codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        values = centred(codes, self.settings.bits).mul_(per_channel(steps, self.columns, self.settings.group_size))
+        return values if self.scale32 is None else values.mul_(self.scale32)
+
+    def _nearest(self, block: torch.Tensor, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nearest codes and their least-squares steps, fitted in turns."""
+        bits, group_size = self.settings.bits, self.settings.group_size
+        steps = initial_steps(block * channels, bits, group_size, channels)
+        for _ in range(1 if bits == 1 else FIT_ROUNDS):  # at 1 bit the code is the sign, whatever the step
+            codes = round_to_codes(block, per_channel(steps, self.columns, group_size), bits)
+            steps = least_squares_steps(block, centred(codes, bits), group_size, channels)
+        return codes, steps
+
+    def _final_steps(
+        self,
+        block: torch.Tensor,
+        codes: torch.Tensor,
+        steps: torch.Tensor,
+        channels: torch.Tensor,
+        gram: torch.Tensor | None,
+    ) -> torch.Tensor:
+        multiples, group_size = centred(codes, self.settings.bits), self.settings.group_size
+        if self.settings.steps == "unbiased":
+            steps = unbiased_steps(block, multiples, group_size, channels)
+        elif self.settings.steps == "layerwise" and gram is not None:
+            # One factor a row: groups keep the proportions that least squares gave them.
+            spread = per_channel(least_squares_steps(block, multiples, group_size, channels), self.columns, group_size)
+            steps = least_squares_steps(block, multiples, group_size, channels) * layerwise_steps(
+                block, multiples * spread, gram
+            )
+        elif self.settings.rounding == "feedback":
+            steps = least_squares_steps(block, multiples, group_size, channels)
+        return self._stored(steps)
+
+    def _stored(self, steps: torch.Tensor) -> torch.Tensor:
+        """Round grouped steps to fp16, the type in which they will be stored, so that residuals are taken after it."""
+        if not self.settings.group_size:
+            return steps
+        return steps.half().float() if _fits_half(steps) else steps
+
+    def _result(
+        self,
+        packed: list[torch.Tensor],
+        steps: list[torch.Tensor],
+        residuals: list[torch.Tensor],
+        salient: torch.Tensor,
+    ) -> QuantizedDelta:
+        joined = torch.cat(steps)
+        if self.settings.group_size and torch.equal(joined.half().float(), joined):
+            joined = joined.half()
+        return QuantizedDelta(
+            self.settings.bits,
+            self.columns,
+            self.settings.group_size,
+            torch.cat(packed),
+            joined,
+            salient.to(dtype=torch.int32, device="cpu"),
+            torch.cat(residuals),
+            None if self.scale is None else self.scale.cpu(),
+        )
+
+    def _error(self, energy: torch.Tensor, error: torch.Tensor) -> DeltaError:
+        output = None
+        if self.input_energy is not None:
+            weights = self.input_energy.double()
+            weighted = float((energy * weights).sum())
+            output = float((error * weights).sum()) / weighted if weighted else 0.0
+        total = float(energy.sum())
+        return DeltaError(total, float(error.sum()) / total, output)
+
+
+def _fits_half(steps: torch.Tensor) -> bool:
+    positive = steps[steps > 0]
+    return positive.numel() == 0 or bool(positive.min() >= _FP16_SMALLEST_NORMAL and positive.max() <= _FP16_MAX)
+
+
+def _sixteen_bit(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp(-_FP16_MAX, _FP16_MAX).half()
