@@ -1,0 +1,268 @@
+"""The inner loops of the CPU kernels, each for a few weight rows and tokens that stay in registers.
+
+Accumulators are 16 float32 lanes per (token, row), at `acc + 64 * (token * ROWS + row)`; a lane's share of a
+sum is arbitrary, and `finish` adds them up. Rows past `valid` repeat the last one and are thrown away later.
+All arguments are int64: addresses, strides in bytes, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .cpu_vector import (
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    ROWS,
+    V16F,
+    V16I,
+    V32H,
+    broadcast,
+    code_pairs,
+    code_values,
+    constants,
+    dot_pairs,
+    emitted,
+    fma,
+    gather_floats,
+    lanes_below,
+    load,
+    load_masked,
+    narrow_bf16,
+    splat,
+    store,
+    store_masked,
+    sum_lanes,
+    widen_bf16,
+)
+
+Builder = ir.IRBuilder
+
+
+def _rows(builder: Builder, base: Any, stride: Any, valid: Any) -> list[Any]:
+    """Addresses of ROWS rows, the last valid one repeated."""
+    last = builder.sub(valid, I64(1))
+    addresses = []
+    for r in range(ROWS):
+        within = builder.icmp_signed("<", I64(r), valid)
+        addresses.append(builder.add(base, builder.mul(builder.select(within, I64(r), last), stride)))
+    return addresses
+
+
+def _accumulators(builder: Builder, tokens: int) -> list[list[Any]]:
+    slots = [[cgutils.alloca_once(builder, V16F) for _ in range(ROWS)] for _ in range(tokens)]
+    for slot in (slot for row in slots for slot in row):
+        builder.store(ir.Constant(V16F, None), slot)
+    return slots
+
+
+def _offset(builder: Builder, address: Any, index: Any, scale: int) -> Any:
+    return builder.add(address, builder.mul(index, I64(scale)))
+
+
+def base_tile(tokens: int, bf16: bool) -> Any:
+    """f(weight, weight_stride, valid, x, x_stride, in_features, acc): acc = the rows' products with x."""
+    width, kind = (32, V32H) if bf16 else (16, V16F)
+    size = 64 // width
+
+    def emit(builder: Builder, args: Sequence[Any]) -> None:
+        weight, weight_stride, valid, x, x_stride, in_features, acc = args
+        rows = _rows(builder, weight, weight_stride, valid)
+        inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(tokens)]
+        totals = _accumulators(builder, tokens)
+
+        def step(offset: Any, mask: Any) -> None:
+            weights = []
+            for row in rows:
+                address = builder.add(row, offset)
+                weights.append(
+                    load(builder, address, kind)
+                    if mask is None
+                    else load_masked(builder, address, kind, mask)
+                )
+            for t in range(tokens):
+                values = load(builder, builder.add(inputs[t], offset), kind)
+                for r in range(ROWS):
+                    total = builder.load(totals[t][r])
+                    product = dot_pairs if bf16 else _fma_last
+                    builder.store(product(builder, total, values, weights[r]), totals[t][r])
+
+        with cgutils.for_range(builder, builder.sdiv(in_features, I64(width))) as loop:
+            step(builder.mul(loop.index, I64(64)), None)
+        tail = builder.srem(in_features, I64(width))
+        with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
+            step(builder.mul(builder.sub(in_features, tail), I64(size)), lanes_below(builder, tail, width))
+        for t in range(tokens):
+            for r in range(ROWS):
+                store(builder, builder.load(totals[t][r]), builder.add(acc, I64(64 * (t * ROWS + r))), 64)
+
+    return emitted(7, emit)
+
+
+def _fma_last(builder: Builder, total: Any, a: Any, b: Any) -> Any:
+    return fma(builder, a, b, total)
+
+
+def delta_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Any:
+    """f(codes, codes_stride, valid, x, x_stride, words, steps, steps_stride, word_group, acc).
+
+    acc += step · (code values · x). `x` is laid out by `spread_x`. `word_group` int32 `[words]`, padded to
+    whole blocks, names each word's step; it is read only where `grouped`.
+    """
+    # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
+    block_bytes = LANES * (32 // bits) * (2 if bf16 else 4)
+
+    def emit(builder: Builder, args: Sequence[Any]) -> None:
+        codes, codes_stride, valid, x, x_stride, words, steps, steps_stride, word_group, acc = args
+        rows = _rows(builder, codes, codes_stride, valid)
+        row_steps = _rows(builder, steps, steps_stride, valid)
+        inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(tokens)]
+        totals = _accumulators(builder, tokens)
+
+        def block(index: Any, mask: Any) -> None:
+            offset = builder.mul(index, I64(4 * LANES))
+            for r in range(ROWS):
+                address = builder.add(rows[r], offset)
+                packed = (
+                    load(builder, address, V16I)
+                    if mask is None
+                    else load_masked(builder, address, V16I, mask)
+                )
+                values = code_pairs(builder, packed, bits) if bf16 else code_values(builder, packed, bits)
+                scale = None
+                if grouped:
+                    of_word = load(builder, builder.add(word_group, offset), V16I)
+                    every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+                    scale = gather_floats(builder, row_steps[r], of_word, every if mask is None else mask)
+                for t in range(tokens):
+                    kept = builder.load(totals[t][r])
+                    total = ir.Constant(V16F, None) if grouped else kept
+                    for s, value in enumerate(values):
+                        place = builder.add(_offset(builder, inputs[t], index, block_bytes), I64(64 * s))
+                        given = load(builder, place, V32H if bf16 else V16F, 64)
+                        total = (dot_pairs if bf16 else _fma_last)(builder, total, given, value)
+                    if grouped:
+                        total = fma(builder, total, scale, kept)
+                    builder.store(total, totals[t][r])
+
+        whole = builder.sdiv(words, I64(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            block(loop.index, None)
+        tail = builder.srem(words, I64(LANES))
+        with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
+            block(whole, lanes_below(builder, tail))
+        for t in range(tokens):
+            for r in range(ROWS):
+                total = builder.load(totals[t][r])
+                address = builder.add(acc, I64(64 * (t * ROWS + r)))
+                before = load(builder, address, V16F, 64)
+                if grouped:
+                    after = builder.fadd(before, total)
+                else:
+                    step = broadcast(builder, load(builder, row_steps[r], F32))
+                    after = fma(builder, total, step, before)
+                store(builder, after, address, 64)
+
+    return emitted(10, emit)
+
+
+def _load_values(builder: Builder, address: Any, mask: Any, dtype: str) -> Any:
+    if dtype == "float32":
+        return load_masked(builder, address, V16F, mask)
+    halves = load_masked(builder, address, ir.VectorType(I16, LANES), mask)
+    if dtype == "bfloat16":
+        return widen_bf16(builder, halves)
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), V16F)
+
+
+def salient_tile(dtype: str) -> Any:
+    """f(acc, values, x, k): acc (one vector) += salient values `[k]` times x's salient channels `[k]`."""
+    size = 4 if dtype == "float32" else 2
+
+    def emit(builder: Builder, args: Sequence[Any]) -> None:
+        acc, values, x, k = args
+        blocks = builder.sdiv(builder.add(k, I64(LANES - 1)), I64(LANES))
+        with cgutils.for_range(builder, blocks) as loop:
+            first = builder.mul(loop.index, I64(LANES))
+            mask = lanes_below(builder, builder.sub(k, first))
+            value = _load_values(builder, _offset(builder, values, first, size), mask, dtype)
+            given = load(builder, _offset(builder, x, first, 4), V16F)
+            store(builder, fma(builder, value, given, load(builder, acc, V16F, 64)), acc, 64)
+
+    return emitted(4, emit)
+
+
+def _finish(builder: Builder, args: Sequence[Any]) -> Any:
+    return sum_lanes(builder, load(builder, args[0], V16F, 64))
+
+
+finish = emitted(1, _finish, types.float32)
+"""f(acc) -> float32: the sum of an accumulator's lanes."""
+
+
+def merge_tile(bits: int, bf16: bool) -> Any:
+    """f(weight, codes, step, scale, merged, first, last): W + Δ̂ of one row's channels.
+
+    Channels `first` to `last`, `first` a multiple of 32, share the step at address `step`; `scale` float32
+    `[in]` padded to 16. Addresses are those of the row's channel 0.
+    """
+    size = 2 if bf16 else 4
+    kind = ir.VectorType(I16, LANES) if bf16 else V16F
+    per_word = 32 // bits
+
+    def emit(builder: Builder, args: Sequence[Any]) -> None:
+        weight, codes, step, scale, merged, first, last = args
+        step_vector = broadcast(builder, load(builder, step, F32))
+        last_word = builder.sdiv(builder.sub(last, I64(1)), I64(per_word))
+
+        def word(index: Any) -> Any:
+            within = builder.icmp_signed("<", index, last_word)
+            return load(builder, _offset(builder, codes, builder.select(within, index, last_word), 4), I32)
+
+        def chunk(channel: Any, mask: Any) -> None:
+            index = builder.sdiv(channel, I64(per_word))
+            if bits == 4:
+                pair = builder.insert_element(
+                    ir.Constant(ir.VectorType(I32, 2), ir.Undefined), word(index), I32(0)
+                )
+                pair = builder.insert_element(pair, word(builder.add(index, I64(1))), I32(1))
+                words = builder.shuffle_vector(pair, pair, constants([0] * 8 + [1] * 8, I32))
+                shifts = constants([4 * (lane % 8) for lane in range(LANES)], I32)
+            else:
+                whole = word(index)
+                if bits == 1:
+                    whole = builder.lshr(whole, builder.trunc(builder.srem(channel, I64(32)), I32))
+                words, shifts = (
+                    broadcast(builder, whole),
+                    constants([bits * lane for lane in range(LANES)], I32),
+                )
+            code = builder.and_(builder.lshr(words, shifts), splat(2**bits - 1, I32))
+            value = builder.fsub(builder.sitofp(code, V16F), splat((2**bits - 1) / 2, F32))
+            factor = builder.fmul(step_vector, load(builder, _offset(builder, scale, channel, 4), V16F))
+            place = _offset(builder, weight, channel, size)
+            base = load(builder, place, kind) if mask is None else load_masked(builder, place, kind, mask)
+            total = fma(builder, value, factor, widen_bf16(builder, base) if bf16 else base)
+            result = narrow_bf16(builder, total) if bf16 else total
+            target = _offset(builder, merged, channel, size)
+            if mask is None:
+                store(builder, result, target)
+            else:
+                store_masked(builder, result, target, mask)
+
+        count = builder.sub(last, first)
+        whole_chunks = builder.sdiv(count, I64(LANES))
+        with cgutils.for_range(builder, whole_chunks) as loop:
+            chunk(builder.add(first, builder.mul(loop.index, I64(LANES))), None)
+        tail = builder.srem(count, I64(LANES))
+        with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
+            chunk(builder.sub(last, tail), lanes_below(builder, tail))
+
+    return emitted(7, emit)

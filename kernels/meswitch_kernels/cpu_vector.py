@@ -1,0 +1,240 @@
+"""LLVM building blocks of the CPU kernels: 16 float lanes, on whatever vectors the machine has.
+
+Everything here is emitted through Numba at run time, so no compiler is needed. A machine with AVX-512 BF16
+multiplies bfloat16 pairs directly (`vdpbf16ps`) and turns codes into values by a register lookup (`vpermw`);
+any other machine gets the same results from shifts and float32 multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+I16, I32, I64, F16, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+V16F, V16I, V32H = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, 2 * LANES)
+
+_FEATURES = {} if config.CPU_NAME else dict(llvm.get_host_cpu_features())
+HAS_BF16 = bool(_FEATURES.get("avx512bf16") and _FEATURES.get("avx512bw"))
+ROWS = 4 if _FEATURES.get("avx512f") else 2
+"""Weight rows a kernel works on at once: as many as the accumulators leave registers for."""
+
+Emit = Callable[[ir.IRBuilder, Sequence[Any]], Any]
+
+
+def emitted(arguments: int, emit: Emit, returns: Any = types.void) -> Any:
+    """A Numba function of `arguments` int64 arguments whose body is what `emit` builds."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Sequence[Any]) -> Any:
+        result = emit(builder, args)
+        return None if returns is types.void else result
+
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    scope: dict[str, Any] = {"signature": returns(*[types.int64] * arguments), "codegen": codegen}
+    exec(f"def typer(context, {names}):\n    return signature, codegen", scope)  # noqa: S102
+    return intrinsic(scope["typer"])
+
+
+def splat(value: Any, element: ir.Type, lanes: int = LANES) -> ir.Constant:
+    """A constant vector with `value` in every lane."""
+    return constants([value] * lanes, element)
+
+
+def constants(values: Sequence[Any], element: ir.Type) -> ir.Constant:
+    """A constant vector."""
+    return ir.Constant(ir.VectorType(element, len(values)), list(values))
+
+
+def broadcast(builder: ir.IRBuilder, scalar: Any, lanes: int = LANES) -> Any:
+    """A vector with a run-time scalar in every lane."""
+    kind = ir.VectorType(scalar.type, lanes)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), splat(0, I32, lanes))
+
+
+def pointer(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
+    """`address` as a pointer to `kind`."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load(builder: ir.IRBuilder, address: Any, kind: ir.Type, align: int = 1) -> Any:
+    """Load a value of type `kind` from any address."""
+    return builder.load(pointer(builder, address, kind), align=align)
+
+
+def store(builder: ir.IRBuilder, value: Any, address: Any, align: int = 1) -> None:
+    """Store a value to any address."""
+    builder.store(value, pointer(builder, address, value.type), align=align)
+
+
+def lanes_below(builder: ir.IRBuilder, count: Any, lanes: int = LANES) -> Any:
+    """Mask of the first `count` lanes."""
+    return builder.icmp_signed("<", constants(range(lanes), I64), broadcast(builder, count, lanes))
+
+
+def load_masked(builder: ir.IRBuilder, address: Any, kind: ir.VectorType, mask: Any) -> Any:
+    """Load the lanes that `mask` names and zeros in the others, touching no other memory."""
+    suffix = f"v{kind.count}{kind.element.intrinsic_name}"
+    function = _declare(
+        builder,
+        f"llvm.masked.load.{suffix}.p0",
+        ir.FunctionType(kind, [kind.as_pointer(), I32, mask.type, kind]),
+    )
+    zero = ir.Constant(kind, None)
+    return builder.call(function, [pointer(builder, address, kind), I32(1), mask, zero])
+
+
+def store_masked(builder: ir.IRBuilder, value: Any, address: Any, mask: Any) -> None:
+    """Store the lanes that `mask` names."""
+    kind = value.type
+    suffix = f"v{kind.count}{kind.element.intrinsic_name}"
+    function = _declare(
+        builder,
+        f"llvm.masked.store.{suffix}.p0",
+        ir.FunctionType(ir.VoidType(), [kind, kind.as_pointer(), I32, mask.type]),
+    )
+    builder.call(function, [value, pointer(builder, address, kind), I32(1), mask])
+
+
+def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once."""
+    function = _declare(builder, "llvm.fma.v16f32", ir.FunctionType(V16F, [V16F, V16F, V16F]))
+    return builder.call(function, [a, b, c])
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
+    """Sum of the lanes, pairwise."""
+    for width in (8, 4, 2, 1):
+        halves = [
+            builder.shuffle_vector(vector, vector, constants(range(first, first + width), I32))
+            for first in (0, width)
+        ]
+        vector = builder.fadd(*halves)
+    return builder.extract_element(vector, I32(0))
+
+
+def widen_bf16(builder: ir.IRBuilder, halves: Any) -> Any:
+    """16 bfloat16 (as i16) to float32."""
+    wide = builder.zext(halves, V16I)
+    return builder.bitcast(builder.shl(wide, splat(16, I32)), V16F)
+
+
+def narrow_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
+    """16 finite float32 to bfloat16 (as i16), to nearest, ties to even."""
+    bits = builder.bitcast(floats, V16I)
+    odd = builder.and_(builder.lshr(bits, splat(16, I32)), splat(1, I32))
+    rounded = builder.add(bits, builder.add(odd, splat(0x7FFF, I32)))
+    return builder.trunc(builder.lshr(rounded, splat(16, I32)), ir.VectorType(I16, LANES))
+
+
+def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    """total + the products of 16 pairs of bfloat16, each pair summed into its lane. `a`, `b` as 32 x i16."""
+    a, b = builder.bitcast(a, V16I), builder.bitcast(b, V16I)
+    if HAS_BF16:
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        function = _declare(builder, name, ir.FunctionType(V16F, [V16F, V16I, V16I]))
+        return builder.call(function, [total, a, b])
+    low, high = splat(16, I32), splat(0xFFFF0000, I32)
+    for part in (lambda v: builder.shl(v, low), lambda v: builder.and_(v, high)):
+        total = fma(builder, builder.bitcast(part(a), V16F), builder.bitcast(part(b), V16F), total)
+    return total
+
+
+def code_pairs(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
+    """The values of 16 words' codes as `16 // bits` vectors of bfloat16 pairs (32 x i16).
+
+    Vector s holds codes s and s + 16 // bits of each word: one from either half, so that 16-bit shifts do.
+    """
+    halves = builder.bitcast(words, V32H)
+    result = []
+    per_lookup = 4 // bits if HAS_BF16 else 1
+    for s in range(16 // bits):
+        shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
+        if HAS_BF16:
+            # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
+            place = s % per_lookup * bits
+            table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
+            name = "llvm.x86.avx512.permvar.hi.512"
+            function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
+            result.append(builder.call(function, [constants(table, I16), shifted]))
+        else:
+            codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
+            wide = builder.uitofp(codes, ir.VectorType(F32, 32))
+            exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
+            as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
+            result.append(builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H))
+    return result
+
+
+def code_values(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
+    """The values of 16 words' codes as `32 // bits` float32 vectors; vector s holds code s of each word."""
+    result = []
+    for s in range(32 // bits):
+        codes = builder.and_(builder.lshr(words, splat(s * bits, I32)), splat(2**bits - 1, I32))
+        result.append(builder.fsub(builder.sitofp(codes, V16F), splat((2**bits - 1) / 2, F32)))
+    return result
+
+
+def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> Any:
+    """float32 values at `base + 4 * index` for the lanes that `mask` names."""
+    offsets = builder.mul(builder.sext(index, ir.VectorType(I64, LANES)), splat(4, I64))
+    pointers = builder.inttoptr(
+        builder.add(broadcast(builder, base), offsets), ir.VectorType(F32.as_pointer(), LANES)
+    )
+    function = _declare(
+        builder,
+        "llvm.masked.gather.v16f32.v16p0",
+        ir.FunctionType(V16F, [pointers.type, I32, mask.type, V16F]),
+    )
+    return builder.call(function, [pointers, I32(4), mask, ir.Constant(V16F, None)])
+
+
+def bf16_bits(value: float) -> int:
+    """The bfloat16 of a number that it holds exactly, as an unsigned 16-bit integer."""
+    import struct
+
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+
+
+def _declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:
+    return cgutils.get_or_insert_function(builder.module, kind, name)
+
+
+def _scalar(kind: ir.Type, widen: Callable[[ir.IRBuilder, Any], Any]) -> Emit:
+    return lambda builder, args: widen(builder, load(builder, args[0], kind))
+
+
+def _widen_one_bf16(builder: ir.IRBuilder, half: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(half, I32), I32(16)), F32)
+
+
+read_i32 = emitted(1, _scalar(I32, lambda b, v: b.sext(v, I64)), types.int64)
+read_f32 = emitted(1, _scalar(F32, lambda b, v: v), types.float32)
+read_f16 = emitted(1, _scalar(F16, lambda b, v: b.fpext(v, F32)), types.float32)
+read_bf16 = emitted(1, _scalar(I16, _widen_one_bf16), types.float32)
+read_i16 = emitted(1, _scalar(I16, lambda b, v: b.zext(v, I64)), types.int64)
+write_i16 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I16), a[0]))
+write_i32 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I32), a[0]))
+
+
+def _fetch_add(builder: ir.IRBuilder, args: Sequence[Any]) -> Any:
+    return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "monotonic")
+
+
+fetch_add = emitted(2, _fetch_add, types.int64)
+
+
+@intrinsic
+def bits_of(_context: Any, value: Any) -> Any:
+    """The bits of a float32 as a non-negative int64."""
+
+    def codegen(_c: Any, builder: ir.IRBuilder, _s: Any, args: Sequence[Any]) -> Any:
+        return builder.zext(builder.bitcast(args[0], I32), I64)
+
+    return types.int64(types.float32), codegen
