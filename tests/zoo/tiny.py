@@ -1,0 +1,158 @@
+"""A random base and expert in a fraction of a second: ordinary Hugging Face folders for unit tests.
+
+Nothing sensible comes out of them, but every family's tensors, names and quirks are there, and the expert's
+delta looks like a real one: about one per cent of the weight's norm, with a few heavy input columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .tiny_tokenizer import tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Sizes that are multiples of 8 but not of 64 or 32: blocks, groups and packing words all end in the middle.
+_COMMON = {
+    "hidden_size": 96,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 268,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# model_type of the configuration and what the family needs beside or instead of the common sizes.
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    # Experts fused into 3-D tensors in memory, apart on disk.
+    "mixtral": ("mixtral", _EXPERTS),
+    # Experts fused into 3-D tensors in memory and on disk.
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 24, "sliding_window": 64, "rope_parameters": _PLAIN_ROPE, **_EXPERTS},
+    ),
+}
+
+
+def make_pair(
+    directory: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    expert_dtype: torch.dtype | None = None,
+    max_shard_size: str | None = None,
+    expert_max_shard_size: str | None = None,
+    relative_delta: float = 1e-2,
+    heavy_columns: int = 3,
+    change_norms: bool = True,
+    change_biases: bool = True,
+    equal: Collection[str] = (),
+    added_rows: int = 0,
+    **config: Any,
+) -> tuple[Path, Path]:
+    """Make the folders `directory/base` and `directory/expert`, each with configuration and tokenizer.
+
+    `max_shard_size` ("20KB") makes sharded files, `equal` names the tensors that the expert leaves bit for
+    bit as they are, `added_rows` the expert's extra tokens, and `config` overrides the configuration
+    (`tie_word_embeddings`, `attention_bias`, `num_key_value_heads`, ...). Raises KeyError for an unknown
+    family and ValueError for a name in `equal` that the model lacks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, extra = FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**_COMMON, **extra, **config}), dtype=torch.float32
+    )
+    _randomise(model, generator)
+    model.eval().to(dtype)
+    base, expert = directory / "base", directory / "expert"
+    _save(model, base, dtype, max_shard_size)
+    tiny_tokenizer().save_pretrained(base)
+
+    model.float()
+    if unknown := set(equal) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        raise ValueError(f"equal: the {family} model has no {', '.join(sorted(unknown))}")
+    for name, parameter in model.named_parameters():
+        is_bias = name.endswith("bias")
+        is_norm = parameter.dim() == 1 and not is_bias
+        if name not in equal and not (is_norm and not change_norms) and not (is_bias and not change_biases):
+            parameter.data += _delta(parameter.data, relative_delta, heavy_columns, generator)
+    if added_rows:
+        _add_rows(model, added_rows, generator)
+    model.to(expert_dtype or dtype)
+    _save(model, expert, expert_dtype or dtype, expert_max_shard_size or max_shard_size)
+    tiny_tokenizer(added_tokens=added_rows).save_pretrained(expert)
+    return base, expert
+
+
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Weights under which greedy decoding wanders: no token's own embedding outweighs the layers.
+
+    Gains and biases are their usual values and a little noise.
+    """
+    # Gemma multiplies its embedding by the root of the hidden size.
+    embedding_scale = 0.02 if "gemma" in model.config.model_type else 0.1
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * noise
+        elif "embed_tokens" in name or "embed_in" in name:
+            parameter.data = embedding_scale * noise
+        else:
+            parameter.data = 2 * noise * parameter.shape[-1] ** -0.5
+
+
+def _delta(
+    weight: torch.Tensor, relative: float, heavy_columns: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Gaussian, `relative` times the weight's norm; a matrix has some input columns eight times larger."""
+    delta = torch.randn(weight.shape, generator=generator)
+    if weight.dim() >= 2 and heavy_columns:
+        delta[..., torch.randperm(weight.shape[-1], generator=generator)[:heavy_columns]] *= 8
+    return delta * (relative * weight.norm() / delta.norm())
+
+
+def _add_rows(model: PreTrainedModel, count: int, generator: torch.Generator) -> None:
+    rows = model.config.get_text_config().vocab_size
+    model.resize_token_embeddings(rows + count, mean_resizing=False)
+    ends = {
+        id(module.weight): module.weight
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    for weight in ends.values():
+        weight.data[rows:] = 0.1 * torch.randn(count, weight.shape[1], generator=generator)
+
+
+def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str | None) -> None:
+    model.config.dtype = dtype
+    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    # A folder that says where it was made would differ between two runs.
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config.pop("_name_or_path", None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
