@@ -39,7 +39,8 @@ def delta_tensors(name: str, delta: QuantizedDelta) -> dict[str, torch.Tensor]:
 def encode_shard(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Safetensors bytes of the tensors; the same tensors give the same bytes."""
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    return safetensors.torch.save(contiguous, metadata={"format": "meswitch"})
+    data: bytes = safetensors.torch.save(contiguous, metadata={"format": "meswitch"})
+    return data
 
 
 class Shard:

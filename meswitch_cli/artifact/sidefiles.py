@@ -59,7 +59,9 @@ def _without_private_keys(data: bytes) -> bytes:
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(*, base_id: str, expert_id: str, bits: int, nbytes: int, expert_nbytes: int, facts: dict[str, Any]) -> bytes:
+def model_card(
+    *, base_id: str, expert_id: str, bits: int, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
+) -> bytes:
     """A Hub model card that says what the artifact is and how to use it."""
     settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     return f"""---
@@ -73,8 +75,8 @@ tags:
 
 # {expert_id}, as a {bits}-bit delta against {base_id}
 
-{nbytes / 1e6:.1f} MB instead of {expert_nbytes / 1e6:.1f} MB ({expert_nbytes / max(nbytes, 1):.1f} times smaller). It needs the base
-to run: every number of the fine-tune is the base's plus what is stored here.
+{nbytes / 1e6:.1f} MB instead of {expert_nbytes / 1e6:.1f} MB ({expert_nbytes / max(nbytes, 1):.1f} times smaller).
+It needs the base to run: every number of the fine-tune is the base's plus what is stored here.
 
 ```
 meswitch verify . --base {base_id}

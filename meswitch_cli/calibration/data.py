@@ -61,9 +61,9 @@ def _item(path: Path, number: int, line: str) -> dict[str, Any]:
             if _is_text(item.get("response")):
                 messages.append({"role": "assistant", "content": item["response"]})
             return {"messages": messages}
-        messages = item.get("messages")
-        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-            return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
+        turns = item.get("messages")
+        if isinstance(turns, list) and turns and all(_is_message(turn) for turn in turns):
+            return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
     raise CalibrationError(
         f'{path}: line {number}: needs "text", or "prompt" with or without "response", or "messages"'
     )

@@ -68,7 +68,7 @@ class Architecture:
 
 
 def skeleton(config: dict[str, Any], path: str) -> nn.Module:
-    """Build the model a config describes on the meta device, in evaluation mode.
+    """Build the model a config describes on the meta device, in fp32 and evaluation mode.
 
     Raises:
         CheckpointError: transformers does not know the architecture as a causal language model.
@@ -84,12 +84,12 @@ def skeleton(config: dict[str, Any], path: str) -> nn.Module:
         if parsed is None:
             raise ValueError("config.json names no model_type")
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(parsed)
+            model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: {model_type}: not a causal language model transformers can build: {reason}") from (
-            error
-        )
+        raise CheckpointError(
+            f"{path}: {model_type}: not a causal language model transformers can build: {reason}"
+        ) from (error)
     return model.eval()
 
 

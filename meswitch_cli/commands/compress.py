@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 
-
 Bits = Literal["1", "2", "4"]
 
 
@@ -27,7 +26,8 @@ def run(
         Literal["none", "rms"], typer.Option(help="Scale input channels by the RMS of the delta's column.")
     ] = "none",
     rounding: Annotated[
-        Literal["nearest", "feedback"], typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data.")
+        Literal["nearest", "feedback"],
+        typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data."),
     ] = "nearest",
     steps: Annotated[
         Literal["least-squares", "unbiased", "layerwise", "distill"],

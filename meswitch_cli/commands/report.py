@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,10 @@ def print_plan(job: Job) -> None:
         items = [item for item in job.plan.tensors if item.kind == kind]
         bits = job.settings.bits if kind == "linear" else job.settings.embedding_bits
         if items:
-            weights = sum(_numel(item.shape) for item in items)
-            table.add_row(kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else f"{bits} bit")
+            weights = sum(math.prod(item.shape) for item in items)
+            table.add_row(
+                kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else f"{bits} bit"
+            )
     console.print(table)
     if job.plan.added_rows:
         console.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
@@ -143,10 +146,3 @@ def _errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for item in shape:
-        count *= item
-    return count

@@ -98,7 +98,7 @@ class DistilledLinear(nn.Module):
         return self.get_buffer("fixed") + self.values() * spread[:, : self.get_buffer("doubled").shape[1]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _StepLinear.apply(x, self.factors, self)
+        y: torch.Tensor = _StepLinear.apply(x, self.factors, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
@@ -185,10 +185,13 @@ def _trained_steps(
             target = torch.log_softmax(teacher(batch, use_cache=False).logits.float(), dim=-1)
         logits = student(batch, use_cache=False).logits.float()
         loss = nn.functional.kl_div(
-            torch.log_softmax(logits, dim=-1).flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True
+            torch.log_softmax(logits, dim=-1).flatten(0, 1),
+            target.flatten(0, 1),
+            reduction="batchmean",
+            log_target=True,
         )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (update + 1) % settings.save_every == 0:
             checkpoint.save(update + 1)
@@ -298,4 +301,5 @@ def _assemble(job: Job, device: torch.device, weight: Callable[[str], torch.Tens
         value = weight(name).to(device)
         model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     model.tie_weights()
-    return model.eval()
+    evaluated: nn.Module = model.eval()
+    return evaluated

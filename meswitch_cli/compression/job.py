@@ -73,9 +73,7 @@ def prepare(
     plan = make_plan(opened_base, opened_expert)
     narrowest = min((item for item in plan.tensors if item.kind == "linear"), key=lambda item: item.shape[1])
     if settings.salient > narrowest.shape[1]:
-        raise UsageError(
-            f"--salient {settings.salient}: {narrowest.name} has only {narrowest.shape[1]} input channels"
-        )
+        raise UsageError(f"--salient {settings.salient}: {narrowest.name} has only {narrowest.shape[1]} input channels")
     return Job(opened_base, opened_expert, plan, settings, calibration, out)
 
 
@@ -139,7 +137,9 @@ def _changed_weights(job: Job, space: Workspace, which: str, checkpoint: Checkpo
             continue
         known = record.base_digests if which == "base" else record.expert_digests
         for item in unit:
-            name, stored = (item.base_name, item.base_stored) if which == "base" else (item.expert_name, item.expert_stored)
+            name, stored = (
+                (item.base_name, item.base_stored) if which == "base" else (item.expert_name, item.expert_stored)
+            )
             if known[name] != tensor_digest(name, checkpoint.read(stored)):
                 return [f"{which}: tensor {stored!r} is not what it was"]
     return []
@@ -158,7 +158,7 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
         if job.settings.steps == "distill":
             shard = f"quantised-{shard}"
         counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-        data, record = compress_unit(counted, shard, job.settings, statistics, device, job.expert.source.path)
+        data, record = compress_unit(counted, shard, job.settings, statistics, device)
         space.finish_unit(index, _QUANTISED, data, record)
         records[index] = record
         on_progress("compress", 0, len(records))

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,9 +20,11 @@ READ_AHEAD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One planned tensor with its values and the digests of what was read."""
+    """One planned tensor with its values, the files they came from, and the digests of what was read."""
 
     planned: PlannedTensor
+    base_file: Path
+    expert_file: Path
     base: torch.Tensor
     expert: torch.Tensor
     base_digest: str
@@ -53,9 +56,20 @@ def read_pairs(tensors: Iterable[PlannedTensor], base: Checkpoint, expert: Check
                     )
                     ahead += size
                 size, item, base_future, expert_future = reading.popleft()
-                (base_tensor, base_digest), (expert_tensor, expert_digest) = base_future.result(), expert_future.result()
+                (base_tensor, base_digest), (expert_tensor, expert_digest) = (
+                    base_future.result(),
+                    expert_future.result(),
+                )
                 ahead -= size
-                yield TensorPair(item, base_tensor, expert_tensor, base_digest, expert_digest)
+                yield TensorPair(
+                    item,
+                    base.tensors[item.base_stored].path,
+                    expert.tensors[item.expert_stored].path,
+                    base_tensor,
+                    expert_tensor,
+                    base_digest,
+                    expert_digest,
+                )
         finally:
             for _, _, *futures in reading:
                 for future in futures:

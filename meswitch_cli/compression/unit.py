@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -35,7 +34,6 @@ def compress_unit(
     settings: CompressionSettings,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
-    expert_folder: Path,
 ) -> tuple[bytes, UnitRecord]:
     """Compress a unit's tensors into the bytes of its shard.
 
@@ -50,7 +48,7 @@ def compress_unit(
     for pair in pairs:
         base_digests[pair.planned.base_name] = pair.base_digest
         expert_digests[pair.planned.expert_name] = pair.expert_digest
-        entry, tensors = _compress_tensor(pair, shard, settings, statistics, device, expert_folder)
+        entry, tensors = _compress_tensor(pair, shard, settings, statistics, device)
         if entry is None:
             unchanged.append(pair.planned.name)
         else:
@@ -67,12 +65,11 @@ def _compress_tensor(
     settings: CompressionSettings,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
-    expert_folder: Path,
 ) -> tuple[TensorEntry | None, dict[str, torch.Tensor]]:
     planned, name = pair.planned, pair.planned.name
     quantizer = tensor_settings(planned, settings)
     if quantizer is None:
-        _refuse_non_finite(pair.expert, name, expert_folder)
+        _refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
             return None, {}
         tensors = {f"{name}.value": pair.expert}
@@ -81,12 +78,12 @@ def _compress_tensor(
     try:
         result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
     except FloatingPointError as error:
-        _refuse_non_finite(pair.expert, name, expert_folder)
-        raise CheckpointError(f"the base's tensor {planned.base_stored!r} holds NaN or infinity") from error
+        _refuse_non_finite(pair)
+        raise CheckpointError(f"{pair.expert_file}: tensor {name!r}: its delta is beyond fp32") from error
     added = pair.expert[rows:]
     tensors = delta_tensors(name, result[0]) if result else {}
     if len(added):
-        _refuse_non_finite(added, name, expert_folder)
+        _refuse_non_finite(pair)
         tensors[f"{name}.added_rows"] = added.clone()
     if not tensors and planned.shape == planned.base_shape:
         return None, {}
@@ -141,6 +138,10 @@ def _entry(
     )
 
 
-def _refuse_non_finite(tensor: torch.Tensor, name: str, folder: Path) -> None:
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinity; the fine-tune is damaged")
+def _refuse_non_finite(pair: TensorPair) -> None:
+    for tensor, file, name in (
+        (pair.base, pair.base_file, pair.planned.base_stored),
+        (pair.expert, pair.expert_file, pair.planned.expert_stored),
+    ):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")

@@ -73,9 +73,7 @@ def unbiased_steps(
 def layerwise_steps(block: torch.Tensor, multiples: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Steps `[rows, 1]` that minimise the layer's output error: (q H d) / (q H q), H the inputs' gram matrix."""
     projected = multiples @ gram
-    return _ratio(
-        (projected * block).sum(-1, keepdim=True), (projected * multiples).sum(-1, keepdim=True)
-    )
+    return _ratio((projected * block).sum(-1, keepdim=True), (projected * multiples).sum(-1, keepdim=True))
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     mean = diagonal.mean()
     diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def feedback_codes(

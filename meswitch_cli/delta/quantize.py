@@ -118,7 +118,9 @@ def dequantize(delta: QuantizedDelta) -> torch.Tensor:
     return values
 
 
-def row_blocks(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> Iterator[tuple[int, torch.Tensor]]:
+def row_blocks(
+    base: torch.Tensor, expert: torch.Tensor, device: torch.device | str
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first row, `expert - base` in fp32) for blocks of rows."""
     step = max(1, BLOCK_ELEMENTS // expert.shape[1])
     for row in range(0, expert.shape[0], step):

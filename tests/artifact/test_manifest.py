@@ -1,0 +1,168 @@
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, parse_manifest
+from meswitch_cli.errors import ArtifactError, MeswitchError
+
+SHARD = "delta-00001-of-00001.safetensors"
+DIGEST = "0" * 64
+VALID: dict[str, Any] = {
+    "format_version": 1,
+    "base": {"id": "base", "revision": None, "fingerprint": f"sha256:{DIGEST}"},
+    "expert": {"id": "expert", "revision": "main", "fingerprint": f"sha256:{DIGEST}"},
+    "model_type": "llama",
+    "num_layers": 1,
+    "dtype": "bfloat16",
+    "settings": {"bits": 2},
+    "tensors": [
+        {
+            "name": "a.weight",
+            "kind": "linear",
+            "shape": [8, 32],
+            "base": "a.weight",
+            "base_shape": [8, 32],
+            "layer": 0,
+            "shard": SHARD,
+            "nbytes": 96,
+            "bits": 2,
+            "salient": 1,
+            "group_size": 0,
+            "channel_scale": False,
+            "added_rows": 0,
+            "delta_energy": 1.0,
+            "weight_error": 0.1,
+            "output_error": None,
+        }
+    ],
+    "unchanged": ["b.weight"],
+    "shards": [{"name": SHARD, "nbytes": 200, "sha256": DIGEST}],
+    "files": [{"name": "config.json", "nbytes": 2, "sha256": DIGEST}],
+    "config_differences": {},
+    "created_with": "meswitch 0.1.0",
+}
+
+
+def _parse(value: Any) -> Any:
+    return parse_manifest(json.dumps(value).encode(), "manifest")
+
+
+def _changed(path: str, value: Any) -> dict[str, Any]:
+    result = copy.deepcopy(VALID)
+    *parents, last = path.split(".")
+    target: Any = result
+    for key in parents:
+        target = target[int(key) if key.isdigit() else key]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return result
+
+
+def test_round_trip() -> None:
+    manifest = _parse(VALID)
+    assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+
+
+def test_written_manifest_is_read_back(pair: tuple[Path, Path], make_artifact: Callable[..., Artifact]) -> None:
+    manifest = make_artifact(pair).manifest
+    assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format_version", 2, "format version 2.*upgrade meswitch"),
+        ("format_version", 0, "format version 0"),
+        ("format_version", "1", "'format_version' is not a whole number"),
+        ("base", ..., "'base' is missing"),
+        ("base.fingerprint", "md5:12", "'fingerprint' is not of the form"),
+        ("base.id", "a\x00b", "'id' is not a short printable"),
+        ("dtype", "int8", "'dtype' is not one of"),
+        ("num_layers", -1, "whole number"),
+        ("num_layers", True, "whole number"),
+        ("tensors", {}, "'tensors' is not a list"),
+        ("tensors.0.shape", [2**40, 2**40], "'shape' is not a shape"),
+        ("tensors.0.shape", [8, 0], "'shape' is not a shape"),
+        ("tensors.0.shape", [8, 64], "does not go with base shape"),
+        ("tensors.0.shape", [12, 32], "added rows"),
+        ("tensors.0.bits", 3, "bits must be"),
+        ("tensors.0.bits", 10**30, "whole number"),
+        ("tensors.0.salient", 33, "salient 33"),
+        ("tensors.0.group_size", 20, "group size 20"),
+        ("tensors.0.kind", "matrix", "'kind' is not one of"),
+        ("tensors.0.kind", "dense", "cannot have quantisation"),
+        ("tensors.0.shard", "../../etc/passwd", "'shard' is not of the form"),
+        ("tensors.0.shard", "delta-00002-of-00002.safetensors", "not listed"),
+        ("tensors.0.weight_error", "small", "a finite number"),
+        ("unchanged", ["a.weight"], "listed twice"),
+        ("unchanged", [3], "list of strings"),
+        ("shards.0.name", "/etc/passwd", "'name' is not of the form"),
+        ("shards.0.name", "delta-00002-of-00002.safetensors", "not numbered"),
+        ("shards.0.nbytes", 2**60, "whole number"),
+        ("files.0.name", "../config.json", "'name' is not of the form"),
+        ("files.0.name", "meswitch.json", "listed twice"),
+        ("files.0.name", "..", "'name' is not of the form"),
+        ("files.0.sha256", "xyz", "'sha256' is not of the form"),
+    ],
+)
+def test_what_cannot_be_is_refused(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        _parse(_changed(path, value))
+
+
+def test_not_json_and_too_large() -> None:
+    for raw in (b"", b"[1, 2]", b"{", b'{"format_version": NaN}', b"\xff\xfe", b"[" * 100_000):
+        with pytest.raises(ArtifactError):
+            parse_manifest(raw, "manifest")
+    with pytest.raises(ArtifactError, match="more than a manifest"):
+        parse_manifest(b" " * (MAX_MANIFEST_BYTES + 1), "manifest")
+
+
+def test_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"not an artifact: it has no {MANIFEST_FILE}"):
+        Artifact.open(tmp_path)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def _paths(value: Any, prefix: str = "") -> list[str]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = []
+    for key, inner in items:
+        path = f"{prefix}{key}"
+        if not isinstance(value, list):
+            found.append(path)
+        found += _paths(inner, f"{path}.")
+    return found
+
+
+@settings(max_examples=500, deadline=None)
+@given(path=st.sampled_from(_paths(VALID)), value=_JSON | st.just(...))
+def test_any_change_is_read_or_refused(path: str, value: Any) -> None:
+    try:
+        manifest = _parse(_changed(path, value))
+    except MeswitchError:
+        return
+    for entry in manifest.tensors:
+        entry.stored_shapes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.binary(max_size=300) | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(MeswitchError):
+        parse_manifest(raw, "manifest")

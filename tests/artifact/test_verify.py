@@ -1,0 +1,156 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zoo.tiny import make_pair
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.disk import file_digest
+from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import ArtifactError, MeswitchError
+
+Pair = tuple[Path, Path]
+Make = Callable[..., Artifact]
+
+
+def _verify(path: Path) -> int:
+    return len(list(Artifact.open(path).verify()))
+
+
+def _edit(path: Path, edit: Callable[[dict], None]) -> None:
+    file = path / MANIFEST_FILE
+    value = json.loads(file.read_text())
+    edit(value)
+    file.write_text(json.dumps(value))
+
+
+def _with_honest_hash(path: Path, shard: str) -> None:
+    """Make the manifest agree with a shard's bytes, as a forger would."""
+
+    def edit(value: dict) -> None:
+        entry = next(item for item in value["shards"] if item["name"] == shard)
+        entry |= {"nbytes": (path / shard).stat().st_size, "sha256": file_digest(path / shard)}
+
+    _edit(path, edit)
+
+
+def test_a_sound_artifact_passes(pair: Pair, make_artifact: Make) -> None:
+    artifact = make_artifact(pair)
+    assert _verify(artifact.path) == len(artifact.manifest.files) + len(artifact.manifest.shards)
+
+
+def test_its_base_and_no_other_passes(pair: Pair, make_artifact: Make, tmp_path: Path) -> None:
+    manifest = make_artifact(pair).manifest
+    base = Checkpoint.open(str(pair[0]))
+    refuse_other_base(manifest, base_fingerprint(base, check_base_shapes(manifest, base)), "base")
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "other").mkdir()
+    resharded = Checkpoint.open(str(make_pair(tmp_path / "sharded", max_shard_size="20KB")[0]))
+    refuse_other_base(manifest, base_fingerprint(resharded, check_base_shapes(manifest, resharded)), "base")
+    other = Checkpoint.open(str(make_pair(tmp_path / "other", seed=5)[0]))
+    with pytest.raises(ArtifactError, match="wrong base"):
+        refuse_other_base(manifest, base_fingerprint(other, check_base_shapes(manifest, other)), "base")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
+def test_base_of_another_family_is_refused_on_metadata(
+    pair: Pair, make_artifact: Make, tmp_path: Path, family: str
+) -> None:
+    other = Checkpoint.open(str(make_pair(tmp_path, family)[0]))
+    with pytest.raises(ArtifactError, match="wrong base"):
+        check_base_shapes(make_artifact(pair).manifest, other)
+
+
+def test_every_flipped_byte_is_found(pair: Pair, make_artifact: Make) -> None:
+    artifact = make_artifact(pair)
+    for file in (*artifact.manifest.shards, *artifact.manifest.files):
+        path = artifact.path / file.name
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(ArtifactError, match="SHA-256"):
+            _verify(artifact.path)
+        path.write_bytes(original)
+    assert _verify(artifact.path)
+
+
+def test_missing_and_cut_files_are_found(pair: Pair, make_artifact: Make) -> None:
+    artifact = make_artifact(pair)
+    shard = artifact.path / artifact.manifest.shards[0].name
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match="bytes, the manifest says"):
+        _verify(artifact.path)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        _verify(artifact.path)
+
+
+def test_swapped_shards_are_found_even_with_honest_hashes(pair: Pair, make_artifact: Make) -> None:
+    path = make_artifact(pair).path
+    first, second = (path / Artifact.open(path).manifest.shards[index].name for index in (0, 1))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    for shard in (first, second):
+        _with_honest_hash(path, shard.name)
+    with pytest.raises(ArtifactError, match=r"is missing|not in the manifest"):
+        _verify(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("salient_index", lambda t: t * 0, "not ascending"),
+        ("salient_index", lambda t: t + 10**6, "not ascending and below"),
+        ("salient_index", lambda t: -t - 1, "not ascending"),
+        ("steps", lambda t: t * float("nan"), "not finite"),
+        ("steps", lambda t: t.double(), "has type"),
+        ("codes", lambda t: t[:, :-1].contiguous(), "the manifest says"),
+        ("salient_value", lambda t: t + float("inf"), "not finite"),
+    ],
+)
+def test_forged_tensors_are_found(
+    pair: Pair, make_artifact: Make, part: str, value: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    artifact = make_artifact(pair)
+    shard = artifact.path / artifact.manifest.shards[0].name
+    tensors = safetensors.torch.load_file(shard)
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name] = value(tensors[name])
+    safetensors.torch.save_file(tensors, shard)
+    _with_honest_hash(artifact.path, shard.name)
+    with pytest.raises(ArtifactError, match=message):
+        _verify(artifact.path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 2000), value=st.integers(0, 255), cut=st.integers(0, 100))
+def test_a_forged_shard_is_read_or_refused(fuzzed: tuple[Path, bytes], position: int, value: int, cut: int) -> None:
+    path, original = fuzzed
+    shard = path / "delta-00001-of-00003.safetensors"
+    damaged = bytearray(original)
+    damaged[position % len(damaged)] = value
+    shard.write_bytes(bytes(damaged[: len(damaged) - cut]))
+    _with_honest_hash(path, shard.name)
+    try:
+        _verify(path)
+    except MeswitchError:
+        pass
+    finally:
+        shard.write_bytes(original)
+
+
+@pytest.fixture
+def fuzzed(pair: Pair, make_artifact: Make, tmp_path: Path) -> tuple[Path, bytes]:
+    path = Path(shutil.copytree(make_artifact(pair).path, tmp_path / "fuzzed"))
+    return path, (path / "delta-00001-of-00003.safetensors").read_bytes()

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from zoo.tiny import make_pair
+
+from meswitch_cli.calibration.stream import stream_statistics
+from meswitch_cli.checkpoint.architecture import architecture
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.delta.statistics import InputStatistics
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
+WINDOWS = torch.randint(4, 100, (7, 24), generator=torch.Generator().manual_seed(0))
+
+
+def _streamed(path: Path) -> dict[str, InputStatistics]:
+    checkpoint = Checkpoint.open(str(path))
+    found: dict[str, InputStatistics] = {}
+    order: list[int] = []
+
+    def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
+        order.append(index)
+        found.update(statistics)
+
+    model = architecture(checkpoint.config, str(path))
+    found.update(stream_statistics(checkpoint, model, WINDOWS, on_layer, gram=True))
+    assert order == list(range(model.num_layers))
+    return found
+
+
+def _whole_model(path: Path) -> dict[str, torch.Tensor]:
+    """Inputs of every linear, gathered from the whole model in one batch."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.__setitem__(f"{name}.weight", args[0].reshape(-1, args[0].shape[-1]))
+            )
+    with torch.no_grad():
+        model(WINDOWS)
+    return inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_sees_what_the_whole_model_sees(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meswitch_cli.calibration.stream.BATCH_TOKENS", 3 * 24)  # 7 windows in batches of 3, 3, 1
+    _, expert = make_pair(tmp_path, family)
+    streamed, expected = _streamed(expert), _whole_model(expert)
+    assert set(streamed) == set(expected)
+    for name, inputs in expected.items():
+        assert streamed[name].tokens == WINDOWS.numel()
+        torch.testing.assert_close(streamed[name].energy, inputs.square().sum(0), rtol=1e-3, atol=1e-4)
+        gram = streamed[name].gram
+        assert gram is not None
+        torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-3, atol=1e-3 * float(gram.abs().max()))
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    _, expert = make_pair(tmp_path, num_hidden_layers=6)
+    checkpoint = Checkpoint.open(str(expert))
+    model = architecture(checkpoint.config, str(expert))
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def spy(self: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(self, name)
+
+    seen: list[set[str]] = []
+
+    def on_layer(index: int, _statistics: dict[str, InputStatistics]) -> None:
+        seen.append({name.split(".")[2] for name in read if ".layers." in name})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "read", spy)
+        stream_statistics(checkpoint, model, WINDOWS, on_layer)
+    assert seen == [{str(item) for item in range(index + 1)} for index in range(6)]  # no layer before its turn
+    assert len(read) == len(set(read))  # and none twice

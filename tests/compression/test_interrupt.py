@@ -1,0 +1,49 @@
+"""Kills at random moments, on the tiny family; benchmarks/interrupts.py does the same to a real model."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from zoo.tiny import make_pair
+
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+
+KILLS = 20
+
+
+def _in_child(base: Path, expert: Path, out: Path) -> int:
+    """Compress in a forked process and return its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            compress(prepare(str(base), str(expert), out, CompressionSettings(salient=4), None))
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, kind: signal.Signals) -> None:
+    base, expert = make_pair(tmp_path, num_hidden_layers=6)
+    started = time.perf_counter()
+    assert os.waitpid(_in_child(base, expert, tmp_path / "whole"), 0)[1] == 0
+    duration = time.perf_counter() - started
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    generator = random.Random(0)
+    killed = 0
+    for index in range(KILLS):
+        out = tmp_path / f"out{index}"
+        child = _in_child(base, expert, out)
+        time.sleep(generator.uniform(0, duration))
+        os.kill(child, kind)
+        killed += os.waitpid(child, 0)[1] != 0
+        if not out.exists():
+            assert os.waitpid(_in_child(base, expert, out), 0)[1] == 0
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+        assert not list(tmp_path.glob(f".out{index}*"))
+    assert killed >= KILLS // 2  # most kills met a run that was under way

@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests: tiny checkpoints, and a way to compress them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo.tiny import make_pair
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.calibration.data import read_calibration
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+
+torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
+
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A tiny Llama and a fine-tune of it."""
+    return make_pair(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short conversations as JSONL."""
+    path = tmp_path_factory.mktemp("calibration") / "calibration.jsonl"
+    lines = [{"prompt": f"what is {n} plus two", "response": f"it is {n + 2}, of course"} for n in range(40)]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+@pytest.fixture
+def make_artifact(tmp_path: Path, calibration_file: Path) -> Callable[..., Artifact]:
+    """A function `(pair, *, calibrated=False, out="artifact", **settings)` that compresses and opens the result."""
+
+    def make(pair: Pair, *, calibrated: bool = False, out: str = "artifact", **settings: Any) -> Artifact:
+        data = read_calibration(calibration_file) if calibrated else None
+        chosen = CompressionSettings(
+            **({"salient": 4, "samples": 4, "sequence_length": 32} | settings),
+            calibration=data.sha256 if data else None,
+        )
+        job = prepare(str(pair[0]), str(pair[1]), tmp_path / out, chosen, data)
+        compress(job)
+        return Artifact.open(job.out)
+
+    return make
