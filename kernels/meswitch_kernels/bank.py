@@ -252,9 +252,7 @@ class ExpertBank:
         if index is None or value is None:
             raise ValueError("salient_index and salient_value come together")
         if index.ndim != 1 or len(index) > self.max_salient:
-            raise ValueError(
-                f"salient_index {tuple(index.shape)} does not fit a bank of {self.max_salient} channels"
-            )
+            raise ValueError(f"salient_index {tuple(index.shape)} does not fit a bank of {self.max_salient} channels")
         self._check("salient_index", index, (len(index),), (torch.int32,))
         self._check("salient_value", value, (self.out_features, len(index)), VALUE_DTYPES)
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.in_features:

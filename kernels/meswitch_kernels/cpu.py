@@ -140,9 +140,7 @@ def _decode(
     padded_words = -(-words // 16) * 16
     plain = -(-in_features * size // 64) * 64
     # A slot of fewer bits needs no more: its words hold more channels each, padded to 16 words.
-    spread = (
-        max(-(-words_per_row(in_features, bits) // 16) * 16 * (32 // bits) for bits in (1, bank.bits)) * size
-    )
+    spread = max(-(-words_per_row(in_features, bits) // 16) * 16 * (32 // bits) for bits in (1, bank.bits)) * size
     salient = -(-bank.salient_index.shape[1] // 16) * 64
     acc = count * kernels.ROWS * 64
     of_word = padded_words * 4 if bank.group_size else 0
@@ -214,9 +212,7 @@ def _prefill(
             scale.data_ptr(),
         )
         _run(_tasks()[2], fields, -(-count // kernels.MERGE_ROWS))
-        target[:, first : first + count] = torch.nn.functional.linear(
-            own, merged[:count], shift[first : first + count]
-        )
+        target[:, first : first + count] = torch.nn.functional.linear(own, merged[:count], shift[first : first + count])
     if not every:
         y[tokens] = target
 

@@ -11,6 +11,7 @@ from .cpu_tiles import ROWS, base_tile, delta_tile, finish, merge_tile, salient_
 from .cpu_vector import (
     bits_of,
     fetch_add,
+    prefetch,
     read_bf16,
     read_f16,
     read_f32,
@@ -46,9 +47,7 @@ _delta_bf16_4_1, _delta_bf16_4_2, _delta_bf16_4_4 = (delta_tile(4, bits, False, 
 _group_bf16_1_1, _group_bf16_1_2, _group_bf16_1_4 = (delta_tile(1, bits, True, True) for bits in (1, 2, 4))
 _delta_f32_1_1, _delta_f32_1_2, _delta_f32_1_4 = (delta_tile(1, bits, False, False) for bits in (1, 2, 4))
 _group_f32_1_1, _group_f32_1_2, _group_f32_1_4 = (delta_tile(1, bits, True, False) for bits in (1, 2, 4))
-_salient_bf16, _salient_f16, _salient_f32 = (
-    salient_tile(kind) for kind in ("bfloat16", "float16", "float32")
-)
+_salient_bf16, _salient_f16, _salient_f32 = (salient_tile(kind) for kind in ("bfloat16", "float16", "float32"))
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
 
@@ -76,9 +75,7 @@ def _write(address, value, bf16):
 
 
 @njit
-def _delta(
-    bf16, bits, grouped, four, codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc
-):
+def _delta(bf16, bits, grouped, four, codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc):
     if bf16 and not grouped and four:
         if bits == 1:
             _delta_bf16_4_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
@@ -228,6 +225,15 @@ def _add_group(f, bf16, g, row, valid, acc):
 
 
 @njit
+def _prefetch_group(f, g, row, valid):
+    """Ask for the codes that `_add_group` will read; they arrive while the base product runs."""
+    slot = read_i32(f[GROUPS] + 12 * g)
+    if slot >= 0:
+        row_bytes = (f[IN_FEATURES] * read_i32(f[SLOT_BITS] + 4 * slot) + 31) // 32 * 4
+        prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, valid * row_bytes)
+
+
+@njit
 def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
     if bf16 and four:
         _base_bf16_4(weight, stride, valid, x, x_stride, in_features, acc)
@@ -252,6 +258,8 @@ def rows(fields):
             return
         for row in range(start, min(start + CHUNK_ROWS, out_features), ROWS):
             valid = min(ROWS, out_features - row)
+            for g in range(f[GROUP_COUNT]):
+                _prefetch_group(f, g, row, valid)
             t = 0
             while t < tokens:
                 four = t + 4 <= tokens
@@ -334,7 +342,5 @@ def merge(fields):
                     word = read_i32(codes + 4 * (channel * bits // 32))
                     code = (word >> (channel * bits % 32)) & ((1 << bits) - 1)
                     step = read_f32(steps + 4 * (channel // span)) * read_f32(f[SCALE] + 4 * channel)
-                    value = (
-                        _read(weight + size * channel, bf16) + (code - (2**bits - 1) / 2) * step + residual
-                    )
+                    value = _read(weight + size * channel, bf16) + (code - (2**bits - 1) / 2) * step + residual
                     _write(merged + size * channel, types.float32(value), bf16)

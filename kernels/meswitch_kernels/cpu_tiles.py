@@ -26,6 +26,7 @@ from .cpu_vector import (
     V16I,
     V32H,
     broadcast,
+    code_lanes,
     code_pairs,
     code_values,
     constants,
@@ -37,7 +38,6 @@ from .cpu_vector import (
     load,
     load_masked,
     narrow_bf16,
-    splat,
     store,
     store_masked,
     sum_lanes,
@@ -84,9 +84,7 @@ def base_tile(tokens: int, bf16: bool) -> Any:
             for row in rows:
                 address = builder.add(row, offset)
                 weights.append(
-                    load(builder, address, kind)
-                    if mask is None
-                    else load_masked(builder, address, kind, mask)
+                    load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
                 )
             for t in range(tokens):
                 values = load(builder, builder.add(inputs[t], offset), kind)
@@ -131,11 +129,7 @@ def delta_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Any:
             offset = builder.mul(index, I64(4 * LANES))
             for r in range(ROWS):
                 address = builder.add(rows[r], offset)
-                packed = (
-                    load(builder, address, V16I)
-                    if mask is None
-                    else load_masked(builder, address, V16I, mask)
-                )
+                packed = load(builder, address, V16I) if mask is None else load_masked(builder, address, V16I, mask)
                 values = code_pairs(builder, packed, bits) if bf16 else code_values(builder, packed, bits)
                 scale = None
                 if grouped:
@@ -221,31 +215,28 @@ def merge_tile(bits: int, bf16: bool) -> Any:
     def emit(builder: Builder, args: Sequence[Any]) -> None:
         weight, codes, step, scale, merged, first, last = args
         step_vector = broadcast(builder, load(builder, step, F32))
-        last_word = builder.sdiv(builder.sub(last, I64(1)), I64(per_word))
+        last_word = builder.udiv(builder.sub(last, I64(1)), I64(per_word))
 
         def word(index: Any) -> Any:
             within = builder.icmp_signed("<", index, last_word)
             return load(builder, _offset(builder, codes, builder.select(within, index, last_word), 4), I32)
 
         def chunk(channel: Any, mask: Any) -> None:
-            index = builder.sdiv(channel, I64(per_word))
+            index = builder.udiv(channel, I64(per_word))
             if bits == 4:
-                pair = builder.insert_element(
-                    ir.Constant(ir.VectorType(I32, 2), ir.Undefined), word(index), I32(0)
-                )
+                pair = builder.insert_element(ir.Constant(ir.VectorType(I32, 2), ir.Undefined), word(index), I32(0))
                 pair = builder.insert_element(pair, word(builder.add(index, I64(1))), I32(1))
                 words = builder.shuffle_vector(pair, pair, constants([0] * 8 + [1] * 8, I32))
                 shifts = constants([4 * (lane % 8) for lane in range(LANES)], I32)
             else:
                 whole = word(index)
                 if bits == 1:
-                    whole = builder.lshr(whole, builder.trunc(builder.srem(channel, I64(32)), I32))
+                    whole = builder.lshr(whole, builder.trunc(builder.urem(channel, I64(32)), I32))
                 words, shifts = (
                     broadcast(builder, whole),
                     constants([bits * lane for lane in range(LANES)], I32),
                 )
-            code = builder.and_(builder.lshr(words, shifts), splat(2**bits - 1, I32))
-            value = builder.fsub(builder.sitofp(code, V16F), splat((2**bits - 1) / 2, F32))
+            value = code_lanes(builder, builder.lshr(words, shifts), bits)
             factor = builder.fmul(step_vector, load(builder, _offset(builder, scale, channel, 4), V16F))
             place = _offset(builder, weight, channel, size)
             base = load(builder, place, kind) if mask is None else load_masked(builder, place, kind, mask)

@@ -112,8 +112,7 @@ def sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
     """Sum of the lanes, pairwise."""
     for width in (8, 4, 2, 1):
         halves = [
-            builder.shuffle_vector(vector, vector, constants(range(first, first + width), I32))
-            for first in (0, width)
+            builder.shuffle_vector(vector, vector, constants(range(first, first + width), I32)) for first in (0, width)
         ]
         vector = builder.fadd(*halves)
     return builder.extract_element(vector, I32(0))
@@ -127,6 +126,10 @@ def widen_bf16(builder: ir.IRBuilder, halves: Any) -> Any:
 
 def narrow_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
     """16 finite float32 to bfloat16 (as i16), to nearest, ties to even."""
+    if HAS_BF16:
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        kind = ir.FunctionType(ir.VectorType(I16, LANES), [V16F])
+        return builder.call(_declare(builder, name, kind), [floats])
     bits = builder.bitcast(floats, V16I)
     odd = builder.and_(builder.lshr(bits, splat(16, I32)), splat(1, I32))
     rounded = builder.add(bits, builder.add(odd, splat(0x7FFF, I32)))
@@ -174,19 +177,26 @@ def code_pairs(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
 
 def code_values(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
     """The values of 16 words' codes as `32 // bits` float32 vectors; vector s holds code s of each word."""
-    result = []
-    for s in range(32 // bits):
-        codes = builder.and_(builder.lshr(words, splat(s * bits, I32)), splat(2**bits - 1, I32))
-        result.append(builder.fsub(builder.sitofp(codes, V16F), splat((2**bits - 1) / 2, F32)))
-    return result
+    shifted = [builder.lshr(words, splat(s * bits, I32)) for s in range(32 // bits)]
+    return [code_lanes(builder, codes, bits) for codes in shifted]
+
+
+def code_lanes(builder: ir.IRBuilder, shifted: Any, bits: int) -> Any:
+    """The float32 values of codes that lie in the low bits of 16 lanes of i32, whatever is above them."""
+    middle = (2**bits - 1) / 2
+    if HAS_BF16:
+        # vpermps reads the low four bits; the table heeds those that are the code.
+        table = constants([i % 2**bits - middle for i in range(LANES)], F32)
+        name = "llvm.x86.avx512.permvar.sf.512"
+        return builder.call(_declare(builder, name, ir.FunctionType(V16F, [V16F, V16I])), [table, shifted])
+    codes = builder.and_(shifted, splat(2**bits - 1, I32))
+    return builder.fsub(builder.sitofp(codes, V16F), splat(middle, F32))
 
 
 def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> Any:
     """float32 values at `base + 4 * index` for the lanes that `mask` names."""
     offsets = builder.mul(builder.sext(index, ir.VectorType(I64, LANES)), splat(4, I64))
-    pointers = builder.inttoptr(
-        builder.add(broadcast(builder, base), offsets), ir.VectorType(F32.as_pointer(), LANES)
-    )
+    pointers = builder.inttoptr(builder.add(broadcast(builder, base), offsets), ir.VectorType(F32.as_pointer(), LANES))
     function = _declare(
         builder,
         "llvm.masked.gather.v16f32.v16p0",
@@ -221,6 +231,18 @@ read_bf16 = emitted(1, _scalar(I16, _widen_one_bf16), types.float32)
 read_i16 = emitted(1, _scalar(I16, lambda b, v: b.zext(v, I64)), types.int64)
 write_i16 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I16), a[0]))
 write_i32 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I32), a[0]))
+
+
+def _prefetch(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+    byte = ir.IntType(8).as_pointer()
+    function = _declare(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]))
+    with cgutils.for_range(builder, builder.sdiv(builder.add(args[1], I64(63)), I64(64))) as loop:
+        line = builder.add(args[0], builder.mul(loop.index, I64(64)))
+        builder.call(function, [pointer(builder, line, ir.IntType(8)), I32(0), I32(2), I32(1)])
+
+
+prefetch = emitted(2, _prefetch)
+"""f(address, bytes): bring memory into the second-level cache."""
 
 
 def _fetch_add(builder: ir.IRBuilder, args: Sequence[Any]) -> Any:

@@ -35,9 +35,7 @@ def expert_linear(
     """
     _check_call(x, "in_features", bank.in_features, bank.device, slot_of_token)
     if tuple(weight.shape) != (bank.out_features, bank.in_features):
-        raise ValueError(
-            f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}"
-        )
+        raise ValueError(f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}")
     _check_matches(x, weight, "weight")
     if bias is not None:
         if tuple(bias.shape) != (bank.out_features,):
@@ -70,9 +68,7 @@ def expert_embedding(
         raise TypeError(f"ids are {ids.dtype} {tuple(ids.shape)}; expected int32 or int64 [tokens]")
     _check_slot_count(slot_of_token, len(ids), ids.device)
     if tuple(weight.shape) != (bank.out_features, bank.in_features):
-        raise ValueError(
-            f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}"
-        )
+        raise ValueError(f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}")
     if weight.device != bank.device or ids.device != bank.device:
         raise ValueError(f"ids are on {ids.device}, weight on {weight.device}, the bank on {bank.device}")
     name = _choose(backend, weight)
@@ -83,9 +79,7 @@ def expert_embedding(
         return result
     bank.check_slots(slot_of_token)
     _check_ids(ids, bank, slot_of_token)
-    y: Tensor = backend_module(name).expert_embedding(
-        ids, weight, bank.tensors, bank.added_rows, slot_of_token
-    )
+    y: Tensor = backend_module(name).expert_embedding(ids, weight, bank.tensors, bank.added_rows, slot_of_token)
     return y
 
 
@@ -119,9 +113,7 @@ def expert_head(
         return logits
     name = _choose(backend, x)
     if torch.compiler.is_compiling():
-        added: Tensor = torch.ops.meswitch.added_logits(
-            x, bank.added_rows, bank.added_counts, slot_of_token, name
-        )
+        added: Tensor = torch.ops.meswitch.added_logits(x, bank.added_rows, bank.added_counts, slot_of_token, name)
     else:
         added = backend_module(name).added_logits(x, bank.added_rows, bank.added_counts, slot_of_token)
     return torch.cat([logits, added], 1)

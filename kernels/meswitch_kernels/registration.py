@@ -18,9 +18,7 @@ _BANK = (
 )
 
 
-def _unpack_groups(
-    packed: Sequence[Tensor], tile_size: int, slot_of_token: Tensor, slots: int
-) -> TokenGroups | None:
+def _unpack_groups(packed: Sequence[Tensor], tile_size: int, slot_of_token: Tensor, slots: int) -> TokenGroups | None:
     if not packed:
         return None
     order, tile_slot, tile_start, tile_count = packed
@@ -77,9 +75,7 @@ def _gain_op(x: Tensor, table: Tensor, slot_of_token: Tensor, backend: str) -> T
     return y
 
 
-def _added_op(
-    x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor, backend: str
-) -> Tensor:
+def _added_op(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
     y: Tensor = backend_module(backend).added_logits(x, added_rows, added_counts, slot_of_token)
     return y
 
@@ -111,8 +107,7 @@ _library.define(
 )
 _library.define("expert_norm_gain(Tensor x, Tensor table, Tensor slot_of_token, str backend) -> Tensor")
 _library.define(
-    "added_logits(Tensor x, Tensor added_rows, Tensor added_counts, Tensor slot_of_token, "
-    "str backend) -> Tensor"
+    "added_logits(Tensor x, Tensor added_rows, Tensor added_counts, Tensor slot_of_token, str backend) -> Tensor"
 )
 _library.impl("expert_linear", _linear_op, "CompositeExplicitAutograd")
 _library.impl("expert_embedding", _embedding_op, "CompositeExplicitAutograd")

@@ -142,9 +142,9 @@ def random_call(
     bank = ExpertBank(slots, in_features, out_features, max(widths), group_size, max(k, 1), dtype, device)
     for slot in range(slots):
         width = widths[slot % len(widths)]
-        random_expert(
-            seed + slot + 1, in_features, out_features, width, group_size, k, channel_scale, bias
-        ).load_into(bank, slot)
+        random_expert(seed + slot + 1, in_features, out_features, width, group_size, k, channel_scale, bias).load_into(
+            bank, slot
+        )
     weight = torch.randn(out_features, in_features, generator=rng) * in_features**-0.5
     return Call(
         x=torch.randn(tokens, in_features, generator=rng).to(device, dtype),

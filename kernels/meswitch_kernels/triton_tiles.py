@@ -1,0 +1,66 @@
+"""Pieces of the Triton kernels: a tile of packed codes as values, and the salient channels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_codes(
+    rows,  # pointers to the first word of each output row, [BLOCK_OUT]
+    k_start,
+    bits,
+    in_features,
+    BITS: tl.constexpr,  # the width where it is known, 0 where `bits` tells it
+    BLOCK_K: tl.constexpr,
+):
+    """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; zeros past the last channel."""
+    if BITS == 0:
+        k = k_start + tl.arange(0, BLOCK_K)
+        words = tl.load(rows[:, None] + (k * bits >> 5)[None, :], mask=(k < in_features)[None, :], other=0)
+        return (words >> (k * bits & 31)[None, :]) & ((1 << bits) - 1)
+    else:
+        PER_WORD: tl.constexpr = 32 // BITS
+        BLOCK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
+        word = k_start // PER_WORD + tl.arange(0, BLOCK_WORDS)
+        words = tl.load(rows[:, None] + word[None, :], mask=(word * PER_WORD < in_features)[None, :], other=0)
+        shifts = tl.arange(0, PER_WORD) * BITS
+        codes = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+        return tl.reshape(codes, (rows.shape[0], BLOCK_K))
+
+
+@triton.jit
+def code_values(codes, bits):
+    """Codes as float32 values, (code - (2^bits - 1) / 2), exactly.
+
+    Setting a code into the mantissa of 2^23 converts it at the rate of ordinary arithmetic; the conversion
+    instruction runs at a fraction of that.
+    """
+    whole = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return whole - ((1 << bits) - 1).to(tl.float32) * 0.5
+
+
+@triton.jit
+def load_steps(
+    steps,  # pointer to the slot's first step
+    rows,  # output rows, [BLOCK_OUT]
+    k_start,
+    group_size,
+    in_features,
+    BLOCK_K: tl.constexpr,
+):
+    """The step `[BLOCK_OUT, BLOCK_K]` of each channel, for groups of a multiple of 32 channels."""
+    groups = (in_features + group_size - 1) // group_size
+    part = (k_start + 32 * tl.arange(0, BLOCK_K // 32)) // group_size
+    step = tl.load(steps + rows[:, None] * groups + part[None, :], mask=(part < groups)[None, :], other=0.0)
+    spread = tl.broadcast_to(step[:, :, None], (rows.shape[0], BLOCK_K // 32, 32))
+    return tl.reshape(spread, (rows.shape[0], BLOCK_K))
+
+
+@triton.jit
+def slot_is_servable(slot, slot_bits, slots):
+    """Whether `slot` is the base, or inside the bank and loaded."""
+    inside = (slot >= 0) & (slot < slots)
+    loaded = tl.load(slot_bits + tl.where(inside, slot, 0)) > 0
+    return (slot == -1) | (inside & loaded)

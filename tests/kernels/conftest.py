@@ -1,0 +1,41 @@
+"""Kernel tests run on a GPU where there is one; elsewhere Triton interprets its kernels on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_interpreter_repairs():
+    """Two holes in the interpreter of Triton 3.6, mended for the tests alone.
+
+    It takes loop bounds by `int(one_element_array)`, which numpy 2.4 refuses, and multiplies the bit patterns
+    of bfloat16 operands of `tl.dot` as if they were integers.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    import triton.language as tl
+
+    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def patched_tensor(tensor, *arguments):
+        patch_tensor(tensor, *arguments)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        data = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def patched_dot(self, a, b, *arguments):
+        return create_dot(self, widened(a), widened(b), *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", patched_dot)
+        yield
