@@ -74,17 +74,22 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(lock: Path) -> Iterator[None]:
-    """Hold a lock file against a second writer.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make a folder if need be and hold it against a second writer; the hold goes with the folder if it is renamed.
 
     Raises:
-        ArtifactError: another process holds it.
+        ArtifactError: another process holds it, or it cannot be made.
     """
-    with disk_errors(lock):
-        stream = lock.open("w")
-    with stream:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ArtifactError(f"{lock.parent}: another meswitch is writing here; wait for it to end") from error
+            raise ArtifactError(f"{folder}: another meswitch is writing here; wait for it to end") from error
+        if not folder.exists() or folder.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise ArtifactError(f"{folder}: another meswitch has just finished here; run the command again")
         yield
+    finally:
+        os.close(descriptor)

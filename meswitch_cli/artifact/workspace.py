@@ -1,7 +1,8 @@
 """An artifact being made: finished units survive a crash, and the finished artifact appears in one rename.
 
-Work goes on in a hidden folder beside the output. A finished unit is a shard and a record of it; the shard is there
-before the record, so a record can be trusted. The same command finds the folder again and continues.
+Work goes on in a hidden folder beside the output, removed when it is done. A finished unit is a shard and a record of
+it; the shard is there before the record, so a record can be trusted. The same command finds the folder again and
+continues.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, T
 from meswitch_cli.errors import ArtifactError
 
 _IDENTITY_FILE = "identity.json"
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -52,100 +54,118 @@ class UnitRecord:
 
 
 class Workspace:
-    """The hidden folder of one artifact in the making; open it with `workspace()`."""
+    """The state of one artifact in the making; open it with `workspace()`.
 
-    def __init__(self, out: Path, folder: Path) -> None:
-        self.out, self.folder = out, folder
+    `state` holds what only the work needs; `artifact`, inside it, becomes the output.
+    """
+
+    def __init__(self, out: Path, state: Path) -> None:
+        self.out, self.state, self.artifact = out, state, state / "artifact"
 
     def identity(self) -> dict[str, Any] | None:
-        """What earlier work in this folder was made from, None where there is none."""
-        path = self.folder / _IDENTITY_FILE
+        """What earlier work here was made from, None where there is none."""
+        path = self.state / _IDENTITY_FILE
         return json.loads(path.read_bytes()) if path.exists() else None
 
-    def set_identity(self, identity: Mapping[str, Any]) -> None:
-        write_atomically(self.folder / _IDENTITY_FILE, json.dumps(identity).encode())
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Forget all earlier work and begin anew."""
+        _empty(self.state)
+        self.set_identity(identity)
 
-    def clear(self) -> None:
-        """Forget all earlier work."""
-        with disk_errors(self.folder):
-            for path in self.folder.iterdir():
-                path.unlink()
+    def set_identity(self, identity: Mapping[str, Any]) -> None:
+        with disk_errors(self.artifact):
+            self.artifact.mkdir(exist_ok=True)
+        write_atomically(self.state / _IDENTITY_FILE, json.dumps(identity).encode())
+
+    def shard_path(self, name: str) -> Path:
+        """Where a shard lies: among the artifact's files if it is one of them."""
+        return (self.artifact if name.startswith("delta-") else self.state) / name
 
     def record(self, index: int, stage: str) -> UnitRecord | None:
         """The record of a finished unit whose shard is there in full, else None."""
-        path = self.folder / f"{stage}-{index:05d}.json"
+        path = self.state / f"{stage}-{index:05d}.json"
         if not path.exists():
             return None
         record = UnitRecord.from_json(path.read_bytes())
-        shard = self.folder / record.shard.name
+        shard = self.shard_path(record.shard.name)
         return record if shard.exists() and shard.stat().st_size == record.shard.nbytes else None
 
     def finish_unit(self, index: int, stage: str, shard: bytes, record: UnitRecord) -> None:
         """Make a unit durable: shard first, record second."""
-        write_atomically(self.folder / record.shard.name, shard)
-        write_atomically(self.folder / f"{stage}-{index:05d}.json", record.to_json().encode())
+        write_atomically(self.shard_path(record.shard.name), shard)
+        write_atomically(self.state / f"{stage}-{index:05d}.json", record.to_json().encode())
 
     def publish(self, manifest: Manifest, side_files: Mapping[str, bytes]) -> None:
-        """Write the manifest and the side files, drop what is not the artifact's, and move it into place.
+        """Write the manifest and the side files, and move the artifact into place.
 
         Raises:
             ArtifactError: a shard is not what its record says, or the disk refuses.
         """
         for name, data in side_files.items():
-            write_atomically(self.folder / name, data)
+            write_atomically(self.artifact / name, data)
         for shard in manifest.shards:
-            if file_digest(self.folder / shard.name) != shard.sha256:
+            if file_digest(self.artifact / shard.name) != shard.sha256:
                 raise ArtifactError(
-                    f"{self.folder / shard.name}: changed on disk since it was written; delete it and run again"
+                    f"{self.artifact / shard.name}: changed on disk since it was written; delete it and run again"
                 )
-        write_atomically(self.folder / MANIFEST_FILE, manifest.to_json().encode())
+        write_atomically(self.artifact / MANIFEST_FILE, manifest.to_json().encode())
         keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
         with disk_errors(self.out):
-            for path in self.folder.iterdir():
-                if path.name not in keep:
+            for path in self.artifact.iterdir():
+                if path.name not in keep:  # temporary files of interrupted writes
                     path.unlink()
-            replaced = self.folder.with_suffix(".replaced")
             if self.out.exists():
-                self.out.rename(replaced)
-            self.folder.rename(self.out)
+                self.out.rename(self.state / _REPLACED)
+            self.artifact.rename(self.out)
             sync_folder(self.out.parent)
-            if replaced.exists():
-                shutil.rmtree(replaced)
+            shutil.rmtree(self.state)
 
 
 @contextmanager
 def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
-    """Open the folder in which `out` is made, held against other processes.
+    """Open the place where `out` is made, held against other processes.
 
     Raises:
         ArtifactError: `out` exists (and `force` does not apply), is in use by another process, or cannot be written.
     """
     out = out.expanduser().absolute()
-    folder = out.parent / f".{out.name}.partial"
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.parent / f".{out.name}.lock"
-    with exclusive(lock):
+    state = out.parent / f".{out.name}.partial"
+    _refuse_foreign(out)
+    with exclusive(state):
+        if (out / MANIFEST_FILE).is_file() and not (state / "artifact").exists():
+            _empty(state)  # the work ended with the artifact in place, but could not clean up
         try:
-            _refuse_occupied(out, force)
-            with disk_errors(folder):
-                folder.mkdir(exist_ok=True)
-            yield Workspace(out, folder)
-        finally:
-            if not folder.exists():
-                lock.unlink(missing_ok=True)
+            _refuse_existing(out, force)
+        except ArtifactError:
+            if not any(state.iterdir()):
+                state.rmdir()
+            raise
+        yield Workspace(out, state)
 
 
-def _refuse_occupied(out: Path, force: bool) -> None:
+def _empty(folder: Path) -> None:
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _refuse_foreign(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
         raise ArtifactError(f"{out}: a file is there; choose another output folder")
+    if any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{out}: in use by other files, not an artifact; choose another output folder")
+
+
+def _refuse_existing(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
     if not any(out.iterdir()):
         with disk_errors(out):
             out.rmdir()
-        return
-    if not (out / MANIFEST_FILE).is_file():
-        raise ArtifactError(f"{out}: in use by other files, not an artifact; choose another output folder")
-    if not force:
+    elif not force:
         raise ArtifactError(f"{out}: an artifact is there already; give --force to replace it")

@@ -129,7 +129,7 @@ def distill(
 def _final_unit(
     job: Job, space: Workspace, record: UnitRecord, trained: dict[str, torch.Tensor], name: str
 ) -> tuple[bytes, UnitRecord]:
-    path = space.folder / record.shard.name
+    path = space.shard_path(record.shard.name)
     shard = Shard(path, list(record.tensors))
     tensors = {key: read_tensor(info) for key, info in read_header(path).items()}
     planned = {item.name: item for item in job.plan.tensors}
@@ -176,7 +176,7 @@ def _trained_steps(
     batches = _batches(len(windows), per_batch, settings.updates, job.settings.seed)
     parameters = [module.factors for module in linears.values()]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
-    checkpoint = _TrainingState(space.folder / "training.safetensors", optimizer, parameters)
+    checkpoint = _TrainingState(space.state / "training.safetensors", optimizer, parameters)
     for update in range(checkpoint.load(), settings.updates):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(update, settings.updates)
@@ -271,7 +271,7 @@ def _student_model(
         if name not in where:
             return base.float()
         record, entry = where[name]
-        return expert_tensor(Shard(space.folder / record.shard.name, list(record.tensors)), entry, base)
+        return expert_tensor(Shard(space.shard_path(record.shard.name), list(record.tensors)), entry, base)
 
     model = _assemble(job, device, weight)
     linears: dict[str, DistilledLinear] = {}
@@ -282,7 +282,7 @@ def _student_model(
         parent, _, leaf = path.rpartition(".")
         plain = model.get_submodule(path)
         assert isinstance(plain, nn.Linear)
-        delta = Shard(space.folder / record.shard.name, list(record.tensors)).delta(name)
+        delta = Shard(space.shard_path(record.shard.name), list(record.tensors)).delta(name)
         linears[name] = DistilledLinear(plain.weight.detach(), plain.bias, delta)
         setattr(model.get_submodule(parent), leaf, linears[name])
     return model, linears

@@ -110,8 +110,7 @@ def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
     }
     earlier = space.identity()
     if earlier is None:
-        space.clear()
-        space.set_identity(identity)
+        space.begin(identity)
         return
     changes = job.settings.changes_from(earlier["settings"])
     if earlier["version"] != __version__:
@@ -120,8 +119,9 @@ def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
         if earlier[f"{name}_files"] != identity[f"{name}_files"]:
             changes += _changed_weights(job, space, name, checkpoint)
     if changes and force:
-        space.clear()
-    elif changes:
+        space.begin(identity)
+        return
+    if changes:
         raise ArtifactError(
             f"{job.out}: unfinished work there was begun with other inputs ({'; '.join(changes)}). "
             "Run the earlier command to finish it, or give --force to start over"

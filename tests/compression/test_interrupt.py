@@ -44,6 +44,8 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, kind: signal.Signal
         killed += os.waitpid(child, 0)[1] != 0
         if not out.exists():
             assert os.waitpid(_in_child(base, expert, out), 0)[1] == 0
+        elif list(tmp_path.glob(f".out{index}*")):  # killed after the artifact was there, while it cleaned up
+            assert os.waitpid(_in_child(base, expert, out), 0)[1] != 0  # refused without --force, and cleaned up
         assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
         assert not list(tmp_path.glob(f".out{index}*"))
     assert killed >= KILLS // 2  # most kills met a run that was under way
