@@ -47,33 +47,30 @@ def centred(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def initial_steps(block: torch.Tensor, bits: int, group_size: int, channels: torch.Tensor) -> torch.Tensor:
     """Steps `[rows, groups]` that suit a Gaussian of each group's variance; `channels` `[in]` is 1 where it counts."""
-    count = grouped(channels.expand_as(block), group_size).sum(-1)
-    energy = grouped(block, group_size).square().sum(-1)
-    return GAUSSIAN_STEP[bits] * (energy / count.clamp(min=1)).sqrt()
+    count = grouped(channels[None], group_size).sum(-1)
+    return GAUSSIAN_STEP[bits] * (_dot(block, block, group_size) / count.clamp(min=1)).sqrt()
 
 
-def least_squares_steps(
-    block: torch.Tensor, multiples: torch.Tensor, group_size: int, weights: torch.Tensor
-) -> torch.Tensor:
-    """Steps that minimise the squared error, <q, d> / <q, q>; `weights` `[in]` is 0 for channels kept elsewhere."""
-    weighted = multiples * weights
-    numerator = (grouped(weighted, group_size) * grouped(block, group_size)).sum(-1)
-    return _ratio(numerator, (grouped(weighted, group_size) * grouped(multiples, group_size)).sum(-1))
+def least_squares_steps(block: torch.Tensor, multiples: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Steps that minimise the squared error, <q, d> / <q, q>; both are 0 in the channels kept elsewhere."""
+    return _ratio(_dot(multiples, block, group_size), _dot(multiples, multiples, group_size))
 
 
-def unbiased_steps(
-    block: torch.Tensor, multiples: torch.Tensor, group_size: int, weights: torch.Tensor
-) -> torch.Tensor:
+def unbiased_steps(block: torch.Tensor, multiples: torch.Tensor, group_size: int) -> torch.Tensor:
     """Steps with <d_hat, d> = <d, d>: the delta keeps its full length along itself, where least squares shrinks it."""
-    weighted = grouped(block * weights, group_size)
-    numerator = (weighted * grouped(block, group_size)).sum(-1)
-    return _ratio(numerator, (weighted * grouped(multiples, group_size)).sum(-1))
+    return _ratio(_dot(block, block, group_size), _dot(multiples, block, group_size))
 
 
 def layerwise_steps(block: torch.Tensor, multiples: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Steps `[rows, 1]` that minimise the layer's output error: (q H d) / (q H q), H the inputs' gram matrix."""
     projected = multiples @ gram
-    return _ratio((projected * block).sum(-1, keepdim=True), (projected * multiples).sum(-1, keepdim=True))
+    return _ratio(_dot(projected, block, 0), _dot(projected, multiples, 0))
+
+
+def _dot(left: torch.Tensor, right: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Inner products `[rows, groups]` of the rows' groups."""
+    products: torch.Tensor = torch.linalg.vecdot(grouped(left, group_size), grouped(right, group_size))
+    return products
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """From a base and an expert weight to a low-bit delta with salient channels, and back.
 
 Rows are independent, so everything runs on blocks of rows that stay in the processor's cache; only column sums
-(channel scales, reconstruction errors) span blocks, in sweeps of their own.
+(channel scales, reconstruction errors) span blocks, each in a sweep of its own before the one that quantises.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def quantize(
         ValueError: settings that need calibration without statistics, or more salient channels than inputs.
         FloatingPointError: a weight is NaN or infinite.
     """
-    rows, columns = expert.shape
+    columns = expert.shape[1]
     if settings.salient > columns:
         raise ValueError(f"{settings.salient} salient channels asked for, the tensor has {columns} input channels")
     gram = None
@@ -96,15 +96,10 @@ def quantize(
         if statistics is None or statistics.gram is None:
             raise ValueError(f"rounding={settings.rounding!r}, steps={settings.steps!r} need calibration data")
         gram = statistics.gram.to(device)
-    energy = _column_energy(base, expert, device)
-    if not torch.isfinite(energy).all():
-        raise FloatingPointError("NaN or infinity")
-    if not energy.any():
-        return None
-    scale = _channel_scale(energy, rows) if settings.channel_scale == "rms" else None
-    work = _Work(base, expert, settings, device, scale, None if statistics is None else statistics.energy.to(device))
+    work = _Work(base, expert, settings, device, statistics)
     salient = work.select_salient(settings.salient)
-    return work.run(salient, gram, energy)
+    quantized = work.run(salient, gram)
+    return (quantized, work.error()) if work.delta_energy else None
 
 
 def dequantize(delta: QuantizedDelta) -> torch.Tensor:
@@ -128,17 +123,13 @@ def row_blocks(
         yield row, block.sub_(base[row : row + step].to(device=device, dtype=torch.float32))
 
 
-def _column_energy(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    total = torch.zeros(expert.shape[1], dtype=torch.float64, device=device)
-    for _, block in row_blocks(base, expert, device):
-        total += block.square_().sum(0)
-    return total
-
-
-def _channel_scale(energy: torch.Tensor, rows: int) -> torch.Tensor:
+def _channel_scale(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
-    rms = (energy / rows).sqrt()
-    return (rms / rms.mean()).clamp(max=_FP16_MAX).half()
+    energy = torch.zeros(expert.shape[1], dtype=torch.float64, device=device)
+    for _, block in row_blocks(base, expert, device):
+        energy += block.square_().sum(0)
+    rms = energy.sqrt()
+    return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
 
 
 class _Work:
@@ -150,60 +141,79 @@ class _Work:
         expert: torch.Tensor,
         settings: QuantizerSettings,
         device: torch.device | str,
-        scale: torch.Tensor | None,
-        input_energy: torch.Tensor | None,
+        statistics: InputStatistics | None,
     ) -> None:
         self.base, self.expert, self.settings, self.device = base, expert, settings, device
-        self.scale, self.input_energy = scale, input_energy
         self.columns = expert.shape[1]
-        self.scale32 = None if scale is None else scale.float()
+        self.scale = _channel_scale(base, expert, device) if settings.channel_scale == "rms" else None
+        self.scale32 = None if self.scale is None else self.scale.float()
         self.inverse_scale = None
         if self.scale32 is not None:
             self.inverse_scale = torch.where(self.scale32 > 0, 1 / self.scale32, torch.zeros_like(self.scale32))
+        self.input_energy = None if statistics is None else statistics.energy.to(device)
+        self.energy = torch.zeros(self.columns, dtype=torch.float64, device=device)
+        self.residual_energy = torch.zeros(self.columns, dtype=torch.float64, device=device)
+
+    @property
+    def delta_energy(self) -> float:
+        """Squared Frobenius norm of the delta, once `run` has seen it."""
+        return float(self.energy.sum())
 
     def select_salient(self, count: int) -> torch.Tensor:
         """Indices `[count]` of the channels whose reconstruction error costs most, ascending."""
+        nothing = torch.empty(0, dtype=torch.long, device=self.device)
         if not count:
-            return torch.empty(0, dtype=torch.long, device=self.device)
+            return nothing
         error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-        channels = torch.ones(self.columns, device=self.device)
         for _, block in row_blocks(self.base, self.expert, self.device):
-            codes, steps = self._nearest(self._scaled(block), channels)
+            codes, steps = self._nearest(self._scaled(block), nothing)
             error += block.sub_(self._values(codes, steps)).square_().sum(0)
         if self.input_energy is not None:
             error *= self.input_energy
         return error.topk(count).indices.sort().values
 
-    def run(
-        self, salient: torch.Tensor, gram: torch.Tensor | None, energy: torch.Tensor
-    ) -> tuple[QuantizedDelta, DeltaError]:
+    def run(self, salient: torch.Tensor, gram: torch.Tensor | None) -> QuantizedDelta:
+        """Quantise with these salient channels; the energies of delta and error are gathered on the way."""
         settings = self.settings
-        channels = torch.ones(self.columns, device=self.device)
-        channels[salient] = 0
+        exact = torch.zeros(self.columns, device=self.device).index_fill_(0, salient, 1.0)
         factor = None
         if gram is not None:
             if self.scale32 is not None:  # the codes see the delta divided by t, so their inputs are x * t
                 gram = gram * self.scale32 * self.scale32[:, None]
             if settings.rounding == "feedback":
                 factor = inverse_factor(gram)
-            gram = gram * channels * channels[:, None]
         packed, all_steps, residuals = [], [], []
-        error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
         for _, block in row_blocks(self.base, self.expert, self.device):
+            self.energy += self._checked(block.square().sum(0))
             scaled = self._scaled(block)
-            codes, steps = self._nearest(scaled, channels)
+            codes, steps = self._nearest(scaled, salient)
             if factor is not None:
                 spread = per_channel(steps, self.columns, settings.group_size)
-                codes = feedback_codes(scaled, spread, settings.bits, factor, 1 - channels)
-            steps = self._final_steps(scaled, codes, steps, channels, gram)
+                codes = feedback_codes(scaled, spread, settings.bits, factor, exact)
+            steps = self._final_steps(scaled, codes, steps, salient, gram)
+            packed.append(pack(codes.to(torch.uint8), settings.bits).cpu())
             block -= self._values(codes, steps)
             residual = _sixteen_bit(block[:, salient])
             block[:, salient] -= residual.float()
-            error += block.square_().sum(0)
-            packed.append(pack(codes.to(torch.uint8), settings.bits).cpu())
+            self.residual_energy += block.square_().sum(0)
             all_steps.append(steps.cpu())
             residuals.append(residual.cpu())
-        return self._result(packed, all_steps, residuals, salient), self._error(energy, error)
+        return self._result(packed, all_steps, residuals, salient)
+
+    def error(self) -> DeltaError:
+        """How far the result of `run` is from the delta."""
+        output = None
+        if self.input_energy is not None:
+            weights = self.input_energy.double()
+            weighted = float((self.energy * weights).sum())
+            output = float((self.residual_energy * weights).sum()) / weighted if weighted else 0.0
+        return DeltaError(self.delta_energy, float(self.residual_energy.sum()) / self.delta_energy, output)
+
+    @staticmethod
+    def _checked(energy: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(energy).all():
+            raise FloatingPointError("NaN or infinity")
+        return energy
 
     def _scaled(self, block: torch.Tensor) -> torch.Tensor:
         return block if self.inverse_scale is None else block * self.inverse_scale
@@ -212,13 +222,15 @@ class _Work:
         values = centred(codes, self.settings.bits).mul_(per_channel(steps, self.columns, self.settings.group_size))
         return values if self.scale32 is None else values.mul_(self.scale32)
 
-    def _nearest(self, block: torch.Tensor, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nearest codes and their least-squares steps, fitted in turns."""
+    def _nearest(self, block: torch.Tensor, salient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nearest codes and their least-squares steps, fitted in turns on the channels that are not salient."""
         bits, group_size = self.settings.bits, self.settings.group_size
-        steps = initial_steps(block * channels, bits, group_size, channels)
+        channels = torch.ones(self.columns, device=self.device).index_fill_(0, salient, 0.0)
+        rest = _without(block, salient)
+        steps = initial_steps(rest, bits, group_size, channels)
         for _ in range(1 if bits == 1 else FIT_ROUNDS):  # at 1 bit the code is the sign, whatever the step
             codes = round_to_codes(block, per_channel(steps, self.columns, group_size), bits)
-            steps = least_squares_steps(block, centred(codes, bits), group_size, channels)
+            steps = least_squares_steps(rest, _zeroed(centred(codes, bits), salient), group_size)
         return codes, steps
 
     def _final_steps(
@@ -226,26 +238,22 @@ class _Work:
         block: torch.Tensor,
         codes: torch.Tensor,
         steps: torch.Tensor,
-        channels: torch.Tensor,
+        salient: torch.Tensor,
         gram: torch.Tensor | None,
     ) -> torch.Tensor:
-        multiples, group_size = centred(codes, self.settings.bits), self.settings.group_size
+        group_size = self.settings.group_size
+        rest, multiples = _without(block, salient), _zeroed(centred(codes, self.settings.bits), salient)
         if self.settings.steps == "unbiased":
-            steps = unbiased_steps(block, multiples, group_size, channels)
-        elif self.settings.steps == "layerwise" and gram is not None:
+            steps = unbiased_steps(rest, multiples, group_size)
+        elif self.settings.rounding == "feedback" or self.settings.steps == "layerwise":
+            steps = least_squares_steps(rest, multiples, group_size)
+        if self.settings.steps == "layerwise" and gram is not None:
             # One factor a row: groups keep the proportions that least squares gave them.
-            spread = per_channel(least_squares_steps(block, multiples, group_size, channels), self.columns, group_size)
-            steps = least_squares_steps(block, multiples, group_size, channels) * layerwise_steps(
-                block, multiples * spread, gram
-            )
-        elif self.settings.rounding == "feedback":
-            steps = least_squares_steps(block, multiples, group_size, channels)
-        return self._stored(steps)
-
-    def _stored(self, steps: torch.Tensor) -> torch.Tensor:
-        """Round grouped steps to fp16, the type in which they will be stored, so that residuals are taken after it."""
+            multiples *= per_channel(steps, self.columns, group_size)
+            steps = steps * layerwise_steps(rest, multiples, gram)
         if not self.settings.group_size:
             return steps
+        # Grouped steps are stored in fp16 where they fit: rounded here, so that residuals are taken after it.
         return steps.half().float() if _fits_half(steps) else steps
 
     def _result(
@@ -269,14 +277,15 @@ class _Work:
             None if self.scale is None else self.scale.cpu(),
         )
 
-    def _error(self, energy: torch.Tensor, error: torch.Tensor) -> DeltaError:
-        output = None
-        if self.input_energy is not None:
-            weights = self.input_energy.double()
-            weighted = float((energy * weights).sum())
-            output = float((error * weights).sum()) / weighted if weighted else 0.0
-        total = float(energy.sum())
-        return DeltaError(total, float(error.sum()) / total, output)
+
+def _zeroed(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Set columns to zero, in place."""
+    return block.index_fill_(1, columns, 0.0) if columns.numel() else block
+
+
+def _without(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The block with columns set to zero: the block itself where there are none."""
+    return block.index_fill(1, columns, 0.0) if columns.numel() else block
 
 
 def _fits_half(steps: torch.Tensor) -> bool:
