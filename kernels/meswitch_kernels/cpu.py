@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import itertools
 import threading
-from collections.abc import Sequence
+from array import array
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,8 +45,12 @@ def expert_linear(
     if not y.numel():
         return y
     tokens_of: dict[int, list[int]] = {}
-    for token, slot in enumerate(slot_of_token.tolist()):
-        tokens_of.setdefault(slot, []).append(token)
+    slots = slot_of_token.tolist()
+    if slots.count(slots[0]) == len(slots):
+        tokens_of[slots[0]] = list(range(len(slots)))
+    else:
+        for token, slot in enumerate(slots):
+            tokens_of.setdefault(slot, []).append(token)
     few = []
     slot_bits = bank.slot_bits.tolist()
     for slot, tokens in tokens_of.items():
@@ -54,7 +59,7 @@ def expert_linear(
         elif len(tokens) < PREFILL_TOKENS:
             few.append((slot, tokens))
         else:
-            _prefill(y, x, weight, bias, bank, slot, tokens)
+            y = _prefill(y, x, weight, bias, bank, slot, tokens)
     if few:
         _decode(y, x, weight, bias, bank, few)
     return y
@@ -69,20 +74,46 @@ class _Scratch(threading.local):
     """Memory that a thread's calls reuse; it grows to the largest call."""
 
     buffer = torch.empty(0, dtype=torch.uint8)
+    address = 0
 
-    def take(self, sizes: Sequence[int]) -> list[int]:
-        """Addresses of areas of `sizes` bytes, each at a multiple of 64."""
-        places, end = [], 0
-        for size in sizes:
-            places.append(end)
-            end += -(-size // 64) * 64
-        if end + 64 > len(self.buffer):
-            self.buffer = torch.empty(end + 64, dtype=torch.uint8)
-        base = -(-self.buffer.data_ptr() // 64) * 64
-        return [base + place for place in places]
+    def take(self, size: int) -> int:
+        """The address, a multiple of 64, of at least `size` bytes."""
+        if size + 64 > self.buffer.shape[0]:
+            self.buffer = torch.empty(size + 64, dtype=torch.uint8)
+            self.address = -(-self.buffer.data_ptr() // 64) * 64
+        return self.address
 
 
 _scratch = _Scratch()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Strides and places, in bytes, of what `spread` prepares for `rows`."""
+
+    plain: int
+    spread: int
+    salient: int
+    of_word: int
+    acc: int
+    places: tuple[int, int, int, int, int]
+    size: int
+
+
+@functools.lru_cache(256)
+def _layout(
+    in_features: int, bits: int, grouped: bool, size: int, max_salient: int, tokens: int, groups: int, threads: int
+) -> _Layout:
+    # A slot of fewer bits packs more channels into the words that are padded to 16, so both widths count.
+    padded = {width: -(-words_per_row(in_features, width) // 16) * 16 for width in (1, bits)}
+    plain = -(-in_features * size // 64) * 64
+    spread = max(words * (32 // width) for width, words in padded.items()) * size
+    salient = -(-max_salient // 16) * 64
+    of_word = padded[bits] * 4 if grouped else 0
+    acc = tokens * kernels.ROWS * 64
+    sizes = (plain * tokens, spread * tokens, salient * tokens, of_word * groups, acc * threads)
+    ends = tuple(itertools.accumulate(sizes, initial=0))
+    return _Layout(plain, spread, salient, of_word, acc, ends[:5], ends[5])
 
 
 def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
@@ -111,8 +142,8 @@ def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
     )
 
 
-def _run(task: int, fields: ctypes.Array[ctypes.c_int64], units: int) -> None:
-    address = ctypes.addressof(fields)
+def _run(task: int, fields: array[int], units: int) -> None:
+    address = fields.buffer_info()[0]
     fields[kernels.SELF], fields[kernels.NEXT], fields[kernels.THREAD] = address, 0, 0
     run_task(task, address, units)
 
@@ -128,48 +159,52 @@ def _decode(
     """Write the rows of y that belong to the given tokens, reading every weight and code once."""
     out_features, in_features = weight.shape
     size = x.element_size()
-    order = [token for _, tokens in tokens_of_slot for token in tokens]
-    slots = [slot for slot, tokens in tokens_of_slot for _ in tokens]
-    count, groups = len(order), len(tokens_of_slot)
-    table: list[int] = [*order, *slots]
-    first = 0
+    order: list[int] = []
+    slots: list[int] = []
+    table: list[int] = []
     for slot, tokens in tokens_of_slot:
-        table += [slot, first, len(tokens)]
-        first += len(tokens)
-    words = words_per_row(in_features, bank.bits)
-    padded_words = -(-words // 16) * 16
-    plain = -(-in_features * size // 64) * 64
-    # A slot of fewer bits needs no more: its words hold more channels each, padded to 16 words.
-    spread = max(-(-words_per_row(in_features, bits) // 16) * 16 * (32 // bits) for bits in (1, bank.bits)) * size
-    salient = -(-bank.salient_index.shape[1] // 16) * 64
-    acc = count * kernels.ROWS * 64
-    of_word = padded_words * 4 if bank.group_size else 0
-    threads = torch.get_num_threads()
-    places = _scratch.take((plain * count, spread * count, salient * count, acc * threads, of_word * groups))
-    ints = (ctypes.c_int32 * len(table))(*table)
-    ints_at = ctypes.addressof(ints)
-    fields = (ctypes.c_int64 * kernels.DECODE)(
-        *_fields(x, weight, bank),
-        x.data_ptr(),
-        x.stride(0) * size,
-        y.data_ptr(),
-        y.stride(0) * size,
-        0 if bias is None else bias.data_ptr(),
+        table += (slot, len(order), len(tokens))
+        order += tokens
+        slots += [slot] * len(tokens)
+    count, groups = len(order), len(tokens_of_slot)
+    layout = _layout(
+        in_features,
+        bank.bits,
+        bank.group_size > 0,
+        size,
+        bank.salient_index.shape[1],
         count,
-        ints_at,
-        ints_at + 4 * count,
-        ints_at + 8 * count,
         groups,
-        places[0],
-        plain,
-        places[1],
-        spread,
-        places[2],
-        salient,
-        places[4],
-        of_word,
-        places[3],
-        acc,
+        torch.get_num_threads(),
+    )
+    base = _scratch.take(layout.size)
+    ints = array("i", order + slots + table)
+    ints_at = ints.buffer_info()[0]
+    fields = array(
+        "q",
+        (
+            *_fields(x, weight, bank),
+            x.data_ptr(),
+            x.stride(0) * size,
+            y.data_ptr(),
+            y.stride(0) * size,
+            0 if bias is None else bias.data_ptr(),
+            count,
+            ints_at,
+            ints_at + 4 * count,
+            ints_at + 8 * count,
+            groups,
+            base + layout.places[0],
+            layout.plain,
+            base + layout.places[1],
+            layout.spread,
+            base + layout.places[2],
+            layout.salient,
+            base + layout.places[3],
+            layout.of_word,
+            base + layout.places[4],
+            layout.acc,
+        ),
     )
     spread_task, rows_task, _ = _tasks()
     _run(spread_task, fields, count)
@@ -184,37 +219,52 @@ def _prefill(
     bank: BankTensors,
     slot: int,
     tokens: list[int],
-) -> None:
-    """Write the rows of y of one slot's tokens: W + Δ̂ for a block of output rows, then one BLAS product."""
-    every = len(tokens) == len(x)
+) -> Tensor:
+    """y with the rows of one slot's tokens written, or a tensor to take its place where they are all."""
+    every = len(tokens) == x.shape[0]
     own = x if every else x[tokens]
     if slot < 0:
         result = torch.nn.functional.linear(own, weight, bias)
-        y.copy_(result) if every else y.__setitem__(tokens, result)
-        return
+    else:
+        result = _merged_linear(own, weight, bias, bank, slot)
+    if every:
+        return result
+    y[tokens] = result
+    return y
+
+
+def _merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> Tensor:
+    """x·(W + Δ̂)ᵀ and biases: a block of rows of W + Δ̂ is merged, then multiplied."""
     out_features, in_features = weight.shape
-    scale = torch.zeros(-(-in_features // 16) * 16)
-    scale[:in_features] = bank.channel_scale[slot]
+    scale = torch.nn.functional.pad(bank.channel_scale[slot].float(), (0, -in_features % 16))
     shift = bank.bias_delta[slot] if bias is None else bank.bias_delta[slot] + bias
     shift = shift.to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)
-    merged = torch.empty(min(rows, out_features), in_features, dtype=x.dtype)
-    target = y if every else y.new_empty(len(tokens), out_features)
-    for first in range(0, out_features, rows):
-        count = min(rows, out_features - first)
-        fields = (ctypes.c_int64 * kernels.MERGE)(
+    merged = torch.empty((min(rows, out_features), in_features), dtype=x.dtype)
+    fields = array(
+        "q",
+        (
             *_fields(x, weight, bank),
             merged.data_ptr(),
             in_features * x.element_size(),
-            first,
-            count,
+            0,
+            0,
             slot,
             scale.data_ptr(),
-        )
-        _run(_tasks()[2], fields, -(-count // kernels.MERGE_ROWS))
-        target[:, first : first + count] = torch.nn.functional.linear(own, merged[:count], shift[first : first + count])
-    if not every:
-        y[tokens] = target
+        ),
+    )
+    merge_task = _tasks()[2]
+    if rows >= out_features:
+        fields[kernels.ROW_COUNT] = out_features
+        _run(merge_task, fields, -(-out_features // kernels.MERGE_ROWS))
+        return torch.nn.functional.linear(x, merged, shift)
+    y = x.new_empty(x.shape[0], out_features)
+    for first in range(0, out_features, rows):
+        last = min(first + rows, out_features)
+        fields[kernels.FIRST_ROW], fields[kernels.ROW_COUNT] = first, last - first
+        _run(merge_task, fields, -(-(last - first) // kernels.MERGE_ROWS))
+        y[:, first:last] = torch.nn.functional.linear(x, merged[: last - first], shift[first:last])
+    return y
 
 
 @functools.cache

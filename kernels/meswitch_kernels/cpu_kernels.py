@@ -5,9 +5,13 @@ A task's one argument is the address of its int64 fields, named by the constants
 
 from __future__ import annotations
 
-from numba import carray, cfunc, njit, types  # noqa: I001
+import zlib
+from pathlib import Path
 
-from .cpu_tiles import ROWS, base_tile, delta_tile, finish, merge_tile, salient_tile
+from numba import carray, cfunc, njit, types
+
+from . import cpu_tiles, cpu_vector
+from .cpu_tiles import ROWS, base_tile, delta_tile, finish_tile, merge_tile
 from .cpu_vector import (
     bits_of,
     fetch_add,
@@ -40,6 +44,8 @@ CHUNK_ROWS = 32
 
 MERGE_ROWS = 8
 
+_SOURCES = f"{zlib.crc32(b''.join(Path(m.__file__).read_bytes() for m in (cpu_tiles, cpu_vector))):08x}"
+
 _base_bf16_1, _base_bf16_4 = base_tile(1, True), base_tile(4, True)
 _base_f32_1, _base_f32_4 = base_tile(1, False), base_tile(4, False)
 _delta_bf16_1_1, _delta_bf16_1_2, _delta_bf16_1_4 = (delta_tile(1, bits, False, True) for bits in (1, 2, 4))
@@ -47,9 +53,20 @@ _delta_bf16_4_1, _delta_bf16_4_2, _delta_bf16_4_4 = (delta_tile(4, bits, False, 
 _group_bf16_1_1, _group_bf16_1_2, _group_bf16_1_4 = (delta_tile(1, bits, True, True) for bits in (1, 2, 4))
 _delta_f32_1_1, _delta_f32_1_2, _delta_f32_1_4 = (delta_tile(1, bits, False, False) for bits in (1, 2, 4))
 _group_f32_1_1, _group_f32_1_2, _group_f32_1_4 = (delta_tile(1, bits, True, False) for bits in (1, 2, 4))
-_salient_bf16, _salient_f16, _salient_f32 = (salient_tile(kind) for kind in ("bfloat16", "float16", "float32"))
+_finish_bf16_bf16, _finish_bf16_f16, _finish_bf16_f32 = (
+    finish_tile(kind, True) for kind in ("bfloat16", "float16", "float32")
+)
+_finish_f32_bf16, _finish_f32_f16, _finish_f32_f32 = (
+    finish_tile(kind, False) for kind in ("bfloat16", "float16", "float32")
+)
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
+
+
+def _versioned(task):
+    """Rename a task after the code it inlines: Numba's disk cache looks only at the file of the task itself."""
+    task.__qualname__ = f"{task.__qualname__}_{_SOURCES}"
+    return task
 
 
 @njit(inline="always")
@@ -151,6 +168,7 @@ def _name_groups(f, g):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+@_versioned
 def spread(fields):
     """Lay out each token's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
     f = carray(fields, DECODE)
@@ -193,7 +211,7 @@ def _add_group(f, bf16, g, row, valid, acc):
     slot, first, count = read_i32(entry), read_i32(entry + 4), read_i32(entry + 8)
     if slot < 0:
         return
-    in_features, k, kind = f[IN_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
+    in_features = f[IN_FEATURES]
     bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
     grouped = group_size > 0
     words = (in_features * bits + 31) // 32
@@ -209,19 +227,37 @@ def _add_group(f, bf16, g, row, valid, acc):
             f[SPREAD_STRIDE], words, steps, steps_stride, of_word, acc + t * 64 * ROWS,
         )  # fmt: skip
         t += 4 if four else 1
-    if k == 0:
-        return
-    for t in range(first, first + count):
-        x = f[SALIENT] + t * f[SALIENT_STRIDE]
-        for r in range(valid):
-            lanes = acc + (t * ROWS + r) * 64
-            index = (slot * f[OUT_FEATURES] + row + r) * k
-            if kind == 0:
-                _salient_bf16(lanes, f[SALIENT_VALUE] + 2 * index, x, k)
-            elif kind == 1:
-                _salient_f16(lanes, f[SALIENT_VALUE] + 2 * index, x, k)
-            else:
-                _salient_f32(lanes, f[SALIENT_VALUE] + 4 * index, x, k)
+
+
+@njit
+def _finish(f, bf16, t, row, valid, acc):
+    """Write y of token t for rows `row` and up."""
+    out_features, k, kind = f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
+    size = 2 if bf16 else 4
+    slot = read_i32(f[SLOT_OF] + 4 * t)
+    y = f[Y] + read_i32(f[ORDER] + 4 * t) * f[Y_STRIDE] + size * row
+    bias = f[BIAS] + size * row if f[BIAS] else 0
+    x = f[SALIENT] + t * f[SALIENT_STRIDE]
+    shift, values = 0, 0
+    if slot < 0:
+        k = 0
+    else:
+        place = slot * out_features + row
+        shift = f[BIAS_DELTA] + 4 * place
+        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * place
+    if bf16:
+        if kind == 0:
+            _finish_bf16_bf16(acc, values, x, k, bias, shift, y, valid)
+        elif kind == 1:
+            _finish_bf16_f16(acc, values, x, k, bias, shift, y, valid)
+        else:
+            _finish_bf16_f32(acc, values, x, k, bias, shift, y, valid)
+    elif kind == 0:
+        _finish_f32_bf16(acc, values, x, k, bias, shift, y, valid)
+    elif kind == 1:
+        _finish_f32_f16(acc, values, x, k, bias, shift, y, valid)
+    else:
+        _finish_f32_f32(acc, values, x, k, bias, shift, y, valid)
 
 
 @njit
@@ -246,11 +282,11 @@ def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+@_versioned
 def rows(fields):
     """y for every token, a few weight rows at a time: each weight and code is read from memory once."""
     f = carray(fields, DECODE)
     bf16, tokens, out_features = f[BF16] != 0, f[TOKENS], f[OUT_FEATURES]
-    size = 2 if bf16 else 4
     acc = f[ACC] + fetch_add(f[SELF] + 8 * THREAD, 1) * f[ACC_STRIDE]
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * CHUNK_ROWS
@@ -271,15 +307,7 @@ def rows(fields):
             for g in range(f[GROUP_COUNT]):
                 _add_group(f, bf16, g, row, valid, acc)
             for t in range(tokens):
-                y = f[Y] + read_i32(f[ORDER] + 4 * t) * f[Y_STRIDE]
-                slot = read_i32(f[SLOT_OF] + 4 * t)
-                for r in range(valid):
-                    value = finish(acc + (t * ROWS + r) * 64)
-                    if f[BIAS]:
-                        value += _read(f[BIAS] + size * (row + r), bf16)
-                    if slot >= 0:
-                        value += read_f32(f[BIAS_DELTA] + 4 * (slot * out_features + row + r))
-                    _write(y + size * (row + r), value, bf16)
+                _finish(f, bf16, t, row, valid, acc + t * ROWS * 64)
 
 
 @njit
@@ -299,6 +327,7 @@ def _merge(bf16, bits, weight, codes, step, scale, merged, first, last):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+@_versioned
 def merge(fields):
     """W + Δ̂ of one slot for `ROW_COUNT` rows from `FIRST_ROW` on, salient channels included."""
     f = carray(fields, MERGE)

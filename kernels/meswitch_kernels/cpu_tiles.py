@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 
 from .cpu_vector import (
@@ -38,9 +37,10 @@ from .cpu_vector import (
     load,
     load_masked,
     narrow_bf16,
+    round_bf16,
     store,
     store_masked,
-    sum_lanes,
+    sum_rows,
     widen_bf16,
 )
 
@@ -177,29 +177,43 @@ def _load_values(builder: Builder, address: Any, mask: Any, dtype: str) -> Any:
     return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), V16F)
 
 
-def salient_tile(dtype: str) -> Any:
-    """f(acc, values, x, k): acc (one vector) += salient values `[k]` times x's salient channels `[k]`."""
-    size = 4 if dtype == "float32" else 2
+def finish_tile(values_dtype: str, bf16: bool) -> Any:
+    """f(acc, values, x, k, bias, bias_delta, y, valid): y of ROWS rows and one token, rounded and stored.
+
+    Adds up the lanes, salient values `[rows, k]` times x's salient channels float32 `[k]`, padded to 16, and
+    the biases whose address is not 0.
+    """
+    size = 4 if values_dtype == "float32" else 2
 
     def emit(builder: Builder, args: Sequence[Any]) -> None:
-        acc, values, x, k = args
-        blocks = builder.sdiv(builder.add(k, I64(LANES - 1)), I64(LANES))
-        with cgutils.for_range(builder, blocks) as loop:
+        acc, values, x, k, bias, bias_delta, y, valid = args
+        totals = _accumulators(builder, 1)[0]
+        for r, total in enumerate(totals):
+            builder.store(load(builder, builder.add(acc, I64(64 * r)), V16F, 64), total)
+        rows = _rows(builder, values, builder.mul(k, I64(size)), valid)
+        with cgutils.for_range(builder, builder.sdiv(builder.add(k, I64(LANES - 1)), I64(LANES))) as loop:
             first = builder.mul(loop.index, I64(LANES))
             mask = lanes_below(builder, builder.sub(k, first))
-            value = _load_values(builder, _offset(builder, values, first, size), mask, dtype)
             given = load(builder, _offset(builder, x, first, 4), V16F)
-            store(builder, fma(builder, value, given, load(builder, acc, V16F, 64)), acc, 64)
+            for row, total in zip(rows, totals, strict=True):
+                value = _load_values(builder, _offset(builder, row, first, size), mask, values_dtype)
+                builder.store(fma(builder, value, given, builder.load(total)), total)
+        result = cgutils.alloca_once_value(builder, sum_rows(builder, [builder.load(total) for total in totals]))
+        mask = lanes_below(builder, valid, ROWS)
 
-    return emitted(4, emit)
+        def add(address: Any, halves: bool) -> None:
+            with cgutils.if_unlikely(builder, builder.icmp_signed("!=", address, I64(0))):
+                kind = ir.VectorType(I16 if halves else F32, ROWS)
+                term = load_masked(builder, address, kind, mask)
+                term = widen_bf16(builder, term) if halves else term
+                builder.store(builder.fadd(builder.load(result), term), result)
 
+        add(bias, bf16)
+        add(bias_delta, False)
+        final = builder.load(result)
+        store_masked(builder, round_bf16(builder, final) if bf16 else final, y, mask)
 
-def _finish(builder: Builder, args: Sequence[Any]) -> Any:
-    return sum_lanes(builder, load(builder, args[0], V16F, 64))
-
-
-finish = emitted(1, _finish, types.float32)
-"""f(acc) -> float32: the sum of an accumulator's lanes."""
+    return emitted(8, emit)
 
 
 def merge_tile(bits: int, bf16: bool) -> Any:

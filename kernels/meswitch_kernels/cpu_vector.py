@@ -37,7 +37,7 @@ def emitted(arguments: int, emit: Emit, returns: Any = types.void) -> Any:
 
     names = ", ".join(f"a{i}" for i in range(arguments))
     scope: dict[str, Any] = {"signature": returns(*[types.int64] * arguments), "codegen": codegen}
-    exec(f"def typer(context, {names}):\n    return signature, codegen", scope)  # noqa: S102
+    exec(f"def typer(context, {names}):\n    return signature, codegen", scope)
     return intrinsic(scope["typer"])
 
 
@@ -108,32 +108,48 @@ def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
-    """Sum of the lanes, pairwise."""
-    for width in (8, 4, 2, 1):
-        halves = [
-            builder.shuffle_vector(vector, vector, constants(range(first, first + width), I32)) for first in (0, width)
-        ]
-        vector = builder.fadd(*halves)
-    return builder.extract_element(vector, I32(0))
+def sum_rows(builder: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
+    """The sums of the lanes of each of `vectors` (a power of two of them), as one vector."""
+
+    def fold(a: Any, b: Any, lanes: range, run: int) -> Any:
+        parts = [constants([i for i in lanes if i // run % 2 == half], I32) for half in (0, 1)]
+        return builder.fadd(*(builder.shuffle_vector(a, b, part) for part in parts))
+
+    vectors, run = list(vectors), LANES // 2
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors, run = [fold(a, b, range(2 * LANES), run) for a, b in pairs], run // 2
+    total = vectors[0]
+    while run:
+        total, run = fold(total, total, range(total.type.count), run), run // 2
+    return total
 
 
 def widen_bf16(builder: ir.IRBuilder, halves: Any) -> Any:
-    """16 bfloat16 (as i16) to float32."""
-    wide = builder.zext(halves, V16I)
-    return builder.bitcast(builder.shl(wide, splat(16, I32)), V16F)
+    """bfloat16 (as i16) to float32."""
+    wide = builder.zext(halves, ir.VectorType(I32, halves.type.count))
+    shifted = builder.shl(wide, splat(16, I32, halves.type.count))
+    return builder.bitcast(shifted, ir.VectorType(F32, halves.type.count))
+
+
+def round_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
+    """float32 to bfloat16 (as i16), to nearest, ties to even, NaN kept; any number of lanes."""
+    count = floats.type.count
+    bits = builder.bitcast(floats, ir.VectorType(I32, count))
+    sixteen = splat(16, I32, count)
+    odd = builder.and_(builder.lshr(bits, sixteen), splat(1, I32, count))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, splat(0x7FFF, I32, count))), sixteen)
+    is_number = builder.fcmp_ordered("ord", floats, floats)
+    return builder.trunc(builder.select(is_number, rounded, splat(0x7FC0, I32, count)), ir.VectorType(I16, count))
 
 
 def narrow_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
-    """16 finite float32 to bfloat16 (as i16), to nearest, ties to even."""
-    if HAS_BF16:
-        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
-        kind = ir.FunctionType(ir.VectorType(I16, LANES), [V16F])
-        return builder.call(_declare(builder, name, kind), [floats])
-    bits = builder.bitcast(floats, V16I)
-    odd = builder.and_(builder.lshr(bits, splat(16, I32)), splat(1, I32))
-    rounded = builder.add(bits, builder.add(odd, splat(0x7FFF, I32)))
-    return builder.trunc(builder.lshr(rounded, splat(16, I32)), ir.VectorType(I16, LANES))
+    """16 float32 to bfloat16 (as i16), by the machine's own instruction where it has one."""
+    if not HAS_BF16:
+        return round_bf16(builder, floats)
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    kind = ir.FunctionType(ir.VectorType(I16, LANES), [V16F])
+    return builder.call(_declare(builder, name, kind), [floats])
 
 
 def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 DECODE_TILE = 16
 """Tokens per tile of the decode kernel: the smallest a tensor core takes."""
-PREFILL_TILE = 64
 PREFILL_TOKENS = 128
-"""From this many tokens on a batch is cut into tiles of `PREFILL_TILE` and served by the prefill kernel."""
+"""From this many tokens on a batch is served by the prefill kernel, in larger tiles."""
+PREFILL_TILES = ((1024, 128), (PREFILL_TOKENS, 64))
+"""(tokens from, tile size): a larger tile multiplies more with each merged weight, but wastes more of a small
+batch that is spread over many slots."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TokenGroups:
 
 def tile_size_for(tokens: int) -> int:
     """Tokens per tile, from the number of tokens alone, so that a captured graph keeps its launch shape."""
-    return PREFILL_TILE if tokens >= PREFILL_TOKENS else DECODE_TILE
+    return next((size for least, size in PREFILL_TILES if tokens >= least), DECODE_TILE)
 
 
 def max_tiles(tokens: int, slots: int, tile_size: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable
+from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable, slot_rows
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def _delta_sum(
     bits,
     group_size,
     BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -38,35 +39,35 @@ def _delta_sum(
     """[BLOCK_OUT, BLOCK_TOKENS] float32: the slot's delta times its tokens' x over channels first to last."""
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     x_sum = tl.zeros((BLOCK_TOKENS,), dtype=tl.float32)
-    words = (in_features * bits + 31) // 32
-    row_codes = codes + rows.to(tl.int64) * words
     BFLOAT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     for k_start in range(first, last, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         inside = k < in_features
         given = tl.load(
-            x + token[:, None] * x_stride + k[None, :], mask=token_mask[:, None] & inside[None, :], other=0.0
+            x + (token[:, None] * x_stride + k[None, :]),
+            mask=token_mask[:, None] & inside[None, :],
+            other=0.0,
         )
         factor = tl.load(scale + k, mask=inside, other=0.0).to(tl.float32)
         given = (given.to(tl.float32) * factor[None, :]).to(x.dtype.element_ty)
-        packed = load_codes(row_codes, k_start, bits, in_features, BITS, BLOCK_K)
-        if group_size > 0:
-            value = code_values(packed, bits) * load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
-            acc = tl.dot(value.to(x.dtype.element_ty), tl.trans(given), acc, input_precision="ieee")
+        packed = load_codes(codes, rows, k_start, bits, in_features, BITS, BLOCK_K)
+        if GROUPED:
+            step = load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
+            scaled = (code_values(packed, bits) * step).to(x.dtype.element_ty)
+            acc = tl.dot(scaled, tl.trans(given), acc, input_precision="ieee")
         elif BFLOAT:
             # A code set into the mantissa of bfloat16's 128 is 128 + code, exactly, in one instruction; the
             # 128 and the middle of the code are taken off once per token, through the sum of x.
-            value = (packed | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-            acc = tl.dot(value, tl.trans(given), acc)
+            shifted = (packed | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            acc = tl.dot(shifted, tl.trans(given), acc)
             x_sum += tl.sum(given.to(tl.float32), 1)
         else:
             value = code_values(packed, bits).to(x.dtype.element_ty)
             acc = tl.dot(value, tl.trans(given), acc, input_precision="ieee")
-    if group_size == 0:
-        step = tl.load(steps + rows)
+    if not GROUPED:
         if BFLOAT:
             acc -= (128.0 + ((1 << bits) - 1).to(tl.float32) * 0.5) * x_sum[None, :]
-        acc *= step[:, None]
+        acc *= tl.load(steps + rows)[:, None]
     return acc
 
 
@@ -95,15 +96,17 @@ def decode_partials(
     steps_stride,
     channels_per_split,
     BANK_BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Partial sums `[2 * splits, tokens, out]`: the base's in the first half, the deltas' in the second."""
-    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row_mask = rows < out_features
-    rows = tl.minimum(rows, out_features - 1)
+    row = tl.program_id(0) * BLOCK_OUT
+    rows = tl.arange(0, BLOCK_OUT)
+    row_mask = rows < out_features - row
+    rows = tl.minimum(rows, out_features - row - 1)
     split, splits, which = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     first = split * channels_per_split
     last = tl.minimum(first + channels_per_split, in_features)
@@ -111,13 +114,15 @@ def decode_partials(
         token = which * BASE_TOKENS + tl.arange(0, BASE_TOKENS)
         token_mask = token < tokens
         acc = tl.zeros((BLOCK_OUT, BASE_TOKENS), dtype=tl.float32)
+        weight += row.to(tl.int64) * weight_stride
         for k_start in range(first, last, BLOCK_K):
             k = k_start + tl.arange(0, BLOCK_K)
             inside = (k < in_features)[None, :]
-            given = tl.load(x + token[:, None] * x_stride + k[None, :], mask=token_mask[:, None] & inside, other=0.0)
-            base = tl.load(weight + rows.to(tl.int64)[:, None] * weight_stride + k[None, :], mask=inside, other=0.0)
+            given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=token_mask[:, None] & inside, other=0.0)
+            base = tl.load(weight + (rows[:, None] * weight_stride + k[None, :]), mask=inside, other=0.0)
             acc = tl.dot(base, tl.trans(given), acc, input_precision="ieee")
-        place = partials + (split * tokens + token[:, None]).to(tl.int64) * out_features + rows[None, :]
+        partials += (split * tokens).to(tl.int64) * out_features + row
+        place = partials + (token[:, None] * out_features + rows[None, :])
         tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
     else:
         tile = which - base_tiles
@@ -127,21 +132,23 @@ def decode_partials(
             token_mask = within < count
             token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0)
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-            slot_codes = codes + slot.to(tl.int64) * codes_stride
-            slot_steps = steps + slot.to(tl.int64) * steps_stride
+            words = (in_features * bits + 31) // 32
+            slot_codes = codes + slot_rows(slot, codes_stride, row, words)
+            groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
+            slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
             scale = channel_scale + slot * in_features
             if bits == BANK_BITS:
                 acc = _delta_sum(
                     x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, bits, group_size, BANK_BITS, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                    in_features, bits, group_size, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
                 )  # fmt: skip
             else:
                 acc = _delta_sum(
                     x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, bits, group_size, 0, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                    in_features, bits, group_size, 0, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
                 )  # fmt: skip
-            part = ((splits + split) * tokens + token[:, None]).to(tl.int64)
-            place = partials + part * out_features + rows[None, :]
+            partials += ((splits + split) * tokens).to(tl.int64) * out_features + row
+            place = partials + (token[:, None] * out_features + rows[None, :])
             tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
 
 

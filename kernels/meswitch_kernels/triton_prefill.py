@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import code_values, load_codes, load_steps
+from .triton_tiles import code_values, load_codes, load_steps, slot_rows
 
 
 @triton.jit
@@ -25,28 +25,28 @@ def _merged_product(
     group_size,
     MERGE: tl.constexpr,
     BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_OUT, BLOCK_TOKENS] float32: (W + Δ̂) times the tokens' x, or W alone where not MERGE."""
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
-    words = (in_features * bits + 31) // 32
-    row_codes = codes + rows.to(tl.int64) * words
-    row_weights = weight + rows.to(tl.int64) * weight_stride
     row_step = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
-    if MERGE:
-        row_step = tl.load(steps + rows, mask=(rows >= 0) & (group_size == 0), other=0.0)
+    if MERGE and not GROUPED:
+        row_step = tl.load(steps + rows)
     for k_start in range(0, in_features, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         inside = k < in_features
         given = tl.load(
-            x + token[:, None] * x_stride + k[None, :], mask=token_mask[:, None] & inside[None, :], other=0.0
+            x + (token[:, None] * x_stride + k[None, :]),
+            mask=token_mask[:, None] & inside[None, :],
+            other=0.0,
         )
-        merged = tl.load(row_weights[:, None] + k[None, :], mask=inside[None, :], other=0.0)
+        merged = tl.load(weight + (rows[:, None] * weight_stride + k[None, :]), mask=inside[None, :], other=0.0)
         if MERGE:
-            value = code_values(load_codes(row_codes, k_start, bits, in_features, BITS, BLOCK_K), bits)
-            if group_size > 0:
+            value = code_values(load_codes(codes, rows, k_start, bits, in_features, BITS, BLOCK_K), bits)
+            if GROUPED:
                 value *= load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
             else:
                 value *= row_step[:, None]
@@ -86,6 +86,7 @@ def prefill(
     steps_stride,
     max_salient,
     BANK_BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -104,45 +105,48 @@ def prefill(
     if count == 0:
         return
     slot = tl.load(tile_slot + tile)
-    rows = program % per_band // band * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row_mask = rows < out_features
-    rows = tl.minimum(rows, out_features - 1)
+    row = program % per_band // band * BLOCK_OUT
+    rows = tl.arange(0, BLOCK_OUT)
+    row_mask = rows < out_features - row
+    rows = tl.minimum(rows, out_features - row - 1)
+    weight += row.to(tl.int64) * weight_stride
     within = tl.arange(0, TILE_TOKENS)
     token_mask = within < count
-    token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0).to(tl.int64)
+    token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0)
     is_expert = (slot >= 0) & (slot < slots)
     slot = tl.where(is_expert, slot, 0)
     bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-    slot_codes = codes + slot.to(tl.int64) * codes_stride
-    slot_steps = steps + slot.to(tl.int64) * steps_stride
+    slot_codes = codes + slot_rows(slot, codes_stride, row, (in_features * bits + 31) // 32)
+    groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
+    slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
     scale = channel_scale + slot * in_features
     if is_expert:
         if bits == BANK_BITS:
             acc = _merged_product(
                 x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, bits, group_size, True, BANK_BITS, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                in_features, bits, group_size, True, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
             )  # fmt: skip
         else:
             acc = _merged_product(
                 x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, bits, group_size, True, 0, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                in_features, bits, group_size, True, 0, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
             )  # fmt: skip
-        acc += tl.load(bias_delta + slot.to(tl.int64) * out_features + rows)[:, None]
+        acc += tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)[:, None]
         for j in range(0, max_salient):
             channel = tl.load(salient_index + slot * max_salient + j)
             given = tl.load(x + token * x_stride + channel, mask=token_mask, other=0.0).to(tl.float32)
-            place = (slot.to(tl.int64) * out_features + rows) * max_salient + j
-            acc += tl.load(salient_value + place).to(tl.float32)[:, None] * given[None, :]
+            place = salient_value + slot_rows(slot, out_features * max_salient, row, max_salient) + j
+            acc += tl.load(place + rows * max_salient).to(tl.float32)[:, None] * given[None, :]
     else:
         acc = _merged_product(
             x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-            in_features, bits, group_size, False, BANK_BITS, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+            in_features, bits, group_size, False, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias + rows).to(tl.float32)[:, None]
+        acc += tl.load(bias + row + rows).to(tl.float32)[:, None]
     asked = tl.load(slot_of_token + token, mask=token_mask, other=-1)
     served = asked == tl.load(tile_slot + tile)
     servable = served & ((asked == -1) | (is_expert & (bits > 0)))
     result = tl.where(servable[:, None], tl.trans(acc), float("nan"))
-    place = y + token[:, None] * out_features + rows[None, :]
+    place = y + row + (token[:, None] * out_features + rows[None, :])
     tl.store(place, result.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])

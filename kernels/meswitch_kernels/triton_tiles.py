@@ -8,7 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def load_codes(
-    rows,  # pointers to the first word of each output row, [BLOCK_OUT]
+    codes,  # pointer to the first word of the first row
+    rows,  # rows counted from there, [BLOCK_OUT]
     k_start,
     bits,
     in_features,
@@ -16,15 +17,18 @@ def load_codes(
     BLOCK_K: tl.constexpr,
 ):
     """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; zeros past the last channel."""
+    first = rows * ((in_features * bits + 31) // 32)
     if BITS == 0:
         k = k_start + tl.arange(0, BLOCK_K)
-        words = tl.load(rows[:, None] + (k * bits >> 5)[None, :], mask=(k < in_features)[None, :], other=0)
+        words = tl.load(codes + (first[:, None] + (k * bits >> 5)[None, :]), mask=(k < in_features)[None, :], other=0)
         return (words >> (k * bits & 31)[None, :]) & ((1 << bits) - 1)
     else:
         PER_WORD: tl.constexpr = 32 // BITS
         BLOCK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
         word = k_start // PER_WORD + tl.arange(0, BLOCK_WORDS)
-        words = tl.load(rows[:, None] + word[None, :], mask=(word * PER_WORD < in_features)[None, :], other=0)
+        words = tl.load(
+            codes + (first[:, None] + word[None, :]), mask=(word * PER_WORD < in_features)[None, :], other=0
+        )
         shifts = tl.arange(0, PER_WORD) * BITS
         codes = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
         return tl.reshape(codes, (rows.shape[0], BLOCK_K))
@@ -43,17 +47,18 @@ def code_values(codes, bits):
 
 @triton.jit
 def load_steps(
-    steps,  # pointer to the slot's first step
-    rows,  # output rows, [BLOCK_OUT]
+    steps,  # pointer to the first step of the first row
+    rows,  # rows counted from there, [BLOCK_OUT]
     k_start,
     group_size,
     in_features,
     BLOCK_K: tl.constexpr,
 ):
-    """The step `[BLOCK_OUT, BLOCK_K]` of each channel, for groups of a multiple of 32 channels."""
-    groups = (in_features + group_size - 1) // group_size
+    """The step `[BLOCK_OUT, BLOCK_K]` of each channel, for groups of a multiple of 32 channels, or 0: one."""
+    group_size = tl.where(group_size > 0, group_size, in_features + 31)
+    groups = tl.cdiv(in_features, group_size)
     part = (k_start + 32 * tl.arange(0, BLOCK_K // 32)) // group_size
-    step = tl.load(steps + rows[:, None] * groups + part[None, :], mask=(part < groups)[None, :], other=0.0)
+    step = tl.load(steps + (rows[:, None] * groups + part[None, :]), mask=(part < groups)[None, :], other=0.0)
     spread = tl.broadcast_to(step[:, :, None], (rows.shape[0], BLOCK_K // 32, 32))
     return tl.reshape(spread, (rows.shape[0], BLOCK_K))
 
@@ -64,3 +69,9 @@ def slot_is_servable(slot, slot_bits, slots):
     inside = (slot >= 0) & (slot < slots)
     loaded = tl.load(slot_bits + tl.where(inside, slot, 0)) > 0
     return (slot == -1) | (inside & loaded)
+
+
+@triton.jit
+def slot_rows(slot, per_slot, row, per_row):
+    """Offset of a slot's row in a stacked tensor, in 64 bits; what is added to it fits in 32."""
+    return slot.to(tl.int64) * per_slot + row.to(tl.int64) * per_row

@@ -9,6 +9,8 @@ from importlib import resources
 
 import torch
 
+from .groups import tile_size_for
+
 
 @dataclass(frozen=True)
 class LaunchSettings:
@@ -21,6 +23,15 @@ class LaunchSettings:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Card:
+    """What settings depend on of a card."""
+
+    name: str
+    processors: int
+    hopper: bool
+
+
 def token_bucket(tokens: int) -> int:
     """`tokens` rounded up to a power of two from 16 to 64: what a kernel is compiled and tuned for."""
     return next((size for size in (16, 32, 64) if tokens <= size), 64)
@@ -30,23 +41,37 @@ def launch_settings(
     kernel: str, out_features: int, in_features: int, tokens: int, device: torch.device
 ) -> LaunchSettings:
     """Settings for `kernel` ("decode" or "prefill") at a shape, measured on this card where they are known."""
-    name, processors = _card(device)
-    table = _measured().get(name, {})
-    found = table.get(f"{kernel}/{out_features}x{in_features}/{token_bucket(tokens)}")
+    card = card_of(device)
+    table = _measured().get(card.name, {})
+    found = table.get(f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}")
     if found:
         return LaunchSettings(**found)
-    return default_settings(kernel, out_features, in_features, processors)
+    return default_settings(kernel, out_features, in_features, tokens, card)
+
+
+def default_settings(kernel: str, out_features: int, in_features: int, tokens: int, card: Card) -> LaunchSettings:
+    """Settings that no measurement has chosen: the largest blocks that compile without a spill.
+
+    docs/results/kernels-compile.md has the registers of each. Decode splits the input channels until there
+    are about two programs per processor.
+    """
+    if kernel == "prefill":
+        if tile_size_for(tokens) >= 128:
+            return LaunchSettings(128 if card.hopper else 64, 32, 1, num_warps=8, num_stages=3)
+        return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
+    block_out, block_k, splits = 64, 64, 1
+    while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
+        splits *= 2
+    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=4)
 
 
 @functools.cache
-def default_settings(kernel: str, out_features: int, in_features: int, processors: int) -> LaunchSettings:
-    """Settings that no measurement has chosen yet: enough programs to fill the card about twice."""
-    if kernel == "prefill":
-        return LaunchSettings(block_out=128, block_k=64, splits=1, num_warps=8, num_stages=3)
-    block_out, block_k, splits = 64, 128, 1
-    while -(-out_features // block_out) * splits < 2 * processors and in_features >= 4 * block_k * splits:
-        splits *= 2
-    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=3)
+def card_of(device: torch.device) -> Card:
+    """The card behind a device; a stand-in where Triton only interprets its kernels."""
+    if device.type != "cuda":
+        return Card("none", 4, hopper=True)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.name, properties.multi_processor_count, properties.major >= 9)
 
 
 @functools.cache
@@ -54,11 +79,3 @@ def _measured() -> dict[str, dict[str, dict[str, int]]]:
     text = resources.files(__package__).joinpath("tuning.json").read_text()
     table: dict[str, dict[str, dict[str, int]]] = json.loads(text)["cards"]
     return table
-
-
-@functools.cache
-def _card(device: torch.device) -> tuple[str, int]:
-    if device.type != "cuda":
-        return "none", 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count

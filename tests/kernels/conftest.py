@@ -11,16 +11,18 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreter_repairs():
-    """Two holes in the interpreter of Triton 3.6, mended for the tests alone.
+    """Three holes in the interpreter of Triton 3.6, mended for the tests alone.
 
-    It takes loop bounds by `int(one_element_array)`, which numpy 2.4 refuses, and multiplies the bit patterns
-    of bfloat16 operands of `tl.dot` as if they were integers.
+    It takes loop bounds by `int(one_element_array)`, which numpy 2.4 refuses; it multiplies the bit patterns
+    of bfloat16 operands of `tl.dot` as if they were integers; and it cuts float32 off to bfloat16 where a GPU
+    rounds to nearest.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     import triton.language as tl
 
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
+    cast = interpreter.InterpreterBuilder.cast_impl
 
     def patched_tensor(tensor, *arguments):
         patch_tensor(tensor, *arguments)
@@ -32,10 +34,17 @@ def triton_interpreter_repairs():
         data = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view("float32")
         return interpreter.TensorHandle(data, tl.float32)
 
+    def patched_cast(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            data = torch.from_numpy(source.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        return cast(self, source, target)
+
     def patched_dot(self, a, b, *arguments):
         return create_dot(self, widened(a), widened(b), *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", patched_dot)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", patched_cast)
         yield

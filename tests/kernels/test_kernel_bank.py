@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from meswitch_kernels import ExpertBank
 from meswitch_kernels.packing import unpack_codes
 from meswitch_kernels.testing import random_expert

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meswitch_kernels import group_tokens, groups_from_sorted
 from meswitch_kernels.groups import max_tiles
 

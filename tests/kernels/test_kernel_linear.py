@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from meswitch_kernels import ExpertBank, available_backends, expert_linear, group_tokens
 from meswitch_kernels.testing import ERROR_BOUND, SLOT_PATTERNS, random_call, random_expert, relative_error
 

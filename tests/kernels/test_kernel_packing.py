@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meswitch_kernels.packing import pack_codes, unpack_codes, words_per_row
 
 
