@@ -38,7 +38,7 @@ def read_calibration(path: Path) -> CalibrationFile:
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        lines = raw.decode("utf-8").splitlines()
+        lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
     except UnicodeDecodeError as error:
         number = raw[: error.start].count(b"\n") + 1
         raise CalibrationError(f"{path}: line {number}: not UTF-8 text; a calibration file is JSONL") from error

@@ -43,8 +43,8 @@ class DistillSettings:
         save_every: updates between checkpoints of the training.
     """
 
-    updates: int = 60
-    batch_tokens: int = 1024
+    updates: int = 40
+    batch_tokens: int = 512
     learning_rate: float = 5e-3
     save_every: int = 10
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo.tiny import make_pair
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import ArtifactError
+from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
 Make = Callable[..., Artifact]

@@ -8,7 +8,6 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from zoo.tiny import make_pair
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
@@ -16,6 +15,7 @@ from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import ArtifactError, MeswitchError
+from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
 Make = Callable[..., Artifact]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zoo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zoo
 from benchmarks.compression_report import write_report
 from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact, expert_tensor

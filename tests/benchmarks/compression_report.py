@@ -36,8 +36,8 @@ def section(expert: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"## {expert}\n",
         f"Report part: {len(full['report']['tokens'])} items, {sum(full['report']['tokens']):.0f} answer tokens; "
-        f"loss of the base {per_token(base)[0]:.4f}, of the full expert {per_token(full)[0]:.4f}; KL of the base to the "
-        f"full expert {per_token(base)[1]:.4f} nats a token. The full expert is {full['bytes'] / 1e6:.1f} MB.\n",
+        f"loss of the base {per_token(base)[0]:.4f}, of the full expert {per_token(full)[0]:.4f}; KL of the base to "
+        f"the full expert {per_token(base)[1]:.4f} nats a token. The full expert is {full['bytes'] / 1e6:.1f} MB.\n",
         HEADER,
     ]
     for row in rows:

@@ -48,6 +48,12 @@ def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
         read_calibration(_file(tmp_path, {"text": "fine"}, "", line, {"text": "fine"}))
 
 
+def test_unicode_separators_do_not_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read_calibration(path).items == ({"text": "one\u2028two\x85three"},)
+
+
 def test_empty_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no line with data"):
         read_calibration(_file(tmp_path, "", "  "))

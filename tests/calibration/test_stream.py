@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from zoo.tiny import make_pair
 
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
+from zoo.tiny import make_pair
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
 WINDOWS = torch.randint(4, 100, (7, 24), generator=torch.Generator().manual_seed(0))

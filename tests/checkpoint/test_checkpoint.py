@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo.tiny import make_pair
 
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from meswitch_cli.checkpoint.source import resolve
 from meswitch_cli.errors import CheckpointError
+from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
 

@@ -3,13 +3,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from zoo.tiny import make_pair
 
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.checkpoint.plan import Plan, config_differences, make_plan
 from meswitch_cli.errors import CheckpointError
+from zoo.tiny import make_pair
 
 DENSE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
 

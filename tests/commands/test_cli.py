@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo.tiny import make_pair
 
 from meswitch_cli.app import COMMANDS
+from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
 

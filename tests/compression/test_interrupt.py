@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from zoo.tiny import make_pair
 
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
+from zoo.tiny import make_pair
 
 KILLS = 20
 

@@ -1,0 +1,94 @@
+"""Exact match by greedy generation, apart from loss: writes docs/results/exact_match.md.
+
+    PYTHONPATH=tests python -m benchmarks.exact_match [--items 48]
+
+An expert that learned the form of the answers lowers its loss without solving more; this table shows which it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.restore import restore
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.machine import describe
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
+SETTINGS: dict[str, dict[str, Any]] = {"2 bits, default": {}, "1 bit, default": {"bits": 1}}
+BATCH = 16
+MAX_NEW_TOKENS = 160
+
+
+@torch.no_grad()
+def answers(path: Path, tokenizer: Any, items: Sequence[dict[str, str]]) -> list[str]:
+    """What a model answers to each item's prompt, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    found = []
+    for start in range(0, len(items), BATCH):
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": item["prompt"]}], add_generation_prompt=True, tokenize=False
+            )
+            for item in items[start : start + BATCH]
+        ]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        output = model.generate(
+            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += [zoo.extract_answer(text) for text in texts]
+    return found
+
+
+def artifact(family: zoo.Zoo, name: str, settings: dict[str, Any], scratch: Path) -> Path:
+    """Compress with these settings, restore in fp32, and return the restored folder."""
+    out = scratch / "artifact"
+    job = prepare(str(family.base), str(family.experts[name]), out, CompressionSettings(**settings), None)
+    compress(job, force=True)
+    base = Checkpoint.open(str(family.base))
+    return restore(Artifact.open(out), base, scratch / "restored", dtype=torch.float32, force=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=48)
+    arguments = parser.parse_args()
+    family = zoo.paths()
+    lines = ["| expert | items | model | right | same answer as the full expert |", "|---|---|---|---|---|"]
+    for name in zoo.EXPERTS:
+        items = [item for item in zoo.items(name, "report") if item["answer"]][: arguments.items]
+        tokenizer = AutoTokenizer.from_pretrained(family.experts[name])
+        full = answers(family.experts[name], tokenizer, items)
+        rows = {"base": answers(family.base, tokenizer, items), "full expert": full}
+        for label, settings in SETTINGS.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                rows[label] = answers(artifact(family, name, settings, Path(scratch)), tokenizer, items)
+        for label, found in rows.items():
+            right = sum(answer == item["answer"] for answer, item in zip(found, items, strict=True))
+            same = sum(a == b for a, b in zip(found, full, strict=True))
+            lines.append(f"| {name} | {len(items)} | {label} | {right} | {same} |")
+            print(lines[-1], flush=True)
+    RESULTS.write_text(
+        "# Exact match\n\nGreedy answers to report items that have a short answer; a count of this size says little about "
+        "small differences. What matters here is whether the compressed expert answers as the full one does.\n\n"
+        f"`PYTHONPATH=tests python -m benchmarks.exact_match --items {arguments.items}`, {describe()}; settings "
+        f"{json.dumps(SETTINGS)}, data-free.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
