@@ -15,6 +15,7 @@ from . import cpu_kernels as kernels
 from . import naive
 from .bank import BankTensors
 from .cpu_threads import run_task
+from .cpu_vector import ROWS
 from .groups import TokenGroups
 from .packing import words_per_row
 
@@ -83,6 +84,12 @@ class _Scratch(threading.local):
             self.address = -(-self.buffer.data_ptr() // 64) * 64
         return self.address
 
+    def tensor(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """The same memory as an uninitialised `[rows, columns]` tensor: fresh pages cost more than merging."""
+        size = rows * columns * dtype.itemsize
+        first = self.take(size) - self.buffer.data_ptr()
+        return self.buffer[first : first + size].view(dtype).view(rows, columns)
+
 
 _scratch = _Scratch()
 
@@ -96,7 +103,7 @@ class _Layout:
     salient: int
     of_word: int
     acc: int
-    places: tuple[int, int, int, int, int]
+    places: tuple[int, ...]
     size: int
 
 
@@ -110,7 +117,7 @@ def _layout(
     spread = max(words * (32 // width) for width, words in padded.items()) * size
     salient = -(-max_salient // 16) * 64
     of_word = padded[bits] * 4 if grouped else 0
-    acc = tokens * kernels.ROWS * 64
+    acc = tokens * ROWS * 64
     sizes = (plain * tokens, spread * tokens, salient * tokens, of_word * groups, acc * threads)
     ends = tuple(itertools.accumulate(sizes, initial=0))
     return _Layout(plain, spread, salient, of_word, acc, ends[:5], ends[5])
@@ -240,7 +247,7 @@ def _merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTen
     shift = bank.bias_delta[slot] if bias is None else bank.bias_delta[slot] + bias
     shift = shift.to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)
-    merged = torch.empty((min(rows, out_features), in_features), dtype=x.dtype)
+    merged = _scratch.tensor(min(rows, out_features), in_features, x.dtype)
     fields = array(
         "q",
         (

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """The CPU kernels: each a task that any number of threads may run at once, sharing work by a counter.
 
 A task's one argument is the address of its int64 fields, named by the constants below.
@@ -11,8 +12,9 @@ from pathlib import Path
 from numba import carray, cfunc, njit, types
 
 from . import cpu_tiles, cpu_vector
-from .cpu_tiles import ROWS, base_tile, delta_tile, finish_tile, merge_tile
+from .cpu_tiles import base_tile, delta_tile, finish_tile, merge_tile
 from .cpu_vector import (
+    ROWS,
     bits_of,
     fetch_add,
     prefetch,
@@ -44,7 +46,7 @@ CHUNK_ROWS = 32
 
 MERGE_ROWS = 8
 
-_SOURCES = f"{zlib.crc32(b''.join(Path(m.__file__).read_bytes() for m in (cpu_tiles, cpu_vector))):08x}"
+_SOURCES = f"{zlib.crc32(b''.join(Path(str(m.__file__)).read_bytes() for m in (cpu_tiles, cpu_vector))):08x}"
 
 _base_bf16_1, _base_bf16_4 = base_tile(1, True), base_tile(4, True)
 _base_f32_1, _base_f32_4 = base_tile(1, False), base_tile(4, False)

@@ -24,7 +24,7 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
         entry = ctypes.CDLL(str(library)).GOMP_parallel
         entry.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint]
         entry.restype = None
-        return entry  # type: ignore[no-any-return]
+        return entry
     return None
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 
 from .cpu_vector import (
-    F16,
     F32,
     I16,
     I32,
@@ -42,12 +41,11 @@ from .cpu_vector import (
     store_masked,
     sum_rows,
     widen_bf16,
+    widen_f16,
 )
 
-Builder = ir.IRBuilder
 
-
-def _rows(builder: Builder, base: Any, stride: Any, valid: Any) -> list[Any]:
+def _rows(builder: ir.IRBuilder, base: Any, stride: Any, valid: Any) -> list[Any]:
     """Addresses of ROWS rows, the last valid one repeated."""
     last = builder.sub(valid, I64(1))
     addresses = []
@@ -57,14 +55,14 @@ def _rows(builder: Builder, base: Any, stride: Any, valid: Any) -> list[Any]:
     return addresses
 
 
-def _accumulators(builder: Builder, tokens: int) -> list[list[Any]]:
+def _accumulators(builder: ir.IRBuilder, tokens: int) -> list[list[Any]]:
     slots = [[cgutils.alloca_once(builder, V16F) for _ in range(ROWS)] for _ in range(tokens)]
     for slot in (slot for row in slots for slot in row):
         builder.store(ir.Constant(V16F, None), slot)
     return slots
 
 
-def _offset(builder: Builder, address: Any, index: Any, scale: int) -> Any:
+def _offset(builder: ir.IRBuilder, address: Any, index: Any, scale: int) -> Any:
     return builder.add(address, builder.mul(index, I64(scale)))
 
 
@@ -73,7 +71,7 @@ def base_tile(tokens: int, bf16: bool) -> Any:
     width, kind = (32, V32H) if bf16 else (16, V16F)
     size = 64 // width
 
-    def emit(builder: Builder, args: Sequence[Any]) -> None:
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         weight, weight_stride, valid, x, x_stride, in_features, acc = args
         rows = _rows(builder, weight, weight_stride, valid)
         inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(tokens)]
@@ -105,7 +103,7 @@ def base_tile(tokens: int, bf16: bool) -> Any:
     return emitted(7, emit)
 
 
-def _fma_last(builder: Builder, total: Any, a: Any, b: Any) -> Any:
+def _fma_last(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return fma(builder, a, b, total)
 
 
@@ -118,7 +116,7 @@ def delta_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Any:
     # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
     block_bytes = LANES * (32 // bits) * (2 if bf16 else 4)
 
-    def emit(builder: Builder, args: Sequence[Any]) -> None:
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         codes, codes_stride, valid, x, x_stride, words, steps, steps_stride, word_group, acc = args
         rows = _rows(builder, codes, codes_stride, valid)
         row_steps = _rows(builder, steps, steps_stride, valid)
@@ -168,13 +166,13 @@ def delta_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Any:
     return emitted(10, emit)
 
 
-def _load_values(builder: Builder, address: Any, mask: Any, dtype: str) -> Any:
+def _load_values(builder: ir.IRBuilder, address: Any, mask: Any, dtype: str) -> Any:
     if dtype == "float32":
         return load_masked(builder, address, V16F, mask)
     halves = load_masked(builder, address, ir.VectorType(I16, LANES), mask)
     if dtype == "bfloat16":
         return widen_bf16(builder, halves)
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), V16F)
+    return widen_f16(builder, halves)
 
 
 def finish_tile(values_dtype: str, bf16: bool) -> Any:
@@ -185,7 +183,7 @@ def finish_tile(values_dtype: str, bf16: bool) -> Any:
     """
     size = 4 if values_dtype == "float32" else 2
 
-    def emit(builder: Builder, args: Sequence[Any]) -> None:
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         acc, values, x, k, bias, bias_delta, y, valid = args
         totals = _accumulators(builder, 1)[0]
         for r, total in enumerate(totals):
@@ -226,7 +224,7 @@ def merge_tile(bits: int, bf16: bool) -> Any:
     kind = ir.VectorType(I16, LANES) if bf16 else V16F
     per_word = 32 // bits
 
-    def emit(builder: Builder, args: Sequence[Any]) -> None:
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         weight, codes, step, scale, merged, first, last = args
         step_vector = broadcast(builder, load(builder, step, F32))
         last_word = builder.udiv(builder.sub(last, I64(1)), I64(per_word))

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,untyped-decorator"
 """LLVM building blocks of the CPU kernels: 16 float lanes, on whatever vectors the machine has.
 
 Everything here is emitted through Numba at run time, so no compiler is needed. A machine with AVX-512 BF16
@@ -7,17 +8,18 @@ any other machine gets the same results from shifts and float32 multiply-adds.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-I16, I32, I64, F16, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V16F, V16I, V32H = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, 2 * LANES)
 
 _FEATURES = {} if config.CPU_NAME else dict(llvm.get_host_cpu_features())
@@ -132,6 +134,15 @@ def widen_bf16(builder: ir.IRBuilder, halves: Any) -> Any:
     return builder.bitcast(shifted, ir.VectorType(F32, halves.type.count))
 
 
+def widen_f16(builder: ir.IRBuilder, halves: Any) -> Any:
+    """16 finite float16 (as i16) to float32, exactly, without the instruction that some machines lack."""
+    wide = builder.zext(halves, V16I)
+    sign = builder.shl(builder.and_(wide, splat(0x8000, I32)), splat(16, I32))
+    size = builder.shl(builder.and_(wide, splat(0x7FFF, I32)), splat(13, I32))
+    exact = builder.fmul(builder.bitcast(size, V16F), splat(2.0**112, F32))
+    return builder.bitcast(builder.or_(builder.bitcast(exact, V16I), sign), V16F)
+
+
 def round_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
     """float32 to bfloat16 (as i16), to nearest, ties to even, NaN kept; any number of lanes."""
     count = floats.type.count
@@ -223,8 +234,6 @@ def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> An
 
 def bf16_bits(value: float) -> int:
     """The bfloat16 of a number that it holds exactly, as an unsigned 16-bit integer."""
-    import struct
-
     return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
 
 
@@ -240,9 +249,13 @@ def _widen_one_bf16(builder: ir.IRBuilder, half: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(half, I32), I32(16)), F32)
 
 
+def _widen_one_f16(builder: ir.IRBuilder, half: Any) -> Any:
+    return builder.extract_element(widen_f16(builder, broadcast(builder, half)), I32(0))
+
+
 read_i32 = emitted(1, _scalar(I32, lambda b, v: b.sext(v, I64)), types.int64)
 read_f32 = emitted(1, _scalar(F32, lambda b, v: v), types.float32)
-read_f16 = emitted(1, _scalar(F16, lambda b, v: b.fpext(v, F32)), types.float32)
+read_f16 = emitted(1, _scalar(I16, _widen_one_f16), types.float32)
 read_bf16 = emitted(1, _scalar(I16, _widen_one_bf16), types.float32)
 read_i16 = emitted(1, _scalar(I16, lambda b, v: b.zext(v, I64)), types.int64)
 write_i16 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I16), a[0]))

@@ -119,8 +119,13 @@ def expert_head(
     return torch.cat([logits, added], 1)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve(backend: str | None, device_type: str) -> str:
+    return checked_backend(backend, device_type) if backend else default_backend(device_type)
+
+
 def _choose(backend: str | None, x: Tensor) -> str:
-    name = checked_backend(backend, x.device.type) if backend else default_backend(x.device.type)
+    name: str = _resolve(backend, x.device.type)
     if name != "naive" and (x.dtype == torch.float64 or (name == "cpu" and x.dtype == torch.float16)):
         if backend:
             raise TypeError(f"the {name} backend does not take {x.dtype}; the naive one does")

@@ -95,7 +95,8 @@ class Call:
     def truth(self) -> Tensor:
         """The answer, from `naive` in float64, on the CPU."""
         bias = None if self.bias is None else self.bias.double().cpu()
-        tensors = BankTensors(*(t.cpu() if isinstance(t, Tensor) else t for t in self.bank.tensors))
+        held = self.bank.tensors
+        tensors = BankTensors._make(t.cpu() if isinstance(t, Tensor) else t for t in held)
         slots = self.slot_of_token.cpu()
         return naive.expert_linear(self.x.double().cpu(), self.weight.double().cpu(), bias, tensors, slots)
 

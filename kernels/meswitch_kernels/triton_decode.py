@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """Decode: few tokens a slot, bound by the bytes of weights and codes.
 
 One launch holds programs for the base product of all tokens and programs for the delta product of each tile

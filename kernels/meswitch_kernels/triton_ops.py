@@ -51,7 +51,7 @@ def _decode(
     groups: TokenGroups,
 ) -> None:
     tokens, (out_features, in_features), slots = x.shape[0], weight.shape, bank.slot_bits.shape[0]
-    settings = launch_settings("decode", out_features, in_features, tokens, x.device)
+    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device)
     base_tokens = token_bucket(tokens)
     base_tiles = triton.cdiv(tokens, base_tokens)
     per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), settings.block_k) * settings.block_k
@@ -123,7 +123,7 @@ def _prefill(
     groups: TokenGroups,
 ) -> None:
     out_features, in_features = weight.shape
-    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.device)
+    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device)
     tiles = groups.tile_slot.shape[0]
     prefill[(tiles * triton.cdiv(out_features, settings.block_out),)](
         x,

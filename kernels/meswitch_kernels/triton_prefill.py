@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """Prefill: many tokens of a slot, bound by arithmetic: W + Δ̂ is built in registers and multiplied once."""
 
 from __future__ import annotations

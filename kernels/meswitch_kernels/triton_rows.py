@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """What an expert switches besides linears: embedding rows, norm gains, added vocabulary."""
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ def embedding_rows(
     value = tl.load(weight + row * weight_stride + k, mask=inside, other=0.0).to(tl.float32)
     if servable & (slot >= 0):
         if index >= vocab:
-            place = (slot.to(tl.int64) * max_added + tl.minimum(index - vocab, max_added - 1)) * hidden
-            value = tl.load(added_rows + place + k, mask=inside & (max_added > 0), other=float("nan")).to(tl.float32)
+            added = (slot.to(tl.int64) * max_added + tl.minimum(index - vocab, max_added - 1)) * hidden + k
+            value = tl.load(added_rows + added, mask=inside & (max_added > 0), other=float("nan")).to(tl.float32)
         else:
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
             words = (hidden * bits + 31) // 32
-            place = codes + slot.to(tl.int64) * codes_stride + row * words + (k * bits >> 5)
-            packed = (tl.load(place, mask=inside, other=0) >> (k * bits & 31)) & ((1 << bits) - 1)
+            word = slot.to(tl.int64) * codes_stride + row * words + (k * bits >> 5)
+            packed = (tl.load(codes + word, mask=inside, other=0) >> (k * bits & 31)) & ((1 << bits) - 1)
             span = tl.where(group_size > 0, group_size, hidden)
             groups = (hidden + span - 1) // span
-            place = steps + slot.to(tl.int64) * steps_stride + row * groups + k // span
-            step = tl.load(place, mask=inside, other=0.0)
+            group = slot.to(tl.int64) * steps_stride + row * groups + k // span
+            step = tl.load(steps + group, mask=inside, other=0.0)
             scale = tl.load(channel_scale + slot * hidden + k, mask=inside, other=0.0).to(tl.float32)
             value += code_values(packed, bits) * step * scale
             for j in range(0, max_salient):

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """Pieces of the Triton kernels: a tile of packed codes as values, and the salient channels."""
 
 from __future__ import annotations

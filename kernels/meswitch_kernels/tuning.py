@@ -38,7 +38,7 @@ def token_bucket(tokens: int) -> int:
 
 
 def launch_settings(
-    kernel: str, out_features: int, in_features: int, tokens: int, device: torch.device
+    kernel: str, out_features: int, in_features: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> LaunchSettings:
     """Settings for `kernel` ("decode" or "prefill") at a shape, measured on this card where they are known."""
     card = card_of(device)
@@ -46,23 +46,27 @@ def launch_settings(
     found = table.get(f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}")
     if found:
         return LaunchSettings(**found)
-    return default_settings(kernel, out_features, in_features, tokens, card)
+    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32)
 
 
-def default_settings(kernel: str, out_features: int, in_features: int, tokens: int, card: Card) -> LaunchSettings:
-    """Settings that no measurement has chosen: the largest blocks that compile without a spill.
+def default_settings(
+    kernel: str, out_features: int, in_features: int, tokens: int, card: Card, wide: bool = False
+) -> LaunchSettings:
+    """Settings that no measurement has chosen: large blocks that compile without a spill.
 
     docs/results/kernels-compile.md has the registers of each. Decode splits the input channels until there
-    are about two programs per processor.
+    are about two programs per processor. `wide` is for float32 operands, which take twice the registers.
     """
     if kernel == "prefill":
+        if wide:
+            return LaunchSettings(32, 32, 1, num_warps=8, num_stages=2)
         if tile_size_for(tokens) >= 128:
             return LaunchSettings(128 if card.hopper else 64, 32, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
-    block_out, block_k, splits = 64, 64, 1
+    block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
     while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
-    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=4)
+    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=2 if wide else 4)
 
 
 @functools.cache

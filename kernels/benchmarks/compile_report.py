@@ -1,0 +1,156 @@
+"""Compile the Triton kernels ahead of time and report registers, spills and shared memory. Needs no GPU.
+
+    python kernels/benchmarks/compile_report.py [--json] [--quick]
+
+Every launch that the default settings can make is compiled for sm_80 and sm_90; exit status 1 where one spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from meswitch_kernels import triton_decode, triton_prefill, triton_rows
+from meswitch_kernels.tuning import Card, default_settings
+
+POINTERS = {
+    "ids": "i64",
+    "partials": "fp32",
+    "steps": "fp32",
+    "bias_delta": "fp32",
+    "channel_scale": "fp16",
+    "table": "fp32",
+}
+VALUES = {"x", "weight", "y", "bias", "salient_value", "added_rows"}
+INTEGER_POINTERS = {
+    "codes", "salient_index", "slot_bits", "slot_group", "slot_of_token", "order", "tile_slot", "tile_start",
+    "tile_count", "added_counts",
+}  # fmt: skip
+MULTIPLES_OF_16 = {
+    "in_features", "out_features", "hidden", "x_stride", "weight_stride", "codes_stride", "steps_stride",
+    "channels_per_split", "max_salient",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled kernel uses."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    bits: int
+    steps: str
+    tokens: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def signature(
+    kernel: object, dtype: str, constants: dict[str, object]
+) -> tuple[dict[str, str], dict[tuple[int], list]]:
+    """Types of a kernel's arguments by name, and which are multiples of 16."""
+    types, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        if name in VALUES or name in POINTERS or name in INTEGER_POINTERS:
+            types[name] = "*" + (dtype if name in VALUES else POINTERS.get(name, "i32"))
+        else:
+            types[name] = "i32"
+        if types[name][0] == "*" or name in MULTIPLES_OF_16:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return types, attributes
+
+
+def measure(
+    kernel: object, dtype: str, arch: int, constants: dict[str, object], options: dict[str, int]
+) -> tuple[int, int, int]:
+    """(registers, spilled bytes, shared bytes) of a kernel compiled for sm_`arch`."""
+    types, attributes = signature(kernel, dtype, constants)
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/out"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return registers, spilled, compiled.metadata.shared
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Compile and report, one launch at a time."""
+    formats = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
+    for arch, (dtype, bits), grouped in product([80, 90], formats, [False, True]):
+        card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
+        common = {"BANK_BITS": bits, "GROUPED": grouped}
+        steps = "grouped" if grouped else "per row"
+        for tokens in (16,) if quick else (16, 32, 64):
+            settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32")
+            constants = {
+                **common, "BASE_TOKENS": tokens, "TILE_TOKENS": 16, "BLOCK_OUT": settings.block_out,
+                "BLOCK_K": settings.block_k,
+            }  # fmt: skip
+            options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+            used = measure(triton_decode.decode_partials, dtype, arch, constants, options)
+            yield Row("decode_partials", arch, dtype, bits, steps, tokens, *used)
+        for tokens, tile in ((128, 64), (1024, 128)):
+            settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32")
+            constants = {
+                **common, "HAS_BIAS": True, "TILE_TOKENS": tile, "BLOCK_OUT": settings.block_out,
+                "BLOCK_K": settings.block_k, "TILES_TOGETHER": 8,
+            }  # fmt: skip
+            options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+            used = measure(triton_prefill.prefill, dtype, arch, constants, options)
+            yield Row("prefill", arch, dtype, bits, steps, tokens, *used)
+    rows_alone = [
+        (triton_decode.reduce_partials, {"HAS_BIAS": True, "BLOCK": 256}),
+        (triton_rows.embedding_rows, {"BLOCK": 1024}),
+        (triton_rows.norm_gain, {"BLOCK": 1024}),
+        (triton_rows.added_row_logits, {"BLOCK": 1024}),
+    ]
+    for arch, (kernel, constants) in product([80, 90], rows_alone):
+        used = measure(kernel, "bf16", arch, constants, {"num_warps": 4})
+        yield Row(kernel.__name__, arch, "bf16", 0, "-", 0, *used)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--quick", action="store_true", help="the launches of bfloat16 serving alone")
+    options = parser.parse_args()
+    found = list(rows(options.quick))
+    if options.json:
+        print(json.dumps([asdict(row) for row in found]))
+    else:
+        print(f"triton {triton.__version__}\n")
+        print("| kernel | arch | dtype | bits | steps | tokens | registers | spilled bytes | shared bytes |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for row in found:
+            bits, tokens = row.bits or "any", row.tokens or "any"
+            print(
+                f"| {row.kernel} | sm_{row.arch} | {row.dtype} | {bits} | {row.steps} | {tokens} "
+                f"| {row.registers} | {row.spilled_bytes} | {row.shared_bytes} |"
+            )
+    return int(any(row.spilled_bytes for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The Triton kernels compiled ahead of time: no GPU is needed, and nothing may spill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "compile_report.py"
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Compiled in a process of its own, since in this one Triton may be interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--json", "--quick"]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_kernel_spills(report, arch):
+    used = {f"{row['kernel']}/{row['steps']}/{row['tokens']}": row for row in report if row["arch"] == arch}
+    assert {row["kernel"] for row in used.values()} == {
+        "decode_partials", "reduce_partials", "prefill", "embedding_rows", "norm_gain", "added_row_logits",
+    }  # fmt: skip
+    assert {name: row["spilled_bytes"] for name, row in used.items() if row["spilled_bytes"]} == {}
+
+
+@pytest.mark.parametrize(("arch", "limit"), [(80, 163 << 10), (90, 227 << 10)])
+def test_shared_memory_fits_the_chip(report, arch, limit):
+    assert max(row["shared_bytes"] for row in report if row["arch"] == arch) <= limit

@@ -1,0 +1,97 @@
+"""Registration and dispatch: tracing, fake tensors, the choice of a backend."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meswitch_kernels import dispatch, expert_head, expert_linear, group_tokens
+from meswitch_kernels.testing import random_call
+
+
+@pytest.fixture
+def fresh_dispatch():
+    caches = (dispatch.default_backend, dispatch.unavailable_reason, dispatch.checked_backend)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_the_operators_pass_torchs_own_checks():
+    call = random_call(5, 64, 24, bits=(1, 2), bias=True, channel_scale=True, dtype=torch.float32)
+    groups = group_tokens(call.slot_of_token, 4)
+    packed = [groups.order, groups.tile_slot, groups.tile_start, groups.tile_count]
+    arguments = (call.x, call.weight, call.bias, *call.bank.tensors, call.slot_of_token, packed, 16, "cpu")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.meswitch.expert_linear.default, arguments, test_utils=tests)
+    ids = torch.zeros(5, dtype=torch.int64)
+    arguments = (ids, call.weight, *call.bank.tensors, call.bank.added_rows, call.slot_of_token, "naive")
+    torch.library.opcheck(torch.ops.meswitch.expert_embedding.default, arguments, test_utils=tests)
+    table = torch.ones(5, 64)
+    arguments = (call.x, table, call.slot_of_token, "naive")
+    torch.library.opcheck(torch.ops.meswitch.expert_norm_gain.default, arguments, test_utils=tests)
+
+
+def test_torch_compile_traces_a_layer_in_one_graph():
+    call = random_call(5, 64, 24, bits=2, dtype=torch.float32)
+    groups = group_tokens(call.slot_of_token, 4)
+
+    def layer(x, slots):
+        return expert_linear(x, call.weight, None, call.bank, slots, groups).relu() + 1
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(call.x, call.slot_of_token), layer(call.x, call.slot_of_token), rtol=0, atol=0)
+
+
+def test_fake_tensors_get_shapes_without_a_kernel():
+    call = random_call(5, 64, 24)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = torch.ops.meswitch.expert_linear(
+            mode.from_tensor(call.x), call.weight, None, *call.bank.tensors, call.slot_of_token, [], 0, "cpu"
+        )
+    assert y.shape == (5, 24)
+    assert y.dtype == torch.bfloat16
+
+
+def test_the_environment_chooses_the_backend(monkeypatch, fresh_dispatch):
+    monkeypatch.setenv("MESWITCH_KERNEL", "naive")
+    assert dispatch.default_backend("cpu") == "naive"
+
+
+def test_an_unknown_name_in_the_environment_is_named(monkeypatch, fresh_dispatch):
+    monkeypatch.setenv("MESWITCH_KERNEL", "metal")
+    with pytest.raises(ValueError, match="MESWITCH_KERNEL=metal: unknown backend 'metal'"):
+        dispatch.default_backend("cpu")
+
+
+def test_without_numba_the_naive_backend_serves_and_says_why(monkeypatch, fresh_dispatch):
+    find = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    assert dispatch.default_backend("cpu") == "naive"
+    assert "numba, which is not installed" in dispatch.available_backends()["cpu"]
+    with pytest.raises(RuntimeError, match="numba"):
+        dispatch.checked_backend("cpu", "cpu")
+
+
+def test_float16_on_the_cpu_falls_back_unless_the_backend_is_named():
+    call = random_call(2, 64, 8, dtype=torch.float16)
+    arguments = (call.x, call.weight, None, call.bank, call.slot_of_token)
+    default = expert_linear(*arguments)
+    torch.testing.assert_close(default, expert_linear(*arguments, backend="naive"), rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"cpu backend does not take torch\.float16"):
+        expert_linear(*arguments, backend="cpu")
+
+
+def test_importing_the_package_loads_no_backend():
+    code = "import sys, meswitch_kernels; print([m for m in ('numba', 'triton.language') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "numba" not in done.stdout
+
+
+def test_a_head_without_added_rows_is_a_linear():
+    call = random_call(3, 64, 8)
+    arguments = (call.x, call.weight, None, call.bank, call.slot_of_token)
+    torch.testing.assert_close(expert_head(*arguments), expert_linear(*arguments), rtol=0, atol=0)

@@ -1,0 +1,135 @@
+"""What an expert switches besides linears: embedding rows, norm gains, head, bias."""
+
+import pytest
+import torch
+
+from meswitch_kernels import (
+    ExpertBank,
+    GainBank,
+    available_backends,
+    expert_embedding,
+    expert_head,
+    expert_norm_gain,
+)
+from meswitch_kernels.testing import ERROR_BOUND, random_expert, relative_error
+
+VOCAB, HIDDEN, ADDED, SLOTS = 50, 96, 3, 3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["naive", "cpu", "triton"])
+def backend(request):
+    reason = available_backends()[request.param]
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def skip_unsupported(backend, dtype):
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("float16 on the CPU is the naive backend's")
+
+
+def vocabulary_bank(group_size=0, dtype=torch.float32):
+    """Slot 0: 2 bits and no added row; slot 1: 4 bits and one; slot 2: 1 bit and all three."""
+    bank = ExpertBank(SLOTS, HIDDEN, VOCAB, 4, group_size, dtype=dtype, max_added_rows=ADDED)
+    for slot, (bits, added) in enumerate([(2, 0), (4, 1), (1, ADDED)]):
+        random_expert(
+            slot, HIDDEN, VOCAB, bits, group_size, k=slot, channel_scale=slot == 1, bias=slot == 2, added=added
+        ).load_into(bank, slot)
+    return bank
+
+
+def weights(dtype):
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+def test_embedding_rows(backend, dtype, group_size, ids_dtype):
+    skip_unsupported(backend, dtype)
+    bank, weight = vocabulary_bank(group_size), weights(dtype)
+    ids = torch.tensor([0, 49, 7, 7, 7, 50, 51, 52, 50], dtype=ids_dtype)
+    slots = torch.tensor([-1, 0, 0, 1, 2, 2, 2, 2, 1], dtype=torch.int32)
+    expected = torch.stack(
+        [
+            bank.added_rows[slot, i - VOCAB].double()
+            if i >= VOCAB
+            else weight[i].double() + (bank.dequantize(slot, torch.float64)[i] if slot >= 0 else 0)
+            for i, slot in zip(ids.tolist(), slots.tolist(), strict=True)
+        ]
+    )
+    y = expert_embedding(ids, weight, bank, slots, backend)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < ERROR_BOUND[dtype]
+
+
+def test_an_id_outside_its_experts_vocabulary_is_refused():
+    bank, weight = vocabulary_bank(), weights(torch.float32)
+    for index, slot in [(50, -1), (50, 0), (51, 1), (-1, 2)]:
+        with pytest.raises(IndexError, match=f"id {index} of token 0"):
+            expert_embedding(torch.tensor([index]), weight, bank, torch.tensor([slot], dtype=torch.int32))
+    with pytest.raises(TypeError, match="ids"):
+        expert_embedding(torch.tensor([0.0]), weight, bank, torch.tensor([0], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_gain(backend, dtype):
+    skip_unsupported(backend, dtype)
+    gains = GainBank(2, HIDDEN)
+    ratio = torch.rand(HIDDEN) + 0.5
+    gains.load(0, ratio)
+    gains.load(1, None)
+    x = torch.randn(5, 2 * HIDDEN).to(dtype)[:, ::2]
+    slots = torch.tensor([0, -1, 1, 0, -1], dtype=torch.int32)
+    y = expert_norm_gain(x, gains, slots, backend)
+    expected = x.double() * torch.where(slots[:, None] == 0, ratio.double(), 1.0)
+    assert relative_error(y, expected) < ERROR_BOUND[dtype]
+    assert torch.equal(y[1], x[1])
+    assert torch.equal(y[2], x[2])
+
+
+def test_gain_bank_refuses_what_does_not_fit():
+    gains = GainBank(2, HIDDEN)
+    assert gains.nbytes == 3 * HIDDEN * 4
+    with pytest.raises(ValueError, match="ratio"):
+        gains.load(0, torch.ones(HIDDEN + 1))
+    with pytest.raises(IndexError, match="slot 2"):
+        gains.load(2, None)
+    with pytest.raises(ValueError, match="holds 1, which is empty"):
+        expert_norm_gain(torch.ones(1, HIDDEN), gains, torch.tensor([1], dtype=torch.int32))
+    gains.load(1, None)
+    gains.clear(1)
+    with pytest.raises(ValueError, match="empty"):
+        expert_norm_gain(torch.ones(1, HIDDEN), gains, torch.tensor([1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_with_added_vocabulary(backend, dtype):
+    """Tied weights: the bank of the embedding serves the head."""
+    skip_unsupported(backend, dtype)
+    bank, weight = vocabulary_bank(), weights(dtype)
+    x = torch.randn(6, HIDDEN).to(dtype)
+    slots = torch.tensor([2, -1, 0, 1, 2, 1], dtype=torch.int32)
+    logits = expert_head(x, weight, None, bank, slots, backend=backend)
+    assert logits.shape == (6, VOCAB + ADDED)
+    for t, slot in enumerate(slots.tolist()):
+        full, added = weight.double(), 0
+        bias = torch.zeros(VOCAB + ADDED, dtype=torch.float64)
+        if slot >= 0:
+            added = int(bank.added_counts[slot])
+            full = torch.cat([full + bank.dequantize(slot, torch.float64), bank.added_rows[slot, :added].double()])
+            bias[:VOCAB] += bank.tensors.bias_delta[slot]
+        expected = full @ x[t].double() + bias[: VOCAB + added]
+        assert relative_error(logits[t, : VOCAB + added], expected) < ERROR_BOUND[dtype]
+        assert (logits[t, VOCAB + added :] == -torch.inf).all()
+
+
+def test_empty_batches(backend):
+    none, nobody = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+    bank, weight = vocabulary_bank(), weights(torch.float32)
+    assert expert_embedding(none, weight, bank, nobody, backend).shape == (0, HIDDEN)
+    assert expert_norm_gain(torch.zeros(0, HIDDEN), GainBank(1, HIDDEN), nobody, backend).shape == (0, HIDDEN)
+    head = expert_head(torch.zeros(0, HIDDEN), weight, None, bank, nobody, backend=backend)
+    assert head.shape == (0, VOCAB + ADDED)
