@@ -1,0 +1,116 @@
+"""What the benchmarks share: timing, the machine's own ceilings, layer shapes, tables."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meswitch_kernels.testing import random_expert
+
+SHAPES = {
+    "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
+    "Mistral-7B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
+}
+"""(out, in) of a model's linears."""
+
+
+def median_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each call on the CPU; the calls take turns, so that a slow moment meets them all."""
+    for call in calls:
+        for _ in range(3):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, seen in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            seen.append(time.perf_counter() - start)
+    return [statistics.median(seen) for seen in times]
+
+
+def read_bandwidth(floats: int = 32 << 20) -> float:
+    """Bytes per second at which this machine's CPU reads memory, with PyTorch's threads: the best of ten sums."""
+    data = torch.ones(floats)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    return data.nbytes / min(times)
+
+
+def rotating(make: Callable[[int], Callable[[], object]], copies: int) -> Callable[[], object]:
+    """A call that goes round `copies` sets of operands, so that none is still in the cache when its turn comes."""
+    calls = [make(i) for i in range(copies)]
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % copies
+        return calls[turn]()
+
+    return call
+
+
+def machine() -> str:
+    """The processor, its cores and the versions that a figure depends on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    return f"{model}, {torch.get_num_threads()} threads; torch {torch.__version__}"
+
+
+def commit() -> str:
+    """The commit of this checkout, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def load_experts(bank: object, slots: int, in_features: int, out_features: int, bits: int) -> None:
+    """Fill a bank with random experts."""
+    for slot in range(slots):
+        random_expert(slot, in_features, out_features, bits).load_into(bank, slot)
+
+
+def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8) -> int:
+    """Bytes of one expert's delta that a product must read: codes, steps, salient values, channel scales."""
+    words = -(-in_features * bits // 32)
+    return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def graph_seconds(call: Callable[[], Tensor], replays: int = 20, repeats: int = 5) -> float:
+    """Median seconds of one call on the GPU, replayed from a CUDA graph so that launches do not count."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(replays):
+            call()
+    times = []
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / replays)
+    return statistics.median(times[1:])

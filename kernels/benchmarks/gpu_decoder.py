@@ -1,0 +1,133 @@
+"""One decode step of a whole Mistral-7B-shaped decoder for 16 experts, replayed from a CUDA graph.
+
+    python kernels/benchmarks/gpu_decoder.py [--layers 32] [--tokens 16]
+
+The linears, norms, norm gains, embedding and head of every layer run on one grouping of the tokens; attention
+over the cache is left out, as it is the same for base and experts. Beside it the same step of the base alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from common import commit, graph_seconds, load_experts
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from meswitch_kernels import (
+    ExpertBank,
+    GainBank,
+    TokenGroups,
+    expert_embedding,
+    expert_head,
+    expert_linear,
+    expert_norm_gain,
+    group_tokens,
+)
+
+HIDDEN, INTERMEDIATE, QKV, VOCAB = 4096, 14336, 6144, 32000
+BITS, EXPERTS = 2, 16
+PARTS = {
+    "qkv": (QKV, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+}
+Product = Callable[[Tensor, str], Tensor]
+
+
+class Decoder:
+    """Random weights and banks of a decoder; distinct memory for every layer, as in a real model."""
+
+    def __init__(self, layers: int) -> None:
+        self.weights, self.banks, self.gains = [], [], []
+        for _ in range(layers):
+            self.weights.append(
+                {n: torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.01 for n, s in PARTS.items()}
+            )
+            self.banks.append({n: ExpertBank(EXPERTS, s[1], s[0], BITS, device="cuda") for n, s in PARTS.items()})
+            self.gains.append([GainBank(EXPERTS, HIDDEN, device="cuda") for _ in range(2)])
+        self.table = torch.randn(VOCAB, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.vocabulary = ExpertBank(EXPERTS, HIDDEN, VOCAB, BITS, device="cuda")
+        load_experts(self.vocabulary, EXPERTS, HIDDEN, VOCAB, BITS)
+        for name, (out_features, in_features) in PARTS.items():
+            load_experts(self.banks[0][name], EXPERTS, in_features, out_features, BITS)
+            for banks in self.banks[1:]:
+                for own, first in zip(banks[name].tensors, self.banks[0][name].tensors, strict=True):
+                    if isinstance(own, Tensor):
+                        own.copy_(first)
+        for gains in self.gains:
+            for gain in gains:
+                for slot in range(EXPERTS):
+                    gain.load(slot, None)
+
+    def experts_step(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """Logits of one step, every token through its own expert."""
+        groups = group_tokens(slots, EXPERTS)
+        x = expert_embedding(ids, self.table, self.vocabulary, slots)
+        for weights, banks, gains in zip(self.weights, self.banks, self.gains, strict=True):
+            x = x + self._half(
+                x, gains[0], slots, lambda h, n: self._product(h, weights, banks, slots, groups, n), "qkv"
+            )
+            x = x + self._half(
+                x, gains[1], slots, lambda h, n: self._product(h, weights, banks, slots, groups, n), "mlp"
+            )
+        return expert_head(x, self.table, None, self.vocabulary, slots, groups)
+
+    def base_step(self, ids: Tensor) -> Tensor:
+        """Logits of one step of the base alone, by cuBLAS."""
+        x = self.table[ids]
+        for weights in self.weights:
+            x = x + self._half(x, None, None, lambda h, n: linear(h, weights[n]), "qkv")
+            x = x + self._half(x, None, None, lambda h, n: linear(h, weights[n]), "mlp")
+        return linear(x, self.table)
+
+    @staticmethod
+    def _product(
+        x: Tensor,
+        weights: dict[str, Tensor],
+        banks: dict[str, ExpertBank],
+        slots: Tensor,
+        groups: TokenGroups,
+        name: str,
+    ) -> Tensor:
+        return expert_linear(x, weights[name], None, banks[name], slots, groups)
+
+    @staticmethod
+    def _half(x: Tensor, gain: GainBank | None, slots: Tensor | None, product: Product, which: str) -> Tensor:
+        h = rms_norm(x, (HIDDEN,))
+        if gain is not None and slots is not None:
+            h = expert_norm_gain(h, gain, slots)
+        if which == "qkv":
+            return product(product(h, "qkv")[:, :HIDDEN], "o")
+        gate, up = product(h, "gate_up").chunk(2, -1)
+        return product(silu(gate) * up, "down")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_decoder needs a CUDA device", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    decoder = Decoder(options.layers)
+    ids = torch.randint(0, VOCAB, (options.tokens,), device="cuda")
+    slots = torch.arange(options.tokens, dtype=torch.int32, device="cuda") % EXPERTS
+    base = graph_seconds(lambda: decoder.base_step(ids), replays=2)
+    experts = graph_seconds(lambda: decoder.experts_step(ids, slots), replays=2)
+    print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}; commit {commit()}; {BITS} bits, 8 salient")
+    print(
+        f"{options.layers} layers, {options.tokens} tokens, {EXPERTS} experts: {experts * 1e3:.2f} ms a step; "
+        f"base alone {base * 1e3:.2f} ms; ratio {experts / base:.2f} (16 models: 16)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
