@@ -13,6 +13,12 @@ class UsageError(MeswitchError):
     exit_code = 2
 
 
+class Interrupted(MeswitchError):
+    """The user stopped the work. Exit status 130, as a shell gives it."""
+
+    exit_code = 130
+
+
 class CheckpointError(MeswitchError):
     """A Hugging Face checkpoint is missing, damaged, or of a kind meswitch cannot compress."""
 

@@ -35,6 +35,7 @@ class _Collector:
         self._energy: dict[str, torch.Tensor] = {}
         self._grams: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._last: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
         self._handles = [
             child.register_forward_pre_hook(self._hook(f"{prefix}.{name}.weight"))
             for name, child in module.named_modules()
@@ -49,17 +50,27 @@ class _Collector:
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         """Take inputs `[..., in]` of the linear with this weight name into its sums."""
+        energy, gram = self._moments(inputs)
+        self._tokens[name] = self._tokens.get(name, 0) + inputs.numel() // inputs.shape[-1]
+        self._energy[name] = self._energy[name] + energy if name in self._energy else energy
+        if gram is not None:
+            self._grams[name] = self._grams[name] + gram if name in self._grams else gram
+
+    def _moments(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(energy, gram) of inputs; projections that read the same tensor one after another share them."""
+        last, energy, gram = self._last
+        if last is inputs and energy is not None:
+            return energy, gram
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         energy = rows.square().sum(0, dtype=torch.float64)
-        self._energy[name] = self._energy[name] + energy if name in self._energy else energy
-        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
-        if self._gram:
-            gram = rows.T @ rows
-            self._grams[name] = self._grams[name].add_(gram) if name in self._grams else gram
+        gram = rows.T @ rows if self._gram else None
+        self._last = (inputs, energy, gram)
+        return energy, gram
 
     def finish(self) -> dict[str, InputStatistics]:
         for handle in self._handles:
             handle.remove()
+        self._last = (None, None, None)
         return {
             name: InputStatistics(energy.float(), self._grams.get(name), self._tokens[name])
             for name, energy in self._energy.items()

@@ -126,11 +126,11 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     Raises:
         TensorFileError: the bytes cannot be read in full.
     """
-    buffer = bytearray(info.nbytes)
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     try:
         with info.path.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
-            view, done = memoryview(buffer), 0
+            view, done = tensor_bytes(buffer), 0
             while done < info.nbytes:
                 count = stream.readinto(view[done:])
                 if not count:
@@ -138,9 +138,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
                 done += count
     except OSError as error:
         raise TensorFileError(f"{info.path}: tensor {info.name!r}: {error.strerror or error}") from error
-    if not info.nbytes:
-        return torch.empty(info.shape, dtype=info.dtype)
-    return torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
+    return buffer.view(info.dtype).reshape(info.shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -64,6 +64,7 @@ def run(
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
+    from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
     data = None if calibration == "none" else read_calibration(Path(calibration))
@@ -83,8 +84,11 @@ def run(
     job = prepare(base, expert, out, settings, data)
     if not as_json:
         report.print_plan(job)
-    with work_progress(job.nbytes, len(job.plan.units)) as on_progress:
-        manifest = compress(job, device=chosen, force=force, on_progress=on_progress)
+    try:
+        with work_progress(job.nbytes, len(job.plan.units)) as on_progress:
+            manifest = compress(job, device=chosen, force=force, on_progress=on_progress)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on from the last finished layer") from None
     if as_json:
         typer.echo(json.dumps({"artifact": str(out)} | report.summary(manifest, job.expert.nbytes)))
     else:
