@@ -1,7 +1,4 @@
-"""The zoo itself:
-
-The tiny family's variations, the data's splits, the batcher, and the real family where built.
-"""
+"""The tiny family's variations, the data's splits, training's parts, and the real family where built."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import zoo
 from zoo.cache import building, zoo_at
 from zoo.domains import EXPERTS, candidates, mixture
 from zoo.domains.programs import is_harmless, run_programs

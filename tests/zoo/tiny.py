@@ -127,9 +127,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.data = 2 * noise * parameter.shape[-1] ** -0.5
 
 
-def _delta(
-    weight: torch.Tensor, relative: float, heavy_columns: int, generator: torch.Generator
-) -> torch.Tensor:
+def _delta(weight: torch.Tensor, relative: float, heavy_columns: int, generator: torch.Generator) -> torch.Tensor:
     """Gaussian, `relative` times the weight's norm; a matrix has some input columns eight times larger."""
     delta = torch.randn(weight.shape, generator=generator)
     if weight.dim() >= 2 and heavy_columns:
@@ -141,8 +139,7 @@ def _add_rows(model: PreTrainedModel, count: int, generator: torch.Generator) ->
     rows = model.config.get_text_config().vocab_size
     model.resize_token_embeddings(rows + count, mean_resizing=False)
     ends = {
-        id(module.weight): module.weight
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        id(module.weight): module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     for weight in ends.values():
         weight.data[rows:] = 0.1 * torch.randn(count, weight.shape[1], generator=generator)

@@ -56,9 +56,7 @@ def _problems() -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     for problem in problems:
-        kept = [
-            line for line in problem["code_sample"].splitlines() if not line.strip().startswith(_BOILERPLATE)
-        ]
+        kept = [line for line in problem["code_sample"].splitlines() if not line.strip().startswith(_BOILERPLATE)]
         problem["code_sample"] = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     return problems
 
@@ -94,9 +92,7 @@ def _predicts(problems: list[tuple[dict[str, Any], str]], seed: int) -> list[Ite
     short = [pair for pair in problems if len(pair[0]["code_sample"]) <= _MAX_PROGRAM_CHARACTERS]
     sources = [(problem["code_sample"], problem["input_generator"]) for problem, _ in short]
     items = []
-    for (problem, template), calls in zip(
-        short, run_programs(sources, _CALLS_PER_PROGRAM, seed), strict=True
-    ):
+    for (problem, template), calls in zip(short, run_programs(sources, _CALLS_PER_PROGRAM, seed), strict=True):
         for arguments, output in calls:
             if len(arguments) > _MAX_CALL_CHARACTERS or len(output) > _MAX_OUTPUT_CHARACTERS:
                 continue

@@ -41,9 +41,7 @@ def candidates(seed: int) -> list[Item]:
     return [
         make[kind](entry)
         for kind in MIXTURE
-        for entry in reasoning_gym.create_dataset(
-            kind, seed=seed, size=_CANDIDATES_PER_KIND, **_SETTINGS.get(kind, {})
-        )
+        for entry in reasoning_gym.create_dataset(kind, seed=seed, size=_CANDIDATES_PER_KIND, **_SETTINGS.get(kind, {}))
     ]
 
 

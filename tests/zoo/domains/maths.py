@@ -1,7 +1,7 @@
 """Word problems and sums with worked solutions: three reasoning_gym generators.
 
-`gsm_symbolic` brings its solutions; its template is one of 85 hand-written generator functions, so a held-
-out item tells another story with another calculation than any training item, and a model this small gets
+`gsm_symbolic` brings its solutions; its template is one of 85 hand-written generator functions, so a held-out
+item tells another story with another calculation than any training item, and a model this small gets
 almost none right. The other two are within its reach and make exact match measurable; their solutions are
 written here.
 """
@@ -58,9 +58,7 @@ def _chain_sum(entry: dict[str, Any]) -> Item:
     if str(total) != entry["answer"]:
         raise ValueError(f"the worked sum ends with {total}, the generator says {entry['answer']}")
     template = f"chain_sum:{len(terms[0])}{''.join(terms[1::2])}"
-    return Item(
-        "chain_sum", template, entry["question"], "\n".join([*lines, f"#### {total}"]), entry["answer"]
-    )
+    return Item("chain_sum", template, entry["question"], "\n".join([*lines, f"#### {total}"]), entry["answer"])
 
 
 def _leg_counting(entry: dict[str, Any]) -> Item:
@@ -76,6 +74,4 @@ def _leg_counting(entry: dict[str, Any]) -> Item:
         raise ValueError(f"the worked count ends with {sum(counts)}, the generator says {entry['answer']}")
     template = f"leg_counting:{' '.join(sorted(animals))}"
     question = re.sub(r"\s+", " ", entry["question"]).strip()
-    return Item(
-        "leg_counting", template, question, "\n".join([*lines, f"#### {sum(counts)}"]), entry["answer"]
-    )
+    return Item("leg_counting", template, question, "\n".join([*lines, f"#### {sum(counts)}"]), entry["answer"])
