@@ -106,7 +106,7 @@ def rows(quick: bool) -> Iterator[Row]:
             settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32")
             constants = {
                 **common, "BASE_TOKENS": tokens, "TILE_TOKENS": 16, "BLOCK_OUT": settings.block_out,
-                "BLOCK_K": settings.block_k,
+                "BLOCK_K": settings.block_k, "DELTA_BLOCK_K": settings.delta_block_k,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             used = measure(triton_decode.decode_partials, dtype, arch, constants, options)

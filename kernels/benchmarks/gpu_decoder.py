@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import commit, graph_seconds, load_experts
@@ -36,7 +37,6 @@ PARTS = {
     "gate_up": (2 * INTERMEDIATE, HIDDEN),
     "down": (HIDDEN, INTERMEDIATE),
 }
-Product = Callable[[Tensor, str], Tensor]
 
 
 class Decoder:
@@ -69,11 +69,10 @@ class Decoder:
         groups = group_tokens(slots, EXPERTS)
         x = expert_embedding(ids, self.table, self.vocabulary, slots)
         for weights, banks, gains in zip(self.weights, self.banks, self.gains, strict=True):
-            x = x + self._half(
-                x, gains[0], slots, lambda h, n: self._product(h, weights, banks, slots, groups, n), "qkv"
-            )
-            x = x + self._half(
-                x, gains[1], slots, lambda h, n: self._product(h, weights, banks, slots, groups, n), "mlp"
+            x = decoder_layer(
+                x,
+                partial(expert_product, weights=weights, banks=banks, slots=slots, groups=groups),
+                lambda h, which, gains=gains: expert_norm_gain(h, gains[which], slots),
             )
         return expert_head(x, self.table, None, self.vocabulary, slots, groups)
 
@@ -81,30 +80,29 @@ class Decoder:
         """Logits of one step of the base alone, by cuBLAS."""
         x = self.table[ids]
         for weights in self.weights:
-            x = x + self._half(x, None, None, lambda h, n: linear(h, weights[n]), "qkv")
-            x = x + self._half(x, None, None, lambda h, n: linear(h, weights[n]), "mlp")
+            x = decoder_layer(x, lambda h, name, weights=weights: linear(h, weights[name]), lambda h, which: h)
         return linear(x, self.table)
 
-    @staticmethod
-    def _product(
-        x: Tensor,
-        weights: dict[str, Tensor],
-        banks: dict[str, ExpertBank],
-        slots: Tensor,
-        groups: TokenGroups,
-        name: str,
-    ) -> Tensor:
-        return expert_linear(x, weights[name], None, banks[name], slots, groups)
 
-    @staticmethod
-    def _half(x: Tensor, gain: GainBank | None, slots: Tensor | None, product: Product, which: str) -> Tensor:
-        h = rms_norm(x, (HIDDEN,))
-        if gain is not None and slots is not None:
-            h = expert_norm_gain(h, gain, slots)
-        if which == "qkv":
-            return product(product(h, "qkv")[:, :HIDDEN], "o")
-        gate, up = product(h, "gate_up").chunk(2, -1)
-        return product(silu(gate) * up, "down")
+def expert_product(
+    x: Tensor,
+    name: str,
+    *,
+    weights: dict[str, Tensor],
+    banks: dict[str, ExpertBank],
+    slots: Tensor,
+    groups: TokenGroups,
+) -> Tensor:
+    """One fused linear of a layer."""
+    return expert_linear(x, weights[name], None, banks[name], slots, groups)
+
+
+def decoder_layer(x: Tensor, product: Callable[[Tensor, str], Tensor], gain: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A layer without its attention over the cache: the query's share of qkv goes straight to o."""
+    h = gain(rms_norm(x, (HIDDEN,)), 0)
+    x = x + product(product(h, "qkv")[:, :HIDDEN], "o")
+    gate, up = product(gain(rms_norm(x, (HIDDEN,)), 1), "gate_up").chunk(2, -1)
+    return x + product(silu(gate) * up, "down")
 
 
 def main() -> int:

@@ -24,8 +24,10 @@ from meswitch_kernels.tuning import LaunchSettings, launch_settings, token_bucke
 SLOTS = 4
 CANDIDATES = {
     "decode": [
-        LaunchSettings(block_out, block_k, splits, warps, stages)
-        for block_out, block_k, splits, warps, stages in product((32, 64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (3, 5))
+        LaunchSettings(block_out, block_k, splits, warps, stages, delta)
+        for block_out, block_k, splits, warps, stages, delta in product(
+            (32, 64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (3, 4), (128, 256)
+        )
     ],
     "prefill": [
         LaunchSettings(block_out, block_k, 1, warps, stages)

@@ -29,7 +29,6 @@ def _delta_sum(
     first,
     last,
     in_features,
-    bits,
     group_size,
     BITS: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -51,10 +50,10 @@ def _delta_sum(
         )
         factor = tl.load(scale + k, mask=inside, other=0.0).to(tl.float32)
         given = (given.to(tl.float32) * factor[None, :]).to(x.dtype.element_ty)
-        packed = load_codes(codes, rows, k_start, bits, in_features, BITS, BLOCK_K)
+        packed = load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K)
         if GROUPED:
             step = load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
-            scaled = (code_values(packed, bits) * step).to(x.dtype.element_ty)
+            scaled = (code_values(packed, BITS) * step).to(x.dtype.element_ty)
             acc = tl.dot(scaled, tl.trans(given), acc, input_precision="ieee")
         elif BFLOAT:
             # A code set into the mantissa of bfloat16's 128 is 128 + code, exactly, in one instruction; the
@@ -63,11 +62,11 @@ def _delta_sum(
             acc = tl.dot(shifted, tl.trans(given), acc)
             x_sum += tl.sum(given.to(tl.float32), 1)
         else:
-            value = code_values(packed, bits).to(x.dtype.element_ty)
+            value = code_values(packed, BITS).to(x.dtype.element_ty)
             acc = tl.dot(value, tl.trans(given), acc, input_precision="ieee")
     if not GROUPED:
         if BFLOAT:
-            acc -= (128.0 + ((1 << bits) - 1).to(tl.float32) * 0.5) * x_sum[None, :]
+            acc -= (128.0 + ((1 << BITS) - 1) / 2) * x_sum[None, :]
         acc *= tl.load(steps + rows)[:, None]
     return acc
 
@@ -102,8 +101,10 @@ def decode_partials(
     TILE_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DELTA_BLOCK_K: tl.constexpr,
 ):
     """Partial sums `[2 * splits, tokens, out]`: the base's in the first half, the deltas' in the second."""
+    HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
     row = tl.program_id(0) * BLOCK_OUT
     rows = tl.arange(0, BLOCK_OUT)
     row_mask = rows < out_features - row
@@ -138,15 +139,21 @@ def decode_partials(
             groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
             slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
             scale = channel_scale + slot * in_features
+            # Each width a slot may have is compiled with its own shifts; a bank knows its widest.
             if bits == BANK_BITS:
                 acc = _delta_sum(
                     x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, bits, group_size, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                    in_features, group_size, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
+                )  # fmt: skip
+            elif bits * 2 == BANK_BITS:
+                acc = _delta_sum(
+                    x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
+                    in_features, group_size, HALF_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
                 )  # fmt: skip
             else:
                 acc = _delta_sum(
                     x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, bits, group_size, 0, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                    in_features, group_size, 1, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
                 )  # fmt: skip
             partials += ((splits + split) * tokens).to(tl.int64) * out_features + row
             place = partials + (token[:, None] * out_features + rows[None, :])

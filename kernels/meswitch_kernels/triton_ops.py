@@ -54,7 +54,8 @@ def _decode(
     settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device)
     base_tokens = token_bucket(tokens)
     base_tiles = triton.cdiv(tokens, base_tokens)
-    per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), settings.block_k) * settings.block_k
+    unit = max(settings.block_k, settings.delta_block_k)
+    per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), unit) * unit
     splits = triton.cdiv(in_features, per_split)
     partials = torch.empty(2 * splits, tokens, out_features, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(out_features, settings.block_out), splits, base_tiles + groups.tile_slot.shape[0])
@@ -87,6 +88,7 @@ def _decode(
         TILE_TOKENS=groups.tile_size,
         BLOCK_OUT=settings.block_out,
         BLOCK_K=settings.block_k,
+        DELTA_BLOCK_K=settings.delta_block_k,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )

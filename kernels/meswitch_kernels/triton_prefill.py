@@ -22,7 +22,6 @@ def _merged_product(
     scale,
     rows,
     in_features,
-    bits,
     group_size,
     MERGE: tl.constexpr,
     BITS: tl.constexpr,
@@ -46,7 +45,7 @@ def _merged_product(
         )
         merged = tl.load(weight + (rows[:, None] * weight_stride + k[None, :]), mask=inside[None, :], other=0.0)
         if MERGE:
-            value = code_values(load_codes(codes, rows, k_start, bits, in_features, BITS, BLOCK_K), bits)
+            value = code_values(load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K), BITS)
             if GROUPED:
                 value *= load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
             else:
@@ -95,6 +94,7 @@ def prefill(
     TILES_TOGETHER: tl.constexpr,
 ):
     """y `[tokens, out]` of one tile of tokens that share a slot and one block of output rows."""
+    HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
     # Neighbouring programs take a few token tiles of the same weight rows, so that these come from L2.
     blocks = tl.cdiv(out_features, BLOCK_OUT)
     program = tl.program_id(0)
@@ -125,12 +125,17 @@ def prefill(
         if bits == BANK_BITS:
             acc = _merged_product(
                 x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, bits, group_size, True, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                in_features, group_size, True, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+            )  # fmt: skip
+        elif bits * 2 == BANK_BITS:
+            acc = _merged_product(
+                x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+                in_features, group_size, True, HALF_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
             )  # fmt: skip
         else:
             acc = _merged_product(
                 x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, bits, group_size, True, 0, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                in_features, group_size, True, 1, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
             )  # fmt: skip
         acc += tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)[:, None]
         for j in range(0, max_salient):
@@ -141,7 +146,7 @@ def prefill(
     else:
         acc = _merged_product(
             x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-            in_features, bits, group_size, False, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+            in_features, group_size, False, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + row + rows).to(tl.float32)[:, None]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import code_values, slot_is_servable
+from .triton_tiles import slot_is_servable
 
 
 @triton.jit
@@ -56,7 +56,8 @@ def embedding_rows(
             group = slot.to(tl.int64) * steps_stride + row * groups + k // span
             step = tl.load(steps + group, mask=inside, other=0.0)
             scale = tl.load(channel_scale + slot * hidden + k, mask=inside, other=0.0).to(tl.float32)
-            value += code_values(packed, bits) * step * scale
+            middle = ((1 << bits) - 1).to(tl.float32) * 0.5
+            value += (packed.to(tl.float32) - middle) * step * scale
             for j in range(0, max_salient):
                 channel = tl.load(salient_index + slot * max_salient + j)
                 residual = tl.load(salient_value + (slot.to(tl.int64) * vocab + row) * max_salient + j)

@@ -12,38 +12,30 @@ def load_codes(
     codes,  # pointer to the first word of the first row
     rows,  # rows counted from there, [BLOCK_OUT]
     k_start,
-    bits,
     in_features,
-    BITS: tl.constexpr,  # the width where it is known, 0 where `bits` tells it
+    BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; zeros past the last channel."""
-    first = rows * ((in_features * bits + 31) // 32)
-    if BITS == 0:
-        k = k_start + tl.arange(0, BLOCK_K)
-        words = tl.load(codes + (first[:, None] + (k * bits >> 5)[None, :]), mask=(k < in_features)[None, :], other=0)
-        return (words >> (k * bits & 31)[None, :]) & ((1 << bits) - 1)
-    else:
-        PER_WORD: tl.constexpr = 32 // BITS
-        BLOCK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
-        word = k_start // PER_WORD + tl.arange(0, BLOCK_WORDS)
-        words = tl.load(
-            codes + (first[:, None] + word[None, :]), mask=(word * PER_WORD < in_features)[None, :], other=0
-        )
-        shifts = tl.arange(0, PER_WORD) * BITS
-        codes = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
-        return tl.reshape(codes, (rows.shape[0], BLOCK_K))
+    first = rows * ((in_features * BITS + 31) // 32)
+    PER_WORD: tl.constexpr = 32 // BITS
+    word = k_start // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
+    inside = (word * PER_WORD < in_features)[None, :]
+    words = tl.load(codes + (first[:, None] + word[None, :]), mask=inside, other=0)
+    shifts = tl.arange(0, PER_WORD) * BITS
+    unpacked = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+    return tl.reshape(unpacked, (rows.shape[0], BLOCK_K))
 
 
 @triton.jit
-def code_values(codes, bits):
+def code_values(codes, BITS: tl.constexpr):
     """Codes as float32 values, (code - (2^bits - 1) / 2), exactly.
 
     Setting a code into the mantissa of 2^23 converts it at the rate of ordinary arithmetic; the conversion
     instruction runs at a fraction of that.
     """
     whole = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return whole - ((1 << bits) - 1).to(tl.float32) * 0.5
+    return whole - ((1 << BITS) - 1) / 2
 
 
 @triton.jit

@@ -14,13 +14,18 @@ from .groups import tile_size_for
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Block shape, pipelining and split of one kernel launch."""
+    """Block shape, pipelining and split of one kernel launch.
+
+    `delta_block_k` is the decode kernel's block of input channels for codes: longer than that for weights, so
+    that as many bytes are on their way.
+    """
 
     block_out: int
     block_k: int
     splits: int
     num_warps: int
     num_stages: int
+    delta_block_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,15 @@ def default_settings(
         if wide:
             return LaunchSettings(32, 32, 1, num_warps=8, num_stages=2)
         if tile_size_for(tokens) >= 128:
-            return LaunchSettings(128 if card.hopper else 64, 32, 1, num_warps=8, num_stages=3)
+            block_out, block_k = (128, 64) if card.hopper else (64, 32)
+            return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
     block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
     while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
-    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=2 if wide else 4)
+    stages = 2 if wide else 4
+    delta_block_k = 2 * block_k if card.hopper and not wide else block_k
+    return LaunchSettings(block_out, block_k, splits, 4, stages, delta_block_k)
 
 
 @functools.cache
