@@ -42,28 +42,30 @@ def expert_linear(
         x = x.contiguous()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    slots, slot_bits = slot_of_token.tolist(), bank.slot_bits.tolist()
+    if len(slots) >= PREFILL_TOKENS and slots.count(slots[0]) == len(slots) and _servable(slots[0], slot_bits):
+        return _prefill(x, weight, bias, bank, slots[0])
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    if not y.numel():
-        return y
     tokens_of: dict[int, list[int]] = {}
-    slots = slot_of_token.tolist()
-    if slots.count(slots[0]) == len(slots):
-        tokens_of[slots[0]] = list(range(len(slots)))
-    else:
-        for token, slot in enumerate(slots):
-            tokens_of.setdefault(slot, []).append(token)
+    for token, slot in enumerate(slots):
+        tokens_of.setdefault(slot, []).append(token)
     few = []
-    slot_bits = bank.slot_bits.tolist()
     for slot, tokens in tokens_of.items():
-        if slot >= len(slot_bits) or slot < -1 or (slot >= 0 and not slot_bits[slot]):
+        if not _servable(slot, slot_bits):
             y[tokens] = torch.nan
         elif len(tokens) < PREFILL_TOKENS:
             few.append((slot, tokens))
         else:
-            y = _prefill(y, x, weight, bias, bank, slot, tokens)
+            y[tokens] = _prefill(x[tokens], weight, bias, bank, slot)
     if few:
         _decode(y, x, weight, bias, bank, few)
     return y
+
+
+def _servable(slot: int, slot_bits: list[int]) -> bool:
+    return slot == -1 or (0 <= slot < len(slot_bits) and slot_bits[slot] > 0)
 
 
 expert_embedding = naive.expert_embedding
@@ -218,32 +220,14 @@ def _decode(
     _run(rows_task, fields, -(-out_features // kernels.CHUNK_ROWS))
 
 
-def _prefill(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: BankTensors,
-    slot: int,
-    tokens: list[int],
-) -> Tensor:
-    """y with the rows of one slot's tokens written, or a tensor to take its place where they are all."""
-    every = len(tokens) == x.shape[0]
-    own = x if every else x[tokens]
+def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> Tensor:
+    """x·(W + Δ̂)ᵀ and biases for tokens of one slot: a block of rows of W + Δ̂ is merged, then multiplied."""
     if slot < 0:
-        result = torch.nn.functional.linear(own, weight, bias)
-    else:
-        result = _merged_linear(own, weight, bias, bank, slot)
-    if every:
-        return result
-    y[tokens] = result
-    return y
-
-
-def _merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> Tensor:
-    """x·(W + Δ̂)ᵀ and biases: a block of rows of W + Δ̂ is merged, then multiplied."""
+        return torch.nn.functional.linear(x, weight, bias)
     out_features, in_features = weight.shape
-    scale = torch.nn.functional.pad(bank.channel_scale[slot].float(), (0, -in_features % 16))
+    scale = bank.channel_scale[slot].float()
+    if in_features % 16:
+        scale = torch.nn.functional.pad(scale, (0, -in_features % 16))
     shift = bank.bias_delta[slot] if bias is None else bank.bias_delta[slot] + bias
     shift = shift.to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)

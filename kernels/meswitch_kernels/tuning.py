@@ -63,18 +63,20 @@ def default_settings(
     are about two programs per processor. `wide` is for float32 operands, which take twice the registers.
     """
     if kernel == "prefill":
+        large_tile = tile_size_for(tokens) >= 128
         if wide:
-            return LaunchSettings(32, 32, 1, num_warps=8, num_stages=2)
-        if tile_size_for(tokens) >= 128:
+            return LaunchSettings(64 if large_tile else 32, 32, 1, num_warps=8, num_stages=2)
+        if large_tile:
             block_out, block_k = (128, 64) if card.hopper else (64, 32)
             return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
     block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
     while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
-    stages = 2 if wide else 4
-    delta_block_k = 2 * block_k if card.hopper and not wide else block_k
-    return LaunchSettings(block_out, block_k, splits, 4, stages, delta_block_k)
+    if wide:
+        return LaunchSettings(block_out, block_k, splits, num_warps=8, num_stages=2, delta_block_k=block_k)
+    delta_block_k = 2 * block_k if card.hopper else block_k
+    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=4, delta_block_k=delta_block_k)
 
 
 @functools.cache

@@ -190,6 +190,7 @@ def test_the_whole_output_is_written(backend, tokens, monkeypatch):
         return torch.full(shape, fill, **settings)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
     def poisoned_like(x, *size, **settings):
         return poisoned(*size, **{"dtype": x.dtype, "device": x.device, **settings})
 
