@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meswitch_kernels.testing import random_expert
+from meswitch_kernels import ExpertBank
+from meswitch_kernels.packing import words_per_row
 
 SHAPES = {
     "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
@@ -76,10 +77,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def load_experts(bank: object, slots: int, in_features: int, out_features: int, bits: int) -> None:
-    """Fill a bank with random experts."""
+def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: int) -> None:
+    """Fill a bank with random codes and small steps, made on its own device."""
+    words = words_per_row(in_features, bits)
     for slot in range(slots):
-        random_expert(slot, in_features, out_features, bits).load_into(bank, slot)
+        codes = torch.randint(-(1 << 31), 1 << 31, (out_features, words), device=bank.device, dtype=torch.int64)
+        steps = torch.full((out_features, 1), 0.1 * in_features**-0.5, device=bank.device)
+        index = torch.arange(bank.max_salient, dtype=torch.int32) * (in_features // bank.max_salient)
+        value = torch.randn(out_features, bank.max_salient, device=bank.device).mul(in_features**-0.5)
+        bank.load(slot, codes.to(torch.int32), steps, index, value.to(torch.bfloat16), bits=bits)
 
 
 def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8) -> int:

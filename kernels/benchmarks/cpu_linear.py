@@ -14,7 +14,7 @@ import torch
 from common import SHAPES, commit, delta_bytes, load_experts, machine, median_times, read_bandwidth, table
 from torch.nn.functional import linear
 
-from meswitch_kernels import ExpertBank, expert_linear
+from meswitch_kernels import ExpertBank, cpu, expert_linear
 
 EXPERTS = 8
 PREFILL_TOKENS = 256
@@ -60,6 +60,23 @@ def measure(name: str, out_features: int, in_features: int, bits: int, bandwidth
     ]
 
 
+def crossover(name: str, out_features: int, in_features: int, bits: int) -> list[list[object]]:
+    """Both ways of the CPU backend for a growing number of tokens of one expert."""
+    weight = torch.randn(out_features, in_features).mul(in_features**-0.5).to(torch.bfloat16)
+    bank = ExpertBank(1, in_features, out_features, bits)
+    load_experts(bank, 1, in_features, out_features, bits)
+    rows: list[list[object]] = []
+    for tokens in (2, 4, 8, 16, 32, 64):
+        x = torch.randn(tokens, in_features).to(torch.bfloat16)
+        slots = torch.zeros(tokens, dtype=torch.int32)
+        times = []
+        for limit in (1 << 30, 1):
+            cpu.PREFILL_TOKENS = limit
+            times += median_times([lambda x=x, slots=slots: expert_linear(x, weight, None, bank, slots)], 15)
+        rows.append([name, tokens, *(f"{seconds * 1e6:.0f}" for seconds in times)])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, action="append", help="default: all")
@@ -80,6 +97,13 @@ def main() -> None:
     print(table(["layer", "8 dense models", "expert_linear", "floor", "ratio"], mixed))
     print(f"\nPrefill of {PREFILL_TOKENS} tokens of one expert, microseconds (goal: ratio 1.3)\n")
     print(table(["layer", "dense linear", "expert_linear", "floor of bytes", "ratio"], prefill))
+    rows = [
+        row
+        for model in options.model or SHAPES
+        for row in crossover(f"{model} q, o", *SHAPES[model]["q, o"], options.bits)
+    ]
+    print("\nTokens of one expert, microseconds: kernels on codes, or merged weights through BLAS\n")
+    print(table(["layer", "tokens", "codes", "merged"], rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ def skip_if_unavailable(name):
         pytest.skip(reason)
 
 
+def device_of(backend):
+    return DEVICE if backend == "triton" else "cpu"
+
+
 @pytest.fixture(params=["naive", "cpu", "triton"])
 def backend(request):
     skip_if_unavailable(request.param)
@@ -113,9 +117,9 @@ def test_triton_covers_formats_mixtures_and_shapes(tokens, case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("tokens", [*TOKENS, 1100])
-@pytest.mark.parametrize("shape", [(576, 1536), (4096, 1024), (14336, 4096)], ids=str)
-@pytest.mark.parametrize("bits", WIDTHS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 300, 1100])
+@pytest.mark.parametrize("shape", [(576, 1536), (4096, 1024)], ids=str)
+@pytest.mark.parametrize("bits", [2, (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_gpu_at_real_shapes(tokens, shape, bits, group_size):
     call = random_call(tokens, *shape, bits=bits, group_size=group_size, channel_scale=True, slots=8, device=DEVICE)
@@ -157,7 +161,7 @@ def test_gpu_answers_a_bad_slot_with_nan():
 
 def test_slots_of_other_settings_are_served_together(backend):
     """One bank: widths, groups and salient channels all differ from slot to slot."""
-    call = random_call(11, 160, 24, bits=4, group_size=32, k=8, slots=4, dtype=torch.float32)
+    call = random_call(11, 160, 24, bits=4, group_size=32, k=8, slots=4, dtype=torch.float32, device=device_of(backend))
     for slot, (bits, group, k) in enumerate([(4, 32, 8), (2, 64, 3), (1, 0, 0), (2, 96, 1)]):
         random_expert(slot, 160, 24, bits, group, k, channel_scale=slot == 1, bias=slot == 2).load_into(call.bank, slot)
     check(call, backend)
@@ -165,14 +169,14 @@ def test_slots_of_other_settings_are_served_together(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_empty_batch(backend, dtype):
-    assert check(random_call(0, 64, 10, dtype=dtype), backend).shape == (0, 10)
+    assert check(random_call(0, 64, 10, dtype=dtype, device=device_of(backend)), backend).shape == (0, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_non_contiguous_operands(backend, dtype, tokens):
-    call = random_call(tokens, 96, 20, dtype=dtype)
-    wide = torch.full((tokens, 200), torch.nan, dtype=dtype)
+    call = random_call(tokens, 96, 20, dtype=dtype, device=device_of(backend))
+    wide = torch.full((tokens, 200), torch.nan, dtype=dtype, device=device_of(backend))
     wide[:, 50:146] = call.x
     check(call.with_tokens(wide[:, 50:146], call.slot_of_token), backend)
     check(call.with_tokens(call.x.T.contiguous().T, call.slot_of_token), backend)
@@ -195,13 +199,13 @@ def test_the_whole_output_is_written(backend, tokens, monkeypatch):
         return poisoned(*size, **{"dtype": x.dtype, "device": x.device, **settings})
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_like)
-    check(random_call(tokens, 100, 33), backend)
-    check(random_call(tokens, 100, 33, dtype=torch.float32, pattern="base"), backend)
+    check(random_call(tokens, 100, 33, device=device_of(backend)), backend)
+    check(random_call(tokens, 100, 33, dtype=torch.float32, pattern="base", device=device_of(backend)), backend)
 
 
 def test_the_base_slot_gets_exactly_what_a_batch_of_base_tokens_gets(backend):
     """Experts beside it in the batch do not move a base token, nor does the order of the batch."""
-    call = random_call(6, 128, 40, pattern="mixed", dtype=torch.float32)
+    call = random_call(6, 128, 40, pattern="mixed", dtype=torch.float32, device=device_of(backend))
     y = check(call, backend)
     reverse = call.with_tokens(call.x.flip(0), call.slot_of_token.flip(0))
     torch.testing.assert_close(check(reverse, backend).flip(0), y, rtol=1e-5, atol=1e-6)
@@ -209,15 +213,15 @@ def test_the_base_slot_gets_exactly_what_a_batch_of_base_tokens_gets(backend):
 
 def test_padding_of_salient_channels_adds_nothing(backend):
     """Channel 0 pads `salient_index`; an infinity there must not reach a slot with fewer channels."""
-    call = random_call(3, 64, 16, k=0, pattern="one", dtype=torch.float32)
-    bank = ExpertBank(4, 64, 16, 2, max_salient=8, dtype=torch.float32)
+    call = random_call(3, 64, 16, k=0, pattern="one", dtype=torch.float32, device=device_of(backend))
+    bank = ExpertBank(4, 64, 16, 2, max_salient=8, dtype=torch.float32, device=device_of(backend))
     random_expert(1, 64, 16, k=2).load_into(bank, 3)
     check(type(call)(call.x, call.weight, None, bank, call.slot_of_token), backend)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_twice_gives_the_same_bytes(backend, tokens):
-    call = random_call(tokens, 576, 70, bits=(1, 2, 4))
+    call = random_call(tokens, 576, 70, bits=(1, 2, 4), device=device_of(backend))
     arguments = (call.x, call.weight, call.bias, call.bank, call.slot_of_token)
     first, second = (expert_linear(*arguments, backend=backend) for _ in range(2))
     assert torch.equal(first, second)

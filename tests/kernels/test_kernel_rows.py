@@ -13,6 +13,7 @@ from meswitch_kernels import (
 )
 from meswitch_kernels.testing import ERROR_BOUND, random_expert, relative_error
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, HIDDEN, ADDED, SLOTS = 50, 96, 3, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,14 +26,18 @@ def backend(request):
     return request.param
 
 
+def device_of(backend):
+    return DEVICE if backend == "triton" else "cpu"
+
+
 def skip_unsupported(backend, dtype):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("float16 on the CPU is the naive backend's")
 
 
-def vocabulary_bank(group_size=0, dtype=torch.float32):
+def vocabulary_bank(group_size=0, device="cpu"):
     """Slot 0: 2 bits and no added row; slot 1: 4 bits and one; slot 2: 1 bit and all three."""
-    bank = ExpertBank(SLOTS, HIDDEN, VOCAB, 4, group_size, dtype=dtype, max_added_rows=ADDED)
+    bank = ExpertBank(SLOTS, HIDDEN, VOCAB, 4, group_size, dtype=torch.float32, device=device, max_added_rows=ADDED)
     for slot, (bits, added) in enumerate([(2, 0), (4, 1), (1, ADDED)]):
         random_expert(
             slot, HIDDEN, VOCAB, bits, group_size, k=slot, channel_scale=slot == 1, bias=slot == 2, added=added
@@ -60,7 +65,9 @@ def test_embedding_rows(backend, dtype, group_size, ids_dtype):
             for i, slot in zip(ids.tolist(), slots.tolist(), strict=True)
         ]
     )
-    y = expert_embedding(ids, weight, bank, slots, backend)
+    device = device_of(backend)
+    served = vocabulary_bank(group_size, device)
+    y = expert_embedding(ids.to(device), weight.to(device), served, slots.to(device), backend)
     assert y.dtype == dtype
     assert relative_error(y, expected) < ERROR_BOUND[dtype]
 
@@ -77,13 +84,14 @@ def test_an_id_outside_its_experts_vocabulary_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_gain(backend, dtype):
     skip_unsupported(backend, dtype)
-    gains = GainBank(2, HIDDEN)
+    device = device_of(backend)
+    gains = GainBank(2, HIDDEN, device=device)
     ratio = torch.rand(HIDDEN) + 0.5
     gains.load(0, ratio)
     gains.load(1, None)
     x = torch.randn(5, 2 * HIDDEN).to(dtype)[:, ::2]
     slots = torch.tensor([0, -1, 1, 0, -1], dtype=torch.int32)
-    y = expert_norm_gain(x, gains, slots, backend)
+    y = expert_norm_gain(x.to(device), gains, slots.to(device), backend).cpu()
     expected = x.double() * torch.where(slots[:, None] == 0, ratio.double(), 1.0)
     assert relative_error(y, expected) < ERROR_BOUND[dtype]
     assert torch.equal(y[1], x[1])
@@ -112,7 +120,9 @@ def test_head_with_added_vocabulary(backend, dtype):
     bank, weight = vocabulary_bank(), weights(dtype)
     x = torch.randn(6, HIDDEN).to(dtype)
     slots = torch.tensor([2, -1, 0, 1, 2, 1], dtype=torch.int32)
-    logits = expert_head(x, weight, None, bank, slots, backend=backend)
+    device = device_of(backend)
+    served = vocabulary_bank(device=device)
+    logits = expert_head(x.to(device), weight.to(device), None, served, slots.to(device), backend=backend).cpu()
     assert logits.shape == (6, VOCAB + ADDED)
     for t, slot in enumerate(slots.tolist()):
         full, added = weight.double(), 0
@@ -127,9 +137,13 @@ def test_head_with_added_vocabulary(backend, dtype):
 
 
 def test_empty_batches(backend):
-    none, nobody = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
-    bank, weight = vocabulary_bank(), weights(torch.float32)
+    device = device_of(backend)
+    none, nobody = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int32, device=device)
+    bank, weight, x = (
+        vocabulary_bank(device=device),
+        weights(torch.float32).to(device),
+        torch.zeros(0, HIDDEN, device=device),
+    )
     assert expert_embedding(none, weight, bank, nobody, backend).shape == (0, HIDDEN)
-    assert expert_norm_gain(torch.zeros(0, HIDDEN), GainBank(1, HIDDEN), nobody, backend).shape == (0, HIDDEN)
-    head = expert_head(torch.zeros(0, HIDDEN), weight, None, bank, nobody, backend=backend)
-    assert head.shape == (0, VOCAB + ADDED)
+    assert expert_norm_gain(x, GainBank(1, HIDDEN, device=device), nobody, backend).shape == (0, HIDDEN)
+    assert expert_head(x, weight, None, bank, nobody, backend=backend).shape == (0, VOCAB + ADDED)
