@@ -30,12 +30,13 @@ def run(
         typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data."),
     ] = "nearest",
     steps: Annotated[
-        Literal["least-squares", "unbiased", "layerwise", "distill"],
+        Literal["least-squares", "unbiased", "layerwise", "distill"] | None,
         typer.Option(
             help="How steps are fitted. unbiased keeps the delta's length; layerwise and distill need "
-            "calibration data, distill also holds both models in memory."
+            "calibration data, distill also holds both models in memory.",
+            show_default="unbiased; layerwise with calibration data",
         ),
-    ] = "unbiased",
+    ] = None,
     embedding_bits: Annotated[
         Bits | None, typer.Option(help="Bits a weight of embedding and head.", show_default="2, or --bits if more")
     ] = None,
@@ -63,7 +64,7 @@ def run(
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import CompressionSettings
+    from meswitch_cli.compression.settings import CompressionSettings, default_steps
     from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
@@ -74,7 +75,7 @@ def run(
         group_size=group_size,
         channel_scale=channel_scale,
         rounding=rounding,
-        steps=steps,
+        steps=steps or default_steps(calibrated=data is not None),
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
         calibration=data.sha256 if data else None,
         samples=samples,

@@ -11,6 +11,11 @@ from meswitch_cli.errors import UsageError
 StepMethod = Literal["least-squares", "unbiased", "layerwise", "distill"]
 
 
+def default_steps(*, calibrated: bool) -> StepMethod:
+    """The step rule with the lowest KL to the full experts in docs/results/compression.md."""
+    return "layerwise" if calibrated else "unbiased"
+
+
 @dataclass(frozen=True)
 class CompressionSettings:
     """Everything that decides an artifact's bytes besides the two checkpoints.

@@ -43,6 +43,7 @@ def feedback_codes(
     remaining = block.clone()
     steps = steps.expand(rows, columns)
     codes = torch.empty_like(block)
+    passed_on = (1 - exact) / factor.diagonal()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty(rows, stop - start, dtype=block.dtype, device=block.device)
@@ -51,7 +52,7 @@ def feedback_codes(
             target = remaining[:, column : column + 1]
             code = round_to_codes(target, step, bits)
             codes[:, column : column + 1] = code
-            error = (target - centred(code, bits) * step) * (1 - exact[column]) / factor[column, column]
+            error = (target - centred(code, bits) * step) * passed_on[column]
             errors[:, column - start : column - start + 1] = error
             remaining[:, column + 1 : stop] -= error * factor[column, column + 1 : stop]
         remaining[:, stop:] -= errors @ factor[start:stop, stop:]

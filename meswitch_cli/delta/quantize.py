@@ -28,6 +28,8 @@ from meswitch_cli.delta.statistics import InputStatistics
 
 #: Elements a block holds: a handful of fp32 temporaries of this size stay in a few MiB of cache.
 BLOCK_ELEMENTS = 1 << 18
+#: The same for error feedback, which goes column by column: few tall blocks, so that a column is worth a call.
+FEEDBACK_BLOCK_ELEMENTS = 1 << 22
 _FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
@@ -114,19 +116,19 @@ def dequantize(delta: QuantizedDelta) -> torch.Tensor:
 
 
 def row_blocks(
-    base: torch.Tensor, expert: torch.Tensor, device: torch.device | str
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first row, `expert - base` in fp32) for blocks of rows."""
-    step = max(1, BLOCK_ELEMENTS // expert.shape[1])
+    base: torch.Tensor, expert: torch.Tensor, device: torch.device | str, elements: int
+) -> Iterator[torch.Tensor]:
+    """Yield `expert - base` in fp32, in blocks of rows of about so many elements."""
+    step = max(1, elements // expert.shape[1])
     for row in range(0, expert.shape[0], step):
         block = expert[row : row + step].to(device=device, dtype=torch.float32, copy=True)
-        yield row, block.sub_(base[row : row + step].to(device=device, dtype=torch.float32))
+        yield block.sub_(base[row : row + step].to(device=device, dtype=torch.float32))
 
 
 def _channel_scale(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
     energy = torch.zeros(expert.shape[1], dtype=torch.float64, device=device)
-    for _, block in row_blocks(base, expert, device):
+    for block in row_blocks(base, expert, device, BLOCK_ELEMENTS):
         energy += block.square_().sum(0)
     rms = energy.sqrt()
     return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
@@ -165,7 +167,7 @@ class _Work:
         if not count:
             return nothing
         error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-        for _, block in row_blocks(self.base, self.expert, self.device):
+        for block in row_blocks(self.base, self.expert, self.device, BLOCK_ELEMENTS):
             codes, steps = self._nearest(self._scaled(block), nothing)
             error += block.sub_(self._values(codes, steps)).square_().sum(0)
         if self.input_energy is not None:
@@ -183,7 +185,8 @@ class _Work:
             if settings.rounding == "feedback":
                 factor = inverse_factor(gram)
         packed, all_steps, residuals = [], [], []
-        for _, block in row_blocks(self.base, self.expert, self.device):
+        elements = BLOCK_ELEMENTS if factor is None else FEEDBACK_BLOCK_ELEMENTS
+        for block in row_blocks(self.base, self.expert, self.device, elements):
             self.energy += self._checked(block.square().sum(0))
             scaled = self._scaled(block)
             codes, steps = self._nearest(scaled, salient)
