@@ -20,7 +20,7 @@ from .groups import TokenGroups
 from .packing import words_per_row
 
 PREFILL_TOKENS = 16
-"""Tokens of one slot from which merging W + Δ̂ for BLAS pays; docs/results/kernels-cpu.md has the measurement."""
+"""Tokens of one slot from which merging W + Δ̂ for BLAS pays; see docs/results/kernels-cpu.md."""
 MERGE_BYTES = 4 << 20
 """Merged weights held at once: what stays in a core's share of the last-level cache until BLAS reads it."""
 

@@ -1,7 +1,7 @@
 """Run a compiled task on as many threads as PyTorch uses, from PyTorch's own pool where it can be found.
 
-A second pool beside PyTorch's would fight it for the cores: an OpenMP worker spins for a while after each
-operator, and measured on two cores that turned a 6 us launch into a 100 us one.
+A second pool beside PyTorch's can fight it for the cores, since OpenMP workers spin for a while after each
+operator: launches through numba's own took between 6 and 125 us by turns (docs/results/kernels-cpu.md).
 """
 
 from __future__ import annotations
