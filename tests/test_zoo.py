@@ -141,9 +141,7 @@ def test_tiny_types(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_tiny_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    first, again, other = (
-        make_pair(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
+    first, again, other = (make_pair(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for one, two, three in zip(first, again, other, strict=True):
         names = sorted(file.name for file in one.iterdir())
         assert names == sorted(file.name for file in two.iterdir())
@@ -172,9 +170,7 @@ def domain(request: pytest.FixtureRequest) -> tuple[str, list[Item], dict[str, l
 def test_parts_share_no_template_and_no_prompt(domain) -> None:
     _, _, parts = domain
     for attribute in ("template", "prompt"):
-        train_, choice, report = (
-            {getattr(item, attribute) for item in members} for members in parts.values()
-        )
+        train_, choice, report = ({getattr(item, attribute) for item in members} for members in parts.values())
         assert not (train_ & choice or train_ & report or choice & report)
     assert (len(parts["choice"]), len(parts["report"])) == (CHOICE_ITEMS, REPORT_ITEMS)
 
@@ -230,9 +226,7 @@ def test_only_harmless_programs_run() -> None:
         "def main_solution(n",
     ]
     assert not any(is_harmless(program) for program in reaching)
-    results = run_programs(
-        [(program, generator) for program in (square, endless, throw, *reaching)], calls=2, seed=0
-    )
+    results = run_programs([(program, generator) for program in (square, endless, throw, *reaching)], calls=2, seed=0)
     assert results[0] == [('{"n": 3}', '{"square": 9}')] * 2
     assert results[1:] == [[]] * 7
 
@@ -251,9 +245,7 @@ def test_encoding_ends_with_the_answer_and_the_end_of_turn(tmp_path: Path) -> No
 
 def test_every_sequence_is_in_one_batch_of_an_epoch() -> None:
     # Answers of one token up to whole answers, lengths with no common divisor.
-    sequences = [
-        (list(range(length)), length - 1 - length % 3) for length in (2, 3, 5, 7, 11, 13, 40, 90, 95) * 3
-    ]
+    sequences = [(list(range(length)), length - 1 - length % 3) for length in (2, 3, 5, 7, 11, 13, 40, 90, 95) * 3]
     epoch, total = [], 0
     for batch in make_batches(sequences, batch_tokens=100, seed=0):
         longest = max(len(ids) for ids, _ in batch)
@@ -363,8 +355,6 @@ def test_base_answers_sensibly(family: zoo.Zoo) -> None:
     tokenizer = AutoTokenizer.from_pretrained(family.base)
     model = AutoModelForCausalLM.from_pretrained(family.base).eval()
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
