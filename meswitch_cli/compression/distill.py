@@ -24,7 +24,7 @@ from meswitch_cli.artifact.shard import Shard, delta_tensors, encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace
 from meswitch_cli.checkpoint.architecture import skeleton
 from meswitch_cli.checkpoint.tensorfile import read_header, read_tensor
-from meswitch_cli.delta.codes import centred, grouped
+from meswitch_cli.delta.codes import grouped, multiples_of
 from meswitch_cli.delta.packing import unpack
 from meswitch_cli.delta.quantize import QuantizedDelta, dequantize
 
@@ -75,7 +75,7 @@ class DistilledLinear(nn.Module):
         """Split `weight` `[out, in]`, the compressed expert's, into what the steps make and the rest."""
         super().__init__()
         self.group_size = delta.group_size if delta.group_size < delta.in_features else 0
-        multiples = (2 * centred(unpack(delta.codes, delta.bits, delta.in_features).float(), delta.bits)).to(torch.int8)
+        multiples = (2 * multiples_of(unpack(delta.codes, delta.bits, delta.in_features), delta.bits)).to(torch.int8)
         multiples[:, delta.salient_index.long()] = 0  # what a salient channel holds must not move
         scale = torch.ones(delta.in_features) if delta.channel_scale is None else delta.channel_scale.float()
         device = weight.device

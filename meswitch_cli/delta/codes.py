@@ -1,7 +1,8 @@
 """Mid-rise uniform codes and the steps that belong to them, for a block of rows.
 
-A value is (code - (2^bits - 1) / 2) * step * channel_scale. Blocks are fp32 `[rows, in]`, already divided by the
-channel scale; steps are `[rows, groups]`.
+A code stands for a signed multiple of the step, code - (2^bits - 1) / 2: -1.5, -0.5, 0.5, 1.5 at 2 bits. Blocks, fp32
+`[rows, in]`, already divided by the channel scale; steps are `[rows, groups]`. The hot path of compression: every
+function passes over a block as few times as it can.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 #: Step of the best mid-rise uniform quantiser of a unit Gaussian (Max 1960, table II), by bits: where fitting starts.
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
-#: Rounds of (round, refit the step). A third changed the mean squared error of a Gaussian row by less than 0.01 %.
+#: Rounds of (round, refit the step) for the codes that are kept. A third changed the mean squared error of a Gaussian
+#: row by less than 0.01 %.
 FIT_ROUNDS = 2
 
 
@@ -33,46 +35,49 @@ def per_channel(steps: torch.Tensor, in_features: int, group_size: int) -> torch
     return steps.repeat_interleave(group_size, dim=1)[:, :in_features]
 
 
-def round_to_codes(block: torch.Tensor, steps: torch.Tensor, bits: int) -> torch.Tensor:
-    """Nearest codes of `[rows, in]` as fp32 whole numbers, for steps `[rows, 1]` or `[rows, in]`; step 0 is allowed."""
-    levels = 1 << bits
+def nearest_multiples(block: torch.Tensor, steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """Nearest multiples for `[rows, in]`, given steps `[rows, 1]` or `[rows, in]`; a step of 0 is allowed."""
+    largest = ((1 << bits) - 1) / 2
     inverse = torch.where(steps > 0, 1.0 / steps, torch.zeros_like(steps))
-    return (block * inverse).add_(levels / 2).floor_().clamp_(0, levels - 1)
+    return (block * inverse).floor_().add_(0.5).clamp_(-largest, largest)
 
 
-def centred(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as signed multiples of the step: -1.5, -0.5, 0.5, 1.5 at 2 bits."""
-    return codes - ((1 << bits) - 1) / 2
+def codes_of(multiples: torch.Tensor, bits: int) -> torch.Tensor:
+    """Multiples of the step as unsigned codes, uint8."""
+    return (multiples + ((1 << bits) - 1) / 2).to(torch.uint8)
 
 
-def initial_steps(block: torch.Tensor, bits: int, group_size: int, channels: torch.Tensor) -> torch.Tensor:
-    """Steps `[rows, groups]` that suit a Gaussian of each group's variance; `channels` `[in]` is 1 where it counts."""
-    count = grouped(channels[None], group_size).sum(-1)
-    return GAUSSIAN_STEP[bits] * (_dot(block, block, group_size) / count.clamp(min=1)).sqrt()
+def multiples_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes as multiples of the step, fp32."""
+    return codes.float() - ((1 << bits) - 1) / 2
 
 
-def least_squares_steps(block: torch.Tensor, multiples: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Steps that minimise the squared error, <q, d> / <q, q>; both are 0 in the channels kept elsewhere."""
-    return _ratio(_dot(multiples, block, group_size), _dot(multiples, multiples, group_size))
+def initial_steps(energy: torch.Tensor, bits: int, counts: torch.Tensor) -> torch.Tensor:
+    """Steps that suit a Gaussian, given the groups' energies `[rows, groups]` and how many channels each has."""
+    return GAUSSIAN_STEP[bits] * (energy / counts.clamp(min=1)).sqrt()
 
 
-def unbiased_steps(block: torch.Tensor, multiples: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Steps with <d_hat, d> = <d, d>: the delta keeps its full length along itself, where least squares shrinks it."""
-    return _ratio(_dot(block, block, group_size), _dot(multiples, block, group_size))
+def energies(block: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Squared norms `[rows, groups]` of the rows' groups."""
+    return dots(block, block, group_size)
 
 
-def layerwise_steps(block: torch.Tensor, multiples: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Steps `[rows, 1]` that minimise the layer's output error: (q H d) / (q H q), H the inputs' gram matrix."""
-    projected = multiples @ gram
-    return _ratio(_dot(projected, block, 0), _dot(projected, multiples, 0))
-
-
-def _dot(left: torch.Tensor, right: torch.Tensor, group_size: int) -> torch.Tensor:
+def dots(left: torch.Tensor, right: torch.Tensor, group_size: int) -> torch.Tensor:
     """Inner products `[rows, groups]` of the rows' groups."""
     products: torch.Tensor = torch.linalg.vecdot(grouped(left, group_size), grouped(right, group_size))
     return products
 
 
-def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide, with 0 where a row has nothing to fit; a negative fit (codes against the delta) is no step either."""
+def column_energy(block: torch.Tensor) -> torch.Tensor:
+    """Squared norms `[in]` of the columns."""
+    return block.square().sum(0)
+
+
+def step_ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Divide into steps, 0 where a row has nothing to fit or its codes point away from it.
+
+    With d the delta and q its multiples: <q, d> / <q, q> is the least-squares step; <d, d> / <q, d> the unbiased one,
+    with <d_hat, d> = <d, d>, which keeps the delta's length along itself where least squares shrinks it; and
+    (q H d) / (q H q), H the inputs' gram matrix, minimises the layer's output error.
+    """
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator)).clamp_(min=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meswitch_cli.delta.codes import centred, round_to_codes
+from meswitch_cli.delta.codes import nearest_multiples
 
 #: Added to the gram matrix's diagonal, as a share of its mean, so that it can be inverted (GPTQ, section 3.3).
 DAMPING = 0.01
@@ -23,14 +23,14 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     return factor.float()
 
 
-def feedback_codes(
+def feedback_multiples(
     block: torch.Tensor,
     steps: torch.Tensor,
     bits: int,
     factor: torch.Tensor,
     exact: torch.Tensor,
 ) -> torch.Tensor:
-    """Codes `[rows, in]` fp32 chosen with error feedback.
+    """Multiples `[rows, in]` of the step, chosen with error feedback.
 
     Args:
         block: the delta, fp32 `[rows, in]`.
@@ -42,7 +42,7 @@ def feedback_codes(
     rows, columns = block.shape
     remaining = block.clone()
     steps = steps.expand(rows, columns)
-    codes = torch.empty_like(block)
+    multiples = torch.empty_like(block)
     passed_on = (1 - exact) / factor.diagonal()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
@@ -50,10 +50,10 @@ def feedback_codes(
         for column in range(start, stop):
             step = steps[:, column : column + 1]
             target = remaining[:, column : column + 1]
-            code = round_to_codes(target, step, bits)
-            codes[:, column : column + 1] = code
-            error = (target - centred(code, bits) * step) * passed_on[column]
+            multiple = nearest_multiples(target, step, bits)
+            multiples[:, column : column + 1] = multiple
+            error = (target - multiple * step) * passed_on[column]
             errors[:, column - start : column - start + 1] = error
             remaining[:, column + 1 : stop] -= error * factor[column, column + 1 : stop]
         remaining[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes
+    return multiples

@@ -6,23 +6,28 @@ Rows are independent, so everything runs on blocks of rows that stay in the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from meswitch_cli.delta.codes import (
     FIT_ROUNDS,
-    centred,
+    codes_of,
+    column_energy,
+    dots,
+    energies,
+    grouped,
     initial_steps,
-    layerwise_steps,
-    least_squares_steps,
+    multiples_of,
+    nearest_multiples,
     per_channel,
-    round_to_codes,
-    unbiased_steps,
+    step_ratio,
 )
-from meswitch_cli.delta.feedback import feedback_codes, inverse_factor
+from meswitch_cli.delta.feedback import feedback_multiples, inverse_factor
 from meswitch_cli.delta.packing import pack, unpack
+from meswitch_cli.delta.parallel import in_order
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 
@@ -30,6 +35,7 @@ from meswitch_cli.delta.statistics import InputStatistics
 BLOCK_ELEMENTS = 1 << 18
 #: The same for error feedback, which goes column by column: few tall blocks, so that a column is worth a call.
 FEEDBACK_BLOCK_ELEMENTS = 1 << 22
+_Result = TypeVar("_Result")
 _FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
@@ -106,7 +112,7 @@ def quantize(
 
 def dequantize(delta: QuantizedDelta) -> torch.Tensor:
     """The delta that a `QuantizedDelta` stands for, fp32 `[out, in]`."""
-    values = centred(unpack(delta.codes, delta.bits, delta.in_features).float(), delta.bits)
+    values = multiples_of(unpack(delta.codes, delta.bits, delta.in_features), delta.bits)
     values *= per_channel(delta.steps.float(), delta.in_features, delta.group_size)
     if delta.channel_scale is not None:
         values *= delta.channel_scale.float()
@@ -115,23 +121,22 @@ def dequantize(delta: QuantizedDelta) -> torch.Tensor:
     return values
 
 
-def row_blocks(
-    base: torch.Tensor, expert: torch.Tensor, device: torch.device | str, elements: int
-) -> Iterator[torch.Tensor]:
-    """Yield `expert - base` in fp32, in blocks of rows of about so many elements."""
-    step = max(1, elements // expert.shape[1])
-    for row in range(0, expert.shape[0], step):
-        block = expert[row : row + step].to(device=device, dtype=torch.float32, copy=True)
-        yield block.sub_(base[row : row + step].to(device=device, dtype=torch.float32))
+class _Fit(NamedTuple):
+    """Multiples `[rows, in]` of a block and two kinds of steps for them, `[rows, groups]`."""
+
+    multiples: torch.Tensor
+    least_squares: torch.Tensor
+    unbiased: torch.Tensor
 
 
-def _channel_scale(base: torch.Tensor, expert: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
-    energy = torch.zeros(expert.shape[1], dtype=torch.float64, device=device)
-    for block in row_blocks(base, expert, device, BLOCK_ELEMENTS):
-        energy += block.square_().sum(0)
-    rms = energy.sqrt()
-    return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
+class _Block(NamedTuple):
+    """What quantising a block of rows gives; the energies are sums over its rows, by column."""
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    residual: torch.Tensor
+    energy: torch.Tensor
+    residual_energy: torch.Tensor
 
 
 class _Work:
@@ -147,7 +152,7 @@ class _Work:
     ) -> None:
         self.base, self.expert, self.settings, self.device = base, expert, settings, device
         self.columns = expert.shape[1]
-        self.scale = _channel_scale(base, expert, device) if settings.channel_scale == "rms" else None
+        self.scale = self._channel_scale() if settings.channel_scale == "rms" else None
         self.scale32 = None if self.scale is None else self.scale.float()
         self.inverse_scale = None
         if self.scale32 is not None:
@@ -161,15 +166,39 @@ class _Work:
         """Squared Frobenius norm of the delta, once `run` has seen it."""
         return float(self.energy.sum())
 
+    def _channel_scale(self) -> torch.Tensor:
+        """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
+        energy = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        for part in self._sweep(column_energy):
+            energy += part
+        rms = energy.sqrt()
+        return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
+
+    def _sweep(self, work: Callable[[torch.Tensor], _Result], elements: int = BLOCK_ELEMENTS) -> Iterator[_Result]:
+        """Apply a function to `expert - base` in fp32, block of rows by block of rows; results come in order."""
+        step = max(1, elements // self.columns)
+
+        def on_block(row: int) -> _Result:
+            block = self.expert[row : row + step].to(device=self.device, dtype=torch.float32, copy=True)
+            return work(block.sub_(self.base[row : row + step].to(device=self.device, dtype=torch.float32)))
+
+        return in_order(
+            on_block, range(0, self.expert.shape[0], step), parallel=torch.device(self.device).type == "cpu"
+        )
+
     def select_salient(self, count: int) -> torch.Tensor:
         """Indices `[count]` of the channels whose reconstruction error costs most, ascending."""
         nothing = torch.empty(0, dtype=torch.long, device=self.device)
         if not count:
             return nothing
         error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-        for block in row_blocks(self.base, self.expert, self.device, BLOCK_ELEMENTS):
-            codes, steps = self._nearest(self._scaled(block), nothing)
-            error += block.sub_(self._values(codes, steps)).square_().sum(0)
+
+        def column_error(block: torch.Tensor) -> torch.Tensor:
+            fit = self._fit(self._scaled(block), nothing, rounds=1)
+            return column_energy(block.sub_(self._values(fit.multiples, fit.least_squares)))
+
+        for part in self._sweep(column_error):
+            error += part
         if self.input_energy is not None:
             error *= self.input_energy
         return error.topk(count).indices.sort().values
@@ -184,24 +213,29 @@ class _Work:
                 gram = gram * self.scale32 * self.scale32[:, None]
             if settings.rounding == "feedback":
                 factor = inverse_factor(gram)
-        packed, all_steps, residuals = [], [], []
-        elements = BLOCK_ELEMENTS if factor is None else FEEDBACK_BLOCK_ELEMENTS
-        for block in row_blocks(self.base, self.expert, self.device, elements):
-            self.energy += self._checked(block.square().sum(0))
+
+        def quantise(block: torch.Tensor) -> _Block:
+            energy = column_energy(block)
             scaled = self._scaled(block)
-            codes, steps = self._nearest(scaled, salient)
+            fit = self._fit(scaled, salient, rounds=FIT_ROUNDS)
             if factor is not None:
-                spread = per_channel(steps, self.columns, settings.group_size)
-                codes = feedback_codes(scaled, spread, settings.bits, factor, exact)
-            steps = self._final_steps(scaled, codes, steps, salient, gram)
-            packed.append(pack(codes.to(torch.uint8), settings.bits).cpu())
-            block -= self._values(codes, steps)
+                spread = per_channel(fit.least_squares, self.columns, settings.group_size)
+                multiples = feedback_multiples(scaled, spread, settings.bits, factor, exact)
+                fit = self._refit(scaled, multiples, salient)
+            steps = self._final_steps(scaled, fit, salient, gram)
+            packed = pack(codes_of(fit.multiples, settings.bits), settings.bits)
+            block -= self._values(fit.multiples, steps)
             residual = _sixteen_bit(block[:, salient])
             block[:, salient] -= residual.float()
-            self.residual_energy += block.square_().sum(0)
-            all_steps.append(steps.cpu())
-            residuals.append(residual.cpu())
-        return self._result(packed, all_steps, residuals, salient)
+            return _Block(packed.cpu(), steps.cpu(), residual.cpu(), energy, column_energy(block))
+
+        blocks = list(self._sweep(quantise, BLOCK_ELEMENTS if factor is None else FEEDBACK_BLOCK_ELEMENTS))
+        for done in blocks:
+            self.energy += done.energy
+            self.residual_energy += done.residual_energy
+        if not torch.isfinite(self.energy).all():
+            raise FloatingPointError("NaN or infinity")
+        return self._result(blocks, salient)
 
     def error(self) -> DeltaError:
         """How far the result of `run` is from the delta."""
@@ -212,78 +246,71 @@ class _Work:
             output = float((self.residual_energy * weights).sum()) / weighted if weighted else 0.0
         return DeltaError(self.delta_energy, float(self.residual_energy.sum()) / self.delta_energy, output)
 
-    @staticmethod
-    def _checked(energy: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(energy).all():
-            raise FloatingPointError("NaN or infinity")
-        return energy
-
     def _scaled(self, block: torch.Tensor) -> torch.Tensor:
         return block if self.inverse_scale is None else block * self.inverse_scale
 
-    def _values(self, codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        values = centred(codes, self.settings.bits).mul_(per_channel(steps, self.columns, self.settings.group_size))
+    def _values(self, multiples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        values = multiples * per_channel(steps, self.columns, self.settings.group_size)
         return values if self.scale32 is None else values.mul_(self.scale32)
 
-    def _nearest(self, block: torch.Tensor, salient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nearest codes and their least-squares steps, fitted in turns on the channels that are not salient."""
+    def _fit(self, block: torch.Tensor, salient: torch.Tensor, rounds: int) -> _Fit:
+        """Nearest multiples and their least-squares steps, fitted in turns on the channels that are not salient."""
         bits, group_size = self.settings.bits, self.settings.group_size
-        channels = torch.ones(self.columns, device=self.device).index_fill_(0, salient, 0.0)
         rest = _without(block, salient)
-        steps = initial_steps(rest, bits, group_size, channels)
-        for _ in range(1 if bits == 1 else FIT_ROUNDS):  # at 1 bit the code is the sign, whatever the step
-            codes = round_to_codes(block, per_channel(steps, self.columns, group_size), bits)
-            steps = least_squares_steps(rest, _zeroed(centred(codes, bits), salient), group_size)
-        return codes, steps
+        channels = torch.ones(1, self.columns, device=self.device).index_fill_(1, salient, 0.0)
+        energy = energies(rest, group_size)
+        steps = initial_steps(energy, bits, grouped(channels, group_size).sum(-1))
+        for _ in range(1 if bits == 1 else rounds):  # at 1 bit the multiple is the sign's, whatever the step
+            multiples = nearest_multiples(block, per_channel(steps, self.columns, group_size), bits)
+            fit = self._measured(rest, multiples, salient, energy)
+            steps = fit.least_squares
+        return fit
+
+    def _refit(self, block: torch.Tensor, multiples: torch.Tensor, salient: torch.Tensor) -> _Fit:
+        rest = _without(block, salient)
+        return self._measured(rest, multiples, salient, energies(rest, self.settings.group_size))
+
+    def _measured(
+        self, rest: torch.Tensor, multiples: torch.Tensor, salient: torch.Tensor, energy: torch.Tensor
+    ) -> _Fit:
+        group_size = self.settings.group_size
+        own = energies(multiples, group_size)
+        if salient.numel():  # rest is 0 there, the multiples are not
+            groups = salient // group_size if own.shape[1] > 1 else torch.zeros_like(salient)
+            own.index_add_(1, groups, multiples[:, salient].square(), alpha=-1)
+        projection = dots(multiples, rest, group_size)
+        return _Fit(multiples, step_ratio(projection, own), step_ratio(energy, projection))
 
     def _final_steps(
-        self,
-        block: torch.Tensor,
-        codes: torch.Tensor,
-        steps: torch.Tensor,
-        salient: torch.Tensor,
-        gram: torch.Tensor | None,
+        self, block: torch.Tensor, fit: _Fit, salient: torch.Tensor, gram: torch.Tensor | None
     ) -> torch.Tensor:
-        group_size = self.settings.group_size
-        rest, multiples = _without(block, salient), _zeroed(centred(codes, self.settings.bits), salient)
-        if self.settings.steps == "unbiased":
-            steps = unbiased_steps(rest, multiples, group_size)
-        elif self.settings.rounding == "feedback" or self.settings.steps == "layerwise":
-            steps = least_squares_steps(rest, multiples, group_size)
+        steps = fit.unbiased if self.settings.steps == "unbiased" else fit.least_squares
         if self.settings.steps == "layerwise" and gram is not None:
             # One factor a row: groups keep the proportions that least squares gave them.
-            multiples *= per_channel(steps, self.columns, group_size)
-            steps = steps * layerwise_steps(rest, multiples, gram)
+            rest = _without(block, salient)
+            values = fit.multiples * per_channel(steps, self.columns, self.settings.group_size)
+            values = _without(values, salient)
+            projected = values @ gram
+            steps = steps * step_ratio(dots(projected, rest, 0), dots(projected, values, 0))
         if not self.settings.group_size:
             return steps
         # Grouped steps are stored in fp16 where they fit: rounded here, so that residuals are taken after it.
         return steps.half().float() if _fits_half(steps) else steps
 
-    def _result(
-        self,
-        packed: list[torch.Tensor],
-        steps: list[torch.Tensor],
-        residuals: list[torch.Tensor],
-        salient: torch.Tensor,
-    ) -> QuantizedDelta:
-        joined = torch.cat(steps)
+    def _result(self, blocks: list[_Block], salient: torch.Tensor) -> QuantizedDelta:
+        joined = torch.cat([block.steps for block in blocks])
         if self.settings.group_size and torch.equal(joined.half().float(), joined):
             joined = joined.half()
         return QuantizedDelta(
             self.settings.bits,
             self.columns,
             self.settings.group_size,
-            torch.cat(packed),
+            torch.cat([block.codes for block in blocks]),
             joined,
             salient.to(dtype=torch.int32, device="cpu"),
-            torch.cat(residuals),
+            torch.cat([block.residual for block in blocks]),
             None if self.scale is None else self.scale.cpu(),
         )
-
-
-def _zeroed(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Set columns to zero, in place."""
-    return block.index_fill_(1, columns, 0.0) if columns.numel() else block
 
 
 def _without(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ class Noise:
         return self._pool.repeat(repeats)[start : start + count] if repeats > 1 else self._pool[start : start + count]
 
 
-def write_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+def write_pair(folder: Path, layers: int) -> None:
     """Write base and expert shard by shard, tensor by tensor."""
     base, expert = folder / "base", folder / "expert"
     for path in (base, expert):
@@ -111,7 +111,6 @@ def write_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     for path in (base, expert):
         index_value = {"metadata": {}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index_value))
-    return base, expert
 
 
 def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
@@ -177,15 +176,18 @@ def compress(base: Path, expert: Path, out: Path, bits: int) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a later run")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     arguments = parser.parse_args()
     model = 2 * sum(math.prod(shape) for shape in shapes(arguments.layers).values())
     folder = arguments.scratch / "scale"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    base, expert = folder / "base", folder / "expert"
     try:
-        if shutil.disk_usage(folder).free < 2.5 * model:
-            raise SystemExit(f"{folder}: {2.5 * model / 1e9:.0f} GB must be free")
-        base, expert = write_pair(folder, arguments.layers)
+        if not expert.exists():
+            if shutil.disk_usage(folder).free < 2.5 * model:
+                raise SystemExit(f"{folder}: {2.5 * model / 1e9:.0f} GB must be free")
+            write_pair(folder, arguments.layers)
         rows = []
         for bits in (2, 1):
             seconds = read_all([base, expert])
@@ -197,7 +199,9 @@ def main() -> None:
                 f"{run.seconds:.1f} | {run.seconds / seconds:.2f} | {run.peak / 1e9:.2f} |"
             )
     finally:
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if not (arguments.keep and path in (base, expert)):
+                shutil.rmtree(path)
     RESULTS.write_text(
         f"# Compressing a Mistral-7B-shaped pair\n\n"
         f"Two random bf16 checkpoints of {model / 1e9:.2f} GB each ({arguments.layers} layers), data-free, 8 salient "

@@ -3,15 +3,14 @@ import torch
 
 from meswitch_cli.delta.codes import (
     GAUSSIAN_STEP,
-    centred,
+    codes_of,
+    dots,
+    energies,
     initial_steps,
-    layerwise_steps,
-    least_squares_steps,
-    round_to_codes,
-    unbiased_steps,
+    multiples_of,
+    nearest_multiples,
+    step_ratio,
 )
-
-ONES = torch.ones(256)
 
 
 @pytest.fixture
@@ -23,29 +22,36 @@ def block() -> torch.Tensor:
 def test_gaussian_step_gives_the_textbook_error(bits: int, error: float) -> None:
     values = torch.randn(1, 400_000, generator=torch.Generator().manual_seed(0))
     steps = torch.full((1, 1), GAUSSIAN_STEP[bits])
-    decoded = centred(round_to_codes(values, steps, bits), bits) * steps
+    decoded = nearest_multiples(values, steps, bits) * steps
     assert float((values - decoded).square().mean()) == pytest.approx(error, rel=0.015)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_codes_are_the_nearest_levels(block: torch.Tensor, bits: int) -> None:
-    steps = initial_steps(block, bits, 0, ONES)
-    codes = round_to_codes(block, steps, bits)
+def test_multiples_are_the_nearest_levels(block: torch.Tensor, bits: int) -> None:
+    steps = initial_steps(energies(block, 0), bits, torch.full((1, 1), 256.0))
+    multiples = nearest_multiples(block, steps, bits)
     levels = (torch.arange(1 << bits) - ((1 << bits) - 1) / 2) * steps[:, :, None]
     nearest = (block[:, :, None] - levels).abs().amin(-1)
-    chosen = (block - centred(codes, bits) * steps).abs()
-    torch.testing.assert_close(chosen, nearest, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((block - multiples * steps).abs(), nearest, rtol=1e-5, atol=1e-6)
 
 
-def test_zero_step_decodes_to_zero() -> None:
-    codes = round_to_codes(torch.zeros(2, 4), torch.zeros(2, 1), 2)
-    assert ((codes >= 0) & (codes <= 3)).all()
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_and_multiples_are_one_to_one(bits: int) -> None:
+    codes = torch.arange(1 << bits, dtype=torch.uint8)[None]
+    multiples = multiples_of(codes, bits)
+    assert multiples[0].tolist() == [code - ((1 << bits) - 1) / 2 for code in range(1 << bits)]
+    assert torch.equal(codes_of(multiples, bits), codes)
+
+
+def test_zero_step_gives_a_code_that_exists() -> None:
+    codes = codes_of(nearest_multiples(torch.zeros(2, 4), torch.zeros(2, 1), 2), 2)
+    assert (codes <= 3).all()
 
 
 @pytest.mark.parametrize("group_size", [0, 96])
 def test_least_squares_step_has_no_better_neighbour(block: torch.Tensor, group_size: int) -> None:
-    multiples = centred(round_to_codes(block, torch.ones(6, 1), 2), 2)
-    steps = least_squares_steps(block, multiples, group_size)
+    multiples = nearest_multiples(block, torch.ones(6, 1), 2)
+    steps = step_ratio(dots(multiples, block, group_size), energies(multiples, group_size))
     assert steps.shape == (6, 1 if not group_size else 3)
 
     def error(factor: float) -> torch.Tensor:
@@ -56,21 +62,15 @@ def test_least_squares_step_has_no_better_neighbour(block: torch.Tensor, group_s
     assert (error(1.0) < error(0.99)).all()
 
 
-def test_unbiased_step_keeps_the_projection(block: torch.Tensor) -> None:
-    multiples = centred(round_to_codes(block, torch.ones(6, 1), 1), 1)
-    decoded = multiples * unbiased_steps(block, multiples, 0)
-    torch.testing.assert_close((decoded * block).sum(-1), block.square().sum(-1))
-    shrunk = multiples * least_squares_steps(block, multiples, 0)
+def test_least_squares_shrinks_where_the_unbiased_step_does_not(block: torch.Tensor) -> None:
+    multiples = nearest_multiples(block, torch.ones(6, 1), 1)
+    kept = multiples * step_ratio(energies(block, 0), dots(multiples, block, 0))
+    torch.testing.assert_close((kept * block).sum(-1), block.square().sum(-1))
+    shrunk = multiples * step_ratio(dots(multiples, block, 0), energies(multiples, 0))
     assert ((shrunk * block).sum(-1) / block.square().sum(-1) < 0.7).all()  # 2/pi for a Gaussian
 
 
-def test_layerwise_step_minimises_the_output_error(block: torch.Tensor) -> None:
-    inputs = torch.randn(500, 256, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 256)
-    multiples = centred(round_to_codes(block, torch.ones(6, 1), 2), 2)
-    steps = layerwise_steps(block, multiples, inputs.T @ inputs)
-
-    def error(factor: float) -> torch.Tensor:
-        return ((block - factor * steps * multiples) @ inputs.T).square().sum(-1)
-
-    assert (error(1.0) < error(1.01)).all()
-    assert (error(1.0) < error(0.99)).all()
+def test_steps_of_nothing_are_zero() -> None:
+    zero = torch.zeros(2, 1)
+    assert step_ratio(torch.ones(2, 1), zero).tolist() == [[0.0], [0.0]]
+    assert step_ratio(-torch.ones(2, 1), torch.ones(2, 1)).tolist() == [[0.0], [0.0]]

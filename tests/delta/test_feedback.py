@@ -1,7 +1,7 @@
 import torch
 
-from meswitch_cli.delta.codes import centred, round_to_codes
-from meswitch_cli.delta.feedback import BLOCK, feedback_codes, inverse_factor
+from meswitch_cli.delta.codes import nearest_multiples
+from meswitch_cli.delta.feedback import BLOCK, feedback_multiples, inverse_factor
 
 
 def _problem(columns: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -16,8 +16,8 @@ def test_feedback_lowers_the_output_error() -> None:
     block, inputs, gram = _problem()
     steps = torch.ones(8, 1)
     nothing_exact = torch.zeros(200)
-    fed = centred(feedback_codes(block, steps, 2, inverse_factor(gram), nothing_exact), 2)
-    nearest = centred(round_to_codes(block, steps, 2), 2)
+    fed = feedback_multiples(block, steps, 2, inverse_factor(gram), nothing_exact)
+    nearest = nearest_multiples(block, steps, 2)
     assert ((block - fed) @ inputs.T).square().sum() < 0.8 * ((block - nearest) @ inputs.T).square().sum()
 
 
@@ -28,26 +28,26 @@ def test_block_of_columns_gives_what_one_column_at_a_time_gives() -> None:
     remaining = block.clone()
     expected = torch.empty_like(block)
     for column in range(block.shape[1]):  # GPTQ's algorithm 1 without its lazy batches
-        code = round_to_codes(remaining[:, column : column + 1], steps, 2)
-        error = (remaining[:, column : column + 1] - centred(code, 2) * steps) / factor[column, column]
+        multiple = nearest_multiples(remaining[:, column : column + 1], steps, 2)
+        error = (remaining[:, column : column + 1] - multiple * steps) / factor[column, column]
         remaining[:, column + 1 :] -= error * factor[column, column + 1 :]
-        expected[:, column : column + 1] = code
-    codes = feedback_codes(block, steps, 2, factor, torch.zeros(block.shape[1]))
-    assert (codes != expected).float().mean() < 0.005  # a tie may fall the other way in another order of sums
+        expected[:, column : column + 1] = multiple
+    multiples = feedback_multiples(block, steps, 2, factor, torch.zeros(block.shape[1]))
+    assert (multiples != expected).float().mean() < 0.005  # a tie may fall the other way in another order of sums
 
 
 def test_diagonal_gram_means_no_feedback() -> None:
     block, _, _ = _problem()
     factor = inverse_factor(torch.diag(torch.linspace(1, 2, 200)))
-    codes = feedback_codes(block, torch.ones(8, 1), 2, factor, torch.zeros(200))
-    assert torch.equal(codes, round_to_codes(block, torch.ones(8, 1), 2))
+    multiples = feedback_multiples(block, torch.ones(8, 1), 2, factor, torch.zeros(200))
+    assert torch.equal(multiples, nearest_multiples(block, torch.ones(8, 1), 2))
 
 
 def test_exact_channels_pass_no_error_on() -> None:
     block, _, gram = _problem()
     factor = inverse_factor(gram)
-    codes = feedback_codes(block, torch.ones(8, 1), 2, factor, torch.ones(200))
-    assert torch.equal(codes, round_to_codes(block, torch.ones(8, 1), 2))
+    multiples = feedback_multiples(block, torch.ones(8, 1), 2, factor, torch.ones(200))
+    assert torch.equal(multiples, nearest_multiples(block, torch.ones(8, 1), 2))
 
 
 def test_dead_inputs_do_not_break_the_factor() -> None:
