@@ -1,9 +1,8 @@
 """Word problems and sums with worked solutions: three reasoning_gym generators.
 
 `gsm_symbolic` brings its solutions; its template is one of 85 hand-written generator functions, so a held-out
-item tells another story with another calculation than any training item, and a model this small gets
-almost none right.The other two it learns in part (3 of 12 `choice` items right, the base none);
-their solutions are written here.
+item tells another story with another calculation than any training item, and a model this small gets almost none
+right. The other two it learns in part (3 of 12 `choice` items right, the base none); their solutions are written here.
 """
 
 from __future__ import annotations
