@@ -27,7 +27,9 @@ lint: setup
 
 # On a machine with a CUDA device: needs torch, triton, numpy and pytest, no set-up.
 gpu:
-	cd kernels && $(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	PYTHONPATH=kernels $(PYTHON) -m pytest -q tests/kernels --confcutdir=tests/kernels
+	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/gpu_linear.py
+	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/gpu_decoder.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

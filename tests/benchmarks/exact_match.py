@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import zoo
+from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
 SETTINGS: dict[str, dict[str, Any]] = {"2 bits, default": {}, "1 bit, default": {"bits": 1}}
@@ -83,8 +83,8 @@ def main() -> None:
             lines.append(f"| {name} | {len(items)} | {label} | {right} | {same} |")
             print(lines[-1], flush=True)
     RESULTS.write_text(
-        "# Exact match\n\nGreedy answers to report items that have a short answer; a count of this size says little about "
-        "small differences. What matters here is whether the compressed expert answers as the full one does.\n\n"
+        "# Exact match\n\nGreedy answers to report items that have a short answer; a count of this size says little "
+        "about small differences. What matters here is whether the compressed expert answers as the full one does.\n\n"
         f"`PYTHONPATH=tests python -m benchmarks.exact_match --items {arguments.items}`, {describe()}; settings "
         f"{json.dumps(SETTINGS)}, data-free.\n\n" + "\n".join(lines) + "\n"
     )

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from meswitch_cli.evaluation.baselines import bitdelta_start
 from meswitch_cli.evaluation.fidelity import EncodedItem, compare, reference_logits
 from meswitch_cli.evaluation.statistics import ratio_of_sums
-from transformers import AutoModelForCausalLM
 from zoo.tiny import make_pair
 
 ITEMS = [
