@@ -6,7 +6,6 @@ the restored model compared with the fine-tune on problems that neither has seen
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
 from meswitch_cli.evaluation.fidelity import EncodedItem, compare, reference_logits
+from zoo.item import read_items
 
 EXPERT = "maths"
 ITEMS = 30
@@ -35,7 +35,7 @@ def run(*arguments: object) -> None:
 def main() -> None:
     started = time.perf_counter()
     family = zoo.build(quick=True, experts=[EXPERT])
-    base, expert = Path(os.path.relpath(family.base)), Path(os.path.relpath(family.experts[EXPERT]))
+    base, expert = family.base, family.experts[EXPERT]
     shutil.rmtree(OUT, ignore_errors=True)
     run("compress", "--base", base, "--expert", expert, "--out", OUT / "maths-2bit")
     run("inspect", OUT / "maths-2bit", "--plot", OUT / "maths-2bit.png")
@@ -43,7 +43,7 @@ def main() -> None:
     run("restore", OUT / "maths-2bit", "--base", base, "--out", OUT / "restored", "--dtype", "float32")
     print("\nThe restored model beside the fine-tune, on problems that neither has seen:")
     tokenizer = AutoTokenizer.from_pretrained(expert)
-    encoded = [zoo.encode_item(tokenizer, item) for item in zoo.items(EXPERT, "report", quick=True)[:ITEMS]]
+    encoded = [zoo.encode_item(tokenizer, item) for item in read_items(family.items_file(EXPERT, "report"))[:ITEMS]]
     items = [EncodedItem(tuple(tokens), start) for tokens, start in encoded]
     models = {
         name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
