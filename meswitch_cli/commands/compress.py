@@ -23,8 +23,11 @@ def run(
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
     channel_scale: Annotated[
-        Literal["none", "rms"], typer.Option(help="Scale input channels by the RMS of the delta's column.")
-    ] = "none",
+        Literal["none", "rms"] | None,
+        typer.Option(
+            help="Scale input channels by the RMS of the delta's column.", show_default="rms at 1 bit, else none"
+        ),
+    ] = None,
     rounding: Annotated[
         Literal["nearest", "feedback"],
         typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data."),
@@ -34,7 +37,7 @@ def run(
         typer.Option(
             help="How steps are fitted. unbiased keeps the delta's length; layerwise and distill need "
             "calibration data, distill also holds both models in memory.",
-            show_default="unbiased; layerwise with calibration data",
+            show_default="unbiased; layerwise at 2 and 4 bits with calibration data",
         ),
     ] = None,
     embedding_bits: Annotated[
@@ -64,7 +67,7 @@ def run(
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import CompressionSettings, default_steps
+    from meswitch_cli.compression.settings import CompressionSettings, default_channel_scale, default_steps
     from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
@@ -73,9 +76,9 @@ def run(
         bits=int(bits),
         salient=salient,
         group_size=group_size,
-        channel_scale=channel_scale,
+        channel_scale=channel_scale or default_channel_scale(int(bits)),
         rounding=rounding,
-        steps=steps or default_steps(calibrated=data is not None),
+        steps=steps or default_steps(int(bits), calibrated=data is not None),
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
         calibration=data.sha256 if data else None,
         samples=samples,

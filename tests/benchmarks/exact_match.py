@@ -26,7 +26,7 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
-SETTINGS: dict[str, dict[str, Any]] = {"2 bits, default": {}, "1 bit, default": {"bits": 1}}
+SETTINGS: dict[str, dict[str, Any]] = {"2 bits, default": {}, "1 bit, default": {"bits": 1, "channel_scale": "rms"}}
 BATCH = 16
 MAX_NEW_TOKENS = 160
 

@@ -1,0 +1,25 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("bits", "calibrated", "steps", "scale"),
+    [("2", False, "unbiased", "none"), ("2", True, "layerwise", "none"), ("1", True, "unbiased", "rms")],
+)
+def test_defaults_follow_bits_and_calibration(
+    pair: tuple[Path, Path], tmp_path: Path, calibration_file: Path, bits: str, calibrated: bool, steps: str, scale: str
+) -> None:
+    data = ["--calibration", str(calibration_file), "--samples", "4", "--sequence-length", "32"] if calibrated else []
+    arguments = ["--base", str(pair[0]), "--expert", str(pair[1]), "--out", str(tmp_path / "a"), "--bits", bits, *data]
+    done = subprocess.run(
+        [sys.executable, "-m", "meswitch_cli", "compress", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    settings = json.loads(done.stdout)["settings"]
+    assert (settings["steps"], settings["channel_scale"]) == (steps, scale)
