@@ -20,13 +20,12 @@ def write_report(results: Path, path: Path) -> None:
     sections = []
     for file in sorted(results.glob("*.json")):
         value = json.loads(file.read_text())
-        sections.append(section(file.stem, value["rows"]))
-        machine = value["machine"]
+        sections.append(section(file.stem, value["rows"]) + f"\nOn {value['machine']}.\n")
     if not sections:
         return
     intro = (Path(__file__).parent / "compression_intro.md").read_text()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(intro.replace("{machine}", machine) + "\n" + "\n".join(sections))
+    path.write_text(intro + "\n" + "\n".join(sections))
 
 
 def section(expert: str, rows: list[dict[str, Any]]) -> str:

@@ -32,6 +32,7 @@ def start(family: zoo.Zoo, out: Path) -> int:
             [sys.executable, "-m", "meswitch_cli", *arguments],
             dict(os.environ),
             file_actions=actions,
+            setsigdef=[signal.SIGINT],  # a background job would pass on that it ignores Ctrl-C
         )
 
 

@@ -19,6 +19,7 @@ def _in_child(base: Path, expert: Path, out: Path) -> int:
     """Compress in a forked process and return its id."""
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
         try:
             compress(prepare(str(base), str(expert), out, CompressionSettings(salient=4), None))
         except BaseException:
