@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from meswitch_cli.artifact.manifest import TensorEntry
-from meswitch_cli.compression.unit import tensor_settings
+from meswitch_cli.compression.unit import planned_entry, tensor_settings
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.job import Job
@@ -23,20 +22,14 @@ def expected_bytes(job: Job) -> int:
         if settings is None:
             total += math.prod(item.shape) * itemsize
             continue
-        entry = TensorEntry(
-            name=item.name,
-            kind=item.kind,
-            shape=item.shape,
-            base=item.base_name,
-            base_shape=item.base_shape,
-            layer=item.layer,
-            shard="",
-            nbytes=0,
+        entry = planned_entry(
+            item,
+            "",
+            {},
             bits=settings.bits,
             salient=settings.salient,
             group_size=settings.group_size,
             channel_scale=settings.channel_scale == "rms",
-            added_rows=item.shape[0] - item.shared_rows,
         )
         for name, shape in entry.stored_shapes().items():
             part = name.rpartition(".")[2]

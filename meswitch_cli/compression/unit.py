@@ -73,7 +73,7 @@ def _compress_tensor(
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
             return None, {}
         tensors = {f"{name}.value": pair.expert}
-        return _entry(planned, shard, tensors), tensors
+        return planned_entry(planned, shard, tensors), tensors
     rows = planned.shared_rows
     try:
         result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
@@ -88,9 +88,9 @@ def _compress_tensor(
     if not tensors and planned.shape == planned.base_shape:
         return None, {}
     if result is None:
-        return _entry(planned, shard, tensors), tensors
+        return planned_entry(planned, shard, tensors), tensors
     delta, error_ = result
-    entry = _entry(
+    entry = planned_entry(
         planned,
         shard,
         tensors,
@@ -105,7 +105,7 @@ def _compress_tensor(
     return entry, tensors
 
 
-def _entry(
+def planned_entry(
     planned: PlannedTensor,
     shard: str,
     tensors: Mapping[str, torch.Tensor],
@@ -118,6 +118,7 @@ def _entry(
     weight_error: float | None = None,
     output_error: float | None = None,
 ) -> TensorEntry:
+    """The manifest's entry for a planned tensor that is stored as `tensors`."""
     return TensorEntry(
         name=planned.name,
         kind=planned.kind,
