@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import typer
 
@@ -27,12 +27,14 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app.callback(help="Serve a family of fine-tuned language models from one base.")(_options)
     requested = next((item for item in arguments if not item.startswith("-")), None)
     for name, line in COMMANDS.items():
-        run: Callable[..., None] = _listed
-        description = ""
-        if name == requested:
-            run = importlib.import_module(f"meswitch_cli.commands.{name}").run
-            description = f"\n\n{run.__doc__}"
-        app.command(name, help=line + description)(run)
+        if name != requested:
+            app.command(name, help=line)(_listed)
+            continue
+        module = importlib.import_module(f"meswitch_cli.commands.{name.replace('-', '_')}")
+        if hasattr(module, "app"):  # a command of several subcommands
+            app.add_typer(module.app, name=name, help=line)
+        else:
+            app.command(name, help=f"{line}\n\n{module.run.__doc__}")(module.run)
     return app
 
 

@@ -32,7 +32,7 @@ def test_commands_of_the_readme_run(pair: tuple[Path, Path], tmp_path: Path) -> 
     (tmp_path / "expert").symlink_to(pair[1])
     use = (ROOT / "README.md").read_text().split("## Use")[1].split("```")[1]
     lines = [line for line in use.strip().splitlines() if line.startswith("meswitch ")]
-    assert len(lines) == len(COMMANDS)
+    assert [line.split()[1] for line in lines] == ["compress", "inspect", "verify", "restore"]
     for line in lines:
         done = subprocess.run(
             [sys.executable, "-m", "meswitch_cli", *line.split()[1:]],

@@ -1,0 +1,1 @@
+"""Generation by the base and its experts."""

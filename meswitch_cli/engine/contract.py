@@ -1,0 +1,223 @@
+"""What an engine is asked and what it answers. Server, chat and tests know engines by this module alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from meswitch_cli.errors import MeswitchError
+
+#: The name under which the base itself is served.
+BASE = "base"
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Residency = Literal["device", "host", "disk"]
+
+
+class EngineError(MeswitchError):
+    """The engine cannot do what it was asked."""
+
+
+class UnknownExpertError(EngineError):
+    """No expert of that name is served."""
+
+
+class InvalidRequestError(EngineError):
+    """A request that cannot be honoured; `parameter` names the member at fault, as the OpenAI API calls it."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class QueueFullError(EngineError):
+    """More requests wait than the engine was told to hold."""
+
+
+class ShuttingDownError(EngineError):
+    """The engine takes no new requests."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; the defaults sample from the model's own distribution.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        logit_bias: token id to what is added to its logit, -100 to 100.
+        stop: strings that end the text and are not part of it.
+        stop_token_ids: ids that end it, beside the expert's own end-of-text ids.
+        seed: with it, a request's tokens depend on nothing else in the batch.
+        logprobs: None, or how many alternatives are reported beside each chosen token (0: the chosen one alone).
+        json_schema: a JSON schema that the text must satisfy.
+        json_object: the text must be some JSON object.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    json_object: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One continuation to generate. `expert` is a served name or `BASE`; `id` is unique among those running."""
+
+    id: str
+    expert: str
+    prompt_tokens: tuple[int, ...]
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token, its natural-log probability, and the likeliest tokens with theirs, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is new of a request since its last chunk. The last one, and it alone, has a finish reason.
+
+    Attributes:
+        text: complete characters only; what may become a stop string is held back until it is decided.
+        tokens: ids generated since the last chunk; a stop id is among them, its text is not.
+        stop_reason: the stop string or id that ended it, None for an end-of-text id.
+        cached_tokens: prompt tokens whose cache was shared, told with the first chunk.
+        error: what went wrong, where finish_reason is "error".
+    """
+
+    request_id: str
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+#: Called from the engine's thread, in order, for every chunk of a request; must return at once.
+OnChunk = Callable[[Chunk], None]
+
+
+@dataclass(frozen=True)
+class ExpertStatus:
+    """A served expert.
+
+    Attributes:
+        artifact: SHA-256 of the artifact's manifest, hex.
+        nbytes: of the artifact's shards.
+        slot: device slot, None unless resident there.
+        running, waiting: its requests now.
+    """
+
+    name: str
+    path: Path
+    artifact: str
+    nbytes: int
+    residency: Residency
+    slot: int | None
+    pinned: bool
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Counters since the start, and gauges now. Seconds are of slot loads: bytes copied over their time."""
+
+    running: int
+    waiting: int
+    slots: int
+    slots_used: int
+    slot_hits: int
+    slot_loads: int
+    slot_evictions: int
+    slot_load_seconds: float
+    slot_load_bytes: int
+    cache_blocks: int
+    cache_blocks_used: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Tokenizer(Protocol):
+    """What a server needs of an expert's own tokenizer; transformers' tokenizers have it."""
+
+    chat_template: str | None
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+
+class Engine(Protocol):
+    """A base and its experts, generating. All methods may be called from any thread."""
+
+    base_id: str
+    max_model_len: int
+
+    def start(self) -> None:
+        """Begin to generate; returns when requests will be taken."""
+
+    def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None:
+        """Queue a request.
+
+        Raises:
+            UnknownExpertError, InvalidRequestError, QueueFullError, ShuttingDownError: nothing was queued.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """End a request soon, with finish reason "cancelled"; unknown and finished ids are ignored."""
+
+    def tokenizer(self, expert: str) -> Tokenizer:
+        """The tokenizer of an expert or of the base. Raises UnknownExpertError."""
+
+    def experts(self) -> tuple[ExpertStatus, ...]: ...
+
+    def load_expert(self, name: str, path: Path) -> None:
+        """Serve one more artifact, checked whole first. Raises ArtifactError, EngineError; the others serve on."""
+
+    def unload_expert(self, name: str) -> None:
+        """Take no more requests for it, let the running ones end, then free its memory. Returns when it is gone."""
+
+    def pin_expert(self, name: str, pinned: bool = True) -> None:
+        """Keep it on the device, or let it go again. Raises EngineError where every slot is pinned already."""
+
+    def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
+        """Mean over tokens of the base's hidden state after decoder layer `layer` (1 is the first).
+
+        Returns:
+            `[prompts, hidden]` fp32 on the CPU.
+        """
+
+    def statistics(self) -> EngineStatistics: ...
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests and wait for the others; whether all had ended in `timeout` seconds."""
+
+    def stop(self) -> None:
+        """Cancel what runs, and free everything."""
