@@ -29,3 +29,11 @@ class ArtifactError(MeswitchError):
 
 class CalibrationError(MeswitchError):
     """The calibration data cannot be read or used."""
+
+
+class RouterError(MeswitchError):
+    """Routing data cannot be used, or a router is missing, damaged, or made for other experts or another base."""
+
+
+class EvaluationError(MeswitchError):
+    """An evaluation cannot be made: data, tasks or models that do not go together, or logits that are not finite."""

@@ -41,10 +41,10 @@ def read_calibration(path: Path) -> CalibrationFile:
         lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
     except UnicodeDecodeError as error:
         number = raw[: error.start].count(b"\n") + 1
-        raise CalibrationError(f"{path}: line {number}: not UTF-8 text; a calibration file is JSONL") from error
+        raise CalibrationError(f"{path}: line {number}: not UTF-8 text; expected JSONL") from error
     items = [_item(path, number, line) for number, line in enumerate(lines[:MAX_LINES], 1) if line.strip()]
     if not items:
-        raise CalibrationError(f"{path}: no line with data; a calibration file is JSONL with one example a line")
+        raise CalibrationError(f"{path}: no line with data; expected JSONL with one example a line")
     return CalibrationFile(path, tuple(items), hashlib.sha256(raw).hexdigest())
 
 

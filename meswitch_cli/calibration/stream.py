@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -77,10 +77,19 @@ class _Collector:
         }
 
 
-class _StreamedLayer(nn.Module):
+class LayerRunner(Protocol):
+    """What runs a decoder layer when its turn comes."""
+
+    def run_layer(
+        self, layer: nn.Module, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The layer's output for `hidden` `[windows, length, hidden size]`."""
+
+
+class StreamedLayer(nn.Module):
     """Stands in a decoder layer's place during the one streaming forward."""
 
-    def __init__(self, layer: nn.Module, index: int, owner: _Stream) -> None:
+    def __init__(self, layer: nn.Module, index: int, owner: LayerRunner) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)  # not a submodule: its weights come and go
         self._index, self._owner = index, owner
@@ -118,12 +127,12 @@ class _Stream:
         for name in names:
             full = f"{prefix}.{name}"
             stored = self.stored.get(full) or self.stored[str(self.model.parameters[full].tied_to)]
-            _set(module, name, self.expert.read(stored).to(device=self.device, dtype=self.dtype))
+            set_parameter(module, name, self.expert.read(stored).to(device=self.device, dtype=self.dtype))
         try:
             yield
         finally:
             for name in names:
-                _set(module, name, module.get_parameter(name).to("meta"))
+                set_parameter(module, name, module.get_parameter(name).to("meta"))
 
     def run_layer(
         self, layer: nn.Module, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,8 +145,8 @@ class _Stream:
             outputs = [
                 layer(
                     hidden[start : start + size],
-                    *(_slice(item, start, size, windows) for item in args),
-                    **{key: _slice(item, start, size, windows) for key, item in kwargs.items()},
+                    *(batch_rows(item, start, size, windows) for item in args),
+                    **{key: batch_rows(item, start, size, windows) for key, item in kwargs.items()},
                 )
                 for start in range(0, windows, size)
             ]
@@ -178,7 +187,7 @@ def stream_statistics(
     materialise_buffers(root, device)
     layers = root.get_submodule(model.layers_prefix)
     for index in range(len(layers)):
-        layers[index] = _StreamedLayer(layers[index], index, stream)
+        layers[index] = StreamedLayer(layers[index], index, stream)
     body = getattr(root, root.base_model_prefix)
     with stream.loaded(root.base_model_prefix, body):
         hidden = body(input_ids=windows.to(device), use_cache=False).last_hidden_state
@@ -207,16 +216,17 @@ def materialise_buffers(root: Any, device: torch.device) -> None:
                 )
 
 
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a value in place of a parameter, which may be on the meta device."""
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def _slice(value: Any, start: int, size: int, windows: int) -> Any:
+def batch_rows(value: Any, start: int, size: int, windows: int) -> Any:
     """Take the batch rows of a tensor that has one row a window; pass anything else on."""
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == windows > 1:
         return value[start : start + size]
     if isinstance(value, tuple):
-        return tuple(_slice(item, start, size, windows) for item in value)
+        return tuple(batch_rows(item, start, size, windows) for item in value)
     return value

@@ -10,11 +10,13 @@ import torch
 
 #: Tokens, padding included, that go through a model at once.
 BATCH_TOKENS = 2048
+#: Rows of logits compared at once: a handful of `[rows, vocabulary]` temporaries stay small.
+COMPARED_ROWS = 256
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """A prompt and its answer as token ids; the answer begins at `answer_start`."""
+    """A prompt and its answer as token ids; the answer begins at `answer_start`, which is at least 1."""
 
     tokens: tuple[int, ...]
     answer_start: int
@@ -41,21 +43,34 @@ class ItemFidelity:
     agreed: int
 
 
+@dataclass(frozen=True)
+class TokenFidelity:
+    """Figures of every answer token of one item, each `[tokens]` float64 on the CPU.
+
+    Attributes:
+        kl: of the reference's next-token distribution to the model's, nats.
+        loss: the model's negative log-likelihood of the token that follows, nats.
+        reference_loss: the reference's.
+        agreed: 1 where both rank the same token first, else 0.
+        probability_change: the model's probability of the token that follows, less the reference's.
+    """
+
+    kl: torch.Tensor
+    loss: torch.Tensor
+    reference_loss: torch.Tensor
+    agreed: torch.Tensor
+    probability_change: torch.Tensor
+
+
 @torch.no_grad()
 def answer_logits(model: Any, items: Sequence[EncodedItem]) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (item index, logits `[answer tokens, vocabulary]` fp32 that predict its answer), in order of length.
 
     `model` is a transformers causal language model; positions before any answer skip its head.
     """
-    order = sorted(range(len(items)), key=lambda index: len(items[index].tokens))
-    while order:
-        batch = [order.pop()]
-        length = len(items[batch[0]].tokens)
-        while order and (len(batch) + 1) * length <= BATCH_TOKENS:
-            batch.append(order.pop())
-        ids = torch.zeros(len(batch), length, dtype=torch.long)
-        for row, index in enumerate(batch):  # padded on the right, where causal attention never looks back from
-            ids[row, : len(items[index].tokens)] = torch.tensor(items[index].tokens)
+    for batch in batches_by_length(items):
+        ids = padded([items[index] for index in batch])
+        length = ids.shape[1]
         device = model.get_input_embeddings().weight.device
         first = min(items[index].answer_start for index in batch) - 1
         kept = torch.arange(first, length, device=device)
@@ -63,6 +78,25 @@ def answer_logits(model: Any, items: Sequence[EncodedItem]) -> Iterator[tuple[in
         for row, index in enumerate(batch):
             start, stop = items[index].answer_start - 1, len(items[index].tokens) - 1
             yield index, logits[row, start - first : stop - first].float()
+
+
+def batches_by_length(items: Sequence[EncodedItem], limit: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Item indices in batches of at most `limit` tokens, padding included; the longest items first."""
+    order = sorted(range(len(items)), key=lambda index: len(items[index].tokens))
+    while order:
+        batch = [order.pop()]
+        length = len(items[batch[0]].tokens)
+        while order and (len(batch) + 1) * length <= limit:
+            batch.append(order.pop())
+        yield batch
+
+
+def padded(items: Sequence[EncodedItem]) -> torch.Tensor:
+    """Token ids `[items, longest]`, padded on the right, where causal attention never looks back from."""
+    ids = torch.zeros(len(items), max(len(item.tokens) for item in items), dtype=torch.long)
+    for row, item in enumerate(items):
+        ids[row, : len(item.tokens)] = torch.tensor(item.tokens)
+    return ids
 
 
 def reference_logits(model: Any, items: Sequence[EncodedItem]) -> list[torch.Tensor]:
@@ -81,12 +115,51 @@ def compare(reference: Sequence[torch.Tensor], model: Any, items: Sequence[Encod
     """
     results: list[ItemFidelity] = [ItemFidelity(0, 0.0, 0.0, 0)] * len(items)
     for index, logits in answer_logits(model, items):
-        if not torch.isfinite(logits).all():
-            raise FloatingPointError(f"logits of item {index} are not finite")
-        ours = torch.log_softmax(logits, dim=-1)
-        theirs = torch.log_softmax(reference[index], dim=-1)
-        kl = (theirs.exp() * (theirs - ours)).sum(-1)
-        loss = -ours.gather(1, items[index].answer.to(ours.device)[:, None])
-        agreed = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        results[index] = ItemFidelity(len(kl), float(kl.double().sum()), float(loss.double().sum()), agreed)
+        refuse_non_finite(logits, index)
+        found = compare_tokens(torch.log_softmax(reference[index], dim=-1), logits, items[index].answer)
+        results[index] = ItemFidelity(
+            len(found.kl), float(found.kl.sum()), float(found.loss.sum()), int(found.agreed.sum())
+        )
     return results
+
+
+def refuse_non_finite(logits: torch.Tensor, index: int) -> None:
+    """Raise FloatingPointError, naming item and answer token, where logits are NaN or infinite."""
+    bad = (~torch.isfinite(logits)).any(dim=-1)
+    if bad.any():
+        count, token = int(bad.sum()), int(bad.nonzero()[0])
+        raise FloatingPointError(f"logits of item {index} are not finite ({count} tokens, the first is {token})")
+
+
+def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor) -> TokenFidelity:
+    """Compare one item's logits `[tokens, vocabulary]` with the reference's log-probabilities of the same shape.
+
+    Log-softmax in fp32, sums over the vocabulary in float64. Where the vocabularies differ in size (added tokens),
+    both are renormalised over the part that they share.
+
+    Raises:
+        ValueError: an answer token lies outside the shared vocabulary.
+    """
+    shared = min(reference.shape[-1], logits.shape[-1])
+    if len(answer) and int(answer.max()) >= shared:
+        raise ValueError(f"token {int(answer.max())} is outside the shared vocabulary of {shared}")
+    parts = [
+        _compare_rows(reference[row : row + COMPARED_ROWS], logits[row : row + COMPARED_ROWS], part, shared)
+        for row, part in zip(range(0, len(answer), COMPARED_ROWS), answer.split(COMPARED_ROWS), strict=True)
+    ]
+    columns = zip(*parts, strict=True)
+    return TokenFidelity(*(torch.cat(list(column)).double().cpu() for column in columns))
+
+
+def _compare_rows(
+    reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor, shared: int
+) -> tuple[torch.Tensor, ...]:
+    ours = torch.log_softmax(logits[:, :shared].float(), dim=-1)
+    theirs = reference.to(ours.device)
+    if theirs.shape[-1] != shared:
+        theirs = torch.log_softmax(theirs[:, :shared], dim=-1)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64)
+    wanted = answer.to(ours.device)[:, None]
+    our_answer, their_answer = ours.gather(1, wanted)[:, 0], theirs.gather(1, wanted)[:, 0]
+    agreed = ours.argmax(-1) == theirs.argmax(-1)
+    return kl, -our_answer, -their_answer, agreed, our_answer.double().exp() - their_answer.double().exp()

@@ -1,0 +1,177 @@
+"""Passes of models over a set: the full expert writes reference log-probabilities to disk, the others are compared.
+
+One model is in memory at a time, or with `stream` one decoder layer, so a pair that does not fit together can still be
+compared. The reference takes answer tokens x vocabulary x 4 bytes; a set that would take more than the budget goes
+through in chunks, each with its own pass of every model.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from meswitch_cli.errors import EvaluationError, MeswitchError
+from meswitch_cli.evaluation.fidelity import (
+    EncodedItem,
+    TokenFidelity,
+    answer_logits,
+    compare_tokens,
+    refuse_non_finite,
+)
+from meswitch_cli.evaluation.model import available_bytes, build_model, resident_bytes
+from meswitch_cli.evaluation.streaming import streamed_logits
+from meswitch_cli.evaluation.weights import Weights, vocabulary_size
+
+Mode = Literal["resident", "stream"]
+REFERENCE_BUDGET = 4 << 30
+#: Share of the free memory that a resident model's weights may take; activations and logits need the rest.
+RESIDENT_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and how models run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a model has no figures on a set."""
+
+    reason: str
+
+
+def choose_mode(weights: Sequence[Weights], device: torch.device, dtype: torch.dtype) -> Mode:
+    """`resident` where the largest model fits into the memory that is free."""
+    largest = max(resident_bytes(item, dtype) for item in weights)
+    return "resident" if largest <= RESIDENT_SHARE * available_bytes(device) else "stream"
+
+
+def logits_of(
+    weights: Weights, items: Sequence[EncodedItem], arithmetic: Arithmetic
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (item index, logits `[answer tokens, vocabulary]` fp32).
+
+    Raises:
+        EvaluationError: the model's logits are not finite; model, item and token are named.
+    """
+    model: Any = None
+    if arithmetic.mode == "stream":
+        found = streamed_logits(weights, items, arithmetic.device, arithmetic.dtype)
+    else:
+        model = build_model(weights, arithmetic.device, arithmetic.dtype)
+        found = answer_logits(model, items)
+    try:
+        for index, logits in found:
+            try:
+                refuse_non_finite(logits, index)
+            except FloatingPointError as error:
+                raise EvaluationError(f"{weights.name}: {error}: its weights are damaged or overflow") from error
+            yield index, logits
+    finally:
+        del model, found
+        gc.collect()
+
+
+def compare_models(
+    reference: Weights,
+    others: Mapping[str, Callable[[], Weights]],
+    items: Sequence[EncodedItem],
+    arithmetic: Arithmetic,
+    scratch: Path,
+    *,
+    budget: int = REFERENCE_BUDGET,
+    on_pass: Callable[[str, int], None] = lambda name, items: None,
+) -> dict[str, list[TokenFidelity] | Failure]:
+    """Compare every other model with the reference on the same tokens; a model that fails does not stop the rest.
+
+    Args:
+        reference: the full expert.
+        others: by label, what makes the weights when their turn comes.
+        items: what is compared; only answer tokens count.
+        scratch: folder for the reference's log-probabilities; they are removed afterwards.
+        budget: bytes they may take at once.
+        on_pass: hears (label, items) before each pass; the reference's label is "reference".
+
+    Raises:
+        EvaluationError: the reference itself cannot be run.
+    """
+    results: dict[str, list[TokenFidelity] | Failure] = {label: [] for label in others}
+    vocabulary = vocabulary_size(reference)
+    for chunk in _chunks(items, max(1, budget // (4 * vocabulary))):
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".reference-") as folder:
+            on_pass("reference", len(chunk))
+            stored, starts = _write_reference(reference, chunk, arithmetic, Path(folder) / "log-probabilities")
+            for label, make in others.items():
+                sofar = results[label]
+                if isinstance(sofar, Failure):
+                    continue
+                on_pass(label, len(chunk))
+                try:
+                    sofar += _compare_chunk(make(), stored, starts, chunk, arithmetic)
+                except (MeswitchError, ValueError) as error:
+                    results[label] = Failure(str(error))
+            del stored
+    return results
+
+
+def _write_reference(
+    reference: Weights, items: Sequence[EncodedItem], arithmetic: Arithmetic, path: Path
+) -> tuple[np.memmap[Any, Any], list[int]]:
+    """Log-probabilities of all items on disk, `[answer tokens, vocabulary]` fp32, and each item's first row."""
+    counts = [len(item.tokens) - item.answer_start for item in items]
+    starts = [0, *np.cumsum(counts).tolist()]
+    stored: np.memmap[Any, Any] | None = None
+    for index, logits in logits_of(reference, items, arithmetic):
+        if stored is None:
+            try:
+                stored = np.memmap(path, dtype=np.float32, mode="w+", shape=(starts[-1], logits.shape[-1]))
+            except OSError as error:
+                raise EvaluationError(f"{path.parent}: no room for the reference: {error.strerror}") from error
+        stored[starts[index] : starts[index + 1]] = torch.log_softmax(logits, dim=-1).cpu().numpy()
+    assert stored is not None
+    return stored, starts
+
+
+def _compare_chunk(
+    weights: Weights,
+    stored: np.memmap[Any, Any],
+    starts: Sequence[int],
+    items: Sequence[EncodedItem],
+    arithmetic: Arithmetic,
+) -> list[TokenFidelity]:
+    rows = vocabulary_size(weights)
+    unknown = sorted({token for item in items for token in item.tokens if token >= rows})
+    if unknown:
+        raise EvaluationError(
+            f"{weights.name}: has {rows} embedding rows, the prompts use token {unknown[0]}, which the expert added"
+        )
+    results: dict[int, TokenFidelity] = {}
+    for index, logits in logits_of(weights, items, arithmetic):
+        reference = torch.from_numpy(np.array(stored[starts[index] : starts[index + 1]]))
+        results[index] = compare_tokens(reference, logits, items[index].answer)
+    return [results[index] for index in range(len(items))]
+
+
+def _chunks(items: Sequence[EncodedItem], most_tokens: int) -> Iterator[list[EncodedItem]]:
+    chunk: list[EncodedItem] = []
+    tokens = 0
+    for item in items:
+        count = len(item.tokens) - item.answer_start
+        if chunk and tokens + count > most_tokens:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(item)
+        tokens += count
+    if chunk:
+        yield chunk
