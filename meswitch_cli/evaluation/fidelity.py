@@ -144,8 +144,8 @@ def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.
     if len(answer) and int(answer.max()) >= shared:
         raise ValueError(f"token {int(answer.max())} is outside the shared vocabulary of {shared}")
     parts = [
-        _compare_rows(reference[row : row + COMPARED_ROWS], logits[row : row + COMPARED_ROWS], part, shared)
-        for row, part in zip(range(0, len(answer), COMPARED_ROWS), answer.split(COMPARED_ROWS), strict=True)
+        _compare_rows(reference[rows], logits[rows], answer[rows], shared)
+        for rows in (slice(start, start + COMPARED_ROWS) for start in range(0, len(answer), COMPARED_ROWS))
     ]
     columns = zip(*parts, strict=True)
     return TokenFidelity(*(torch.cat(list(column)).double().cpu() for column in columns))

@@ -35,10 +35,10 @@ def model_row(figures: Sequence[TokenFidelity], *, seed: int = 0) -> dict[str, A
     squares_se = ratio_standard_error(squares, counts)
     row: dict[str, Any] = {"items": len(figures), "tokens": int(counts.sum())}
     row |= _with_error("kl_mean", kl, counts)
-    row |= _with_interval("kl_mean", ratio_of_sums(kl, counts, seed=seed))
+    row |= _with_interval("kl_mean", _several(figures, ratio_of_sums(kl, counts, seed=seed)))
     for name, quantile in (("kl_median", 0.5), ("kl_p90", 0.9), ("kl_p99", 0.99), ("kl_p999", 0.999)):
         estimate = quantile_by_document(kl_tokens, documents, quantile, seed=seed)
-        row |= {name: estimate.value} | _with_interval(name, estimate)
+        row |= {name: estimate.value} | _with_interval(name, _several(figures, estimate))
     row["kl_max"] = float(kl_tokens.max())
     row |= _with_error("ln_ppl", loss, counts)
     row |= _with_error("expert_ln_ppl", reference, counts)
@@ -66,13 +66,13 @@ def against_base(
     row |= _with_error("base_ln_ppl", base_loss, counts)
     row |= _with_error("base_top1_agreement", _sums(base, "agreed"), counts)
     share = ratio_of_sums(kl, base_kl, seed=seed) if base_kl.sum() > 0 else None
-    row |= {"kl_share": share.value if share else None} | _with_interval("kl_share", share)
+    row |= {"kl_share": share.value if share else None} | _with_interval("kl_share", _several(figures, share))
     gap, gap_error = possible.sum() / counts.sum(), ratio_standard_error(possible, counts)
     clear = gap > 0 if gap_error is None else gap > GAP_STANDARD_ERRORS * gap_error
     recovered = ratio_of_sums(gained, possible, seed=seed) if clear else None
     row["gap_recovered"] = recovered.value if recovered else None
     row["gap_recovered_se"] = ratio_standard_error(gained, possible) if clear else None
-    return row | _with_interval("gap_recovered", recovered)
+    return row | _with_interval("gap_recovered", _several(figures, recovered))
 
 
 def _sums(figures: Sequence[TokenFidelity], name: str) -> Array:
@@ -86,6 +86,11 @@ def _tokens(figures: Sequence[TokenFidelity], name: str) -> tuple[Array, Any]:
 
 def _with_error(name: str, sums: Array, counts: Array) -> dict[str, float | None]:
     return {name: float(sums.sum() / counts.sum()), f"{name}_se": ratio_standard_error(sums, counts)}
+
+
+def _several(figures: Sequence[TokenFidelity], estimate: Estimate | None) -> Estimate | None:
+    """An interval over documents needs more than one."""
+    return estimate if len(figures) > 1 else None
 
 
 def _with_interval(name: str, estimate: Estimate | None) -> dict[str, float | None]:

@@ -1,0 +1,113 @@
+"""`meswitch eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def run(
+    base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id.")],
+    expert: Annotated[
+        list[str], typer.Option(help="A full fine-tune, FOLDER or LABEL=FOLDER; give it again for more experts.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and report.html.")],
+    artifact: Annotated[
+        list[Path] | None, typer.Option(help="A compressed expert; again for more, of the same expert or of others.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another method beside it, NAME[:option=value,...]: bitdelta, rtn, per-axis, low-rank, "
+            "delta-come, sparse, meswitch."
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Held-out data, [LABEL=]FILE: JSONL with "prompt" and "response" or "messages" (answers count), or '
+            "plain text. LABEL names the expert whose own prompts they are."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL for baselines that need activations; not the held-out data.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples used of each file and task, the first ones.")
+    ] = None,
+    min_recovery: Annotated[
+        float | None, typer.Option(help="Exit with 1 where less than this part of the gap is recovered, 0.99 say.")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(help="Exit with 1 where the mean KL to the full expert exceeds this, nats a token.")
+    ] = None,
+    mode: Annotated[
+        Literal["auto", "resident", "stream"],
+        typer.Option(help="resident holds one model in memory, stream one layer; auto: by the free memory."),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Arithmetic of all models; below float32, rounding hides small differences."),
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of resampling and of random baselines.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an evaluation that is in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compares base, full expert and compressed expert on the same tokens; exit status 1 if a limit is missed.
+
+    Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-2bit --text held-out.jsonl --out ./eval
+    """
+    import torch
+
+    from meswitch_cli.compression.device import choose_device
+    from meswitch_cli.errors import Interrupted, UsageError
+    from meswitch_cli.evaluation.job import Request, finish, judge, measure_fidelity, prepare
+    from meswitch_cli.evaluation.markdown import markdown
+
+    if not text:
+        raise UsageError("nothing to evaluate on: give --text")
+    request = Request(
+        base=base,
+        experts=tuple(expert),
+        out=out,
+        artifacts=tuple(artifact or ()),
+        baselines=tuple(baseline or ()),
+        texts=tuple(text or ()),
+        calibration=calibration,
+        limit=limit,
+        device=choose_device(device),
+        dtype=getattr(torch, dtype),
+        mode=None if mode == "auto" else mode,
+        seed=seed,
+        min_recovery=min_recovery,
+        max_kld=max_kld,
+        force=force,
+    )
+
+    def say(what: str) -> None:
+        typer.echo(f"eval: {what}", err=True)
+
+    evaluation = prepare(request)
+    try:
+        measure_fidelity(evaluation, say)
+        passed = judge(evaluation)
+        finish(evaluation)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; what was measured is in {out}") from None
+    value = evaluation.report.to_dict()
+    typer.echo(json.dumps(value) if as_json else markdown(value))
+    for problem in evaluation.report.errors:
+        typer.secho(f"error: {problem['where']}: {problem['message']}", err=True, fg=typer.colors.RED)
+    for gate in evaluation.report.gates:
+        if not gate["passed"]:
+            typer.secho(
+                f"error: --{gate['gate']} {gate['limit']:g}: {gate['model']} on {gate['set']} has {gate['value']}",
+                err=True,
+                fg=typer.colors.RED,
+            )
+    if not passed:
+        raise typer.Exit(1)

@@ -1,0 +1,293 @@
+"""The whole of `meswitch eval`, step by step; what was measured before a failure stays in the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
+from meswitch_cli.evaluation.fidelity import TokenFidelity
+from meswitch_cli.evaluation.figures import against_base, model_row
+from meswitch_cli.evaluation.markdown import markdown
+from meswitch_cli.evaluation.methods import Activations, baseline_candidate
+from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mode, compare_models
+from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
+from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
+from meswitch_cli.evaluation.subjects import Candidate, Expert, open_artifact, open_experts, split_label
+from meswitch_cli.evaluation.weights import CheckpointWeights, context_length, parameter_count, vocabulary_size
+
+BASE = "base"
+CPU = torch.device("cpu")
+ITEMS_FILE = "items.jsonl"
+MARKDOWN_FILE = "report.md"
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; `LABEL=` before an expert, a text or a task names the expert it belongs to.
+
+    Raises:
+        UsageError: nothing to compare or nothing to compare on.
+    """
+
+    base: str
+    experts: tuple[str, ...]
+    out: Path
+    artifacts: tuple[Path, ...] = ()
+    baselines: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    calibration: Path | None = None
+    limit: int | None = None
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    mode: Mode | None = None
+    seed: int = 0
+    min_recovery: float | None = None
+    max_kld: float | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.artifacts and not self.baselines:
+            raise UsageError("nothing to evaluate: give --artifact or --baseline")
+
+
+@dataclass
+class Evaluation:
+    """A prepared evaluation: everything opened and checked, nothing run yet."""
+
+    request: Request
+    base: CheckpointWeights
+    experts: list[Expert]
+    candidates: list[Candidate]
+    sets: list[EvaluationSet]
+    arithmetic: Arithmetic
+    report: Report
+
+    def of_expert(self, expert: Expert) -> list[Candidate]:
+        return [item for item in self.candidates if item.expert == expert.label]
+
+    def save(self) -> None:
+        self.report.save(self.request.out)
+
+
+def prepare(request: Request) -> Evaluation:
+    """Open and check everything that the request names.
+
+    Raises:
+        MeswitchError: something is missing, damaged, or does not belong together.
+    """
+    sets = _read_sets(request)
+    base = CheckpointWeights(Checkpoint.open(request.base))
+    experts = open_experts(request.experts, base)
+    labels = {expert.label for expert in experts}
+    for item in sets:
+        if item.owner is not None and item.owner not in labels:
+            raise UsageError(f"--text {item.owner}={item.path}: no expert is called {item.owner!r}")
+    candidates: list[Candidate] = []
+    for path in request.artifacts:
+        candidates.append(open_artifact(path, base, experts, [item.label for item in candidates]))
+    for expert in experts:
+        activations = Activations(expert, request.calibration, request.seed)
+        for spec in request.baselines:
+            candidates.append(baseline_candidate(spec, base, expert, activations, several=len(experts) > 1))
+    mode = request.mode or choose_mode([base, *(item.weights for item in experts)], request.device, request.dtype)
+    arithmetic = Arithmetic(request.device, request.dtype, mode)
+    _claim(request)
+    report = Report(
+        seed=request.seed,
+        environment=environment(request.device, request.dtype, mode),
+        base=_identity(base),
+        experts=[{"label": item.label} | _identity(item.weights) for item in experts],
+        models=[
+            {"label": item.label, "expert": item.expert, "kind": item.kind} | dict(item.facts) for item in candidates
+        ],
+    )
+    return Evaluation(request, base, experts, candidates, sets, arithmetic, report)
+
+
+def measure_fidelity(evaluation: Evaluation, on_step: OnStep = lambda what: None) -> None:
+    """Fill the report's `sets` and `fidelity`; sets that belong to one expert are measured on that one alone."""
+    for expert in evaluation.experts:
+        for data in evaluation.sets:
+            if data.owner in (None, expert.label):
+                _measure_set(evaluation, expert, data, on_step)
+                evaluation.save()
+
+
+def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on_step: OnStep) -> None:
+    report, request = evaluation.report, evaluation.request
+    where = f"{expert.label} on {data.name}"
+    candidates = evaluation.of_expert(expert)
+    try:
+        encoded = encode_set(
+            data,
+            expert.tokenizer,
+            vocabulary=vocabulary_size(expert.weights),
+            context=context_length(expert.weights),
+            limit=request.limit,
+        )
+        found = compare_models(
+            expert.weights,
+            {BASE: lambda: evaluation.base} | {item.label: _weights_of(item) for item in candidates},
+            encoded.items,
+            evaluation.arithmetic,
+            request.out,
+            on_pass=lambda label, items: on_step(f"{where}: {label}, {items} items"),
+        )
+    except MeswitchError as error:
+        report.fail(where, str(error))
+        return
+    report.sets.append(_set_facts(data, expert, encoded))
+    base = found[BASE]
+    if isinstance(base, Failure):
+        report.fail(f"{where}: base", base.reason)
+    for item in candidates:
+        figures = found[item.label]
+        if isinstance(figures, Failure):
+            report.fail(f"{where}: {item.label}", figures.reason)
+            continue
+        row: dict[str, Any] = {"expert": expert.label, "model": item.label, "kind": item.kind, "set": data.name}
+        row["nbytes"] = item.nbytes()
+        row |= model_row(figures, seed=request.seed)
+        if not isinstance(base, Failure):
+            row |= against_base(figures, base, seed=request.seed)
+        report.fidelity.append(row)
+    _append_items(evaluation, expert, data, found)
+
+
+def _weights_of(candidate: Candidate) -> Callable[[], Any]:
+    return lambda: candidate.weights
+
+
+def _append_items(
+    evaluation: Evaluation, expert: Expert, data: EvaluationSet, found: dict[str, list[TokenFidelity] | Failure]
+) -> None:
+    """Per-item sums, for pairing and for plots of one's own."""
+    lines = []
+    for label, figures in found.items():
+        for index, item in enumerate([] if isinstance(figures, Failure) else figures):
+            value = {
+                "expert": expert.label,
+                "set": data.name,
+                "model": label,
+                "item": index,
+                "tokens": len(item.kl),
+                "kl": float(item.kl.sum()),
+                "loss": float(item.loss.sum()),
+                "expert_loss": float(item.reference_loss.sum()),
+                "agreed": int(item.agreed.sum()),
+            }
+            lines.append(json.dumps(value))
+    path = evaluation.request.out / ITEMS_FILE
+    with disk_errors(path), path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(f"{line}\n" for line in lines))
+
+
+def judge(evaluation: Evaluation) -> bool:
+    """Fill the report's `gates`; False where a limit is missed, or could not be checked.
+
+    Limits hold for every compressed model. Recovery is judged on each expert's own prompts: the sets labelled with
+    it, or every set of answers where none is labelled. KL is judged on every set.
+    """
+    report, request = evaluation.report, evaluation.request
+    owned = {item["name"] for item in report.sets if item["owner"]} or {
+        item["name"] for item in report.sets if item["kind"] == "responses"
+    }
+    for row in report.fidelity:
+        if row["kind"] != "artifact" and any(item.kind == "artifact" for item in evaluation.candidates):
+            continue  # baselines stand beside the artifact for comparison; it alone is judged
+        checks: list[tuple[str, float | None, float | None, bool]] = [
+            ("max-kld", request.max_kld, row["kl_mean"], row["kl_mean"] <= (request.max_kld or 0))
+        ]
+        if row["set"] in owned:
+            recovered = row.get("gap_recovered")
+            checks.append(
+                (
+                    "min-recovery",
+                    request.min_recovery,
+                    recovered,
+                    recovered is not None and recovered >= (request.min_recovery or 0),
+                )
+            )
+        for name, limit, value, passed in checks:
+            if limit is not None:
+                report.gates.append(
+                    {"gate": name, "limit": limit, "value": value, "passed": passed}
+                    | {key: row[key] for key in ("expert", "model", "set")}
+                )
+    asked = [
+        name
+        for name, limit in (("min-recovery", request.min_recovery), ("max-kld", request.max_kld))
+        if limit is not None
+    ]
+    checked = {gate["gate"] for gate in report.gates}
+    for name in asked:
+        if name not in checked:
+            report.fail(f"--{name}", "nothing was measured that it could be checked on")
+    return all(gate["passed"] for gate in report.gates) and not report.errors
+
+
+def finish(evaluation: Evaluation) -> None:
+    """Write `report.json` as complete, and the page made from it."""
+    for item, model in zip(evaluation.candidates, evaluation.report.models, strict=True):
+        model["nbytes"] = item.nbytes() or None
+    evaluation.report.complete = True
+    evaluation.save()
+    value = evaluation.report.to_dict()
+    write_atomically(evaluation.request.out / MARKDOWN_FILE, markdown(value).encode())
+
+
+def _read_sets(request: Request) -> list[EvaluationSet]:
+    sets: list[EvaluationSet] = []
+    for option in request.texts:
+        owner, path = split_label(option)
+        item = read_set(Path(path), owner)
+        if any(item.name == other.name for other in sets):
+            raise UsageError(f"--text {path}: two files are called {item.name!r}; rename one")
+        sets.append(item)
+    return sets
+
+
+def _claim(request: Request) -> None:
+    """Make the output folder, or empty one that an earlier evaluation made."""
+    out = request.out
+    with disk_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not request.force or not (out / REPORT_FILE).is_file():
+                raise EvaluationError(f"{out}: in use; choose another --out, or --force to replace an evaluation there")
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / ITEMS_FILE, b"")
+
+
+def _identity(weights: CheckpointWeights) -> dict[str, Any]:
+    source = weights.checkpoint.source
+    return {
+        "id": source.id,
+        "revision": source.revision,
+        "fingerprint": weights.fingerprint,
+        "nbytes": weights.nbytes,
+        "parameters": parameter_count(weights),
+    }
+
+
+def _set_facts(data: EvaluationSet, expert: Expert, encoded: EncodedSet) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "expert": expert.label,
+        "owner": data.owner,
+        "kind": data.kind,
+        "sha256": data.sha256,
+        "items": len(encoded.items),
+        "tokens": sum(len(item.tokens) - item.answer_start for item in encoded.items),
+        "skipped": encoded.skipped,
+    }

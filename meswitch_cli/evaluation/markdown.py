@@ -1,0 +1,202 @@
+"""`report.md`: the report's tables for people, every figure with its uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Standard errors of a 95 % interval.
+NORMAL_95 = 1.96
+
+Table = tuple[Sequence[str], list[list[str]]]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The page for a report as `Report.to_dict` gives it."""
+    parts = ["# Evaluation\n", _summary(report)]
+    for title, table, note in sections(report):
+        parts.append(f"\n## {title}\n\n{_table(table)}\n" + (f"\n{note}\n" if note else ""))
+    if report["errors"]:
+        parts.append(
+            "\n## Not measured\n\n" + "".join(f"- {item['where']}: {item['message']}\n" for item in report["errors"])
+        )
+    if report["notes"]:
+        parts.append("\n## Notes\n\n" + "".join(f"- {note}\n" for note in report["notes"]))
+    return "".join(parts)
+
+
+def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
+    """(title, table, note) of every part that has something to show."""
+    found: list[tuple[str, Table, str]] = []
+    for name in dict.fromkeys(row["set"] for row in report["fidelity"]):
+        for expert in dict.fromkeys(row["expert"] for row in report["fidelity"] if row["set"] == name):
+            rows = [row for row in report["fidelity"] if row["set"] == name and row["expert"] == expert]
+            found.append((f"Fidelity to {expert} on {name}", fidelity_table(rows), _set_note(report, name, expert)))
+    if report["tasks"]:
+        found.append(("Tasks", task_table(report["tasks"]), "Score with a 95 % interval over documents."))
+    if report["comparisons"]:
+        found.append(("Paired comparisons", comparison_table(report["comparisons"]), _COMPARISON_NOTE))
+    if report["router"]:
+        found.append(("Routing", router_table(report["router"]), report["router"]["note"]))
+    if report["gates"]:
+        found.append(("Limits", gate_table(report["gates"]), ""))
+    found.append(("Models", model_table(report), ""))
+    return found
+
+
+_COMPARISON_NOTE = (
+    "Every comparison is paired by document: difference of scores with a 95 % interval, documents lost and gained, "
+    "exact McNemar test (bootstrap where scores are not 0 or 1), p-values by Holm over all rows. *MDE*: the smallest "
+    "difference that this many documents would find four times out of five. Where the interval reaches beyond the "
+    "margin and the test finds nothing, the verdict is that n is too small, not that there is no difference."
+)
+
+
+def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Base, full expert and compressed models of one expert on one set."""
+    header = ["model", "MB", "KL mean", "KL p99", "KL p99.9", "KL max", "same top token, %", "ln(ppl / expert's)"]
+    header += ["RMS Δp, %", "gap recovered, %"]
+    lines = []
+    if first.get("base_kl_mean") is not None:
+        ratio = first["base_ln_ppl"] - first["expert_ln_ppl"]
+        agreement = plus_minus(first, "base_top1_agreement", 100, 2)
+        kl = plus_minus(first, "base_kl_mean")
+        lines.append(["base", "0", kl, "", "", "", agreement, f"{ratio:.4f}", "", "0"])
+    lines.append(["full expert", "", "0", "0", "0", "0", "100", "0", "0", "100"])
+    lines += [
+        [
+            row["model"],
+            f"{row['nbytes'] / 1e6:.1f}",
+            plus_minus(row, "kl_mean"),
+            interval(row, "kl_p99"),
+            interval(row, "kl_p999"),
+            f"{row['kl_max']:.4f}",
+            plus_minus(row, "top1_agreement", 100, 2),
+            plus_minus(row, "ln_ppl_ratio", 1, 5),
+            plus_minus(row, "rms_delta_p", 100, 3),
+            "no clear gap" if row.get("gap_recovered") is None else interval(row, "gap_recovered", 100, 2),
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    header = ["task", "metric", "model", "documents", "score, %"]
+    return header, [
+        [row["task"], row["metric"], row["model"], str(row["documents"]), interval(row, "score", 100, 1)]
+        for row in rows
+    ]
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    header = ["task", "metric", "model", "against", "n", "difference, points", "lost", "gained", "p (Holm)"]
+    return [*header, "MDE, points", "verdict"], [
+        [
+            row["task"],
+            row["metric"],
+            row["model"],
+            row["against"],
+            str(row["documents"]),
+            interval(row, "difference", 100, 1),
+            str(row["lost"]),
+            str(row["gained"]),
+            f"{row['p_holm']:.3g}",
+            f"{100 * row['minimum_detectable_effect']:.1f}",
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+
+
+def router_table(router: Mapping[str, Any]) -> Table:
+    header = ["choice", *(["loss, nats a token"] if router["loss"] else []), *router["tasks"]]
+    lines = []
+    for choice in ("base", "random", "routed", "oracle"):
+        line = [choice]
+        if router["loss"]:
+            line.append(interval(router["loss"][choice], "value"))
+        lines.append(line + [interval(router["tasks"][task][choice], "value", 100, 1) for task in router["tasks"]])
+    return header, lines
+
+
+def gate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    header = ["limit", "model", "set", "wanted", "found", "passed"]
+    return header, [
+        [
+            row["gate"],
+            row["model"],
+            row["set"],
+            f"{row['limit']:g}",
+            "not measurable" if row["value"] is None else f"{row['value']:.5g}",
+            "yes" if row["passed"] else "NO",
+        ]
+        for row in rows
+    ]
+
+
+def model_table(report: Mapping[str, Any]) -> Table:
+    header = ["model", "kind", "id", "MB", "fingerprint or manifest SHA-256"]
+    lines = [["base", "checkpoint", *_identity(report["base"])]]
+    lines += [[item["label"], "full expert", *_identity(item)] for item in report["experts"]]
+    for item in report["models"]:
+        nbytes = item.get("nbytes")
+        lines.append(
+            [
+                item["label"],
+                item["kind"],
+                f"of {item['expert']}",
+                "" if nbytes is None else f"{nbytes / 1e6:.1f}",
+                str(item.get("manifest_sha256", ""))[:16],
+            ]
+        )
+    return header, lines
+
+
+def plus_minus(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
+    """A figure and the half width of its 95 % interval."""
+    value, error = row[name], row.get(f"{name}_se")
+    text = f"{factor * value:.{digits}f}"
+    return text if error is None else f"{text} ± {factor * NORMAL_95 * error:.{digits}f}"
+
+
+def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
+    """A figure and its 95 % interval."""
+    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    if value is None:
+        return ""
+    text = f"{factor * value:.{digits}f}"
+    return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    machine, packages = report["environment"], report["environment"]["packages"]
+    versions = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    state = "" if report["complete"] else "**Incomplete: the evaluation did not run to its end.** "
+    return (
+        f"\n{state}Base {report['base']['id']}; made {report['created']} by meswitch {machine['meswitch']} on "
+        f"{machine['device_name']} ({machine['device']}, {machine['dtype']}, {machine['mode']}, {machine['threads']} "
+        f"threads), Python {machine['python']}, {versions}; seed {report['seed']}.\n"
+    )
+
+
+def _set_note(report: Mapping[str, Any], name: str, expert: str) -> str:
+    item = next(item for item in report["sets"] if item["name"] == name and item["expert"] == expert)
+    what = "answer tokens" if item["kind"] == "responses" else "tokens"
+    skipped = f", {item['skipped']} skipped as too long" if item["skipped"] else ""
+    return (
+        f"{item['items']} items, {item['tokens']} {what}{skipped}; SHA-256 {item['sha256'][:16]}. KL in nats a token, "
+        "to the full expert. ± and [ ]: 95 %, by document; a maximum has no interval."
+    )
+
+
+def _identity(item: Mapping[str, Any]) -> list[str]:
+    return [item["id"], f"{item['nbytes'] / 1e6:.1f}", item["fingerprint"][:23]]
+
+
+def _table(table: Table) -> str:
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )

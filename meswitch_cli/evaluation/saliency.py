@@ -1,0 +1,81 @@
+"""meswitch's own scheme with another choice of salient channels, for ablations at equal bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from meswitch_cli.artifact.shard import delta_tensors
+from meswitch_cli.delta.packing import packed_width
+from meswitch_cli.delta.quantize import dequantize, quantize
+from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.evaluation.baselines import Approximation
+
+Saliency = Literal["error", "random", "magnitude", "activation"]
+
+
+def salient_delta(
+    delta: torch.Tensor,
+    settings: QuantizerSettings,
+    saliency: Saliency,
+    statistics: InputStatistics | None,
+    generator: torch.Generator,
+) -> Approximation:
+    """Quantise `[out, in]` with `settings`, the k salient channels being those with the largest score.
+
+    Scores: `error` is meswitch's own E_i; `magnitude` the squared norm of the delta's column; `activation` the
+    energy of the input channel; `random` draws them.
+
+    Raises:
+        ValueError: `activation` without statistics.
+    """
+    if saliency == "error" or not settings.salient:
+        result = quantize(torch.zeros_like(delta), delta, settings, statistics)
+        if result is None:
+            return Approximation(torch.zeros_like(delta), 0)
+        return Approximation(dequantize(result[0]), sum(item.nbytes for item in delta_tensors("x", result[0]).values()))
+    chosen = _score(delta, saliency, statistics, generator).topk(settings.salient).indices.sort().values
+    return with_channels(delta, settings, chosen, statistics)
+
+
+def with_channels(
+    delta: torch.Tensor, settings: QuantizerSettings, chosen: torch.Tensor, statistics: InputStatistics | None
+) -> Approximation:
+    """Quantise with these salient channels `[k]`: steps are fitted on the others, so the others are quantised alone.
+
+    Raises:
+        ValueError: the settings have groups.
+    """
+    if settings.group_size:
+        raise ValueError("salient channels can be chosen freely without groups only: set group=0")
+    rest = torch.ones(delta.shape[1], dtype=torch.bool)
+    rest[chosen] = False
+    alone = replace(settings, salient=0)
+    value = delta.half().float()  # what a salient channel's code and residual add up to, to 16 bit
+    found = quantize(torch.zeros_like(delta[:, rest]), delta[:, rest].contiguous(), alone, _part(statistics, rest))
+    value[:, rest] = dequantize(found[0]) if found else 0.0
+    out, width = delta.shape
+    nbytes = 4 * out * packed_width(width, settings.bits) + 4 * out + (4 + 2 * out) * len(chosen)
+    return Approximation(value, nbytes + (2 * width if settings.channel_scale != "none" else 0))
+
+
+def _score(
+    delta: torch.Tensor, saliency: Saliency, statistics: InputStatistics | None, generator: torch.Generator
+) -> torch.Tensor:
+    if saliency == "random":
+        return torch.rand(delta.shape[1], generator=generator)
+    if saliency == "magnitude":
+        return delta.square().sum(0)
+    if statistics is None:
+        raise ValueError("saliency=activation needs calibration data")
+    return statistics.energy
+
+
+def _part(statistics: InputStatistics | None, rest: torch.Tensor) -> InputStatistics | None:
+    if statistics is None:
+        return None
+    gram = None if statistics.gram is None else statistics.gram[rest][:, rest]
+    return InputStatistics(statistics.energy[rest], gram, statistics.tokens)

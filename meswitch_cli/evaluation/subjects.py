@@ -1,0 +1,146 @@
+"""What is evaluated: the base, the full experts and the compressed models, proven to belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.plan import make_plan
+from meswitch_cli.compression.tokenizer import load_tokenizer
+from meswitch_cli.errors import CheckpointError, EvaluationError
+from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A full fine-tune, with the label that tables and `LABEL=` options use and its own tokenizer."""
+
+    label: str
+    weights: CheckpointWeights
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A compressed model of an expert: an artifact, or another method's delta made on the fly.
+
+    Attributes:
+        label: what tables call it.
+        expert: label of the expert it stands for.
+        kind: `artifact` or `baseline`.
+        weights: its weights.
+        facts: bytes on disk, hashes and settings, for the report.
+    """
+
+    label: str
+    expert: str
+    kind: str
+    weights: Weights
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors on disk; a baseline knows its own once its weights have been read."""
+        stored = self.facts.get("nbytes")
+        return int(getattr(self.weights, "nbytes", 0) if stored is None else stored)
+
+
+def open_experts(names: Sequence[str], base: CheckpointWeights) -> list[Expert]:
+    """Open experts given as `PATH` or `LABEL=PATH`; without a label the folder's name is the label.
+
+    Raises:
+        CheckpointError: one cannot be used, or is not a fine-tune of the base.
+        EvaluationError: two have one label, or tokenizers that give shared tokens other ids.
+    """
+    experts: list[Expert] = []
+    for name in names:
+        label, path = split_label(name)
+        checkpoint = Checkpoint.open(path)
+        make_plan(base.checkpoint, checkpoint)
+        label = label or checkpoint.source.id.rpartition("/")[2]
+        if any(expert.label == label for expert in experts):
+            raise EvaluationError(f"two experts are called {label!r}; name them: --expert LABEL=FOLDER")
+        tokenizer = load_tokenizer(checkpoint.source.path)
+        _refuse_other_tokenizer(base, tokenizer, checkpoint.source.path)
+        experts.append(Expert(label, CheckpointWeights(checkpoint), tokenizer))
+    return experts
+
+
+def split_label(option: str) -> tuple[str | None, str]:
+    """`LABEL=VALUE` in its parts; the label is None where there is no `=`, or a path stands before it."""
+    label, found, value = option.partition("=")
+    if not found or "/" in label or not label:
+        return None, option
+    return label, value
+
+
+def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert], taken: Sequence[str]) -> Candidate:
+    """Open an artifact, check every byte of it, and find the expert and the base that it was made from.
+
+    Raises:
+        ArtifactError: it is damaged, or made against another base.
+        EvaluationError: it was made from none of the experts, or carries another tokenizer than its expert.
+    """
+    artifact = Artifact.open(path)
+    check_base_shapes(artifact.manifest, base.checkpoint)
+    refuse_other_base(artifact.manifest, base.fingerprint, base.checkpoint.source.path)
+    owner = next(
+        (item for item in experts if item.weights.fingerprint == artifact.manifest.expert.fingerprint),
+        None,
+    )
+    if owner is None:
+        given = ", ".join(f"{item.label} ({item.weights.fingerprint})" for item in experts)
+        raise EvaluationError(
+            f"{path}: made from another expert, {artifact.manifest.expert.id} with fingerprint "
+            f"{artifact.manifest.expert.fingerprint}; given: {given}"
+        )
+    for _ in artifact.verify():
+        pass
+    _refuse_other_tokenizer_files(path, owner)
+    label = _free_label(path.resolve().name, taken)
+    manifest_sha256 = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
+    facts = {
+        "manifest_sha256": manifest_sha256,
+        "nbytes": artifact.manifest.nbytes,
+        "settings": dict(artifact.manifest.settings),
+    }
+    return Candidate(label, owner.label, "artifact", ArtifactWeights(artifact, base), facts)
+
+
+def _free_label(name: str, taken: Sequence[str]) -> str:
+    label, number = name, 2
+    while label in taken:
+        label, number = f"{name}-{number}", number + 1
+    return label
+
+
+def _refuse_other_tokenizer(base: CheckpointWeights, tokenizer: Any, path: Path) -> None:
+    """The same ids go through both models, so a token that both know must have one id."""
+    try:
+        theirs = load_tokenizer(base.checkpoint.source.path).get_vocab()
+    except CheckpointError:
+        return  # a base without a tokenizer says nothing about its tokens
+    ours = tokenizer.get_vocab()
+    other = next((token for token, number in theirs.items() if ours.get(token, number) != number), None)
+    if other is not None or len(ours.keys() & theirs.keys()) < len(theirs) // 2:
+        what = f"token {other!r} has ids {theirs[other]} and {ours[other]}" if other else "few tokens are common"
+        raise EvaluationError(
+            f"tokenizer mismatch: {path} and {base.checkpoint.source.path}: {what}; the models cannot be compared on "
+            "the same tokens"
+        )
+
+
+def _refuse_other_tokenizer_files(artifact: Path, owner: Expert) -> None:
+    folder = owner.weights.checkpoint.source.path
+    for name in _TOKENIZER_FILES:
+        files = [folder / name, artifact / name]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            raise EvaluationError(f"tokenizer mismatch: {files[0]} and {files[1]} differ")
