@@ -137,7 +137,7 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
         )
         found = compare_models(
             expert.weights,
-            {BASE: lambda: evaluation.base} | {item.label: _weights_of(item) for item in candidates},
+            {BASE: evaluation.base} | {item.label: item.weights for item in candidates},
             encoded.items,
             evaluation.arithmetic,
             request.out,
@@ -162,10 +162,6 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
             row |= against_base(figures, base, seed=request.seed)
         report.fidelity.append(row)
     _append_items(evaluation, expert, data, found)
-
-
-def _weights_of(candidate: Candidate) -> Callable[[], Any]:
-    return lambda: candidate.weights
 
 
 def _append_items(

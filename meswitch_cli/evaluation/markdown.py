@@ -56,7 +56,7 @@ def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Base, full expert and compressed models of one expert on one set."""
     header = ["model", "MB", "KL mean", "KL p99", "KL p99.9", "KL max", "same top token, %", "ln(ppl / expert's)"]
     header += ["RMS Δp, %", "gap recovered, %"]
-    lines = []
+    first, lines = rows[0], []
     if first.get("base_kl_mean") is not None:
         ratio = first["base_ln_ppl"] - first["expert_ln_ppl"]
         agreement = plus_minus(first, "base_top1_agreement", 100, 2)

@@ -40,7 +40,7 @@ KEPT_BYTES = 4 << 30
 
 #: Options of every method and their defaults. `embedding` is the code width of embedding and head, 16 to keep them.
 METHODS: dict[str, dict[str, Value]] = {
-    "bitdelta": {"masks": 1, "distill": 0},
+    "bitdelta": {"masks": 1},
     "rtn": {"bits": 2, "group": 0},
     "per-axis": {"axis": "best"},
     "low-rank": {"bits": 1.0, "rank": 0},
@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Value]] = {
         "channel_scale": "none",
         "steps": "unbiased",
         "saliency": "error",
+        "calibrated": 1,
     },
 }
 COMMON: dict[str, Value] = {"embedding": 2, "seed": 0}
@@ -131,6 +132,7 @@ def _check(method: Method) -> None:
         "axis": ("row", "column", "best"),
         "saliency": ("error", "random", "magnitude", "activation"),
         "embedding": (1, 2, 4, 16),
+        "calibrated": (0, 1),
     }
     for key, value in method.options.items():
         if key in allowed and value not in allowed[key]:
@@ -150,8 +152,8 @@ def _check(method: Method) -> None:
 class Activations:
     """An expert's input statistics over a calibration file, taken when first asked for."""
 
-    def __init__(self, expert: Expert, path: Path | None, seed: int = 0) -> None:
-        self.expert, self.path, self.seed = expert, path, seed
+    def __init__(self, expert: Expert, path: Path | None, seed: int = 0, samples: int = SAMPLES) -> None:
+        self.expert, self.path, self.seed, self.samples = expert, path, seed, samples
         self._known: dict[str, InputStatistics] | None = None
         self._gram = False
 
@@ -167,7 +169,7 @@ class Activations:
             windows = token_windows(
                 read_calibration(self.path),
                 self.expert.tokenizer,
-                samples=SAMPLES,
+                samples=self.samples,
                 sequence_length=SEQUENCE_LENGTH,
                 seed=self.seed,
             )
@@ -222,7 +224,8 @@ class BaselineWeights:
 
     def _statistics(self) -> Mapping[str, InputStatistics]:
         options = self.method.options
-        if self.method.name != "meswitch" or not (options["salient"] or options["steps"] == "layerwise"):
+        wanted = options.get("salient") or options.get("steps") == "layerwise"
+        if not options.get("calibrated") or not wanted:
             return {}
         return self._activations.statistics(gram=options["steps"] == "layerwise")
 

@@ -83,9 +83,49 @@ def logits_of(
         gc.collect()
 
 
+class Reference:
+    """A full expert's log-probabilities on disk, `[answer tokens, vocabulary]` fp32, for other models to be compared
+    with."""
+
+    def __init__(self, weights: Weights, items: Sequence[EncodedItem], arithmetic: Arithmetic, folder: Path) -> None:
+        """Run the expert over the items and write into a folder.
+
+        Raises:
+            EvaluationError: the expert's logits are not finite, or the disk has no room.
+        """
+        self.items, self.arithmetic = list(items), arithmetic
+        self._starts = [0, *np.cumsum([len(item.tokens) - item.answer_start for item in items]).tolist()]
+        self._stored: np.memmap[Any, Any] | None = None
+        for index, logits in logits_of(weights, items, arithmetic):
+            if self._stored is None:
+                self._stored = _room_for(folder / "log-probabilities", (self._starts[-1], logits.shape[-1]))
+            self._stored[self._starts[index] : self._starts[index + 1]] = (
+                torch.log_softmax(logits, dim=-1).cpu().numpy()
+            )
+
+    def compare(self, weights: Weights) -> list[TokenFidelity]:
+        """A model's figures, item by item.
+
+        Raises:
+            EvaluationError: the model's logits are not finite, or the items use tokens that it does not have.
+        """
+        assert self._stored is not None
+        rows = vocabulary_size(weights)
+        unknown = sorted({token for item in self.items for token in item.tokens if token >= rows})
+        if unknown:
+            raise EvaluationError(
+                f"{weights.name}: has {rows} embedding rows, the prompts use token {unknown[0]}, which the expert added"
+            )
+        results: dict[int, TokenFidelity] = {}
+        for index, logits in logits_of(weights, self.items, self.arithmetic):
+            reference = torch.from_numpy(np.array(self._stored[self._starts[index] : self._starts[index + 1]]))
+            results[index] = compare_tokens(reference, logits, self.items[index].answer)
+        return [results[index] for index in range(len(self.items))]
+
+
 def compare_models(
     reference: Weights,
-    others: Mapping[str, Callable[[], Weights]],
+    others: Mapping[str, Weights],
     items: Sequence[EncodedItem],
     arithmetic: Arithmetic,
     scratch: Path,
@@ -97,7 +137,7 @@ def compare_models(
 
     Args:
         reference: the full expert.
-        others: by label, what makes the weights when their turn comes.
+        others: the models, by label.
         items: what is compared; only answer tokens count.
         scratch: folder for the reference's log-probabilities; they are removed afterwards.
         budget: bytes they may take at once.
@@ -107,60 +147,28 @@ def compare_models(
         EvaluationError: the reference itself cannot be run.
     """
     results: dict[str, list[TokenFidelity] | Failure] = {label: [] for label in others}
-    vocabulary = vocabulary_size(reference)
-    for chunk in _chunks(items, max(1, budget // (4 * vocabulary))):
+    for chunk in _chunks(items, max(1, budget // (4 * vocabulary_size(reference)))):
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".reference-") as folder:
             on_pass("reference", len(chunk))
-            stored, starts = _write_reference(reference, chunk, arithmetic, Path(folder) / "log-probabilities")
-            for label, make in others.items():
+            stored = Reference(reference, chunk, arithmetic, Path(folder))
+            for label, weights in others.items():
                 sofar = results[label]
                 if isinstance(sofar, Failure):
                     continue
                 on_pass(label, len(chunk))
                 try:
-                    sofar += _compare_chunk(make(), stored, starts, chunk, arithmetic)
+                    sofar += stored.compare(weights)
                 except (MeswitchError, ValueError) as error:
                     results[label] = Failure(str(error))
             del stored
     return results
 
 
-def _write_reference(
-    reference: Weights, items: Sequence[EncodedItem], arithmetic: Arithmetic, path: Path
-) -> tuple[np.memmap[Any, Any], list[int]]:
-    """Log-probabilities of all items on disk, `[answer tokens, vocabulary]` fp32, and each item's first row."""
-    counts = [len(item.tokens) - item.answer_start for item in items]
-    starts = [0, *np.cumsum(counts).tolist()]
-    stored: np.memmap[Any, Any] | None = None
-    for index, logits in logits_of(reference, items, arithmetic):
-        if stored is None:
-            try:
-                stored = np.memmap(path, dtype=np.float32, mode="w+", shape=(starts[-1], logits.shape[-1]))
-            except OSError as error:
-                raise EvaluationError(f"{path.parent}: no room for the reference: {error.strerror}") from error
-        stored[starts[index] : starts[index + 1]] = torch.log_softmax(logits, dim=-1).cpu().numpy()
-    assert stored is not None
-    return stored, starts
-
-
-def _compare_chunk(
-    weights: Weights,
-    stored: np.memmap[Any, Any],
-    starts: Sequence[int],
-    items: Sequence[EncodedItem],
-    arithmetic: Arithmetic,
-) -> list[TokenFidelity]:
-    rows = vocabulary_size(weights)
-    unknown = sorted({token for item in items for token in item.tokens if token >= rows})
-    if unknown:
-        raise EvaluationError(
-            f"{weights.name}: has {rows} embedding rows, the prompts use token {unknown[0]}, which the expert added"
-        )
-    results: dict[int, TokenFidelity] = {}
-    for index, logits in logits_of(weights, items, arithmetic):
-        reference = torch.from_numpy(np.array(stored[starts[index] : starts[index + 1]]))
-        results[index] = compare_tokens(reference, logits, items[index].answer)
-    return [results[index] for index in range(len(items))]
+def _room_for(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    try:
+        return np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+    except OSError as error:
+        raise EvaluationError(f"{path.parent}: no room for the reference's logits: {error.strerror}") from error
 
 
 def _chunks(items: Sequence[EncodedItem], most_tokens: int) -> Iterator[list[EncodedItem]]:

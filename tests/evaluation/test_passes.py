@@ -28,9 +28,9 @@ def opened(path: Path) -> CheckpointWeights:
 
 def compared(pair: tuple[Path, Path], scratch: Path, mode: Mode, budget: int = 1 << 30) -> list[TokenFidelity]:
     base, expert = (opened(path) for path in pair)
-    found = compare_models(
-        expert, {"base": lambda: base}, ITEMS, Arithmetic(CPU, torch.float32, mode), scratch, budget=budget
-    )["base"]
+    found = compare_models(expert, {"base": base}, ITEMS, Arithmetic(CPU, torch.float32, mode), scratch, budget=budget)[
+        "base"
+    ]
     assert isinstance(found, list)
     return found
 
@@ -84,7 +84,7 @@ def test_a_damaged_model_is_named_and_does_not_stop_the_others(pair: tuple[Path,
     base, expert = (opened(path) for path in pair)
     found = compare_models(
         expert,
-        {"damaged": lambda: Damaged(base.checkpoint), "base": lambda: base},
+        {"damaged": Damaged(base.checkpoint), "base": base},
         ITEMS,
         Arithmetic(CPU, torch.float32, "resident"),
         tmp_path,
@@ -101,9 +101,9 @@ def test_added_tokens_are_compared_over_the_shared_vocabulary(tmp_path: Path) ->
     assert all(torch.isfinite(item.kl).all() and (item.kl > -1e-6).all() for item in found)
     base, expert = (opened(path) for path in pair)
     new_token = [EncodedItem((4, 9, 270, 5), 2)]
-    failed = compare_models(
-        expert, {"base": lambda: base}, new_token, Arithmetic(CPU, torch.float32, "resident"), tmp_path
-    )["base"]
+    failed = compare_models(expert, {"base": base}, new_token, Arithmetic(CPU, torch.float32, "resident"), tmp_path)[
+        "base"
+    ]
     assert isinstance(failed, Failure) and "which the expert added" in failed.reason
 
 

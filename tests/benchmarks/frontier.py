@@ -1,0 +1,106 @@
+"""Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
+
+    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 12,24] [--minutes 4] [--rows TEXT]
+
+Rows are written one by one to a JSON file an expert; a second run continues where the first stopped, and the page is
+made from what is there. `--minutes` stops after the row during which they ran out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoo
+from benchmarks.frontier_report import write_page
+from benchmarks.frontier_rows import BASE, rows
+from benchmarks.machine import describe
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
+from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
+from meswitch_cli.evaluation.passes import Arithmetic, Reference
+from meswitch_cli.evaluation.subjects import Expert, open_experts
+from meswitch_cli.evaluation.weights import CheckpointWeights
+
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
+ARITHMETIC = Arithmetic(torch.device("cpu"), torch.float32, "resident")
+CALIBRATION_WINDOWS = 16
+
+
+def encoded(expert: Expert, part: str, count: int) -> list[EncodedItem]:
+    """The first items of a part, as training and scoring encode them."""
+    found = (zoo.encode_item(expert.tokenizer, item) for item in zoo.items(expert.label, part)[:count])
+    return [EncodedItem(tuple(ids), start) for ids, start in found]
+
+
+def columns(figures: list[TokenFidelity]) -> dict[str, list[float]]:
+    """Sums by item, from which the page's figures and intervals are made."""
+    return {
+        "tokens": [len(item.kl) for item in figures],
+        "kl": [float(item.kl.sum()) for item in figures],
+        "loss": [float(item.loss.sum()) for item in figures],
+        "expert_loss": [float(item.reference_loss.sum()) for item in figures],
+        "agreed": [float(item.agreed.sum()) for item in figures],
+    }
+
+
+def measure(name: str, path: Path, counts: tuple[int, int], deadline: float, wanted: str) -> None:
+    """Measure an expert's missing rows until the deadline."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    todo = [spec for spec in rows() if spec not in results["rows"] and wanted in spec]
+    if not todo or time.monotonic() > deadline:
+        return
+    family = zoo.paths()
+    base = CheckpointWeights(Checkpoint.open(str(family.base)))
+    expert = open_experts([f"{name}={family.experts[name]}"], base)[0]
+    choice, report = (encoded(expert, part, count) for part, count in zip(("choice", "report"), counts, strict=True))
+    activations = Activations(expert, family.calibration[name], samples=CALIBRATION_WINDOWS)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference(expert.weights, choice + report, ARITHMETIC, Path(folder))
+        for spec in todo:
+            if time.monotonic() > deadline:
+                return
+            started = time.perf_counter()
+            weights: Any = base if spec == BASE else BaselineWeights(parse_method(spec), base, expert, activations)
+            found = reference.compare(weights)
+            results["rows"][spec] = {
+                "bytes": 0 if spec == BASE else weights.nbytes,
+                "seconds": round(time.perf_counter() - started, 1),
+                "choice": columns(found[: len(choice)]),
+                "report": columns(found[len(choice) :]),
+                "machine": describe(),
+            }
+            results["weights"] = sum(
+                torch.Size(item.shape).numel()
+                for item in expert.weights.architecture.parameters.values()
+                if not item.tied_to
+            )
+            path.write_text(json.dumps(results))
+            print(f"{name}: {spec}: {results['rows'][spec]['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", default="maths")
+    parser.add_argument("--items", default="12,24", help="items of the choice and of the report part")
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--rows", default="", help="only rows whose name holds this")
+    parser.add_argument("--results", type=Path, default=Path.home() / ".cache" / "meswitch-zoo" / "frontier")
+    arguments = parser.parse_args()
+    choice, report = (int(count) for count in arguments.items.split(","))
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for name in arguments.experts.split(","):
+        path = arguments.results / f"{name}-{choice}-{report}.json"
+        measure(name, path, (choice, report), deadline, arguments.rows)
+    write_page(arguments.results, PAGE)
+
+
+if __name__ == "__main__":
+    main()

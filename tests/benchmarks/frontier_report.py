@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def write_page(results: Path, page: Path) -> None:
+    """To be written."""

@@ -1,0 +1,89 @@
+"""The rows of benchmarks.frontier, fixed before any was measured; each is a `--baseline` of `meswitch eval`."""
+
+from __future__ import annotations
+
+BASE = "base"
+
+#: By nominal size; what a row really takes is measured and shown.
+FRONTIER = {
+    "about 1 bit a weight": (
+        "bitdelta:embedding=1",
+        "per-axis:axis=row,embedding=1",
+        "per-axis:axis=column,embedding=1",
+        "per-axis:axis=best,embedding=1",
+        "low-rank:bits=1,embedding=1",
+        "delta-come:bits=0.9,embedding=1",
+        "rtn:bits=1,embedding=1",
+        "meswitch:bits=1,salient=0,steps=least-squares,embedding=1",
+        "meswitch:bits=1,salient=0,embedding=1",
+        "meswitch:bits=1,salient=0,channel_scale=rms,embedding=1",
+    ),
+    "about 1.5 bits": (
+        "bitdelta:embedding=2",
+        "low-rank:bits=1.35",
+        "delta-come:bits=1.2",
+        "meswitch:bits=1,salient=8,calibrated=0",
+        "meswitch:bits=1,salient=8",
+        "meswitch:bits=1,salient=8,channel_scale=rms,calibrated=0",
+        "meswitch:bits=1,salient=8,channel_scale=rms",
+        "meswitch:bits=1,salient=8,steps=layerwise",
+    ),
+    "about 2 bits": (
+        "bitdelta:masks=2",
+        "rtn:bits=2",
+        "rtn:bits=2,group=128",
+        "low-rank:bits=2",
+        "delta-come:bits=1.85",
+        "sparse:bits=2",
+        "meswitch:bits=2,salient=0,steps=least-squares",
+        "meswitch:bits=2,salient=0",
+        "meswitch:bits=2,salient=8,steps=least-squares",
+        "meswitch:bits=2,salient=8,calibrated=0",
+        "meswitch:bits=2,salient=8",
+        "meswitch:bits=2,salient=8,steps=layerwise",
+        "meswitch:bits=2,salient=0,group=64",
+    ),
+    "about 4 bits": (
+        "bitdelta:masks=4,embedding=4",
+        "rtn:bits=4,embedding=4",
+        "rtn:bits=4,group=128,embedding=4",
+        "low-rank:bits=4,embedding=4",
+        "delta-come:bits=3.6,embedding=4",
+        "sparse:bits=6,embedding=4",
+        "meswitch:bits=4,salient=0,embedding=4",
+        "meswitch:bits=4,salient=8,embedding=4",
+        "meswitch:bits=4,salient=8,calibrated=0,embedding=4",
+    ),
+    "as its authors store it": ("bitdelta:embedding=16",),
+}
+
+#: Which eight channels: at equal bytes by construction. A channel scale costs about as much as one salient channel.
+ABLATION = {
+    f"{bits} {'bit' if bits == 1 else 'bits'}": tuple(
+        f"meswitch:bits={bits},salient={salient}{rest}"
+        for salient, rest in (
+            (8, ""),
+            (8, ",calibrated=0"),
+            (8, ",saliency=activation"),
+            (8, ",saliency=magnitude"),
+            (8, ",saliency=random"),
+            (8, ",saliency=random,seed=1"),
+            (1, ""),
+            (0, ",channel_scale=rms"),
+            (0, ""),
+        )
+    )
+    for bits in (1, 2)
+}
+
+SWEEP_SALIENT = (0, 1, 2, 4, 8, 16, 32, 64)
+SWEEP = {bits: tuple(f"meswitch:bits={bits},salient={salient}" for salient in SWEEP_SALIENT) for bits in (1, 2)}
+
+
+def rows() -> list[str]:
+    """Every row once, the cheap and central ones first."""
+    found = [BASE]
+    for group in (*FRONTIER.values(), *ABLATION.values(), *SWEEP.values()):
+        found += [spec for spec in group if spec not in found]
+    slow = ("low-rank", "delta-come", "layerwise")
+    return sorted(found, key=lambda spec: any(word in spec for word in slow))
