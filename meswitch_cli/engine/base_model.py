@@ -1,0 +1,205 @@
+"""The base, loaded once, with layers that also serve its experts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from meswitch_cli.checkpoint.architecture import Architecture, architecture
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
+from meswitch_cli.engine.settings import DTYPES
+from meswitch_cli.engine.step import Steps
+
+
+@dataclass
+class BaseModel:
+    """The model on its device, and its replaced layers by module name."""
+
+    model: Any
+    architecture: Architecture
+    steps: Steps
+    linears: dict[str, ExpertLinear]
+    norms: dict[str, ExpertNorm]
+    embedding: ExpertEmbedding
+    head: ExpertHead
+    embedding_name: str
+    head_name: str
+    tied: bool
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.embedding.weight.shape[0])
+
+
+def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
+    """The type asked for; `auto` is what most of the checkpoint's weights are stored in."""
+    if asked != "auto":
+        return DTYPES[asked]
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load the weights from safetensors straight to the device, and replace the layers.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or not of its own architecture.
+        EngineError: the family computes in a way this engine does not serve.
+    """
+    from transformers import AutoModelForCausalLM
+
+    described = architecture(checkpoint.config, str(checkpoint.source.path))
+    described.stored_names(checkpoint)  # a missing weight would be initialised at random
+    try:
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                attn_implementation="sdpa",
+            )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason}") from error
+    model.eval().requires_grad_(False)
+    return replace_layers(model, described, str(checkpoint.source.path))
+
+
+def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:
+    """Put expert-aware layers in place of every linear, embedding, head and norm.
+
+    Raises:
+        EngineError: a parameter sits in a layer of unknown kind.
+    """
+    steps, backend = Steps(), kernels(model.device, model.dtype)
+    embedding_module, head_module = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = head_module.weight is embedding_module.weight
+    linears: dict[str, ExpertLinear] = {}
+    norms: dict[str, ExpertNorm] = {}
+    replaced: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        if isinstance(module, nn.Embedding):
+            replaced[name] = ExpertEmbedding(module, steps, backend)
+        elif module is head_module:
+            replaced[name] = ExpertHead(module, steps, backend)
+        elif type(module) is nn.Linear:
+            replaced[name] = linears[name] = ExpertLinear(module, steps, backend)
+        elif all(tensor.dim() == 1 for tensor in own.values()) and set(own) <= {"weight", "bias"}:
+            replaced[name] = norms[name] = ExpertNorm(module, without_gain(module, f"{where}: {name}"), steps)
+        else:
+            raise EngineError(
+                f"{where}: {described.model_type} keeps {name}.{next(iter(own))} in a {type(module).__name__}, "
+                "which the embedded engine does not serve"
+            )
+    for name, module in replaced.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    embedding_name, head_name = names[id(embedding_module)], names[id(head_module)]
+    base = BaseModel(
+        model,
+        described,
+        steps,
+        linears,
+        norms,
+        model.get_submodule(embedding_name),
+        model.get_submodule(head_name),
+        embedding_name,
+        head_name,
+        tied,
+    )
+    _find_token_dimensions(base)
+    return base
+
+
+def without_gain(norm: Any, where: str) -> Any:
+    """A copy of a norm with gain 1 and shift 0.
+
+    Raises:
+        EngineError: its weight is neither the gain nor the gain less 1.
+    """
+    plain: Any = copy.deepcopy(norm)
+    if getattr(plain, "bias", None) is not None:
+        plain.bias.data.zero_()
+    plain.weight.data.fill_(gain_weight(norm, where))
+    return plain
+
+
+def gain_weight(norm: Any, where: str = "norm") -> float:
+    """The weight that stands for a gain of 1: 1 in most families, 0 in Gemma's, whose gain is 1 + weight.
+
+    Raises:
+        EngineError: neither.
+    """
+    probe = copy.deepcopy(norm)
+    if getattr(probe, "bias", None) is not None:
+        probe.bias.data.zero_()
+    x = torch.linspace(-1, 2, probe.weight.shape[0], device=probe.weight.device).to(probe.weight.dtype)[None]
+    outputs = []
+    for value in (0.0, 1.0, 2.0):
+        probe.weight.data.fill_(value)
+        outputs.append(probe(x).float())
+    zero, one, two = outputs
+    if not zero.any() and torch.allclose(two, 2 * one, rtol=1e-2, atol=1e-2):
+        return 1.0
+    if torch.allclose(one, 2 * zero, rtol=1e-2, atol=1e-2) and torch.allclose(two, 3 * zero, rtol=1e-2, atol=1e-2):
+        return 0.0
+    raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
+
+
+def effective_gain(norm: ExpertNorm, weight: torch.Tensor) -> torch.Tensor:
+    """The gain `[width]` fp32 that a norm's weight stands for."""
+    return weight.float() + (1.0 - float(norm.plain.weight.flatten()[0]))
+
+
+@torch.inference_mode()
+def _find_token_dimensions(base: BaseModel) -> None:
+    """See, in a forward pass of a few tokens, which dimension of each norm's input is the tokens."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tokens = 7
+
+    def watch(name: str) -> Any:
+        def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            shapes[name] = tuple(inputs[0].shape)
+
+        return see
+
+    heads = {getattr(base.model.config.get_text_config(), key, 0) for key in ("num_attention_heads",)}
+    heads.add(getattr(base.model.config.get_text_config(), "num_key_value_heads", 0))
+    while tokens in heads:
+        tokens += 1
+    hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in base.norms.items()]
+    try:
+        base.model(torch.zeros(1, tokens, dtype=torch.long, device=base.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, norm in base.norms.items():
+        shape = shapes.get(name, (1, tokens, 1))
+        candidates = [index for index, size in enumerate(shape[:-1]) if size == tokens]
+        if len(shape) < 3 or shape[0] != 1 or len(candidates) != 1:
+            raise EngineError(f"{name}: a norm of input {list(shape)} is not served by the embedded engine")
+        norm.token_dimension = candidates[0]

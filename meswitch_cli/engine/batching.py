@@ -1,0 +1,272 @@
+"""transformers' continuous batching with our sampler, our cache keys, and a hook before every step.
+
+The scheduler, the paged cache, the batch tensors and the loop are transformers' own. What is overridden was read in
+transformers 5.23; `version.py` refuses others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+from transformers.generation.logits_process import LogitsProcessorList
+
+from meswitch_cli.engine.contract import TokenLogprob
+from meswitch_cli.engine.generation import Generation
+from meswitch_cli.engine.prefix import SaltedCache
+from meswitch_cli.engine.sampler import choose
+from meswitch_cli.engine.step import Step, Steps
+
+logger = logging.getLogger(__name__)
+
+
+class Hooks(Protocol):
+    """What the loop tells the engine, always from its own thread."""
+
+    def before_step(self, processor: Processor) -> None: ...
+    def on_end(self, generation: Generation) -> None: ...
+    def on_failure(self, generation: Generation, error: Exception) -> None: ...
+    def on_stop(self, error: Exception | None) -> None: ...
+
+
+class GenerationState(RequestState):  # type: ignore[misc]
+    """A request as transformers schedules it, whose end our `Generation` decides."""
+
+    generation: Generation
+    chosen: TokenLogprob | None = None
+
+    @classmethod
+    def of(cls, generation: Generation, tokens: list[int]) -> GenerationState:
+        state = cls(request_id=generation.id, initial_tokens=tokens, max_new_tokens=None)
+        state.generation = generation
+        return state
+
+    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
+        if self.status != RequestStatus.DECODING:  # type: ignore[has-type]
+            return False
+        self.generated_tokens.append(token_id)
+        self.tokens_to_process = [token_id]
+        if token_id < 0:
+            self.generation.end("error", "the model gave no token a finite score")
+            over = True
+        else:
+            over = self.generation.accept(token_id, self.chosen)
+        if over:
+            self.status = RequestStatus.FINISHED
+        return over
+
+    def create_equivalent_initial_request(self) -> GenerationState:
+        """Begin again with what was generated as prompt: how transformers makes room in a full cache."""
+        return GenerationState.of(self.generation, self.initial_tokens + self.generated_tokens)
+
+
+class Runner(ModelRunner):  # type: ignore[misc]
+    """Runs the model, under a graph where there is one, and then our sampler, which never is under it.
+
+    Attributes:
+        slot_of_token: `[max_batch_tokens]` int32, filled before every step; at one place, so that a graph may read it.
+        mixed: whether the batch has tokens of an expert.
+    """
+
+    def __init__(self, steps: Steps, slots: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._steps, self._slots = steps, slots
+        self._logits: dict[tuple[int, ...] | None, torch.Tensor] = {}
+        io = self.inputs_and_outputs
+        self.slot_of_token = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32, device=io.device)
+        self.mixed = True
+        self.samples = True
+
+    def set_slots(self, batch: list[FutureRequestState]) -> None:
+        """Note the slot of every token of the batch. A graph is captured once for all mixtures, so with graphs even
+        the base's tokens go through the experts' kernels; without, a batch of the base alone has plain layers."""
+        slots: list[int] = []
+        for item in batch:
+            slots += [item.state.generation.slot] * item.query_length
+        slots += [-1] * (self.inputs_and_outputs.num_q_tokens - len(slots))
+        graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
+        self.mixed = graphs or max(slots, default=-1) >= 0
+        self.slot_of_token[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+
+    def _forward_process_and_sample(
+        self,
+        model: nn.Module,
+        batch_data: dict[str, Any],
+        carry_over_ids: torch.Tensor,
+        prev_output_ids: torch.Tensor,
+        output_ids: torch.Tensor,
+    ) -> None:
+        indices = batch_data["logits_indices"]
+        tokens = batch_data["input_ids"].shape[1]
+        self._steps.current = Step(self.slot_of_token[:tokens], indices, self._slots) if self.mixed else None
+        try:
+            logits: torch.Tensor = model(**batch_data).logits
+        finally:
+            self._steps.current = None
+        if "logits_to_keep" not in batch_data:
+            logits = logits[:, indices, :]
+        self._logits[self._key()] = logits[0]
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        super().compute_batch(model, batch_data)
+        if not self.samples:
+            return
+        io = self.inputs_and_outputs
+        if io.compute_stream is not None:
+            io.compute_stream.synchronize()
+        key = self._key()
+        logits = self._logits[key] if key else self._logits.pop(None)
+        states = [item.state for item in io.requests_in_batch if item.has_new_token]
+        if not states:
+            return
+        chosen = choose(
+            logits[: len(states)].to(torch.float32, copy=True), [state.generation.sampler for state in states]
+        )
+        for state, choice in zip(states, chosen, strict=True):
+            state.chosen = choice.logprob
+        tokens = [-1 if choice.token is None else choice.token for choice in chosen]
+        io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)
+
+    def _key(self) -> tuple[int, ...] | None:
+        """The graph that the logits belong to: each keeps its own, and a replay writes them again."""
+        io = self.inputs_and_outputs
+        graphed = self.use_cuda_graph_decode if io.use_block_table else self.use_cuda_graph_varlen
+        return (int(io.use_block_table), *io._get_graph_key()) if graphed else None
+
+
+class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
+    """One step after the other; `before_step` runs first in each, in the engine's thread, `on_end` for each request
+    that ended by itself."""
+
+    def __init__(self, *, steps: Steps, slots: int, hooks: Hooks, **options: Any) -> None:
+        super().__init__(**options)
+        self._hooks = hooks
+        self.model_runner = Runner(
+            steps,
+            slots,
+            logit_processor=self.logit_processor,
+            cb_config=self.cb_config,
+            cache=self.cache,
+            inputs_and_outputs=self.inputs_and_outputs,
+            do_sample=False,
+            return_logprobs=False,
+        )
+
+    def warmup(self, model: nn.Module) -> None:
+        self.model_runner.samples = False
+        super().warmup(model)
+        self.model_runner.samples = True
+
+    def admit(self, generation: Generation) -> None:
+        """Hand a request to the scheduler."""
+        self.cache.admit(generation.id, generation.model.identity)
+        self.scheduler.add_waiting_request(GenerationState.of(generation, list(generation.request.prompt_tokens)))
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out of the scheduler and free its blocks."""
+        self.scheduler.set_request_cancellation(request_id)
+        for state in self.scheduler.clear_cancelled_requests():
+            self.offloading_manager.free_request_cpu_cache(state)
+        self.scheduler.block_new_requests = False
+        self.cache.forget(request_id)
+
+    def prepare_next_batch(self) -> bool:
+        self._hooks.before_step(self)
+        ready: bool = super().prepare_next_batch()
+        if ready:
+            self.model_runner.set_slots(self.inputs_and_outputs.requests_in_batch)
+        return ready
+
+    def update_batch(self) -> None:
+        generations = [item.state.generation for item in self.inputs_and_outputs.requests_in_batch]
+        for generation in generations:
+            generation.cached_tokens = self.cache.matched.get(generation.id, 0)
+        super().update_batch()
+        for generation in generations:
+            if generation.finished:
+                self.cache.forget(generation.id)
+                self._hooks.on_end(generation)
+
+
+class Router:
+    """Takes the place of transformers' queue of outputs: chunks are told as they arise, failures are told here."""
+
+    def __init__(self, on_failure: Callable[[Generation, Exception], None]) -> None:
+        self._on_failure = on_failure
+
+    def deliver(self, output: Any) -> None:
+        """Nothing waits for it."""
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        """Nothing waits for them."""
+
+    def fail_and_deliver(self, state: GenerationState, error: Exception) -> None:
+        state.status = RequestStatus.FAILED
+        self._on_failure(state.generation, error)
+
+
+class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
+    """The loop and its thread."""
+
+    def __init__(self, model: Any, config: ContinuousBatchingConfig, steps: Steps, slots: int, hooks: Hooks) -> None:
+        super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
+        self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
+        self.output_router = Router(hooks.on_failure)
+        self._steps, self._slots, self._hooks = steps, slots, hooks
+
+    def wake(self) -> None:
+        """Have the loop look for work now."""
+        self._wake_up_loop.set()
+
+    def _create_batch_processor(self) -> Processor:
+        made: Processor | None = self.batch_processor
+        if made is not None:
+            made.reset()
+            return made
+        config, model = self.continuous_batching_config, self.model
+        cache = SaltedCache(
+            config=model.config.get_text_config(),
+            continuous_batching_config=config,
+            device=model.device,
+            distributed_helper=self.distributed_helper,
+            dtype=model.dtype,
+            model_supports_logits_to_keep=model._supports_logits_to_keep(),
+        )
+        update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
+        if not all(allocator.supports_block_table for allocator in cache.cache_allocators.values()):
+            config.max_blocks_per_request = 0
+        return Processor(
+            steps=self._steps,
+            slots=self._slots,
+            hooks=self._hooks,
+            cache=cache,
+            config=model.config.get_text_config(),
+            generation_config=self.generation_config,
+            continuous_batching_config=config,
+            logit_processor=self.logit_processor,
+            input_queue=self.input_queue,
+            cancel_queue=self.cancel_queue,
+            output_router=self.output_router,
+            background_thread_status=self.background_thread_status,
+            model_device=model.device,
+            model_dtype=model.dtype,
+            scheduler=FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
+            distributed_helper=self.distributed_helper,
+        )
+
+    def _run_generation_loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                super()._run_generation_loop()
+        finally:
+            self._hooks.on_stop(self.background_thread_status.fatal_error)

@@ -1,0 +1,93 @@
+"""One request while it is served: what it has generated, and what it has told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+from meswitch_cli.engine.contract import Chunk, FinishReason, GenerationRequest, OnChunk, TokenLogprob
+from meswitch_cli.engine.detokenizer import Detokenizer, StopStrings
+from meswitch_cli.engine.expert import ServedModel
+from meswitch_cli.engine.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """Turns a request's tokens into chunks and decides when it ends. Used by the engine's thread alone.
+
+    Attributes:
+        slot: the device slot of its expert while it runs, -1 for the base.
+    """
+
+    def __init__(self, request: GenerationRequest, model: ServedModel, sampler: Sampler, on_chunk: OnChunk) -> None:
+        self.request, self.model, self.sampler = request, model, sampler
+        self.slot = -1
+        self.cached_tokens = 0
+        self.since = time.monotonic()
+        self.finished = False
+        self._on_chunk = on_chunk
+        self._detokenizer = Detokenizer(model.tokenizer, request.prompt_tokens)
+        self._stops = StopStrings(request.sampling.stop)
+        self._first = True
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> bool:
+        """Take the next token, tell what it completes; return whether the request is over."""
+        if self.finished:
+            return True
+        sampling = self.request.sampling
+        self.sampler.take(token)
+        count = len(self.sampler.generated)
+        logprobs = () if logprob is None else (logprob,)
+        ended: FinishReason | None = None
+        stop_reason: str | int | None = None
+        text = ""
+        if token in sampling.stop_token_ids:
+            ended, stop_reason = "stop", token
+        elif token in self.model.end_ids and not sampling.ignore_eos:
+            ended = "stop"
+        else:
+            text = self._detokenizer.push(token)
+            if count >= sampling.min_tokens:
+                text = self._stops.push(text)
+            if self._stops.found is not None:
+                ended, stop_reason = "stop", self._stops.found
+        if ended is None and self.sampler.complete:
+            ended = "stop"
+        if ended is None and count >= sampling.max_tokens:
+            ended = "length"
+        if ended and stop_reason is None:
+            text += self._rest()
+            if self._stops.found is not None:
+                ended, stop_reason = "stop", self._stops.found
+        elif ended and isinstance(stop_reason, int):
+            text += self._rest()
+        self._tell(Chunk(self.id, text, (token,), logprobs, ended, stop_reason))
+        self.finished = self.finished or ended is not None
+        return self.finished
+
+    def _rest(self) -> str:
+        """Text held back, now that nothing follows."""
+        tail = self._detokenizer.flush()
+        return (self._stops.push(tail) if tail else "") + self._stops.flush()
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """End it before its time."""
+        if not self.finished:
+            self.finished = True
+            self._tell(Chunk(self.id, self._rest() if reason == "length" else "", finish_reason=reason, error=error))
+
+    def _tell(self, chunk: Chunk) -> None:
+        if self._first:
+            chunk = replace(chunk, cached_tokens=self.cached_tokens)
+            self._first = False
+        try:
+            self._on_chunk(chunk)
+        except Exception:  # a caller's mistake must not stop the others
+            logger.exception("request %s: its on_chunk raised; the request is ended", self.id)
+            self.finished = True

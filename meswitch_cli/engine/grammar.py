@@ -1,0 +1,89 @@
+"""Texts that must be JSON, by xgrammar: which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampling
+from meswitch_cli.engine.expert import ServedModel
+
+#: Compiled grammars kept for each expert, in bytes.
+CACHE_BYTES = 64 << 20
+
+
+class Grammar:
+    """Where one request is in its grammar."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        import xgrammar
+
+        self._xgrammar, self._matcher = xgrammar, matcher
+        self._bitmask: Tensor = xgrammar.allocate_token_bitmask(1, vocabulary)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._matcher.is_terminated())
+
+    def take(self, token: int) -> None:
+        if not self.complete:
+            self._matcher.accept_token(token)
+
+    def mask(self, logits: Tensor) -> None:
+        """Set, in place, the logits `[width]` of tokens that the grammar forbids to -inf."""
+        self._matcher.fill_next_token_bitmask(self._bitmask)
+        words = self._bitmask.to(logits.device)[0]
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((words[:, None] >> shifts) & 1).bool().flatten()[: logits.shape[0]]
+        logits[: allowed.shape[0]].masked_fill_(~allowed, -torch.inf)
+        logits[allowed.shape[0] :] = -torch.inf
+
+
+class Grammars:
+    """Compiles grammars, once for each expert and schema."""
+
+    def __init__(self) -> None:
+        self._compilers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def grammar(self, sampling: Sampling, model: ServedModel) -> Grammar | None:
+        """The grammar that a request asks for.
+
+        Raises:
+            InvalidRequestError: it is not a schema that can be honoured.
+            EngineError: xgrammar is not installed.
+        """
+        if sampling.json_schema is None and not sampling.json_object:
+            return None
+        try:
+            import xgrammar
+        except ImportError as error:
+            raise EngineError("JSON output needs xgrammar: pip install 'meswitch[serve]'") from error
+        compiler = self._compiler(model, xgrammar)
+        try:
+            if sampling.json_schema is not None:
+                compiled = compiler.compile_json_schema(json.dumps(dict(sampling.json_schema)))
+            else:
+                compiled = compiler.compile_json_schema('{"type": "object"}')
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            message = f"response_format: the schema cannot be honoured: {reason}"
+            raise InvalidRequestError(message, "response_format") from error
+        return Grammar(xgrammar.GrammarMatcher(compiled), model.vocabulary)
+
+    def forget(self, model: ServedModel) -> None:
+        with self._lock:
+            self._compilers.pop(model.identity, None)
+
+    def _compiler(self, model: ServedModel, xgrammar: Any) -> Any:
+        with self._lock:
+            if model.identity not in self._compilers:
+                info = xgrammar.TokenizerInfo.from_huggingface(
+                    model.tokenizer, vocab_size=model.vocabulary, stop_token_ids=sorted(model.end_ids) or None
+                )
+                self._compilers[model.identity] = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
+            return self._compilers[model.identity]

@@ -1,0 +1,66 @@
+"""Hidden states of the base, on the weights that are on the device anyway."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meswitch_cli.engine.base_model import BaseModel
+from meswitch_cli.engine.contract import EngineError
+
+
+class HiddenStates:
+    """Runs the first layers of a base; any thread may, beside the one that generates."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._cut: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    @torch.inference_mode()
+    def pooled(self, token_ids: Sequence[Sequence[int]], layer: int) -> Tensor:
+        """Mean over tokens after decoder layer `layer` (1 is the first), `[prompts, hidden]` fp32 on the CPU.
+
+        Raises:
+            EngineError: no such layer, or an empty prompt.
+        """
+        count = self._base.architecture.num_layers
+        if not 1 <= layer <= count:
+            raise EngineError(f"layer {layer}: the base has layers 1 to {count}")
+        if not all(token_ids):
+            raise EngineError("a prompt without tokens has no hidden state")
+        model = self._model(layer)
+        device = self._base.device
+        rows = []
+        for tokens in token_ids:
+            ids = torch.tensor([list(tokens)], device=device)
+            rows.append(model(input_ids=ids, use_cache=False).last_hidden_state[0].float().mean(0))
+        return torch.stack(rows).cpu() if rows else torch.empty(0, self._base.embedding.weight.shape[1])
+
+    def _model(self, layer: int) -> Any:
+        """The decoder with its first `layer` layers and no last norm; the weights are the base's."""
+        with self._lock:
+            if layer not in self._cut:
+                self._cut[layer] = _cut(self._base, layer)
+            return self._cut[layer]
+
+
+def _cut(base: BaseModel, layer: int) -> Any:
+    whole = base.model.base_model
+    prefix = f"{base.model.base_model_prefix}."
+    path = base.architecture.layers_prefix.removeprefix(prefix)
+    if "." in path:
+        raise EngineError(f"{base.architecture.model_type}: its decoder layers are not directly in its decoder")
+    cut = copy.copy(whole)
+    cut._modules = dict(whole._modules)
+    cut._modules[path] = nn.ModuleList(list(getattr(whole, path))[:layer])
+    # The last norm is the one norm that hangs in the decoder itself.
+    last = [name.removeprefix(prefix) for name in base.norms if "." not in name.removeprefix(prefix)]
+    for name in last:
+        cut._modules[name] = nn.Identity()
+    return cut

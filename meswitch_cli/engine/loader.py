@@ -1,0 +1,102 @@
+"""The thread that copies experts into slots, while others generate."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.engine.banks import Banks, Parts, read_parts
+from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.expert import ServedModel
+from meswitch_cli.engine.residency import HostCopies, Load
+from meswitch_cli.errors import MeswitchError
+
+logger = logging.getLogger(__name__)
+
+#: Called when a load has ended: with what went wrong, or None.
+OnLoaded = Callable[[Load, str | None], None]
+
+
+class Loader:
+    """Loads one expert at a time, from host memory or from disk.
+
+    Attributes:
+        banks: where to; replaced, under `lock`, when a new expert needs more room.
+        seconds, nbytes: of all copies into slots, reading from disk included where that was needed.
+    """
+
+    def __init__(self, banks: Banks, copies: HostCopies, on_loaded: OnLoaded) -> None:
+        self.banks, self.copies = banks, copies
+        self.lock = threading.Lock()
+        self.seconds, self.nbytes = 0.0, 0
+        self._on_loaded = on_loaded
+        self._jobs: queue.SimpleQueue[tuple[Load | None, ServedModel] | None] = queue.SimpleQueue()
+        self._queued_prefetches: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="meswitch-loader", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+
+    def load(self, load: Load, model: ServedModel) -> None:
+        self._jobs.put((load, model))
+
+    def prefetch(self, model: ServedModel) -> None:
+        """Have a copy in host memory, if copies are kept at all."""
+        unlimited_or_room = self.copies.limit is None or self.copies.limit > 0
+        if unlimited_or_room and model.identity not in self.copies and model.name not in self._queued_prefetches:
+            self._queued_prefetches.add(model.name)
+            self._jobs.put((None, model))
+
+    def copy(self, model: ServedModel, slot: int) -> None:
+        """Copy an expert into a slot, in the caller's thread. The caller holds `lock`."""
+        started = time.perf_counter()
+        artifact = _artifact(model)
+        moved = self.banks.load(slot, artifact.manifest, self._parts(model))
+        self.seconds += time.perf_counter() - started
+        self.nbytes += moved
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            load, model = job
+            problem = None
+            try:
+                with torch.no_grad(), self.lock:
+                    if load is None:
+                        self._parts(model)
+                    else:
+                        self.copy(model, load.slot)
+            except MeswitchError as error:
+                problem = str(error)
+            except Exception as error:  # whatever it is, it is this expert's and must not stop the others
+                logger.exception("loading expert %s", model.name)
+                problem = f"{model.path}: cannot be loaded: {error}"
+            self._queued_prefetches.discard(model.name)
+            if load is not None:
+                self._on_loaded(load, problem)
+
+    def _parts(self, model: ServedModel) -> Parts:
+        found = self.copies.get(model.identity)
+        if found is not None:
+            return found
+        parts = read_parts(_artifact(model))
+        if self.banks.base.device.type == "cuda":
+            parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
+        self.copies.put(model.identity, parts)
+        return parts
+
+
+def _artifact(model: ServedModel) -> Artifact:
+    if model.artifact is None:
+        raise EngineError("the base is in no slot")
+    return model.artifact

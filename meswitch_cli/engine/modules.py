@@ -1,0 +1,120 @@
+"""The layers of a base that also serve its experts; each is the base's own layer where no expert is in the batch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meswitch_cli.engine.step import Steps
+from meswitch_kernels import ExpertBank, GainBank
+from meswitch_kernels.dispatch import backend_module, default_backend
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The kernels for a model. Layers call them without the checks of `meswitch_kernels.ops`: the engine has checked
+    the slots once per step, and the checks would cost as much as a small layer."""
+    name = default_backend(device.type)
+    return backend_module("naive" if name == "cpu" and dtype == torch.float16 else name)
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer. `bank` None: no expert changes it."""
+
+    def __init__(self, base: nn.Linear, steps: Steps, backend: ModuleType) -> None:
+        super().__init__()
+        self.weight: Tensor = base.weight
+        self.bias: Tensor | None = base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.steps, self.multiply = steps, backend.expert_linear
+        self.bank: ExpertBank | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        step, bank = self.steps.current, self.bank
+        if step is None or bank is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, step.slot_of_token, step.groups)
+        return y.view(*x.shape[:-1], -1)
+
+
+class ExpertHead(ExpertLinear):
+    """The output head: `[..., vocabulary + most added rows]`, -inf where a token's expert has no such row."""
+
+    def __init__(self, base: nn.Linear, steps: Steps, backend: ModuleType) -> None:
+        super().__init__(base, steps, backend)
+        self.added_logits = backend.added_logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        step, bank = self.steps.current, self.bank
+        if step is None or bank is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        slots, groups = step.of_rows(rows.shape[0])
+        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
+        if bank.max_added_rows:
+            y = torch.cat([y, self.added_logits(rows, bank.added_rows, bank.added_counts, slots)], 1)
+        return y.view(*x.shape[:-1], -1)
+
+
+class ExpertEmbedding(nn.Module):
+    """The embedding, with the rows that an expert added; `scale` is what the family multiplies it by, if it does."""
+
+    def __init__(self, base: nn.Embedding, steps: Steps, backend: ModuleType) -> None:
+        super().__init__()
+        self.base, self.padding_idx = base, base.padding_idx
+        self.weight: Tensor = base.weight
+        self.scale: Tensor | None = getattr(base, "embed_scale", None)
+        self.steps, self.look_up = steps, backend.expert_embedding
+        self.bank: ExpertBank | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        step, bank = self.steps.current, self.bank
+        if step is None or bank is None:
+            y: Tensor = self.base(ids)
+            return y
+        rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, step.slot_of_token)
+        if self.scale is not None:
+            rows = rows * self.scale.to(rows.dtype)
+        return rows.view(*ids.shape, -1)
+
+
+class ExpertNorm(nn.Module):
+    """A norm. With an expert in the batch, the norm without gain, then each token's own gain (and shift).
+
+    The table of gains holds the base's in its first row. The design's ratio to the base's gain would be the same
+    number rounded twice, and none where the base's gain is 0.
+    """
+
+    def __init__(self, base: Any, plain: Any, steps: Steps) -> None:
+        """`plain` is `base` with gain 1 and shift 0."""
+        super().__init__()
+        self.base: Any = base
+        self.plain: Any = plain
+        self.steps = steps
+        self.gains: GainBank | None = None
+        self.shifts: GainBank | None = None
+        #: Which dimension of the input is the tokens; norms of heads are given `[1, heads, tokens, width]` or not.
+        self.token_dimension = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.steps.current
+        if step is None or (self.gains is None and self.shifts is None):
+            y: Tensor = self.base(x)
+            return y
+        shape = [1] * (x.dim() - 1) + [x.shape[-1]]
+        shape[self.token_dimension] = x.shape[self.token_dimension]
+        y = self.plain(x)
+        if self.gains is not None:
+            y = y * self.gains.table.index_select(0, step.gain_rows).view(shape)
+        if self.shifts is not None:
+            y = y + self.shifts.table.index_select(0, step.gain_rows).view(shape)
+        return y.to(x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)

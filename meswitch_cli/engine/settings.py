@@ -1,0 +1,94 @@
+"""What an engine is told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from meswitch_cli.engine.contract import BASE
+from meswitch_cli.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """A base, its experts, and how much of the machine they may take.
+
+    Attributes:
+        base: folder or Hub id.
+        experts: artifact folders by the name under which each is served.
+        slots: experts on the device at once; None is one for each of `experts`.
+        device: `auto` is cuda where there is one.
+        dtype: `auto` is the checkpoint's own on a GPU and bfloat16 or float32, as the checkpoint's, on a CPU.
+        max_model_len: prompt and continuation together, in tokens; None is the model's, at most 8192.
+        max_queue: requests that may wait beyond the `max_running` that generate.
+        max_running: requests in one batch.
+        max_batch_tokens: tokens of one forward pass, prompts included.
+        cache_tokens: tokens whose keys and values the cache holds; None chooses by device and model.
+        page_size: tokens of a cache block, the unit of sharing; None is 32, and 256 on a GPU, as its kernels need.
+        prefix_sharing: whether requests of one expert share the cache of equal beginnings.
+        max_wait: seconds that a request may wait for a slot before its expert is given one that others still use.
+        host_bytes: host memory for copies of experts that are not on the device; None is 0 on a CPU, else no limit.
+        seed: of requests that bring none.
+        strict: whether one artifact that cannot be served stops the start.
+    """
+
+    base: str
+    experts: Mapping[str, Path] = field(default_factory=dict)
+    slots: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_queue: int = 256
+    max_running: int = 32
+    max_batch_tokens: int = 1024
+    cache_tokens: int | None = None
+    page_size: int | None = None
+    prefix_sharing: bool = True
+    max_wait: float = 2.0
+    host_bytes: int | None = None
+    seed: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every member.
+
+        Raises:
+            UsageError: a value is impossible.
+        """
+        for name in self.experts:
+            check_name(name)
+        least = {"slots": 1, "max_model_len": 2, "max_queue": 0, "max_running": 1, "max_batch_tokens": 16}
+        least |= {"cache_tokens": 1, "page_size": 4, "max_wait": 0, "host_bytes": 0}
+        for option, minimum in least.items():
+            value = getattr(self, option)
+            if value is not None and value < minimum:
+                raise UsageError(f"{option}: {value} is too small; at least {minimum}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UsageError(f"dtype: {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"device: {self.device!r} is none of auto, cpu, cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device: cuda was asked for, but torch finds no CUDA device")
+
+    @property
+    def torch_device(self) -> torch.device:
+        chosen = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda", torch.cuda.current_device()) if chosen == "cuda" else torch.device("cpu")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no expert can have.
+
+    Raises:
+        UsageError: it is empty, too long, has odd characters, or means something else already.
+    """
+    plain = name.replace("-", "").replace("_", "").replace(".", "").replace("/", "")
+    if not 0 < len(name) <= 128 or not plain.isascii() or not plain.isalnum():
+        raise UsageError(f"expert name {name!r}: use letters, digits and any of - _ . / (at most 128)")
+    if name in (BASE, "auto"):
+        raise UsageError(f"expert name {name!r}: it has a meaning of its own; choose another")

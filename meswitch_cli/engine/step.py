@@ -1,0 +1,52 @@
+"""Which expert each token of a forward pass belongs to: made once per step, read by every layer."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from meswitch_kernels import TokenGroups, group_tokens
+
+
+class Step:
+    """One forward pass of tokens of several experts.
+
+    Attributes:
+        slot_of_token: `[tokens]` int32, -1 for the base and for padding.
+        groups: the same, by slot.
+        gain_rows: `[tokens]` int64, slot + 1: rows of the tables of gains, whose first is the base's.
+        slot_of_row: `[rows]` int32, of the rows that reach the head.
+    """
+
+    __slots__ = ("gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
+
+    def __init__(self, slot_of_token: Tensor, logits_indices: Tensor, slots: int) -> None:
+        self.slot_of_token = slot_of_token
+        self.gain_rows = slot_of_token.long() + 1
+        self.slot_of_row = slot_of_token[logits_indices.long()]
+        device = slot_of_token.device
+        # The CPU kernels group tokens by themselves.
+        self.groups: TokenGroups | None = None if device.type == "cpu" else group_tokens(slot_of_token, slots)
+        self.row_groups = None if device.type == "cpu" else group_tokens(self.slot_of_row, slots)
+
+    def of_rows(self, rows: int) -> tuple[Tensor, TokenGroups | None]:
+        """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict."""
+        if rows == self.slot_of_row.shape[0]:
+            return self.slot_of_row, self.row_groups
+        return self.slot_of_token, self.groups
+
+
+class Steps(threading.local):
+    """The step that the calling thread is in; None means the base alone.
+
+    It is the thread's own, so that another thread may run the base while experts generate.
+    """
+
+    current: Step | None = None
+
+
+def make_step(slots_of_tokens: list[int], logits_indices: Tensor, slots: int, device: torch.device) -> Step:
+    slot_of_token = torch.tensor(slots_of_tokens, dtype=torch.int32, device=device)
+    return Step(slot_of_token, logits_indices, slots)

@@ -1,0 +1,38 @@
+"""Fixtures of the engine's tests: one tiny family of experts, and engines that are always stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meswitch_cli.engine import EngineSettings, TransformersEngine
+
+sys.path.insert(0, str(Path(__file__).parent))
+from family import Family, make_family  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny Llama in fp32 with three experts."""
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., TransformersEngine]]:
+    """A function `(family, **settings)` that starts an engine on all of the family's experts."""
+    engines = []
+
+    def make(family: Family, **settings: Any) -> TransformersEngine:
+        options = {"experts": family.artifacts, "max_model_len": 128, "cache_tokens": 4096, "page_size": 8}
+        engine = TransformersEngine(EngineSettings(base=str(family.base), **(options | settings)))
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop()

@@ -1,0 +1,141 @@
+"""A tiny base with three compressed experts, and the plain models that say what each must generate."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.restore import restore
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
+from zoo.tiny import make_pair
+from zoo.tiny_tokenizer import tiny_tokenizer
+
+#: Bits, salient channels, group size and relative size of each expert's delta; large enough to change the tokens.
+EXPERTS: Mapping[str, Mapping[str, Any]] = {
+    "alpha": {"bits": 2, "salient": 4},
+    "beta": {"bits": 4, "salient": 0, "group_size": 32},
+    "gamma": {"bits": 1, "salient": 8},
+}
+RELATIVE_DELTA = 0.2
+ADDED_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base folder, artifacts by expert, and plain transformers models of base + dequantised delta."""
+
+    base: Path
+    artifacts: dict[str, Path]
+    references: dict[str, Any]
+
+    def greedy(self, request: GenerationRequest) -> tuple[int, ...]:
+        """What plain transformers generates, end tokens not heeded."""
+        model = self.references[request.expert]
+        prompt = torch.tensor([request.prompt_tokens])
+        with torch.inference_mode():
+            out = model.generate(
+                prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        return tuple(out[0, prompt.shape[1] :].tolist())
+
+
+def make_family(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, untie: Sequence[str] = (), **config: Any
+) -> Family:
+    """Compress three random experts of a random base. `gamma` has added tokens and a chat template of its own;
+    experts in `untie` have a head of their own although the base ties it."""
+    base, _ = make_pair(folder / "origin", family, dtype=dtype, **config)
+    artifacts, references = {}, {BASE: _load(base, dtype)}
+    for index, (name, settings) in enumerate(EXPERTS.items()):
+        added = ADDED_ROWS if name == "gamma" else 0
+        expert = _make_expert(base, folder / f"{name}-full", index, added, name in untie)
+        compression = CompressionSettings(
+            **({"embedding_bits": settings["bits"], "samples": 4, "sequence_length": 32} | dict(settings))
+        )
+        job = prepare(str(base), str(expert), folder / name, compression, None)
+        compress(job)
+        artifacts[name] = job.out
+        plain = restore(Artifact.open(job.out), Checkpoint.open(str(base)), folder / f"{name}-plain", dtype=dtype)
+        references[name] = _load(plain, dtype)
+    return Family(base, artifacts, references)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _make_expert(base: Path, folder: Path, seed: int, added_rows: int, untie: bool) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = RELATIVE_DELTA * parameter.data.float().norm() / noise.norm()
+        parameter.data += (scale * noise).to(parameter.dtype)
+    if added_rows:
+        rows = model.config.vocab_size
+        model.resize_token_embeddings(rows + added_rows, mean_resizing=False)
+        for weight in {
+            id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        }.values():
+            weight.data[rows:] = weight.data[:rows].std() * torch.randn(
+                added_rows, weight.shape[1], generator=generator
+            )
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer(added_tokens=added_rows)
+    if added_rows:
+        tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    if untie:
+        _untie(folder, generator)
+    return folder
+
+
+def _untie(folder: Path, generator: torch.Generator) -> None:
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding + 0.1 * embedding.std() * torch.randn(embedding.shape, generator=generator)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+def requests(
+    family: Family, count: int, *, seed: int = 0, longest: int = 40, max_tokens: int = 12, prefix: int = 0
+) -> list[GenerationRequest]:
+    """Greedy requests over base and experts in random order; the first `prefix` tokens of all prompts are equal."""
+    rng = random.Random(seed)
+    names = [BASE, *family.artifacts]
+    shared = tuple(rng.randrange(3, 250) for _ in range(prefix))
+    made = []
+    for index in range(count):
+        name = names[index % len(names)]
+        own = [rng.randrange(3, 250) for _ in range(rng.randint(1, longest))]
+        if name == "gamma":
+            own[0] = family.references[name].config.vocab_size - 1  # a token that the base has not
+        sampling = Sampling(temperature=0, max_tokens=rng.randint(1, max_tokens), ignore_eos=True)
+        made.append(GenerationRequest(f"request-{index}", name, (*shared, *own), sampling))
+    rng.shuffle(made)
+    return made
+
+
+def copy_artifact(artifact: Path, to: Path) -> Path:
+    shutil.copytree(artifact, to)
+    return to
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
