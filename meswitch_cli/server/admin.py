@@ -1,0 +1,103 @@
+"""`POST /v1/experts/load | unload | pin`, under traffic. Only with the admin key, which `auth` has checked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from meswitch_cli.engine.contract import BASE, EngineError, UnknownExpertError
+from meswitch_cli.engine.settings import check_name
+from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
+from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.models import expert_object
+from meswitch_cli.server.schemas import LoadRequest, PinRequest, UnloadRequest
+from meswitch_cli.server.service import Service
+
+logger = logging.getLogger(__name__)
+endpoints = APIRouter(prefix="/v1/experts")
+
+
+def allowed_folder(experts_dir: Path | None, path: str) -> Path:
+    """The folder below the server's own that a request names, links followed.
+
+    Raises:
+        ApiError: there is no such folder, it lies elsewhere, or the server may load none.
+    """
+    if experts_dir is None:
+        message = "this server loads no experts over HTTP: start it with --experts-dir"
+        raise ApiError(403, message, code="no_experts_dir")
+    root = experts_dir.resolve()
+    try:
+        folder = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ApiError(400, "path: not the name of a folder", code="invalid_value", parameter="path") from error
+    if root not in folder.parents:
+        message = "path: outside the folder that this server may load experts from"
+        raise ApiError(400, message, code="invalid_value", parameter="path")
+    if not folder.is_dir():
+        raise ApiError(404, f"path: there is no folder {path!r}", code="not_found", parameter="path")
+    return folder
+
+
+@endpoints.post("/load", summary="Serve one more expert")
+async def load(request: Request, body: LoadRequest) -> dict[str, Any]:
+    service = Service.of(request)
+    service.admit()
+    try:
+        check_name(body.name)
+    except UsageError as error:
+        raise ApiError(400, str(error), code="invalid_value", parameter="name") from error
+    folder = allowed_folder(service.settings.experts_dir, body.path or body.name)
+    if body.name in service.experts():
+        message = f"{body.name!r} is served already; unload it first, or choose another name"
+        raise ApiError(409, message, code="already_served", parameter="name")
+    await _change(lambda: service.engine.load_expert(body.name, folder))
+    logger.info("expert %r is served", body.name)
+    return _expert(service, body.name)
+
+
+@endpoints.post("/unload", summary="Serve an expert no longer, once its running requests have ended")
+async def unload(request: Request, body: UnloadRequest) -> dict[str, Any]:
+    service = Service.of(request)
+    _served(service, body.name)
+    await _change(lambda: service.engine.unload_expert(body.name))
+    logger.info("expert %r is served no longer", body.name)
+    return {"name": body.name, "object": "expert", "unloaded": True}
+
+
+@endpoints.post("/pin", summary="Keep an expert on the device, or let it go again")
+async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
+    service = Service.of(request)
+    _served(service, body.name)
+    await _change(lambda: service.engine.pin_expert(body.name, body.pinned))
+    return _expert(service, body.name)
+
+
+async def _change(work: Callable[[], None]) -> None:
+    try:
+        await asyncio.to_thread(work)
+    except UnknownExpertError:
+        raise
+    except ArtifactError as error:
+        raise ApiError(400, str(error), code="invalid_artifact", parameter="path") from error
+    except (EngineError, MeswitchError) as error:
+        raise ApiError(409, str(error), code="conflict", parameter="name") from error
+
+
+def _served(service: Service, name: str) -> None:
+    if name == BASE:
+        raise ApiError(400, "name: the base is always served", code="invalid_value", parameter="name")
+    if name not in service.experts():
+        raise ApiError(404, f"expert {name!r} is not served", code="model_not_found", parameter="name")
+
+
+def _expert(service: Service, name: str) -> dict[str, Any]:
+    expert = service.experts().get(name)
+    if expert is None:
+        raise ApiError(409, f"expert {name!r} was unloaded meanwhile", code="conflict", parameter="name")
+    return {"name": name, "object": "expert"} | expert_object(expert)

@@ -1,0 +1,76 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from meswitch_cli.engine.contract import Chunk
+from meswitch_cli.server.answer import Collected, answer
+from meswitch_cli.server.generation import Generation
+from meswitch_cli.server.prompts import chat_tokens, token_limit
+from meswitch_cli.server.record import RequestRecord
+from meswitch_cli.server.routing import choose
+from meswitch_cli.server.schemas import ChatRequest
+from meswitch_cli.server.service import Service
+from meswitch_cli.server.token_text import TokenTexts
+
+endpoints = APIRouter()
+
+
+class ChatShape:
+    """A choice is a message; a part of one, a delta of it."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    part_object = "chat.completion.chunk"
+
+    def __init__(self, texts: TokenTexts | None) -> None:
+        self._texts = texts
+
+    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(collected.text), "refusal": None},
+            "logprobs": self._logprobs(collected),
+            "finish_reason": collected.finish_reason,
+        }
+
+    def part(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": chunk.text} if first else {"content": chunk.text}
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": chunk.finish_reason,
+        }
+
+    def _logprobs(self, part: Collected | Chunk) -> dict[str, Any] | None:
+        if self._texts is None:
+            return None
+        return {"content": [self._texts.chat(logprob) for logprob in part.logprobs], "refusal": None}
+
+
+@endpoints.post("/v1/chat/completions", summary="An answer to a conversation", response_model=None)
+async def chat(request: Request, body: ChatRequest) -> Response:
+    service, record = Service.of(request), RequestRecord.of(request)
+    service.admit()
+    n, include_usage, asked = body.choices(service.settings.max_choices), body.include_usage(), body.token_limit()
+    messages = [message.for_template() for message in body.messages]
+    record.user = body.user
+    if service.settings.log_prompts:
+        record.prompt = messages
+    choice = await choose(service, request, body.model, messages)
+    prompt = await chat_tokens(service, choice.expert, body.messages)
+    sampling = body.sampling(token_limit(service, prompt, asked, None, "messages"))
+    texts = TokenTexts(service.engine.tokenizer(choice.expert)) if body.logprobs else None
+    return await answer(
+        service,
+        request,
+        Generation(service, record, choice.expert, [prompt], [sampling], n),
+        ChatShape(texts),
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        token_ids=bool(body.return_token_ids),
+    )

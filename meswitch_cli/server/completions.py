@@ -1,0 +1,83 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from meswitch_cli.engine.contract import Chunk
+from meswitch_cli.server.answer import Collected, answer
+from meswitch_cli.server.generation import Generation
+from meswitch_cli.server.prompts import decode, text_tokens, token_limit
+from meswitch_cli.server.record import RequestRecord
+from meswitch_cli.server.routing import choose
+from meswitch_cli.server.schemas import CompletionRequest
+from meswitch_cli.server.service import Service
+from meswitch_cli.server.token_text import TokenTexts
+
+#: What OpenAI's API generates where nothing is asked for.
+DEFAULT_MAX_TOKENS = 16
+
+endpoints = APIRouter()
+
+
+class CompletionShape:
+    """A choice is a text, behind the prompt where that is to be echoed."""
+
+    id_prefix = "cmpl-"
+    whole_object = part_object = "text_completion"
+
+    def __init__(self, texts: TokenTexts | None, echoes: Sequence[str], n: int) -> None:
+        self._texts, self._echoes, self._n = texts, echoes, n
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
+        text = "".join((self._echo(index), *collected.text))
+        logprobs = self._texts.completion(tuple(collected.logprobs), 0) if self._texts else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": collected.finish_reason}
+
+    def part(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
+        text = (self._echo(index) if first else "") + chunk.text
+        logprobs = None
+        if self._texts:
+            offset = self._offsets.get(index, 0)
+            logprobs = self._texts.completion(chunk.logprobs, offset)
+            self._offsets[index] = offset + sum(len(token) for token in logprobs["tokens"])
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n] if self._echoes else ""
+
+
+@endpoints.post("/v1/completions", summary="A continuation of a text", response_model=None)
+async def complete(request: Request, body: CompletionRequest) -> Response:
+    service, record = Service.of(request), RequestRecord.of(request)
+    service.admit()
+    n, include_usage = body.choices(service.settings.max_choices), body.include_usage()
+    given = body.prompts(service.settings.max_prompts)
+    record.user = body.user
+    if service.settings.log_prompts:
+        record.prompt = given
+    subject = given[0] if len(given) == 1 and isinstance(given[0], str) else None
+    choice = await choose(service, request, body.model, subject)
+    tokenizer = service.engine.tokenizer(choice.expert)
+    prompts = [
+        await text_tokens(service, choice.expert, prompt) if isinstance(prompt, str) else tuple(prompt)
+        for prompt in given
+    ]
+    samplings = [
+        body.sampling(token_limit(service, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")) for prompt in prompts
+    ]
+    echoes = [prompt if isinstance(prompt, str) else decode(tokenizer, prompt) for prompt in given] if body.echo else []
+    texts = TokenTexts(tokenizer) if body.logprobs is not None else None
+    return await answer(
+        service,
+        request,
+        Generation(service, record, choice.expert, prompts, samplings, n),
+        CompletionShape(texts, echoes, n),
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        token_ids=bool(body.return_token_ids),
+    )

@@ -1,0 +1,174 @@
+"""Every error of the server in the envelope that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from meswitch_cli.engine.contract import (
+    InvalidRequestError,
+    QueueFullError,
+    ShuttingDownError,
+    UnknownExpertError,
+)
+from meswitch_cli.errors import MeswitchError
+
+#: Seconds after which a client that was turned away may try again.
+RETRY_AFTER = 1
+
+#: Members of OpenAI's API that this server has no use for, with the values that ask for nothing.
+ASKS_NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "reasoning_effort": (None,),
+    "refusal": (None,),
+    "safety_identifier": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_calls": (None, []),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    409: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    503: "service_unavailable",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error: status, message for people, code for programs, the parameter at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        parameter: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.parameter = parameter
+        self.headers = dict(headers or {})
+        if status == 503:
+            self.headers.setdefault("retry-after", str(RETRY_AFTER))
+
+
+def envelope(status: int, message: str, code: str | None = None, parameter: str | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    body = envelope(error.status, str(error), error.code, error.parameter)
+    return JSONResponse(body, error.status, error.headers)
+
+
+def from_engine(error: Exception) -> ApiError:
+    """What an engine refused, as an answer; an error that is not the client's is 500 without its details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, str(error), code="invalid_value", parameter=error.parameter)
+    if isinstance(error, UnknownExpertError):
+        return ApiError(404, str(error), code="model_not_found", parameter="model")
+    if isinstance(error, QueueFullError):
+        return ApiError(503, str(error), code="queue_full")
+    if isinstance(error, ShuttingDownError):
+        return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, MeswitchError):
+        return ApiError(500, str(error), code="internal_error")
+    return ApiError(500, "the server failed; its log says why, under this request's id", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of the application in the envelope, 422 as 400 and with the parameter's name."""
+
+    async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error_response(error)
+
+    async def on_engine_error(request: Request, error: Exception) -> JSONResponse:
+        return error_response(from_engine(error))
+
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_from_validation(error))
+
+    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is nothing at {request.method} {request.url.path}"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.url.path}"
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(MeswitchError, on_engine_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    found = [(_parameter(one["loc"][1:], error.body, missing=one["type"] == "missing"), one) for one in error.errors()]
+    # Every branch of a union complains; the one that got farthest is the one that was meant.
+    parameter, first = max(found, key=lambda item: (item[0] or "").count("."))
+    kind = first["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if kind == "not_text":
+        return ApiError(400, f"the body holds what is no text: {first['msg']}", code="invalid_json")
+    if parameter is None:
+        message = "the body must be a JSON object, sent with content-type: application/json"
+        return ApiError(400, message, code="invalid_body")
+    if kind == "extra_forbidden" and parameter.rpartition(".")[2] in ASKS_NOTHING:
+        message = f"{parameter}: not supported by this server"
+        return ApiError(400, message, code="unsupported_parameter", parameter=parameter)
+    if kind == "extra_forbidden":
+        return ApiError(400, f"unknown parameter: {parameter}", code="unknown_parameter", parameter=parameter)
+    if kind == "missing":
+        return ApiError(400, f"missing parameter: {parameter}", code="missing_parameter", parameter=parameter)
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{parameter}: {reason}", code="invalid_value", parameter=parameter)
+
+
+def _parameter(location: Sequence[str | int], body: Any, *, missing: bool) -> str | None:
+    """The path of a member, as people write it: pydantic's own location also names the branches of unions."""
+    parts: list[str] = []
+    for index, part in enumerate(location):
+        is_member = isinstance(body, Mapping) and part in body
+        is_element = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_member or is_element:
+            body = body[part]
+        elif not (missing and index == len(location) - 1):
+            continue
+        parts.append(str(part))
+    return ".".join(parts) or None

@@ -1,0 +1,139 @@
+"""The choices of one HTTP request on their way through the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from meswitch_cli.engine.contract import Chunk, GenerationRequest, Sampling
+from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.record import RequestRecord
+from meswitch_cli.server.service import Service
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A chunk of a choice, and when the engine gave it (`time.perf_counter`)."""
+
+    choice: int
+    chunk: Chunk
+    time: float
+
+
+class Generation:
+    """Submitted together, cancelled together. `cancel` must be called in the end; it does no harm to what has ended.
+
+    Attributes:
+        id: unique; the engine's requests are named after it.
+        prompts: token ids of each prompt; choices of prompt p are p·n to p·n + n - 1.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        record: RequestRecord,
+        expert: str,
+        prompts: Sequence[tuple[int, ...]],
+        samplings: Sequence[Sampling],
+        n: int,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.prompts, self.n, self.record = prompts, n, record
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._requests = [
+            GenerationRequest(
+                f"{self.id}-{p * n + i}", expert, prompt, replace(sampling, seed=seed_of(sampling.seed, i))
+            )
+            for p, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+            for i in range(n)
+        ]
+        self._choices = {request.id: index for index, request in enumerate(self._requests)}
+        self._running: set[str] = set()
+        self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
+        self._last = [record.started] * len(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    async def submit(self) -> None:
+        """Queue every choice, or none.
+
+        Raises:
+            EngineError: as the engine's `submit`.
+        """
+
+        def on_chunk(chunk: Chunk) -> None:
+            arrived = Arrived(self._choices[chunk.request_id], chunk, time.perf_counter())
+            with contextlib.suppress(RuntimeError):  # the server is gone, and its loop with it
+                self._loop.call_soon_threadsafe(self._arrived.put_nowait, arrived)
+
+        try:
+            for request in self._requests:
+                self._running.add(request.id)
+                if request.sampling.json_schema is None and not request.sampling.json_object:
+                    self._service.engine.submit(request, on_chunk)
+                else:  # the engine compiles a grammar first, which may take seconds
+                    await asyncio.shield(asyncio.to_thread(self._service.engine.submit, request, on_chunk))
+        except BaseException:
+            self.cancel()
+            raise
+        self.record.generates = True
+        self.record.prompt_tokens = sum(len(prompt) for prompt in self.prompts)
+
+    def cancel(self) -> None:
+        """End what still runs; its blocks and slot are freed."""
+        for request_id in self._running:
+            self._service.engine.cancel(request_id)
+        self._running.clear()
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """Every chunk with its choice's index, until all choices have ended.
+
+        Raises:
+            ApiError: the engine failed, or was stopped.
+        """
+        while self._running:
+            arrived = await self._arrived.get()
+            chunk = arrived.chunk
+            self._observe(arrived)
+            if chunk.finish_reason is not None:
+                self._running.discard(chunk.request_id)
+            if chunk.finish_reason == "error":
+                self.record.error = chunk.error
+                raise ApiError(500, chunk.error or "generation failed", code="generation_failed")
+            if chunk.finish_reason == "cancelled":
+                raise ApiError(503, "the server stopped before the answer was complete", code="shutting_down")
+            yield arrived.choice, chunk
+
+    def _observe(self, arrived: Arrived) -> None:
+        """Keep the record and the metrics of tokens up to date."""
+        record, metrics, chunk = self.record, self._service.metrics, arrived.chunk
+        record.cached_tokens += chunk.cached_tokens
+        if chunk.finish_reason is not None:
+            record.finish_reasons.append(chunk.finish_reason)
+        count = len(chunk.tokens)
+        if not count:
+            return
+        record.completion_tokens += count
+        labels = (record.expert, record.reason)
+        before, self._last[arrived.choice] = self._last[arrived.choice], arrived.time
+        if before == record.started:
+            if record.first_token is None:
+                record.first_token = arrived.time - record.started
+                metrics.first_token.labels(*labels).observe(record.first_token)
+            count -= 1
+        for _ in range(count):
+            metrics.inter_token.labels(*labels).observe((arrived.time - before) / count)
+
+
+def seed_of(seed: int | None, choice: int) -> int | None:
+    """The seed of the n-th choice: the request's own for the first, one derived from it for each other."""
+    if seed is None or choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{choice}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,81 @@
+"""From messages and texts to an expert's own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meswitch_cli.engine.contract import Tokenizer
+from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.schemas import Message
+from meswitch_cli.server.service import Service
+
+_MAX_REASON = 300
+
+
+async def chat_tokens(
+    service: Service, expert: str, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> tuple[int, ...]:
+    """The tokens of a conversation under the expert's own chat template.
+
+    Raises:
+        ApiError: it has no template, or its template refuses these messages.
+    """
+    tokenizer = service.engine.tokenizer(expert)
+    if not tokenizer.chat_template:
+        message = f"model {expert!r} has no chat template: use /v1/completions"
+        raise ApiError(400, message, code="no_chat_template", parameter="model")
+    conversation = [message.for_template() for message in messages]
+
+    def render() -> tuple[int, ...]:
+        return tuple(
+            tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            )
+        )
+
+    try:
+        return await service.tokenizing(render)
+    except Exception as error:  # a template is a program: whatever it raises, it did not accept these messages
+        reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
+        message = f"the chat template of {expert!r} does not accept these messages: {reason}"
+        raise ApiError(400, message, code="chat_template_error", parameter="messages") from error
+
+
+async def text_tokens(service: Service, expert: str, text: str, special: bool = True) -> tuple[int, ...]:
+    """The tokens of a text, with the special ones that the expert's tokenizer adds by itself."""
+    tokenizer = service.engine.tokenizer(expert)
+    return tuple(await service.tokenizing(lambda: tokenizer.encode(text, add_special_tokens=special)))
+
+
+def token_limit(service: Service, prompt: Sequence[int], asked: int | None, default: int | None, name: str) -> int:
+    """How many tokens a choice may have: what was asked for, else `default`, else what the context leaves.
+
+    Raises:
+        ApiError: prompt and continuation do not fit the context; `name` is the prompt's parameter.
+    """
+    room = service.engine.max_model_len - len(prompt)
+    if not prompt:
+        raise ApiError(400, f"{name}: no tokens", code="invalid_value", parameter=name)
+    if room < 1:
+        message = f"{name}: {len(prompt)} tokens; with one for the answer, at most {service.engine.max_model_len} fit"
+        raise ApiError(400, message, code="context_length_exceeded", parameter=name)
+    if asked is not None and asked > room:
+        message = f"max_tokens: {asked} is too many; after a prompt of {len(prompt)} tokens, {room} fit"
+        raise ApiError(400, message, code="context_length_exceeded", parameter="max_tokens")
+    return asked if asked is not None else min(room, default or room)
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of tokens.
+
+    Raises:
+        ApiError: one of them is not in the vocabulary.
+    """
+    text: Any
+    try:
+        text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+    except (OverflowError, IndexError, KeyError, TypeError, ValueError) as error:
+        message = "tokens: there is an id that the vocabulary lacks"
+        raise ApiError(400, message, code="invalid_value", parameter="tokens") from error
+    return str(text)

@@ -1,0 +1,46 @@
+"""`POST /tokenize` and `POST /detokenize`, with the tokenizer of the named expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from meswitch_cli.engine.contract import BASE
+from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.prompts import chat_tokens, decode, text_tokens
+from meswitch_cli.server.routing import choose
+from meswitch_cli.server.schemas import DetokenizeRequest, TokenizeRequest
+from meswitch_cli.server.service import Service
+from meswitch_cli.server.settings import AUTO
+
+endpoints = APIRouter()
+
+
+@endpoints.post("/tokenize", summary="The tokens of a text or a conversation")
+async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+    service = Service.of(request)
+    expert = await _named(service, request, body.model)
+    if (body.messages is None) == (body.prompt is None):
+        raise ApiError(400, "give prompt or messages, one of them", code="invalid_value", parameter="prompt")
+    if body.messages is not None:
+        tokens = await chat_tokens(service, expert, body.messages, body.add_generation_prompt)
+    else:
+        tokens = await text_tokens(service, expert, body.prompt or "", body.add_special_tokens)
+    return {"model": expert, "tokens": tokens, "count": len(tokens), "max_model_len": service.engine.max_model_len}
+
+
+@endpoints.post("/detokenize", summary="The text of tokens")
+async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any]:
+    service = Service.of(request)
+    expert = await _named(service, request, body.model)
+    tokenizer = service.engine.tokenizer(expert)
+    text = await service.tokenizing(lambda: decode(tokenizer, body.tokens, body.skip_special_tokens))
+    return {"model": expert, "prompt": text}
+
+
+async def _named(service: Service, request: Request, model: str) -> str:
+    if model == AUTO:
+        message = f"each expert has its own tokenizer: name one, or {BASE!r}"
+        raise ApiError(400, message, code="invalid_value", parameter="model")
+    return (await choose(service, request, model, None)).expert

@@ -1,0 +1,212 @@
+"""Requests as they should not be: each is refused in OpenAI's envelope, by the name of what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meswitch_cli.server import ServerSettings
+
+from .conftest import Running, Start
+
+CHAT = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+
+
+def refused(response: Any, status: int, parameter: str | None, code: str) -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (parameter, code)
+    assert response.headers["x-request-id"]
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("change", "parameter", "code"),
+    [
+        ({"colour": 1}, "colour", "unknown_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"temperature": 2.5}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 600}, "max_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": 5}, "max_tokens", "invalid_value"),
+        ({"min_tokens": 5}, "min_tokens", "invalid_value"),
+        ({"seed": 1.5}, "seed", "invalid_value"),
+        ({"seed": 1 << 63}, "seed", "invalid_value"),
+        ({"stop": [""]}, "stop.0", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"3": 101}}, "logit_bias.3", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "age": 3}]}, "messages.0.age", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "context_length_exceeded"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_chat_is_refused_by_the_parameters_name(
+    running: Running, change: dict[str, Any], parameter: str, code: str
+) -> None:
+    for stream in (False,) if "stream_options" in change else (False, True):
+        response = running.post("/v1/chat/completions", CHAT | change | {"stream": stream})
+        assert parameter.split(".")[0] in refused(response, 400, parameter, code)
+
+
+@pytest.mark.parametrize(
+    ("change", "parameter", "code"),
+    [
+        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
+        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
+        ({"logprobs": 6}, "logprobs", "invalid_value"),
+        ({"messages": []}, "messages", "unknown_parameter"),
+        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": []}, "prompt", "invalid_value"),
+        ({"prompt": [5, 99999]}, "prompt", "invalid_value"),
+        ({"prompt": [-1]}, "prompt.0", "invalid_value"),
+        ({"prompt": ["a"] * 33}, "prompt", "invalid_value"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_completion_is_refused_by_the_parameters_name(
+    running: Running, change: dict[str, Any], parameter: str, code: str
+) -> None:
+    response = running.post("/v1/completions", {"model": "red", "prompt": "hello", "max_tokens": 2} | change)
+    refused(response, 400, parameter, code)
+
+
+def test_parameters_that_ask_for_nothing_are_taken(running: Running) -> None:
+    nothing = {"tools": [], "tool_choice": "none", "store": False, "n": None, "logit_bias": None, "stop": None}
+    assert running.post("/v1/chat/completions", CHAT | nothing).status_code == 200
+
+
+def test_an_unknown_model_is_404_and_never_the_base(running: Running) -> None:
+    for path, body in (
+        ("/v1/chat/completions", CHAT),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [9]}),
+    ):
+        response = running.post(path, body | {"model": "violet"})
+        assert "'red'" in refused(response, 404, "model", "model_not_found")
+        assert "x-meswitch-expert" not in response.headers
+    refused(running.get("/v1/models/violet"), 404, "model", "model_not_found")
+
+
+def test_auto_without_a_router_says_so(running: Running) -> None:
+    message = refused(running.post("/v1/chat/completions", CHAT | {"model": "auto"}), 404, "model", "model_not_found")
+    assert "--router" in message
+    refused(running.post("/v1/route", {"prompt": "x"}), 404, "model", "model_not_found")
+
+
+def test_a_template_that_refuses_is_the_clients_error(running: Running) -> None:
+    tokenizer = running.service.engine.tokenizer("blue")
+    before, tokenizer.chat_template = tokenizer.chat_template, "{{ raise_exception('roles must alternate') }}"
+    try:
+        response = running.post("/v1/chat/completions", CHAT | {"model": "blue"})
+        assert "roles must alternate" in refused(response, 400, "messages", "chat_template_error")
+        assert response.headers["x-meswitch-expert"] == "blue"
+        tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"  # the sandbox holds
+        refused(running.post("/v1/chat/completions", CHAT | {"model": "blue"}), 400, "messages", "chat_template_error")
+        tokenizer.chat_template = None
+        refused(running.post("/v1/chat/completions", CHAT | {"model": "blue"}), 400, "model", "no_chat_template")
+    finally:
+        tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "code"),
+    [
+        (b"{", "application/json", "invalid_json"),
+        (b'{"model": NaN, "prompt": ""}', "application/json", "invalid_value"),
+        (b"[]", "application/json", "invalid_body"),
+        (b"", "application/json", "invalid_body"),
+        (b"{}", "text/plain", "invalid_body"),
+        (b"[" * 100_000, "application/json", "bad_request"),
+        (b'{"model": "\\ud800", "prompt": "x"}', "application/json", "invalid_json"),
+        (b'{"model": "red", "prompt": ["\\ud800"]}', "application/json", "invalid_json"),
+        (b'{"\\ud800": 1}', "application/json", "invalid_json"),
+        (b'{"model": "\xff"}', "application/json", "bad_request"),
+    ],
+    ids=["cut", "nan", "list", "empty", "text", "deep", "surrogate", "surrogate in a list", "surrogate key", "bytes"],
+)
+def test_a_body_that_is_no_request(running: Running, content: bytes, kind: str, code: str) -> None:
+    response = running.request("POST", "/v1/completions", content=content, headers={"content-type": kind})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, code), response.text
+
+
+def test_paths_and_methods_that_do_not_exist(running: Running) -> None:
+    refused(running.get("/v2/nothing"), 404, None, "not_found")
+    response = running.get("/v1/chat/completions")
+    refused(response, 405, None, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_body_has_a_limit_announced_or_not(start_server: Start) -> None:
+    server = start_server(settings=ServerSettings(max_body_bytes=2000))
+    big = b'{"model": "red", "prompt": "' + b"x" * 3000 + b'"}'
+    kind = {"content-type": "application/json"}
+    refused(server.request("POST", "/v1/completions", content=big, headers=kind), 413, None, "body_too_large")
+    chunked = server.request("POST", "/v1/completions", content=iter([big[:1500], big[1500:]]), headers=kind)
+    refused(chunked, 413, None, "body_too_large")
+    assert server.post("/v1/chat/completions", CHAT).status_code == 200
+
+
+def test_keys(start_server: Start) -> None:
+    server = start_server(settings=ServerSettings(api_keys=("one", "two"), admin_keys=("root",)))
+    for headers in ({}, {"authorization": "Bearer three"}, {"authorization": "Basic one"}, {"authorization": "one"}):
+        for path in ("/v1/models", "/v1/status", "/v1/nothing"):
+            response = server.get(path, headers=headers)
+            assert "API key" in refused(response, 401, None, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert server.post("/tokenize", {"model": "red", "prompt": "x"}, headers=headers).status_code == 401
+    for key in ("one", "two", "root"):
+        assert server.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/", "/health", "/ready", "/version", "/metrics"):
+        assert server.get(path).status_code == 200
+    pin = {"name": "red"}
+    refused(server.post("/v1/experts/pin", pin, headers={"authorization": "Bearer one"}), 401, None, "invalid_api_key")
+    pinned = server.post("/v1/experts/pin", pin, headers={"authorization": "Bearer root"})
+    assert pinned.json()["pinned"] is True
+
+
+def test_without_an_admin_key_nobody_is_an_admin(running: Running) -> None:
+    refused(running.post("/v1/experts/unload", {"name": "red"}), 403, None, "admin_disabled")
+
+
+def test_cors_is_closed_until_it_is_opened(running: Running, start_server: Start) -> None:
+    asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    closed = running.request("OPTIONS", "/v1/chat/completions", headers=asks)
+    assert closed.status_code == 405 and "access-control-allow-origin" not in closed.headers
+    settings = ServerSettings(cors_origins=("https://page.example",), api_keys=("one",))
+    server = start_server(settings=settings)
+    assert server.request("OPTIONS", "/v1/chat/completions", headers=asks).status_code == 200
+    answer = server.get("/v1/models", headers=asks | {"authorization": "Bearer one"})
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    assert "x-meswitch-expert" in answer.headers["access-control-expose-headers"]
+    other = server.get("/v1/models", headers={"origin": "https://evil.example", "authorization": "Bearer one"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_request_ids_are_kept_or_made(running: Running) -> None:
+    assert running.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = running.get("/health", headers={"x-request-id": 'a"b'}).headers["x-request-id"]
+    assert len(made) == 32
