@@ -81,22 +81,41 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
     Raises:
         ApiError: nobody of that name is served, there is no router to ask, or the router failed and is strict.
     """
-    record = RequestRecord.of(request)
+    session = _session(request)
     if model == AUTO:
-        choice = await _routed(service, request, subject)
+        choice = await _routed(service, request, subject, session)
     elif model == BASE or model in service.experts():
         choice = Choice(model, 1.0, "pinned")
+        router = service.router
+        if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
+            await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
     else:
         names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, AUTO))
         raise ApiError(
             404, f"model {model!r} is not served; there are {names}", code="model_not_found", parameter="model"
         )
-    record.expert, record.reason, record.confidence = choice.expert, choice.reason, choice.confidence
-    record.router_ms, record.probabilities = choice.router_ms, dict(choice.probabilities)
+    record_choice(RequestRecord.of(request), choice)
     return choice
 
 
-async def _routed(service: Service, request: Request, subject: Subject | None) -> Choice:
+def record_choice(record: RequestRecord, choice: Choice) -> None:
+    """Keep a choice for the headers, the log and the metrics."""
+    record.expert, record.reason, record.confidence = choice.expert, choice.reason, choice.confidence
+    record.router_ms, record.probabilities = choice.router_ms, dict(choice.probabilities)
+
+
+def _session(request: Request) -> str | None:
+    """What the router knows a conversation by: two keys' sessions of one name are two sessions."""
+    session = request.headers.get(SESSION_HEADER)
+    if session is None:
+        return None
+    if not 0 < len(session) <= _MAX_SESSION:
+        message = f"the header {SESSION_HEADER} must have 1 to {_MAX_SESSION} characters"
+        raise ApiError(400, message, code="invalid_value", parameter=SESSION_HEADER)
+    return f"{identity(request.headers)}:{session}"
+
+
+async def _routed(service: Service, request: Request, subject: Subject | None, session: str | None) -> Choice:
     router = service.router
     if router is None:
         message = f"model {AUTO!r} needs a router: start the server with --router, or name an expert"
@@ -104,12 +123,6 @@ async def _routed(service: Service, request: Request, subject: Subject | None) -
     if subject is None:
         message = f"model {AUTO!r} routes one prompt of text; for several prompts or token ids, name the expert"
         raise ApiError(400, message, code="invalid_value", parameter="model")
-    session = request.headers.get(SESSION_HEADER)
-    if session is not None and not 0 < len(session) <= _MAX_SESSION:
-        message = f"the header {SESSION_HEADER} must have 1 to {_MAX_SESSION} characters"
-        raise ApiError(400, message, code="invalid_value", parameter=SESSION_HEADER)
-    if session is not None:  # two keys' sessions of one name are two sessions
-        session = f"{identity(request.headers)}:{session}"
     started = time.perf_counter()
     failure: Exception | None = None
     choice = Choice(BASE, 0.0, "error")
@@ -140,7 +153,8 @@ async def _routed(service: Service, request: Request, subject: Subject | None) -
 @endpoints.post("/v1/route", summary="Who would answer, without an answer")
 async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
     service = Service.of(request)
-    choice = await choose(service, request, AUTO, body.subject())
+    choice = await _routed(service, request, body.subject(), None)  # a dry run leaves sessions as they are
+    record_choice(RequestRecord.of(request), choice)
     return {
         "object": "route",
         "expert": choice.expert,

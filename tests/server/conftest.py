@@ -16,7 +16,7 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
-from meswitch_cli.server import Service, ServerSettings, create_app
+from meswitch_cli.server import ServerSettings, Service, create_app
 from meswitch_cli.server.lifecycle import Server, listen, serve
 from zoo.tiny import make_pair
 

@@ -1,0 +1,169 @@
+"""`meswitch serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from meswitch_cli.engine.transformers_engine import TransformersEngine
+    from meswitch_cli.router import Router
+
+
+def run(
+    base: Annotated[str, typer.Option(help="The base that the experts share: a folder, or a Hub id.")],
+    expert: Annotated[
+        list[str] | None, typer.Option(help="NAME=ARTIFACT: an expert, and the name that requests give. Repeatable.")
+    ] = None,
+    experts_dir: Annotated[
+        Path | None,
+        typer.Option(help="Serve each artifact in this folder by its folder's name; more may be loaded from it later."),
+    ] = None,
+    router: Annotated[
+        Path | None, typer.Option(help='A router of `meswitch train-router`; makes the model "auto".')
+    ] = None,
+    router_strict: Annotated[
+        bool, typer.Option("--router-strict", help="A router that fails is an error, not an answer of the base.")
+    ] = False,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all of them")
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"],
+        typer.Option(help="auto is transformers; vllm is not part of this version."),
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys that requests need, one a line.", show_default="no key is needed")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Keys that may load, unload and pin experts.", show_default="nobody may")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call this server from a browser. Repeatable.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; beyond, 503 with Retry-After.")] = 256,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests in one batch.")] = 32,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of prompt and answer together.", show_default="the model's, at most 8192"),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that the key-value cache holds.", show_default="by device and model"),
+    ] = None,
+    prefix_sharing: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-sharing/--no-prefix-sharing", help="Requests of one expert share the cache of equal beginnings."
+        ),
+    ] = True,
+    max_n: Annotated[int, typer.Option(min=1, help="Largest n, the choices of one request.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request body, in bytes.")] = 4 << 20,
+    drain_seconds: Annotated[
+        int, typer.Option(min=0, help="How long running requests may take after a first SIGTERM.")
+    ] = 60,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the base's weights; auto: its own.")
+    ] = "auto",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="From where to log.")] = "info",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+) -> None:
+    """Serve the base and every expert from one copy of the base, behind OpenAI's API, with a chat page at /.
+
+    Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
+    """
+    from meswitch_cli.errors import UsageError
+    from meswitch_cli.server.experts import named_experts
+    from meswitch_cli.server.settings import ServerSettings, is_loopback, read_keys
+
+    if engine == "vllm":
+        raise UsageError("--engine vllm: this version has no vLLM plugin; use --engine transformers")
+    experts, refused = named_experts(expert or (), experts_dir)
+    settings = ServerSettings(
+        api_keys=read_keys(api_key_file) if api_key_file else (),
+        admin_keys=read_keys(admin_key_file) if admin_key_file else (),
+        cors_origins=tuple(cors_origin or ()),
+        experts_dir=experts_dir,
+        max_body_bytes=max_body,
+        max_choices=max_n,
+        drain_seconds=drain_seconds,
+        router_strict=router_strict,
+        log_prompts=log_prompts,
+    )
+
+    from meswitch_cli.engine.settings import EngineSettings
+    from meswitch_cli.engine.transformers_engine import TransformersEngine
+    from meswitch_cli.server import Service, create_app
+    from meswitch_cli.server.lifecycle import Server, listen, serve
+    from meswitch_cli.server.logs import configure_logging
+
+    bound = listen(host, port)
+    configure_logging(log_level)
+    _note(f"loading {base} and {len(experts)} experts")
+    made = TransformersEngine(
+        EngineSettings(
+            base=base,
+            experts=experts,
+            slots=slots,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_queue=max_queue,
+            max_running=max_running,
+            cache_tokens=cache_tokens,
+            prefix_sharing=prefix_sharing,
+        )
+    )
+    try:
+        made.start()
+        _warn_of(refused | made.failed)
+        chosen = _load_router(router, made)
+        service = Service(made, settings, chosen)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        if not settings.api_keys and not is_loopback(host):
+            _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
+        server = Server(create_app(service), service, on_started=lambda: _welcome(address, service.experts(), chosen))
+    except BaseException:
+        made.stop()
+        bound.close()
+        raise
+    serve(server, bound)
+
+
+def _load_router(path: Path | None, engine: TransformersEngine) -> Router | None:
+    if path is None:
+        return None
+    from meswitch_cli.engine.contract import BASE
+    from meswitch_cli.router import Router
+    from meswitch_cli.server.routing import check_router
+
+    router = Router.load(path, hidden_states=engine, tokenizer=engine.tokenizer(BASE))
+    for warning in check_router(router, engine):
+        _note(f"warning: {warning}")
+    return router
+
+
+def _warn_of(refused: Mapping[str, str]) -> None:
+    for name, reason in refused.items():
+        _note(f"warning: expert {name} is not served: {reason}")
+
+
+def _welcome(address: str, experts: Mapping[str, object], router: Router | None) -> None:
+    model = "auto" if router else next(iter(sorted(experts)), "base")
+    names = ", ".join((*sorted(experts), "base", *(("auto",) if router else ())))
+    _note(
+        f"serving {names}\n"
+        f"page    {address}/\n"
+        f"try     curl {address}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f'          -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 12 times 12?"}}]}}\''
+    )
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
