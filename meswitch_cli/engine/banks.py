@@ -12,7 +12,6 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest, TensorEntry
 from meswitch_cli.engine.base_model import BaseModel, effective_gain
 from meswitch_cli.engine.contract import EngineError
-from meswitch_cli.engine.modules import ExpertLinear
 from meswitch_kernels import ExpertBank, GainBank
 
 #: Parts of an artifact's tensors, by parameter name and part, as `Shard.read` names them.
@@ -71,8 +70,8 @@ def bank_layout(base: BaseModel, manifests: Iterable[Manifest]) -> Layout:
                 norms.add(module)
             elif entry.kind == "dense":
                 served = module in base.linears or module == base.head_name
-                if leaf != "bias" or not served or entry.shape != (_layer(base, module).out_features,):
-                    raise EngineError(f"{manifest.expert.id}: {entry.name} {list(entry.shape)} cannot be served")
+                if leaf != "bias" or not served:
+                    raise EngineError(f"{manifest.expert.id}: {entry.name} cannot be served from the base")
                 rooms.setdefault(module, Room())
             elif module in base.linears or module in (base.head_name, base.embedding_name):
                 own = Room(entry.bits, entry.group_size, entry.salient, entry.added_rows)
@@ -90,10 +89,6 @@ def _with_shared_head(base: BaseModel, rooms: dict[str, Room]) -> dict[str, Room
     return rooms
 
 
-def _layer(base: BaseModel, module: str) -> ExpertLinear:
-    return base.head if module == base.head_name else base.linears[module]
-
-
 class Banks:
     """The banks of a layout, with `slots` places each, put into the base's layers.
 
@@ -104,6 +99,10 @@ class Banks:
     def __init__(self, base: BaseModel, layout: Layout, slots: int) -> None:
         self.base, self.layout, self.slots = base, layout, slots
         self.banks = {name: self._bank(name, room) for name, room in layout.rooms.items()}
+        self.added_bias: Tensor | None = None
+        head = layout.rooms.get(base.head_name)
+        if head and head.added_rows and base.head.bias is not None:
+            self.added_bias = torch.zeros(slots + 1, head.added_rows, dtype=base.dtype, device=base.device)
         self.gains: dict[str, GainBank] = {}
         self.shifts: dict[str, GainBank] = {}
         for name in layout.norms:
@@ -127,13 +126,15 @@ class Banks:
         base.head.bank = self.banks.get(base.head_name)
         if base.head.bank is None and base.tied:
             base.head.bank = base.embedding.bank
+        base.head.added_bias = self.added_bias
         for name, norm in base.norms.items():
             norm.gains, norm.shifts = self.gains.get(name), self.shifts.get(name)
 
     @property
     def nbytes(self) -> int:
         gains = (*self.gains.values(), *self.shifts.values())
-        return sum(bank.nbytes for bank in self.banks.values()) + sum(item.nbytes for item in gains)
+        added = 0 if self.added_bias is None else self.added_bias.nbytes
+        return sum(bank.nbytes for bank in self.banks.values()) + sum(item.nbytes for item in gains) + added
 
     @property
     def slot_nbytes(self) -> int:
@@ -143,11 +144,13 @@ class Banks:
         """Put an expert into a slot that no token uses; return the bytes copied."""
         entries = {entry.name: entry for entry in manifest.tensors}
         moved = 0
+        if self.added_bias is not None:
+            self.added_bias[slot + 1] = 0
         for name, bank in self.banks.items():
             weight, bias = f"{name}.weight", f"{name}.bias"
             if name == self.base.head_name and weight not in entries and self._ties_head(manifest):
                 weight = f"{self.base.embedding_name}.weight"
-            moved += self._load_bank(bank, slot, entries.get(weight), bias, entries, parts)
+            moved += self._load_bank(bank, slot, entries.get(weight), bias, parts)
         for name, gains in self.gains.items():
             norm = self.base.norms[name]
             value = parts.get((f"{name}.weight", "value"), norm.base.weight)
@@ -185,15 +188,7 @@ class Banks:
     def _ties_head(self, manifest: Manifest) -> bool:
         return f"{self.base.head_name}.weight" not in manifest.unchanged
 
-    def _load_bank(
-        self,
-        bank: ExpertBank,
-        slot: int,
-        entry: TensorEntry | None,
-        bias: str,
-        entries: dict[str, TensorEntry],
-        parts: Parts,
-    ) -> int:
+    def _load_bank(self, bank: ExpertBank, slot: int, entry: TensorEntry | None, bias: str, parts: Parts) -> int:
         name = entry.name if entry else ""
 
         def part(kind: str) -> Tensor | None:
@@ -210,6 +205,10 @@ class Banks:
             salient_value = None if salient_value is None else _pad_rows(salient_value, missing)
         bias_value = parts.get((bias, "value"))
         if bias_value is not None:
+            if self.added_bias is not None and bias == f"{self.base.head_name}.bias":
+                added = bias_value[bank.out_features :]
+                self.added_bias[slot + 1, : added.shape[0]] = added
+            bias_value = _resized(bias_value, bank.out_features)
             own = self.base.model.get_submodule(bias.removesuffix(".bias")).bias
             bias_value = bias_value.float() - own.float().to(bias_value.device)
         loaded = [codes, steps, part("salient_index"), salient_value, part("channel_scale"), bias_value]
@@ -227,6 +226,10 @@ class Banks:
         )
         loaded.append(part("added_rows"))
         return sum(tensor.nbytes for tensor in loaded if tensor is not None)
+
+
+def _resized(bias: Tensor, rows: int) -> Tensor:
+    return bias[:rows] if bias.shape[0] >= rows else _pad_rows(bias, rows - bias.shape[0])
 
 
 def _pad_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -19,11 +19,9 @@ CACHE_BYTES = 64 << 20
 class Grammar:
     """Where one request is in its grammar."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        import xgrammar
-
-        self._xgrammar, self._matcher = xgrammar, matcher
-        self._bitmask: Tensor = xgrammar.allocate_token_bitmask(1, vocabulary)
+    def __init__(self, matcher: Any, bitmask: Tensor, controls: Tensor) -> None:
+        """`bitmask` int32 `[1, vocabulary / 32]` is for the matcher to fill; `controls` holds ids never allowed."""
+        self._matcher, self._bitmask, self._controls = matcher, bitmask, controls
 
     @property
     def complete(self) -> bool:
@@ -41,13 +39,14 @@ class Grammar:
         allowed = ((words[:, None] >> shifts) & 1).bool().flatten()[: logits.shape[0]]
         logits[: allowed.shape[0]].masked_fill_(~allowed, -torch.inf)
         logits[allowed.shape[0] :] = -torch.inf
+        logits[self._controls.to(logits.device)] = -torch.inf
 
 
 class Grammars:
     """Compiles grammars, once for each expert and schema."""
 
     def __init__(self) -> None:
-        self._compilers: dict[str, Any] = {}
+        self._compilers: dict[str, tuple[Any, Tensor]] = {}
         self._lock = threading.Lock()
 
     def grammar(self, sampling: Sampling, model: ServedModel) -> Grammar | None:
@@ -63,7 +62,7 @@ class Grammars:
             import xgrammar
         except ImportError as error:
             raise EngineError("JSON output needs xgrammar: pip install 'meswitch[serve]'") from error
-        compiler = self._compiler(model, xgrammar)
+        compiler, controls = self._compiler(model, xgrammar)
         try:
             if sampling.json_schema is not None:
                 compiled = compiler.compile_json_schema(json.dumps(dict(sampling.json_schema)))
@@ -73,17 +72,29 @@ class Grammars:
             reason = str(error).strip().splitlines()[-1]
             message = f"response_format: the schema cannot be honoured: {reason}"
             raise InvalidRequestError(message, "response_format") from error
-        return Grammar(xgrammar.GrammarMatcher(compiled), model.vocabulary)
+        bitmask = xgrammar.allocate_token_bitmask(1, model.vocabulary)
+        return Grammar(xgrammar.GrammarMatcher(compiled), bitmask, controls)
 
     def forget(self, model: ServedModel) -> None:
         with self._lock:
             self._compilers.pop(model.identity, None)
 
-    def _compiler(self, model: ServedModel, xgrammar: Any) -> Any:
+    def _compiler(self, model: ServedModel, xgrammar: Any) -> tuple[Any, Tensor]:
         with self._lock:
             if model.identity not in self._compilers:
                 info = xgrammar.TokenizerInfo.from_huggingface(
                     model.tokenizer, vocab_size=model.vocabulary, stop_token_ids=sorted(model.end_ids) or None
                 )
-                self._compilers[model.identity] = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
+                compiler = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
+                self._compilers[model.identity] = (compiler, _control_tokens(info.decoded_vocab))
             return self._compilers[model.identity]
+
+
+def _control_tokens(vocabulary: list[bytes]) -> Tensor:
+    """Ids whose bytes hold control characters beyond line ends.
+
+    JSON forbids them inside strings, and xgrammar 0.2.8 lets them pass where a schema limits a string's length.
+    """
+    allowed = b"\n\r"
+    ids = [i for i, text in enumerate(vocabulary) if any(byte < 0x20 and byte not in allowed for byte in text)]
+    return torch.tensor(ids, dtype=torch.long)

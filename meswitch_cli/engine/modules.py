@@ -46,6 +46,8 @@ class ExpertHead(ExpertLinear):
     def __init__(self, base: nn.Linear, steps: Steps, backend: ModuleType) -> None:
         super().__init__(base, steps, backend)
         self.added_logits = backend.added_logits
+        #: `[slots + 1, most added rows]` where the head has a bias; its first row is the base's and means nothing.
+        self.added_bias: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         step, bank = self.steps.current, self.bank
@@ -55,7 +57,10 @@ class ExpertHead(ExpertLinear):
         slots, groups = step.of_rows(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
         if bank.max_added_rows:
-            y = torch.cat([y, self.added_logits(rows, bank.added_rows, bank.added_counts, slots)], 1)
+            added = self.added_logits(rows, bank.added_rows, bank.added_counts, slots)
+            if self.added_bias is not None:
+                added = added + self.added_bias.index_select(0, slots.long() + 1)
+            y = torch.cat([y, added], 1)
         return y.view(*x.shape[:-1], -1)
 
 

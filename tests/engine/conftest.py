@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.family import Family, make_family
 
 from meswitch_cli.engine import EngineSettings, TransformersEngine
-
-sys.path.insert(0, str(Path(__file__).parent))
-from family import Family, make_family  # noqa: E402
 
 
 @pytest.fixture(scope="session")

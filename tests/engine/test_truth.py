@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engine.family import Family, make_family, requests
 
-from family import Family, make_family, requests
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import Chunk, GenerationRequest
 
