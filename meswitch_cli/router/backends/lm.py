@@ -1,0 +1,113 @@
+"""The paper's router: a small causal language model answers a multiple-choice question by one letter.
+
+ME-Switch (arXiv 2406.09041, section on routing) does not publish its template; this one is ours.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meswitch_cli.errors import RouterError
+from meswitch_cli.router.backends.backend import Kind
+from meswitch_cli.router.conversation import clip_characters
+from meswitch_cli.router.features import (
+    BATCH_TOKENS,
+    batches_by_length,
+    encode,
+    load_tokenizer,
+    native_dtype,
+    padded,
+    quiet_transformers,
+)
+from meswitch_cli.router.head import Head
+
+LETTERS = string.ascii_uppercase
+_QUESTION = "\n\nWhich domain does the request above belong to?\n{options}\nAnswer:"
+
+
+class LetterModel:
+    """The hidden state at the last position of the question; the head is the letters' rows of the model's own head.
+
+    No text is generated: the letters' logits of one forward are the scores, so there is nothing to parse and nothing
+    that can fail to parse.
+    """
+
+    kind: Kind = "lm"
+    extendable = False
+
+    def __init__(self, folder: Path, options: tuple[str, ...], *, max_tokens: int, training: bool = False) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if not 2 <= len(options) <= len(LETTERS):
+            raise RouterError(f"the lm backend chooses between 2 to {len(LETTERS)} experts, not {len(options)}")
+        try:
+            with quiet_transformers():
+                self.model: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch.float32 if training else native_dtype(),
+                    local_files_only=True,
+                    use_safetensors=True,
+                ).eval()
+        except Exception as error:  # transformers raises many kinds for a folder it cannot load
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RouterError(f"{folder}: the language model cannot be loaded: {reason}") from error
+        self.tokenizer = load_tokenizer(folder)
+        self.options = options
+        self.size = int(self.model.config.get_text_config().hidden_size)
+        self.max_tokens = max_tokens
+        self.letter_ids = [self._letter_id(letter) for letter in LETTERS[: len(options)]]
+
+    def _letter_id(self, letter: str) -> int:
+        """The token of " A" after "Answer:"."""
+        ids = self.tokenizer.encode(f" {letter}", add_special_tokens=False)
+        return int(ids[-1])
+
+    def question(self, text: str, options: Sequence[str]) -> list[int]:
+        """Token ids of the question about a prompt; the prompt is cut to `max_tokens`, the question never."""
+        prompt = encode(self.tokenizer, text, self.max_tokens)
+        listed = "\n".join(f"{letter}. {name}" for letter, name in zip(LETTERS, options, strict=False))
+        return [*prompt, *self.tokenizer.encode(_QUESTION.format(options=listed), add_special_tokens=False)]
+
+    def last_hidden(self, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`[n, hidden]` after the final norm, at each question's last token."""
+        inputs, _ = padded(token_ids)
+        # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        last = torch.tensor([len(ids) - 1 for ids in token_ids])
+        return torch.as_tensor(hidden[torch.arange(len(token_ids)), last])
+
+    @torch.inference_mode()
+    def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
+        questions = [self.question(text, self.options) for text in texts]
+        found = torch.empty(len(texts), self.size)
+        for batch in batches_by_length([len(ids) for ids in questions], BATCH_TOKENS):
+            found[batch] = self.last_hidden([questions[index] for index in batch]).float()
+            on_done(len(batch))
+        return found
+
+    def letters_head(self) -> Head:
+        """The letters' rows of the output embedding."""
+        weight = self.model.get_output_embeddings().weight[self.letter_ids].detach().float().clone()
+        return Head(weight, torch.zeros(len(self.options)))
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(clip_characters(text, self.max_tokens)))
+
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.size, "max_tokens": self.max_tokens, "options": list(self.options)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def save_model(self, folder: Path) -> None:
+        """As bf16, what it is served in."""
+        with quiet_transformers():
+            self.model.to(torch.bfloat16)
+            self.model.config.dtype = torch.bfloat16
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)

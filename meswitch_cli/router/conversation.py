@@ -1,0 +1,70 @@
+"""From a prompt or a conversation to the text that is routed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: A newest turn of this many characters (about 32 tokens) speaks for itself; a shorter one ("and the second?") is
+#: read with what was said before it.
+SHORT_TURN_CHARACTERS = 128
+#: How much of what was said before is read with a short turn: enough to tell the subject, little enough that the
+#: turn itself still counts in a mean over tokens.
+HISTORY_CHARACTERS = 256
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def routing_text(prompt: Prompt) -> str:
+    """The text to route: the newest user turn, after earlier user and assistant turns where it is short.
+
+    System and tool turns say what the application is, not what is asked, and are dropped. Empty where there is no
+    user turn with text.
+    """
+    if isinstance(prompt, str):
+        return prompt.strip()
+    turns = [(str(turn.get("role")), message_text(turn.get("content"))) for turn in prompt]
+    turns = [(role, text) for role, text in turns if role in ("user", "assistant") and text]
+    newest = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=None)
+    if newest is None:
+        return ""
+    text = turns[newest][1]
+    if len(text) >= SHORT_TURN_CHARACTERS:
+        return text
+    history = "\n\n".join(earlier for _, earlier in turns[:newest])[-HISTORY_CHARACTERS:]
+    return f"{history}\n\n{text}" if history else text
+
+
+def message_text(content: Any) -> str:
+    """The text of a message's content: a string, or a list of parts of which the text parts are joined."""
+    if isinstance(content, str):
+        return content.strip()
+    if isinstance(content, Sequence):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        return "\n".join(part for part in parts if isinstance(part, str)).strip()
+    return ""
+
+
+def is_binary(text: str) -> bool:
+    """Whether it is no text: lone surrogates, NUL, or more than a tenth of it control and replacement characters."""
+    sample = text[:4096]
+    odd = sum(
+        1 for character in sample if (ord(character) < 32 and character not in "\t\n\r\f") or character == "\ufffd"
+    )
+    return "\0" in sample or odd > len(sample) / 10 or any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def clip_characters(text: str, budget_tokens: int) -> str:
+    """Drop the middle of a text that is certainly longer than the budget, so that tokenizing it costs little.
+
+    Sixteen characters a token leave every text alone that a tokenizer could fit into the budget.
+    """
+    half = 8 * budget_tokens
+    return text if len(text) <= 2 * half else text[:half] + text[-half:]
+
+
+def clip_tokens(token_ids: Sequence[int], budget: int) -> list[int]:
+    """The first and the last half of the budget: a task is mostly stated at the start or at the end."""
+    if len(token_ids) <= budget:
+        return list(token_ids)
+    return [*token_ids[: budget - budget // 2], *token_ids[len(token_ids) - budget // 2 :]]

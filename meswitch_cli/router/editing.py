@@ -1,0 +1,193 @@
+"""Adding and removing experts: head, temperature and gates are refitted on stored features, in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from meswitch_cli.errors import RouterError
+from meswitch_cli.router import measures
+from meswitch_cli.router.artifact import RouterArtifact
+from meswitch_cli.router.backends.backend import Backend
+from meswitch_cli.router.data import MIN_PROMPTS, Example, without_duplicates
+from meswitch_cli.router.fitting import fit_model
+from meswitch_cli.router.manifest import RouterManifest
+from meswitch_cli.router.model import RouterModel
+from meswitch_cli.router.names import check_label
+from meswitch_cli.router.split import split
+from meswitch_cli.router.store import FeatureStore
+from meswitch_cli.router.training import describe_split, store_of
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A router with one expert more or less, not yet written.
+
+    Attributes:
+        before, after: the other experts' recall on the test part, each with its interval.
+        seconds: of the new prompts' features, and of the refit.
+    """
+
+    manifest: RouterManifest
+    model: RouterModel
+    store: FeatureStore
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+    added: dict[str, Any] | None
+    feature_seconds: float
+    refit_seconds: float
+
+    @property
+    def worst_regression(self) -> float:
+        """What the expert that lost most lost, as a share of its test prompts; below 0 where all gained."""
+        return max(float(self.before[label]["value"] - self.after[label]["value"]) for label in self.before)
+
+    def refuse_regression(self, limit: float) -> None:
+        """Check that no expert lost more than allowed.
+
+        Raises:
+            RouterError: one did.
+        """
+        for label, old in self.before.items():
+            lost = old["value"] - self.after[label]["value"]
+            if lost > limit + 1e-9:
+                raise RouterError(
+                    f"expert {label!r} would lose {100 * lost:.1f} points of recall ({100 * old['value']:.1f} to "
+                    f"{100 * self.after[label]['value']:.1f} %), more than --max-regression {limit} allows; "
+                    "nothing was changed. Give data that is further from its domain, or raise --max-regression"
+                )
+
+
+def add_expert(
+    artifact: RouterArtifact,
+    backend: Backend,
+    name: str,
+    examples: Sequence[Example],
+    *,
+    digest: str | None = None,
+) -> Edit:
+    """Add an expert from its prompts; the other experts' prompts are not needed again.
+
+    Raises:
+        RouterError: the name is taken or impossible, the prompts are too few or known under another domain, or the
+            backend cannot be extended.
+    """
+    check_label(name, "--expert")
+    manifest = artifact.manifest
+    if name in manifest.labels:
+        raise RouterError(f"expert {name!r} is in the router already; remove it first: meswitch router remove")
+    _require_extendable(backend.extendable)
+    store = artifact.store()
+    kept = _new_examples(manifest, store, name, examples)
+    parts = split(kept, int(manifest.training.get("seed", 0)))
+    labels = tuple(sorted((*manifest.labels, name)))
+    started = time.perf_counter()
+    joined = store.relabelled(manifest.labels, labels)
+    for part, members in parts.items():
+        if members:
+            features = backend.features([item.text for item in members])
+            joined = joined.joined(store_of(members, part, labels, features, artifact.model.scaling))
+    feature_seconds = time.perf_counter() - started
+    experts = dict(manifest.experts) | {name: digest}
+    added = describe_split(parts)
+    edit = _refit(artifact, labels, joined, experts, feature_seconds)
+    return replace(
+        edit,
+        added=_recalls(edit.model, joined, labels)[name],
+        manifest=replace(edit.manifest, split=dict(manifest.split) | {f"added {name}": added}),
+    )
+
+
+def remove_expert(artifact: RouterArtifact, name: str) -> Edit:
+    """Remove an expert and its prompts.
+
+    Raises:
+        RouterError: there is no such expert, it is the fallback, or fewer than two would be left.
+    """
+    manifest = artifact.manifest
+    if name not in manifest.labels:
+        raise RouterError(f"expert {name!r} is not in the router ({', '.join(manifest.labels)})")
+    if manifest.fallback == name:
+        raise RouterError(f"expert {name!r} is the router's fallback; train a router with another fallback")
+    if len(manifest.labels) == 2:
+        raise RouterError(f"without {name!r} one expert would be left, and nothing to route")
+    _require_extendable(manifest.backend != "lm")
+    labels = tuple(label for label in manifest.labels if label != name)
+    experts = {label: manifest.experts[label] for label in labels}
+    store = artifact.store().relabelled(manifest.labels, labels)
+    edit = _refit(artifact, labels, store, experts, 0.0)
+    return replace(edit, manifest=replace(edit.manifest, split=dict(manifest.split) | {f"removed {name}": {}}))
+
+
+def _require_extendable(extendable: bool) -> None:
+    if not extendable:
+        raise RouterError(
+            "an lm router's question lists its experts, so it must be trained anew for others: meswitch train-router"
+        )
+
+
+def _new_examples(
+    manifest: RouterManifest, store: FeatureStore, name: str, examples: Sequence[Example]
+) -> list[Example]:
+    """The new expert's prompts without duplicates; none may be in the router under another domain."""
+    kept, _ = without_duplicates([replace(example, domain=name) for example in examples])
+    if len(kept) < MIN_PROMPTS:
+        raise RouterError(f"domain {name!r} has {len(kept)} different prompts; at least {MIN_PROMPTS} are needed")
+    known = {int(digest): int(label) for digest, label in zip(store.digests, store.labels, strict=True)}
+    for example in kept:
+        if example.digest in known:
+            label = known[example.digest]
+            other = repr(manifest.labels[label]) if label >= 0 else "of no domain"
+            raise RouterError(f"{example.where}: this prompt is in the router already, as {other}; delete the line")
+    return kept
+
+
+def _refit(
+    artifact: RouterArtifact,
+    labels: tuple[str, ...],
+    store: FeatureStore,
+    experts: Mapping[str, str | None],
+    feature_seconds: float,
+) -> Edit:
+    manifest = artifact.manifest
+    before = _recalls(artifact.model, artifact.store(), manifest.labels)
+    started = time.perf_counter()
+    model = fit_model(
+        labels,
+        artifact.model.scaling,
+        store,
+        target_precision=float(manifest.training.get("target_precision", 0.95)),
+        seed=int(manifest.training.get("seed", 0)),
+    )
+    seconds = time.perf_counter() - started
+    after = _recalls(model, store, labels)
+    return Edit(
+        replace(
+            manifest,
+            labels=labels,
+            experts=dict(experts),
+            numbers=model.numbers() | {"sticky_margin": manifest.numbers["sticky_margin"]},
+            metrics={"recall": after},
+        ),
+        model,
+        store,
+        {label: before[label] for label in labels if label in before},
+        {label: after[label] for label in labels if label in before},
+        None,
+        feature_seconds,
+        seconds,
+    )
+
+
+def _recalls(model: RouterModel, store: FeatureStore, labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Each expert's share of its test prompts whose highest score is its own."""
+    rows = store.rows("test")
+    # The store's features are scaled already.
+    best = model.head(store.features[rows]).argmax(1)
+    truth = store.labels[rows]
+    return {
+        label: measures.proportion(int(((best == index) & (truth == index)).sum()), int((truth == index).sum()))
+        for index, label in enumerate(labels)
+    }

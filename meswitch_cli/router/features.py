@@ -1,0 +1,203 @@
+"""What the base makes of a prompt part of the way up: hidden states after a decoder layer, averaged over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import RouterError
+from meswitch_cli.router.conversation import clip_characters, clip_tokens
+
+#: Tokens of one forward pass, padding included.
+BATCH_TOKENS = 2048
+
+
+class HiddenStates(Protocol):
+    """Who gives hidden states: a serving engine from its resident base, or `BaseHiddenStates` from a folder."""
+
+    def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
+        """Mean over tokens of the hidden state after decoder layer `layer` (1 is the first), `[n, hidden]` fp32."""
+
+
+class BaseHiddenStates:
+    """The first layers of a base: of its weights only the embedding and those layers are read.
+
+    Args:
+        base: a checkpoint folder or a Hub id.
+        layers: how many decoder layers to load.
+        dtype: None is bf16 where the processor multiplies it natively (`native_dtype`), else fp32.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        RouterError: it has fewer layers, or transformers cannot load it.
+    """
+
+    def __init__(self, base: str, layers: int, dtype: torch.dtype | None = None) -> None:
+        checkpoint = Checkpoint.open(base)
+        self.num_hidden_layers = depth(checkpoint)
+        if not 1 <= layers <= self.num_hidden_layers:
+            raise RouterError(f"{base}: has {self.num_hidden_layers} decoder layers, layer {layers} is asked for")
+        self._model, self._layers = _load(checkpoint.source.path, layers, dtype or native_dtype())
+        self.hidden_size = int(self._model.config.get_text_config().hidden_size)
+
+    def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
+        return self.pooled_at(token_ids, (layer,))[layer]
+
+    @torch.inference_mode()
+    def pooled_at(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> dict[int, torch.Tensor]:
+        """As `pooled_hidden_states` for several layers from one forward; `on_done` hears of every batch's prompts.
+
+        Raises:
+            RouterError: a prompt has no token, or a layer was not loaded.
+        """
+        if any(not ids for ids in token_ids):
+            raise RouterError("a prompt without tokens has no hidden states")
+        if not 1 <= min(layers) <= max(layers) <= len(self._layers):
+            raise RouterError(f"layers 1 to {len(self._layers)} are loaded, not {list(layers)}")
+        pooled = {layer: torch.empty(len(token_ids), self.hidden_size) for layer in layers}
+        captured: dict[int, torch.Tensor] = {}
+        hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
+        try:
+            for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
+                inputs, mask = padded([token_ids[index] for index in batch])
+                # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
+                self._model(input_ids=inputs, use_cache=False)
+                for layer, hidden in captured.items():
+                    pooled[layer][batch] = mean_over_tokens(hidden, mask)
+                on_done(len(batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return pooled
+
+
+def _keep(captured: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        captured[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def depth(checkpoint: Checkpoint) -> int:
+    """How many decoder layers a checkpoint has.
+
+    Raises:
+        RouterError: its config does not say.
+    """
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    if not isinstance(layers, int) or layers < 1:
+        raise RouterError(f"{checkpoint.source.path}: config.json does not say num_hidden_layers")
+    return layers
+
+
+def _load(folder: Path, layers: int, dtype: torch.dtype) -> tuple[Any, nn.ModuleList]:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        with quiet_transformers():  # the weights of the layers left out are "unexpected"
+            model = AutoModel.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # transformers raises many kinds for a checkpoint it cannot load
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RouterError(f"{folder}: cannot be loaded for its hidden states: {reason}") from error
+    found = [
+        module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if not found:
+        raise RouterError(f"{folder}: no list of {layers} decoder layers found in {type(model).__name__}")
+    return model.eval(), found[0]
+
+
+class quiet_transformers:
+    """Keep transformers' remarks on loading from stderr."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._verbosity = logging.get_verbosity()
+        self._bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+        if self._bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A checkpoint's own tokenizer.
+
+    Raises:
+        RouterError: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RouterError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
+    """At most `max_tokens` ids, with the special tokens that the tokenizer puts around every text."""
+    return clip_tokens(tokenizer.encode(clip_characters(text, max_tokens)), max_tokens)
+
+
+def native_dtype() -> torch.dtype:
+    """bf16 where the processor multiplies it in hardware, else fp32: emulated bf16 is slower than fp32."""
+    return torch.bfloat16 if _has_bf16() else torch.float32
+
+
+def _has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "avx512_bf16" in flags.read_text()
+
+
+def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of like lengths whose padded size stays within `budget`; a longer item is alone."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[index] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def padded(token_ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[n, longest]` ids with zeros on the right, and the mask of what is not padding."""
+    longest = max(len(ids) for ids in token_ids)
+    inputs = torch.zeros(len(token_ids), longest, dtype=torch.long)
+    mask = torch.zeros(len(token_ids), longest, dtype=torch.bool)
+    for row, ids in enumerate(token_ids):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = True
+    return inputs, mask
+
+
+def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`[n, tokens, hidden]` to `[n, hidden]` fp32, padding left out."""
+    weight = mask.unsqueeze(-1).float()
+    return (hidden.float() * weight).sum(1) / weight.sum(1)

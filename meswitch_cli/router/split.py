@@ -1,0 +1,67 @@
+"""Examples dealt into parts that share no prompt and no group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+from meswitch_cli.errors import RouterError
+from meswitch_cli.router.data import Example
+
+#: The head is fitted on train; layer and regularisation are chosen on validation; temperature and thresholds are
+#: fitted on calibration; figures are of test.
+PARTS = ("train", "validation", "calibration", "test")
+_SHARES = (0.55, 0.15, 0.15, 0.15)
+#: Prompts of no domain train nothing: half set the gates, half are figures.
+_NULL_SHARES = (0.0, 0.0, 0.5, 0.5)
+
+
+def split(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
+    """Deal each domain into the parts by share, groups whole, by a hash that the seed salts.
+
+    Examples whose label is uncertain go to train: nothing is measured on them.
+
+    Raises:
+        RouterError: a domain's groups are too few or too large for every part to get one.
+    """
+    parts: dict[str, list[Example]] = {part: [] for part in PARTS}
+    by_domain: dict[str | None, list[Example]] = defaultdict(list)
+    for example in examples:
+        if example.domain is None and example.soft is not None:
+            parts["train"].append(example)
+        else:
+            by_domain[example.domain].append(example)
+    for domain in sorted(by_domain, key=str):
+        dealt = _deal(by_domain[domain], _NULL_SHARES if domain is None else _SHARES, seed)
+        empty = [part for part, members in dealt.items() if not members]
+        if domain is not None and empty:
+            raise RouterError(
+                f"domain {domain!r}: its groups cannot be dealt into {', '.join(PARTS)}: nothing is left for "
+                f"{empty[0]}; give more groups"
+            )
+        for part, members in dealt.items():
+            parts[part] += members
+    return parts
+
+
+def _deal(examples: Sequence[Example], shares: Sequence[float], seed: int) -> dict[str, list[Example]]:
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[f"group {example.group}" if example.group is not None else f"text {example.digest}"].append(example)
+    ordered = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    dealt: dict[str, list[Example]] = {part: [] for part in PARTS}
+    for name in ordered:
+        # The part that is furthest below its share; groups may be of any size.
+        part = max(
+            (part for part, share in zip(PARTS, shares, strict=True) if share),
+            key=lambda part: shares[PARTS.index(part)] - len(dealt[part]) / len(examples),
+        )
+        dealt[part] += groups[name]
+    return dealt
+
+
+def part_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 of a part's prompts and domains, whatever their order."""
+    lines = sorted(f"{example.digest}\t{example.domain}" for example in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
