@@ -32,6 +32,28 @@ def run(
             "plain text. LABEL names the expert whose own prompts they are."
         ),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="lm-evaluation-harness tasks, [LABEL=]NAME,...: YAML files, meswitch_maths, meswitch_code, "
+            "meswitch_logic, meswitch_maths_choice, meswitch_logic_choice, or public names."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with more tasks: YAML files and their JSONL.")
+    ] = None,
+    allow_task_code: Annotated[
+        bool, typer.Option("--allow-task-code", help="Let task files run the Python that comes with them.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Difference of task scores that you agree is small.")
+    ] = 0.02,
+    server: Annotated[
+        str | None, typer.Option(help="Also run generating tasks on an OpenAI-compatible server at this URL.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="The server's model.", show_default="each expert's label")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="JSONL for baselines that need activations; not the held-out data.")
     ] = None,
@@ -64,12 +86,11 @@ def run(
     import torch
 
     from meswitch_cli.compression.device import choose_device
-    from meswitch_cli.errors import Interrupted, UsageError
+    from meswitch_cli.errors import Interrupted
     from meswitch_cli.evaluation.job import Request, finish, judge, measure_fidelity, prepare
     from meswitch_cli.evaluation.markdown import markdown
+    from meswitch_cli.evaluation.task_job import measure_tasks
 
-    if not text:
-        raise UsageError("nothing to evaluate on: give --text")
     request = Request(
         base=base,
         experts=tuple(expert),
@@ -77,6 +98,12 @@ def run(
         artifacts=tuple(artifact or ()),
         baselines=tuple(baseline or ()),
         texts=tuple(text or ()),
+        tasks=tuple(tasks or ()),
+        include_path=include_path,
+        allow_task_code=allow_task_code,
+        margin=margin,
+        server=server,
+        server_model=server_model,
         calibration=calibration,
         limit=limit,
         device=choose_device(device),
@@ -94,6 +121,7 @@ def run(
     evaluation = prepare(request)
     try:
         measure_fidelity(evaluation, say)
+        measure_tasks(evaluation, say)
         passed = judge(evaluation)
         finish(evaluation)
     except KeyboardInterrupt:

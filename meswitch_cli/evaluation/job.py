@@ -22,6 +22,7 @@ from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mod
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
 from meswitch_cli.evaluation.subjects import Candidate, Expert, open_artifact, open_experts, split_label
+from meswitch_cli.evaluation.task_source import require_harness
 from meswitch_cli.evaluation.weights import CheckpointWeights, context_length, parameter_count, vocabulary_size
 
 BASE = "base"
@@ -45,6 +46,13 @@ class Request:
     artifacts: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    allow_task_code: bool = False
+    server: str | None = None
+    server_model: str | None = None
+    router: Path | None = None
+    margin: float = 0.02
     calibration: Path | None = None
     limit: int | None = None
     device: torch.device = CPU
@@ -58,6 +66,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.artifacts and not self.baselines:
             raise UsageError("nothing to evaluate: give --artifact or --baseline")
+        if not self.texts and not self.tasks:
+            raise UsageError("nothing to evaluate on: give --text or --tasks")
 
 
 @dataclass
@@ -86,6 +96,8 @@ def prepare(request: Request) -> Evaluation:
         MeswitchError: something is missing, damaged, or does not belong together.
     """
     sets = _read_sets(request)
+    if request.tasks:
+        require_harness()
     base = CheckpointWeights(Checkpoint.open(request.base))
     experts = open_experts(request.experts, base)
     labels = {expert.label for expert in experts}
