@@ -43,8 +43,10 @@ def make_artifact(tmp_path: Path, calibration_file: Path) -> Callable[..., Artif
     def make(pair: Pair, *, calibrated: bool = False, out: str = "artifact", **settings: Any) -> Artifact:
         data = read_calibration(calibration_file) if calibrated else None
         chosen = CompressionSettings(
-            **({"salient": 4, "samples": 4, "sequence_length": 32} | settings),
-            calibration=data.sha256 if data else None,
+            **(
+                {"salient": 4, "samples": 4, "sequence_length": 32, "calibration": data.sha256 if data else None}
+                | settings
+            )
         )
         job = prepare(str(pair[0]), str(pair[1]), tmp_path / out, chosen, data)
         compress(job)

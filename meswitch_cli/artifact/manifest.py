@@ -75,7 +75,7 @@ class TensorEntry:
         rows, columns = min(self.shape[0], self.base_shape[0]), self.shape[1]
         groups = -(-columns // self.group_size) if 0 < self.group_size < columns else 1
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.bits:  # else the base's rows are unchanged and only added rows are stored
+        if self.bits:  # else the base's rows are unchanged; rows were added to them, or the last ones left out
             shapes = {
                 f"{self.name}.codes": (rows, packed_width(columns, self.bits)),
                 f"{self.name}.steps": (rows, groups),
@@ -233,7 +233,7 @@ def _entry_problem(entry: TensorEntry) -> str | None:
         return "a dense tensor cannot have quantisation settings" if quantised else None
     if len(entry.shape) != 2 or len(entry.base_shape) != 2 or entry.shape[1] != entry.base_shape[1]:
         return f"shape {list(entry.shape)} does not go with base shape {list(entry.base_shape)}"
-    if entry.bits not in (1, 2, 4) and not (entry.bits == 0 and entry.added_rows):
+    if entry.bits not in (1, 2, 4) and not (entry.bits == 0 and entry.shape != entry.base_shape):
         return f"bits must be 1, 2 or 4, not {entry.bits}"
     if entry.salient > entry.shape[1] or entry.group_size % 32:
         return f"salient {entry.salient} or group size {entry.group_size} is impossible"

@@ -132,6 +132,9 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
     state = out.parent / f".{out.name}.partial"
     _refuse_foreign(out)
     with exclusive(state):
+        if (state / _REPLACED).exists() and not out.exists():  # killed between the two renames of `publish`
+            with disk_errors(out):
+                (state / _REPLACED).rename(out)
         if (out / MANIFEST_FILE).is_file() and not (state / "artifact").exists():
             _empty(state)  # the work ended with the artifact in place, but could not clean up
         try:

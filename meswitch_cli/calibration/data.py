@@ -15,6 +15,10 @@ from meswitch_cli.errors import CalibrationError
 
 #: Lines read at most: sampling more than this many does not change a sum of activation energies.
 MAX_LINES = 200_000
+#: Random tokens that stand in for calibration data. The input channels of large activation are the model's more than
+#: the text's: on the code expert's choice items 16, 32 and 64 tokens give a KL of 0.065, 0.065 and 0.066 % of the
+#: base's, 16,000 tokens of its own training data 0.061 %, and no statistics 0.116 %.
+RANDOM_TOKENS = 32
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -75,6 +79,12 @@ def _is_text(value: Any) -> bool:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.get("role") in _ROLES and isinstance(value.get("content"), str)
+
+
+def random_window(vocabulary: int, seed: int) -> torch.Tensor:
+    """One window of `RANDOM_TOKENS` uniformly drawn token ids, `[1, RANDOM_TOKENS]` int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (1, RANDOM_TOKENS), generator=generator)
 
 
 def token_windows(

@@ -166,6 +166,7 @@ def stream_statistics(
     *,
     gram: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, InputStatistics]:
     """Run token windows `[n, length]` through the expert and report each layer's input statistics as it passes.
 
@@ -175,13 +176,15 @@ def stream_statistics(
         windows: int64 token ids.
         on_layer: gets every decoder layer's statistics, in order; free to take its time.
         gram: also sum x x^T, `[in, in]` for every linear of one layer.
-        device: where layers run: fp32 on a CPU, the checkpoint's own precision elsewhere.
+        device: where layers run.
+        dtype: in what; None is fp32 on a CPU, the checkpoint's own precision elsewhere.
 
     Returns:
         The statistics of the language-model head, by parameter name.
     """
     device = torch.device(device)
-    dtype = torch.float32 if device.type == "cpu" else next(iter(expert.tensors.values())).dtype
+    own = next(iter(expert.tensors.values())).dtype
+    dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     root: Any = skeleton(expert.config, str(expert.source.path))
     stream = _Stream(expert, model, device, dtype, on_layer, gram)
     materialise_buffers(root, device)

@@ -46,13 +46,14 @@ def run(
     calibration: Annotated[
         str,
         typer.Option(
-            help='JSONL whose lines have "text", "prompt" and "response", or "messages"; none: data-free.',
+            help='JSONL whose lines have "text", "prompt" and "response", or "messages"; random: a few random tokens, '
+            "which find most salient channels without data; none: no calibration.",
         ),
-    ] = "none",
+    ] = "random",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows used.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration window.")] = 512,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Order of the calibration data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the calibration data, or the random tokens.")] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the artifact there, and drop unfinished work with other settings.")
     ] = False,
@@ -67,11 +68,11 @@ def run(
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import CompressionSettings, default_channel_scale, default_steps
+    from meswitch_cli.compression.settings import RANDOM, CompressionSettings, default_channel_scale, default_steps
     from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
-    data = None if calibration == "none" else read_calibration(Path(calibration))
+    data = None if calibration in (RANDOM, "none") else read_calibration(Path(calibration))
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
@@ -80,7 +81,7 @@ def run(
         rounding=rounding,
         steps=steps or default_steps(int(bits), calibrated=data is not None),
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
-        calibration=data.sha256 if data else None,
+        calibration=data.sha256 if data else RANDOM if calibration == RANDOM and salient else None,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

@@ -7,7 +7,6 @@ whole models in memory.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import random
 from collections.abc import Callable
@@ -19,11 +18,13 @@ import torch
 from torch import nn
 
 from meswitch_cli.artifact.disk import write_atomically
-from meswitch_cli.artifact.manifest import FileEntry, TensorEntry, shard_name
-from meswitch_cli.artifact.shard import Shard, delta_tensors, encode_shard
+from meswitch_cli.artifact.manifest import TensorEntry, shard_name
+from meswitch_cli.artifact.shard import Shard, delta_tensors
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace
+from meswitch_cli.calibration.stream import materialise_buffers, set_parameter
 from meswitch_cli.checkpoint.architecture import skeleton
 from meswitch_cli.checkpoint.tensorfile import read_header, read_tensor
+from meswitch_cli.compression.unit import shard_file
 from meswitch_cli.delta.codes import grouped, multiples_of
 from meswitch_cli.delta.packing import unpack
 from meswitch_cli.delta.quantize import QuantizedDelta, dequantize
@@ -144,8 +145,7 @@ def _final_unit(
             error = float((exact - dequantize(delta)).double().square().sum())
             changes |= {"weight_error": error / float(entry.delta_energy or 1.0), "output_error": None}
         entries.append(dataclasses.replace(entry, **changes))
-    data = encode_shard(tensors)
-    file = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+    data, file = shard_file(tensors, name)
     return data, dataclasses.replace(record, shard=file, tensors=tuple(entries))
 
 
@@ -290,16 +290,12 @@ def _student_model(
 
 def _assemble(job: Job, device: torch.device, weight: Callable[[str], torch.Tensor]) -> nn.Module:
     """The expert's architecture in fp32 with the weights that `weight` gives by name."""
-    from meswitch_cli.calibration.stream import materialise_buffers
-
     model: Any = skeleton(job.expert.config, str(job.expert.source.path))
     materialise_buffers(model, device)
     for name, item in job.plan.architecture.parameters.items():
         if item.tied_to:
             continue
-        parent, _, leaf = name.rpartition(".")
-        value = weight(name).to(device)
-        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        set_parameter(model, name, weight(name).to(device))
     model.tie_weights()
     evaluated: nn.Module = model.eval()
     return evaluated

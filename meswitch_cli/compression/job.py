@@ -14,14 +14,14 @@ from meswitch_cli import __version__
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
 from meswitch_cli.artifact.sidefiles import MODEL_CARD, expert_files, model_card
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace, workspace
-from meswitch_cli.calibration.data import CalibrationFile, token_windows
-from meswitch_cli.calibration.stream import stream_statistics
+from meswitch_cli.calibration.data import CalibrationFile, random_window, token_windows
+from meswitch_cli.calibration.stream import OnLayer, stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, config_differences, make_plan
 from meswitch_cli.compression.distill import distill
 from meswitch_cli.compression.pairs import TensorPair, read_pairs
-from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.delta.statistics import InputStatistics
@@ -164,40 +164,44 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
         on_progress("compress", 0, len(records))
 
     missing = [index for index in range(len(units)) if index not in records]
-    if missing and job.calibration is not None:
-        _quantise_calibrated(job, missing, finish, device, on_progress)
-    elif missing:
-        pairs = read_pairs([item for index in missing for item in units[index]], job.base, job.expert)
-        for index in missing:
-            finish(index, (next(pairs) for _ in units[index]), {})
+    pairs = read_pairs([item for index in missing for item in units[index]], job.base, job.expert)
+
+    def finish_if_missing(index: int, statistics: Mapping[str, InputStatistics]) -> None:
+        if index in missing:
+            finish(index, (next(pairs) for _ in units[index]), statistics)
+
+    if missing and job.settings.calibration is not None:
+
+        def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
+            on_progress("calibrate", 0, index)
+            finish_if_missing(index, statistics)
+
+        finish_if_missing(len(units) - 1, _statistics(job, on_layer, device))
+    for index in [index for index in missing if index not in records]:
+        finish_if_missing(index, {})
     return [records[index] for index in range(len(units))]
 
 
-def _quantise_calibrated(
-    job: Job,
-    missing: list[int],
-    finish: Callable[[int, Iterator[TensorPair], Mapping[str, InputStatistics]], None],
-    device: torch.device | str,
-    on_progress: OnProgress,
-) -> None:
-    windows = calibration_windows(job)
-    last = len(job.plan.units) - 1
-
-    def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
-        on_progress("calibrate", 0, index)
-        if index in missing:
-            finish(index, read_pairs(job.plan.units[index], job.base, job.expert), statistics)
-
-    needs_gram = job.settings.linears().needs_gram
-    head_statistics = stream_statistics(
-        job.expert, job.plan.architecture, windows, on_layer, gram=needs_gram, device=device
+def _statistics(job: Job, on_layer: OnLayer, device: torch.device | str) -> dict[str, InputStatistics]:
+    """Calibrate; `on_layer` hears of the layers in order, the head's statistics are returned."""
+    random = job.settings.calibration == RANDOM
+    common = _common_dtype(job.expert)
+    return stream_statistics(
+        job.expert,
+        job.plan.architecture,
+        calibration_windows(job),
+        on_layer,
+        gram=job.settings.linears().needs_gram,
+        device=device,
+        dtype=torch.bfloat16 if random and common == "bfloat16" else None,  # few tokens: reading weights is the cost
     )
-    if last in missing:
-        finish(last, read_pairs(job.plan.units[last], job.base, job.expert), head_statistics)
 
 
 def calibration_windows(job: Job) -> torch.Tensor:
-    """The calibration file as token windows of the expert's own tokenizer, `[n, sequence_length]`."""
+    """The calibration file as token windows of the expert's own tokenizer, `[n, sequence_length]`; or random tokens."""
+    vocabulary = next(item.shape[0] for item in job.plan.tensors if item.kind == "embedding")
+    if job.settings.calibration == RANDOM:
+        return random_window(vocabulary, job.settings.seed)
     assert job.calibration is not None
     tokenizer = load_tokenizer(job.expert.source.path)
     windows = token_windows(
@@ -207,7 +211,6 @@ def calibration_windows(job: Job) -> torch.Tensor:
         sequence_length=job.settings.sequence_length,
         seed=job.settings.seed,
     )
-    vocabulary = next(item.shape[0] for item in job.plan.tensors if item.kind == "embedding")
     if int(windows.max()) >= vocabulary:
         raise UsageError(
             f"{job.expert.source.path}: its tokenizer gives token {int(windows.max())}, its embedding has "

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args
 from meswitch_cli.delta.settings import BITS, ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
+#: Calibration by random tokens.
+RANDOM = "random"
+
 StepMethod = Literal["least-squares", "unbiased", "layerwise", "distill"]
 
 
@@ -29,9 +32,9 @@ class CompressionSettings:
         bits, salient, group_size, channel_scale, rounding: as in `QuantizerSettings`, for the decoder's linears.
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
         embedding_bits: code width of embedding and head.
-        calibration: SHA-256 of the calibration file, None without one.
+        calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
-        seed: order of the calibration items, and of the batches of `distill`.
+        seed: order of the calibration items and of the batches of `distill`; the random tokens.
 
     Raises:
         UsageError: a value is not possible, or needs calibration data that was not given.
@@ -60,7 +63,7 @@ class CompressionSettings:
             raise UsageError(f"--embedding-bits must be 1, 2 or 4, not {self.embedding_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
-        if self.calibration is None and (linears.needs_gram or self.steps == "distill"):
+        if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
             wanted = "--rounding feedback" if self.rounding == "feedback" else f"--steps {self.steps}"
             raise UsageError(f"{wanted} needs calibration data: give --calibration FILE.jsonl")
 

@@ -54,9 +54,14 @@ def compress_unit(
         else:
             entries.append(entry)
             stored |= tensors
-    data = encode_shard(stored)
-    file = FileEntry(shard, len(data), hashlib.sha256(data).hexdigest())
+    data, file = shard_file(stored, shard)
     return data, UnitRecord(file, tuple(entries), tuple(unchanged), base_digests, expert_digests)
+
+
+def shard_file(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[bytes, FileEntry]:
+    """The bytes of a shard, and how a manifest lists it."""
+    data = encode_shard(tensors)
+    return data, FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _compress_tensor(

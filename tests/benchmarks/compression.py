@@ -28,7 +28,7 @@ from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.compression.job import Job, calibration_windows, compress, prepare
 from meswitch_cli.compression.pairs import read_pairs
-from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines import bitdelta_start
@@ -40,15 +40,18 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: what the table calls it and how it differs from the defaults; `calibrated` uses the data."""
+    """One setting: what the table calls it, its calibration, and how it differs from `CompressionSettings()`.
+
+    `calibration` is True for the expert's data, `RANDOM` for random tokens, False for none.
+    """
 
     label: str
-    calibrated: bool
+    calibration: bool | str
     settings: Mapping[str, Any]
 
 
-def _row(label: str, calibrated: bool = False, **settings: Any) -> Row:
-    return Row(label, calibrated, settings)
+def _row(label: str, calibration: bool | str = False, **settings: Any) -> Row:
+    return Row(label, calibration, settings)
 
 
 #: Fixed before any of them was measured. The first two are not CompressionSettings: see `deltas_of`.
@@ -90,6 +93,10 @@ ROWS = (
         channel_scale="rms",
         embedding_bits=4,
     ),
+    _row("2 bits, unbiased, 8 salient, random tokens", RANDOM),
+    _row("2 bits, unbiased, 16 salient, random tokens", RANDOM, salient=16),
+    _row("2 bits, unbiased, 8 salient, random tokens, embedding 4 bits", RANDOM, embedding_bits=4),
+    _row("1 bit, unbiased, 8 salient, channel scale, random tokens", RANDOM, bits=1, channel_scale="rms"),
 )
 
 
@@ -112,26 +119,26 @@ class Bench:
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.expert_path, dtype=torch.float32).eval()
         self.items = [item for part in self.parts.values() for item in part]
         self.reference = reference_logits(self.model, self.items)
-        self._statistics: dict[int, dict[str, InputStatistics]] | None = None
+        self._statistics: dict[bool | str, dict[int, dict[str, InputStatistics]]] = {}
 
     def job(self, row: Row, out: Path) -> Job:
+        file = self.calibration if row.calibration is True else None
         settings = CompressionSettings(
             **row.settings,
-            calibration=self.calibration.sha256 if row.calibrated else None,
+            calibration=file.sha256 if file else row.calibration or None,
             samples=SAMPLES,
             sequence_length=SEQUENCE_LENGTH,
         )
-        return prepare(self.base_path, self.expert_path, out, settings, self.calibration if row.calibrated else None)
+        return prepare(self.base_path, self.expert_path, out, settings, file)
 
-    def statistics(self, job: Job) -> dict[int, dict[str, InputStatistics]]:
-        """Statistics of every layer, with gram matrices, taken once for all calibrated rows."""
-        if self._statistics is None:
+    def statistics(self, job: Job, calibration: bool | str) -> dict[int, dict[str, InputStatistics]]:
+        """Statistics of every layer, with gram matrices for the expert's data, taken once for all rows of a kind."""
+        if calibration not in self._statistics:
             layers: dict[int, dict[str, InputStatistics]] = {}
-            stream_statistics(
-                job.expert, job.plan.architecture, calibration_windows(job), layers.__setitem__, gram=True
-            )
-            self._statistics = layers
-        return self._statistics
+            windows = calibration_windows(job)
+            stream_statistics(job.expert, job.plan.architecture, windows, layers.__setitem__, gram=calibration is True)
+            self._statistics[calibration] = layers
+        return self._statistics[calibration]
 
     def weights_of(self, row: Row) -> tuple[dict[str, torch.Tensor], int]:
         """The row's weights by parameter name, and the bytes of its shards."""
@@ -150,7 +157,7 @@ class Bench:
                 else job.base.read(item.base_stored).float()
                 for item in job.plan.tensors
             }, manifest.nbytes
-        statistics = self.statistics(job) if row.calibrated else {}
+        statistics = self.statistics(job, row.calibration) if row.calibration else {}
         weights: dict[str, torch.Tensor] = {}
         nbytes = 0
         for index, unit in enumerate(job.plan.units):
@@ -242,10 +249,12 @@ def main() -> None:
             bench = Bench(name, (choice, report), Path(scratch))
             if not results["rows"]:
                 results["rows"].append(bench.expert_row())
-            for row in todo:
-                results["rows"].append(bench.measure(row))
                 path.write_text(json.dumps(results))
-                print(f"{name}: {row.label}: {results['rows'][-1]['evaluate_seconds']} s", flush=True)
+            for row in todo:
+                figures = bench.measure(row)
+                results["rows"] = measured(path)["rows"] + [figures]  # another run may have added rows meanwhile
+                path.write_text(json.dumps(results))
+                print(f"{name}: {row.label}: {figures['evaluate_seconds']} s", flush=True)
     write_report(arguments.results, RESULTS / "compression.md")
 
 

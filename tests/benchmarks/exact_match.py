@@ -23,10 +23,13 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
-SETTINGS: dict[str, dict[str, Any]] = {"2 bits, default": {}, "1 bit, default": {"bits": 1, "channel_scale": "rms"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "2 bits, default": {"calibration": RANDOM},
+    "1 bit, default": {"calibration": RANDOM, "bits": 1, "channel_scale": "rms"},
+}
 BATCH = 16
 MAX_NEW_TOKENS = 160
 

@@ -44,7 +44,7 @@ def test_the_main_job(pair: Pair, tmp_path: Path) -> None:
     art, back = tmp_path / "art", tmp_path / "back"
     made = meswitch("compress", "--base", pair[0], "--expert", pair[1], "--out", art, "--salient", 4)
     assert made.returncode == 0, made.stderr
-    assert "times smaller" in made.stdout and "largest weight error" in made.stdout
+    assert "times smaller" in made.stdout and "largest output error" in made.stdout
     assert "expected size" in made.stderr
     shown = meswitch("inspect", art, "--plot", tmp_path / "art.png")
     assert shown.returncode == 0 and "q_proj" in shown.stdout

@@ -23,3 +23,4 @@ def test_defaults_follow_bits_and_calibration(
     )
     settings = json.loads(done.stdout)["settings"]
     assert (settings["steps"], settings["channel_scale"]) == (steps, scale)
+    assert (settings["calibration"] == "random") is not calibrated

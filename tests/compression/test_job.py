@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.artifact.restore import restore
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.size import expected_bytes
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
 from zoo.tiny import make_pair
@@ -54,6 +56,7 @@ def _interrupted(pair: Pair, out: Path, after_units: int, **settings: Any) -> No
         {},
         {"bits": 1, "channel_scale": "rms"},
         {"bits": 4, "group_size": 32},
+        {"calibration": RANDOM},
         {"calibrated": True},
         {"calibrated": True, "rounding": "feedback", "steps": "layerwise"},
         {"calibrated": True, "steps": "distill"},
@@ -83,17 +86,41 @@ def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path) -> None
     assert sum(entry.nbytes for entry in manifest.tensors) == pytest.approx(expected_bytes(job), rel=0.02)
 
 
+def test_random_tokens_find_a_channel_of_large_activation(pair: Pair, tmp_path: Path) -> None:
+    name, channel = "model.layers.1.self_attn.q_proj.weight", 41
+    loud = []
+    for source in pair:
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        tensors["model.layers.1.input_layernorm.weight"][channel] = 50.0
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        loud.append(folder)
+    kept = {}
+    for calibration in (None, RANDOM):
+        _compress((loud[0], loud[1]), tmp_path / str(calibration), calibration=calibration)
+        artifact = Artifact.open(tmp_path / str(calibration))
+        entry = next(entry for entry in artifact.manifest.tensors if entry.name == name)
+        kept[calibration] = artifact.shard(entry.shard).delta(name).salient_index.tolist()
+    assert channel in kept[RANDOM]
+    assert channel not in kept[None]
+
+
 def test_identical_expert_is_compressed_to_nothing(pair: Pair, tmp_path: Path) -> None:
     manifest = _compress((pair[0], pair[0]), tmp_path / "a")
     assert not manifest.tensors
     assert len(manifest.unchanged) == len(Checkpoint.open(str(pair[0])).tensors)
 
 
+@pytest.mark.parametrize("calibration", [None, RANDOM])
 @pytest.mark.parametrize("units", [0, 1, 2])
-def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(pair: Pair, tmp_path: Path, units: int) -> None:
-    _compress(pair, tmp_path / "whole")
-    _interrupted(pair, tmp_path / "cut", units)
-    job = prepare(str(pair[0]), str(pair[1]), tmp_path / "cut", CompressionSettings(salient=4), None)
+def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    pair: Pair, tmp_path: Path, units: int, calibration: str | None
+) -> None:
+    _compress(pair, tmp_path / "whole", calibration=calibration)
+    _interrupted(pair, tmp_path / "cut", units, calibration=calibration)
+    settings = CompressionSettings(salient=4, calibration=calibration)
+    job = prepare(str(pair[0]), str(pair[1]), tmp_path / "cut", settings, None)
     done: list[str] = []
     compress(job, on_progress=lambda what, nbytes, count: done.append(what))
     assert done.count("resumed") == units
@@ -159,6 +186,46 @@ def test_existing_artifact_is_replaced_only_by_force(pair: Pair, tmp_path: Path)
     assert _bytes(tmp_path / "a") == before
     _compress(pair, tmp_path / "a", force=True, bits=4)
     assert _bytes(tmp_path / "a") != before
+
+
+def test_kill_between_the_renames_of_a_replacement_keeps_the_old_artifact(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compress(pair, tmp_path / "a")
+    before = _bytes(tmp_path / "a")
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == tmp_path / "a":
+            raise _Stop
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(_Stop):
+        patched.setattr(Path, "rename", killed)
+        _compress(pair, tmp_path / "a", force=True, bits=4)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ArtifactError, match="--force"):
+        _compress(pair, tmp_path / "a", bits=1)
+    assert _bytes(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("rows", [250, 268])
+def test_a_smaller_vocabulary_of_unchanged_rows(pair: Pair, tmp_path: Path, rows: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    model.resize_token_embeddings(rows)
+    model.get_parameter("model.norm.weight").data += 0.5
+    model.save_pretrained(tmp_path / "expert")
+    shutil.copy(pair[0] / "tokenizer.json", tmp_path / "expert")
+    manifest = _compress((pair[0], tmp_path / "expert"), tmp_path / "a")
+    changed = {entry.name: entry.bits for entry in manifest.tensors}
+    smaller = {"model.embed_tokens.weight": 0, "lm_head.weight": 0} if rows == 250 else {}
+    assert changed == {"model.norm.weight": 0} | smaller
+    artifact = Artifact.open(tmp_path / "a")
+    assert len(list(artifact.verify())) == len(manifest.shards) + len(manifest.files)
+    restore(artifact, Checkpoint.open(str(pair[0])), tmp_path / "back", dtype=torch.float32)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
 
 
 def test_failed_replacement_keeps_the_old_artifact(pair: Pair, tmp_path: Path) -> None:
