@@ -16,9 +16,11 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
 from meswitch_cli.evaluation.fidelity import TokenFidelity
 from meswitch_cli.evaluation.figures import against_base, model_row
+from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.markdown import markdown
 from meswitch_cli.evaluation.methods import Activations, baseline_candidate
 from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mode, compare_models
+from meswitch_cli.evaluation.profile import saliency_rows, tensor_rows
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
 from meswitch_cli.evaluation.subjects import Candidate, Expert, open_artifact, open_experts, split_label
@@ -29,6 +31,7 @@ BASE = "base"
 CPU = torch.device("cpu")
 ITEMS_FILE = "items.jsonl"
 MARKDOWN_FILE = "report.md"
+HTML_FILE = "report.html"
 OnStep = Callable[[str], None]
 
 
@@ -245,13 +248,18 @@ def judge(evaluation: Evaluation) -> bool:
 
 
 def finish(evaluation: Evaluation) -> None:
-    """Write `report.json` as complete, and the page made from it."""
+    """Write `report.json` as complete, and the pages made from it."""
+    by_label = {expert.label: expert for expert in evaluation.experts}
+    for item in evaluation.candidates:
+        evaluation.report.tensors += tensor_rows(item)
+        evaluation.report.saliency += saliency_rows(item, by_label[item.expert])
     for item, model in zip(evaluation.candidates, evaluation.report.models, strict=True):
         model["nbytes"] = item.nbytes() or None
     evaluation.report.complete = True
     evaluation.save()
     value = evaluation.report.to_dict()
     write_atomically(evaluation.request.out / MARKDOWN_FILE, markdown(value).encode())
+    write_atomically(evaluation.request.out / HTML_FILE, page(value).encode())
 
 
 def _read_sets(request: Request) -> list[EvaluationSet]:

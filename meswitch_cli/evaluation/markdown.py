@@ -13,7 +13,7 @@ Table = tuple[Sequence[str], list[list[str]]]
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The page for a report as `Report.to_dict` gives it."""
-    parts = ["# Evaluation\n", _summary(report)]
+    parts = ["# Evaluation\n", f"\n{heading(report)}\n"]
     for title, table, note in sections(report):
         parts.append(f"\n## {title}\n\n{_table(table)}\n" + (f"\n{note}\n" if note else ""))
     if report["errors"]:
@@ -23,6 +23,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["notes"]:
         parts.append("\n## Notes\n\n" + "".join(f"- {note}\n" for note in report["notes"]))
     return "".join(parts)
+
+
+def heading(report: Mapping[str, Any]) -> str:
+    """What was evaluated, on what, with which versions."""
+    machine, packages = report["environment"], report["environment"]["packages"]
+    versions = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    state = "" if report["complete"] else "INCOMPLETE: the evaluation did not run to its end. "
+    return (
+        f"{state}Base {report['base']['id']}; made {report['created']} by meswitch {machine['meswitch']} on "
+        f"{machine['device_name']} ({machine['device']}, {machine['dtype']}, {machine['mode']}, {machine['threads']} "
+        f"threads), Python {machine['python']}, {versions}; seed {report['seed']}."
+    )
 
 
 def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
@@ -168,17 +180,6 @@ def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int
         return ""
     text = f"{factor * value:.{digits}f}"
     return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
-
-
-def _summary(report: Mapping[str, Any]) -> str:
-    machine, packages = report["environment"], report["environment"]["packages"]
-    versions = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
-    state = "" if report["complete"] else "**Incomplete: the evaluation did not run to its end.** "
-    return (
-        f"\n{state}Base {report['base']['id']}; made {report['created']} by meswitch {machine['meswitch']} on "
-        f"{machine['device_name']} ({machine['device']}, {machine['dtype']}, {machine['mode']}, {machine['threads']} "
-        f"threads), Python {machine['python']}, {versions}; seed {report['seed']}.\n"
-    )
 
 
 def _set_note(report: Mapping[str, Any], name: str, expert: str) -> str:

@@ -45,6 +45,7 @@ class Report:
     flips: list[dict[str, Any]] = field(default_factory=list)
     router: dict[str, Any] | None = None
     tensors: list[dict[str, Any]] = field(default_factory=list)
+    saliency: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
 
-    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 12,24] [--minutes 4] [--rows TEXT]
+    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
 
 Rows are written one by one to a JSON file an expert; a second run continues where the first stopped, and the page is
 made from what is there. `--minutes` stops after the row during which they ran out.
@@ -12,9 +12,11 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 import zoo
@@ -22,6 +24,7 @@ from benchmarks.frontier_report import write_page
 from benchmarks.frontier_rows import BASE, rows
 from benchmarks.machine import describe
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
 from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
 from meswitch_cli.evaluation.passes import Arithmetic, Reference
@@ -31,6 +34,36 @@ from meswitch_cli.evaluation.weights import CheckpointWeights
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
 ARITHMETIC = Arithmetic(torch.device("cpu"), torch.float32, "resident")
 CALIBRATION_WINDOWS = 16
+
+
+class StoredActivations(Activations):
+    """Statistics kept on disk between runs: taking them costs more than a row."""
+
+    def __init__(self, expert: Expert, path: Path, folder: Path) -> None:
+        super().__init__(expert, path, samples=CALIBRATION_WINDOWS)
+        self._folder = folder
+        self._loaded: dict[bool, dict[str, InputStatistics]] = {}
+
+    def statistics(self, *, gram: bool = False) -> Mapping[str, InputStatistics]:
+        if gram not in self._loaded:
+            self._loaded = {gram: self._load(gram)}
+        return self._loaded[gram]
+
+    def _load(self, gram: bool) -> dict[str, InputStatistics]:
+        file = self._folder / f"{self.expert.label}-{'gram' if gram else 'energy'}.safetensors"
+        if not file.exists():
+            parts = {}
+            for name, item in super().statistics(gram=gram).items():
+                parts |= {f"{name}|energy": item.energy, f"{name}|tokens": torch.tensor([item.tokens])}
+                if item.gram is not None:
+                    parts[f"{name}|gram"] = item.gram
+            safetensors.torch.save_file(parts, file)
+        stored = safetensors.torch.load_file(file)
+        names = {key.partition("|")[0] for key in stored}
+        return {
+            name: InputStatistics(stored[f"{name}|energy"], stored.get(f"{name}|gram"), int(stored[f"{name}|tokens"]))
+            for name in names
+        }
 
 
 def encoded(expert: Expert, part: str, count: int) -> list[EncodedItem]:
@@ -50,7 +83,7 @@ def columns(figures: list[TokenFidelity]) -> dict[str, list[float]]:
     }
 
 
-def measure(name: str, path: Path, counts: tuple[int, int], deadline: float, wanted: str) -> None:
+def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> None:
     """Measure an expert's missing rows until the deadline."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     todo = [spec for spec in rows() if spec not in results["rows"] and wanted in spec]
@@ -59,10 +92,10 @@ def measure(name: str, path: Path, counts: tuple[int, int], deadline: float, wan
     family = zoo.paths()
     base = CheckpointWeights(Checkpoint.open(str(family.base)))
     expert = open_experts([f"{name}={family.experts[name]}"], base)[0]
-    choice, report = (encoded(expert, part, count) for part, count in zip(("choice", "report"), counts, strict=True))
-    activations = Activations(expert, family.calibration[name], samples=CALIBRATION_WINDOWS)
+    items = encoded(expert, "report", count)
+    activations = StoredActivations(expert, family.calibration[name], path.parent)
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(expert.weights, choice + report, ARITHMETIC, Path(folder))
+        reference = Reference(expert.weights, items, ARITHMETIC, Path(folder))
         for spec in todo:
             if time.monotonic() > deadline:
                 return
@@ -72,8 +105,7 @@ def measure(name: str, path: Path, counts: tuple[int, int], deadline: float, wan
             results["rows"][spec] = {
                 "bytes": 0 if spec == BASE else weights.nbytes,
                 "seconds": round(time.perf_counter() - started, 1),
-                "choice": columns(found[: len(choice)]),
-                "report": columns(found[len(choice) :]),
+                "report": columns(found),
                 "machine": describe(),
             }
             results["weights"] = sum(
@@ -88,17 +120,16 @@ def measure(name: str, path: Path, counts: tuple[int, int], deadline: float, wan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", default="maths")
-    parser.add_argument("--items", default="12,24", help="items of the choice and of the report part")
+    parser.add_argument("--items", type=int, default=16, help="items of the report part; nothing is chosen on them")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     parser.add_argument("--results", type=Path, default=Path.home() / ".cache" / "meswitch-zoo" / "frontier")
     arguments = parser.parse_args()
-    choice, report = (int(count) for count in arguments.items.split(","))
     arguments.results.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     for name in arguments.experts.split(","):
-        path = arguments.results / f"{name}-{choice}-{report}.json"
-        measure(name, path, (choice, report), deadline, arguments.rows)
+        path = arguments.results / f"{name}-{arguments.items}.json"
+        measure(name, path, arguments.items, deadline, arguments.rows)
     write_page(arguments.results, PAGE)
 
 
