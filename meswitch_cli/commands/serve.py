@@ -71,7 +71,9 @@ def run(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the base's weights; auto: its own.")
     ] = "auto",
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="From where to log.")] = "info",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="From where to log.")
+    ] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """Serve the base and every expert from one copy of the base, behind OpenAI's API, with a chat page at /.
