@@ -18,6 +18,9 @@ COMMANDS = {
     "inspect": "Show what an artifact holds and how faithful each of its tensors is.",
     "verify": "Check an artifact's every hash and tensor, and that a base is its base.",
     "restore": "Write an artifact back as an ordinary Hugging Face checkpoint.",
+    "train-router": "Train a router: which expert a prompt belongs to, and how sure that is.",
+    "router": "Add an expert to a router, remove one, or measure a router.",
+    "route": "Say which expert a router chooses for a prompt.",
     "serve": "Serve the base and its experts behind OpenAI's API, with a chat page.",
     "eval": "Measure how close a compressed expert is to the full one, with statistics.",
 }

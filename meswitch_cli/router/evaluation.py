@@ -5,16 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from meswitch_cli.checkpoint.source import resolve
+from meswitch_cli.engine.contract import BASE
+from meswitch_cli.errors import RouterError
 from meswitch_cli.router import measures
+from meswitch_cli.router.artifact import RouterArtifact
 from meswitch_cli.router.backends.backend import Backend
 from meswitch_cli.router.data import Example
+from meswitch_cli.router.features import HiddenStates
 from meswitch_cli.router.gates import risk_coverage
+from meswitch_cli.router.losses import downstream, expert_losses
 from meswitch_cli.router.model import RouterModel
 from meswitch_cli.router.router import Router
 
@@ -139,3 +146,56 @@ def baseline(backend: Backend, model: RouterModel, examples: Sequence[Example], 
     )
     kept = ("accuracy", "macro_f1", "after_calibration", "at_the_gates", "coverage_at_target", "out_of_domain")
     return {key: whole[key] for key in kept if key in whole}
+
+
+def evaluation_report(
+    artifact: RouterArtifact,
+    hidden_states: HiddenStates | None,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    experts: Mapping[str, Path],
+    base: str | None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """The report of `meswitch router eval`: figures, latency, and with experts given their loss on the responses.
+
+    Raises:
+        RouterError: an expert of the router is not given, or an example has no response where experts are.
+    """
+    router = artifact.router(hidden_states, tokenizer, strict=True)
+    target = float(artifact.manifest.training.get("target_precision", 0.95))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress("routing", done, len(examples))
+
+    report: dict[str, Any] = {
+        "backend": artifact.manifest.backend,
+        "labels": list(router.labels),
+        "thresholds": router.model.numbers(),
+        "test": evaluate(router, examples, target, advance),
+        "latency_ms": measure_latency(router, [item.text for item in examples]),
+        "bytes": artifact.nbytes,
+    }
+    if experts:
+        report["downstream"] = _downstream(router, examples, experts, base)
+    return report
+
+
+def _downstream(
+    router: Router, examples: Sequence[Example], experts: Mapping[str, Path], base: str | None
+) -> dict[str, Any]:
+    if base is None:
+        raise RouterError("the experts' losses are compared with the base's: give --base")
+    missing = [label for label in router.labels if label not in experts]
+    if missing:
+        raise RouterError(f"no expert is given for {', '.join(missing)}: --artifact NAME=DIR")
+    inside = [item for item in examples if item.domain is not None]
+    folder = resolve(base).path
+    chosen = {label: experts[label] for label in router.labels}
+    losses = expert_losses(chosen | {BASE: folder}, inside, base)
+    base_losses = losses.pop(BASE)
+    routed = [router.route(item.text).expert for item in inside]
+    return downstream(losses, base_losses, [str(item.domain) for item in inside], routed)

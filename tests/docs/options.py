@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,10 +20,21 @@ BEGIN, END = "<!-- options, generated -->\n", "<!-- end of options -->"
 
 
 def table(command: str) -> str:
-    """The Markdown table of a command's arguments and options."""
+    """The Markdown table of a command's arguments and options; of a command with subcommands, one table for each."""
     import importlib
 
-    run = importlib.import_module(f"meswitch_cli.commands.{command}").run
+    module = importlib.import_module(f"meswitch_cli.commands.{command.replace('-', '_')}")
+    if not hasattr(module, "app"):
+        return _table(module.run)
+    tables = [
+        f"`{command} {info.name or info.callback.__name__}`\n\n{_table(info.callback)}"
+        for info in module.app.registered_commands
+        if info.callback
+    ]
+    return "\n".join(tables)
+
+
+def _table(run: Callable[..., Any]) -> str:
     hints = get_type_hints(run, include_extras=True)
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name, parameter in inspect.signature(run).parameters.items():
@@ -48,8 +60,8 @@ def _values(kind: Any) -> list[Any]:
 
 
 def _metavar(kind: Any) -> str:
-    kinds = {kind, *get_args(kind)}
-    return "PATH" if Path in kinds else "N" if int in kinds else "TEXT"
+    kinds = {kind, *get_args(kind)} | {leaf for part in get_args(kind) for leaf in get_args(part)}
+    return "PATH" if Path in kinds else "N" if kinds & {int, float} else "TEXT"
 
 
 def _default(value: Any, info: OptionInfo | ArgumentInfo) -> str:

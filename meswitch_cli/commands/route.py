@@ -1,0 +1,38 @@
+"""`meswitch route`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    text: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    router: Annotated[Path, typer.Option(help="The router's folder.")],
+    base: Annotated[str | None, typer.Option(help="The shared base; a probe needs it.", show_default="none")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the decision as one JSON object.")] = False,
+) -> None:
+    """Decides as a server would for a request without a session.
+
+    Example: meswitch route --router ./router --base ./llama "What is the derivative of sin x?"
+    """
+    import sys
+
+    from meswitch_cli.commands.router_loading import open_router
+    from meswitch_cli.commands.router_tables import print_decision
+
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    artifact, hidden_states, tokenizer = open_router(router, base)
+    logging.getLogger("meswitch_cli.router").addHandler(logging.StreamHandler(sys.stderr))
+    logging.getLogger("meswitch_cli.router").setLevel(logging.INFO)
+    decision = artifact.router(hidden_states, tokenizer, strict=True).route(text)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(decision)))
+    else:
+        print_decision(decision)

@@ -1,0 +1,136 @@
+"""`meswitch train-router`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be a router and --force given.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The shared base, folder or Hub id; the probe reads it.", show_default="none"),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help='JSONL whose lines have "prompt" or "messages", and "domain" (null: no expert\'s).'),
+    ] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: JSONL whose every prompt is of this expert's domain.")
+    ] = None,
+    artifact: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: the expert itself; its hash is kept, and --auto-label needs it."),
+    ] = None,
+    backend: Annotated[
+        Literal["probe", "encoder", "tfidf", "lm"], typer.Option(help="What makes features of prompts.")
+    ] = "probe",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sentence encoder, or of the small causal LM.", show_default="lm: the base"),
+    ] = None,
+    layer: Annotated[
+        str, typer.Option(help="Decoder layer that the probe reads, 1 the first; auto: chosen on validation.")
+    ] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a prompt that are read; the middle is cut.")] = 256,
+    fallback: Annotated[str, typer.Option(help="Where prompts go that pass no gate: base, or an expert.")] = "base",
+    target_precision: Annotated[
+        float, typer.Option(help="Of what is routed, this share must be right; sets the confidence threshold.")
+    ] = 0.95,
+    sticky_margin: Annotated[
+        float, typer.Option(help="A session leaves its expert for one that is likelier by this much.")
+    ] = 0.2,
+    auto_label: Annotated[
+        bool, typer.Option("--auto-label", help="Label (prompt, response) pairs by the experts' loss on the response.")
+    ] = False,
+    lm_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the lm backend, 8 prompts each.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the split, the gates and the lm backend.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the router that is there.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Add report.png and report.svg.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Its report lies in the router's folder as report.md and report.json.
+
+    Example: meswitch train-router --base ./llama --data prompts.jsonl --out ./router
+    """
+    from meswitch_cli.commands.router_progress import announce, router_progress
+    from meswitch_cli.commands.router_tables import print_report
+    from meswitch_cli.errors import UsageError
+    from meswitch_cli.router.artifact import manifest_digest, write_router
+    from meswitch_cli.router.autolabel import label_by_loss
+    from meswitch_cli.router.data import gather, read_examples
+    from meswitch_cli.router.losses import expert_losses
+    from meswitch_cli.router.names import check_label
+    from meswitch_cli.router.report import markdown, plots
+    from meswitch_cli.router.training import TrainingSettings, train_router
+
+    files = pairs(expert or [], "--expert")
+    models = pairs(artifact or [], "--artifact")
+    if not data and not files:
+        raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from")
+    if layer != "auto" and (not layer.isdecimal() or int(layer) < 1):
+        raise UsageError(f"--layer must be auto or a number from 1, not {layer!r}")
+    settings = TrainingSettings(
+        backend=backend,
+        layer=None if layer == "auto" else int(layer),
+        max_tokens=max_tokens,
+        fallback=fallback,
+        target_precision=target_precision,
+        sticky_margin=sticky_margin,
+        lm_steps=lm_steps,
+        seed=seed,
+    )
+    examples = [item for path in data or [] for item in read_examples(path, need_domain=not auto_label)]
+    for name, path in files.items():
+        examples += read_examples(path, domain=check_label(name, "--expert"))
+    digests = {check_label(name, "--artifact"): manifest_digest(path) for name, path in models.items()}
+    if auto_label:
+        if len(models) < 2:
+            raise UsageError("--auto-label needs the experts: --artifact NAME=DIR for at least two")
+        unlabelled = [item for item in examples if item.domain is None]
+        labels = label_by_loss(unlabelled, expert_losses(models, unlabelled, base))
+        examples = [item for item in examples if item.domain is not None] + list(labels.examples)
+        counts = ", ".join(f"{name} {count}" for name, count in labels.certain.items())
+        announce(f"labelled by loss: {counts}; {labels.uncertain} too close to call, used for training alone")
+    gathered = gather(examples)
+    if gathered.duplicates:
+        announce(f"{gathered.duplicates} duplicates dropped")
+    with router_progress() as on_progress:
+        trained = train_router(gathered, settings, base=base, model=model, experts=digests, on_progress=on_progress)
+    cut = trained.report["cut_prompts"]
+    if cut:
+        announce(f"{cut} prompts are longer than {max_tokens} tokens and were cut; --max-tokens reads more of them")
+    written = write_router(
+        out,
+        trained.manifest,
+        trained.router.model,
+        trained.router.backend,
+        trained.store,
+        report={"report.json": json.dumps(trained.report, indent=1) + "\n", "report.md": markdown(trained.report)},
+        plots=plots(trained.report) if plot else None,
+        force=force,
+    )
+    if as_json:
+        typer.echo(json.dumps({"router": str(out), "bytes": written.nbytes} | trained.report))
+    else:
+        print_report(trained.report)
+        typer.echo(f"{out}: {written.nbytes:,} bytes to route with")
+
+
+def pairs(values: list[str], option: str) -> dict[str, Path]:
+    """NAME=PATH options as a mapping. Raises UsageError for any other form and for a name given twice."""
+    from meswitch_cli.errors import UsageError
+
+    result: dict[str, Path] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not name or not path:
+            raise UsageError(f"{option} {value!r}: must be NAME=PATH")
+        if name in result:
+            raise UsageError(f"{option}: {name!r} is given twice")
+        result[name] = Path(path)
+    return result
