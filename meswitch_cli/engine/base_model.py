@@ -11,6 +11,7 @@ from torch import nn
 
 from meswitch_cli.checkpoint.architecture import Architecture, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.engine.attention import register
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import DTYPES
@@ -76,7 +77,7 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                attn_implementation="sdpa",
+                attn_implementation=register() if device.type == "cpu" else "sdpa",
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
+from meswitch_cli.engine import attention
 from meswitch_cli.engine.contract import TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.prefix import SaltedCache
@@ -223,6 +224,10 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
         self.output_router = Router(hooks.on_failure)
         self._steps, self._slots, self._hooks = steps, slots, hooks
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        if model.config._attn_implementation != attention.NAME:
+            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
 
     def wake(self) -> None:
         """Have the loop look for work now."""

@@ -1,0 +1,102 @@
+"""Attention over the paged cache on a CPU, one request after the other.
+
+transformers' own implementation without flash kernels masks one product of all queries with all requests' keys, whose
+cost grows with the square of the number of requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The name under which transformers knows `attend`. It makes no masks for names it has no mask function of.
+NAME = "meswitch_by_request"
+
+
+def register() -> str:
+    """Make `attend` known to transformers; return its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    return NAME
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cache: Any = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention, as transformers calls it: query `[1, heads, tokens, width]` of requests one after another.
+
+    With `cache`, keys and values `[1, key heads, tokens, width]` are stored there and those before them are read.
+
+    Returns:
+        `[1, tokens, heads, width]`, and no weights.
+    """
+    if cache is None:
+        ends_q, ends_k = [0, query.shape[2]], [0, key.shape[2]]
+    else:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    results = []
+    for index in range(len(ends_q) - 1):
+        own_q = slice(ends_q[index], ends_q[index + 1])
+        own_k = slice(ends_k[index], ends_k[index + 1])
+        results.append(
+            _attend_one(query[:, :, own_q], key[:, :, own_k], value[:, :, own_k], scale, sliding_window, softcap)
+        )
+    joined = results[0] if len(results) == 1 else torch.cat(results, 2)
+    return joined.transpose(1, 2).contiguous(), None
+
+
+def _attend_one(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One request, whose last key is its last query's."""
+    heads, tokens = query.shape[1], query.shape[2]
+    length = key.shape[2]
+    windowed = window is not None and length > window
+    mask = _mask(tokens, length, window, query.device) if windowed or 1 < tokens < length or softcap else None
+    if softcap:
+        return _capped(query, key, value, scale, mask, softcap)
+    if tokens == 1 and mask is None and heads != key.shape[1]:
+        # The queries that share a key head become its tokens: nothing is repeated.
+        packed = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+        return nn.functional.scaled_dot_product_attention(packed, key, value, scale=scale).view(query.shape)
+    return nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and tokens > 1,
+        scale=scale,
+        enable_gqa=heads != key.shape[1],
+    )
+
+
+def _mask(tokens: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """True `[tokens, length]` where a query may look: not ahead, nor further back than the window."""
+    distance = torch.arange(length - tokens, length, device=device)[:, None] - torch.arange(length, device=device)
+    allowed = distance >= 0
+    return allowed if window is None else allowed & (distance < window)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, cap: float) -> Tensor:
+    """Attention whose scores are squashed to +-cap, as Gemma 2's."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / cap) * cap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
