@@ -228,8 +228,10 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
     scale = bank.channel_scale[slot].float()
     if in_features % 16:
         scale = torch.nn.functional.pad(scale, (0, -in_features % 16))
-    shift = bank.bias_delta[slot] if bias is None else bank.bias_delta[slot] + bias
-    shift = shift.to(x.dtype)
+    shift = bias
+    if bank.bias_delta[slot].any():  # a bias of zeros would cost BLAS a pass over the product
+        delta = bank.bias_delta[slot]
+        shift = (delta if bias is None else delta + bias).to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)
     merged = _scratch.tensor(min(rows, out_features), in_features, x.dtype)
     fields = array(
@@ -254,7 +256,8 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
         last = min(first + rows, out_features)
         fields[kernels.FIRST_ROW], fields[kernels.ROW_COUNT] = first, last - first
         _run(merge_task, fields, -(-(last - first) // kernels.MERGE_ROWS))
-        y[:, first:last] = torch.nn.functional.linear(x, merged[: last - first], shift[first:last])
+        part = None if shift is None else shift[first:last]
+        y[:, first:last] = torch.nn.functional.linear(x, merged[: last - first], part)
     return y
 
 
