@@ -158,6 +158,11 @@ class SlotTable:
         expert.waiting.clear()
         return waited
 
+    def is_busy(self, expert: Resident) -> bool:
+        """Whether requests of it run or wait, or its slot is being filled."""
+        loading = expert.slot is not None and self.slots[expert.slot].loading
+        return bool(expert.running or expert.waiting or loading)
+
     def remove(self, name: str) -> int | None:
         """Forget an expert without requests; return the slot it leaves."""
         slot = self.experts.pop(name).slot

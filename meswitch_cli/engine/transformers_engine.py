@@ -177,7 +177,7 @@ class TransformersEngine:
             if name in self._table.experts:
                 raise EngineError(f"expert {name!r} is served already; unload it first")
         model = open_expert(name, Path(path), self._checkpoint, self._base_fingerprint())
-        self._in_loop(lambda processor: self._admit_expert(model))
+        self._in_loop(lambda processor: self._admit_expert(model, processor))
 
     def unload_expert(self, name: str) -> None:
         with self._changed:
@@ -186,7 +186,7 @@ class TransformersEngine:
             if name == BASE:
                 raise EngineError("the base cannot be unloaded")
             item.leaving = True
-            self._changed.wait_for(lambda: self._closed_for_good or not (item.running or item.waiting))
+            self._changed.wait_for(lambda: self._closed_for_good or not self._table.is_busy(item))
         self._in_loop(lambda processor: self._drop_expert(name, processor))
 
     def pin_expert(self, name: str, pinned: bool = True) -> None:
@@ -368,7 +368,7 @@ class TransformersEngine:
             raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error
         return manager
 
-    def _admit_expert(self, model: ServedModel) -> None:
+    def _admit_expert(self, model: ServedModel, processor: Processor) -> None:
         with self._lock:
             if model.name in self._table.experts:
                 raise EngineError(f"expert {model.name!r} is served already; unload it first")
@@ -378,11 +378,17 @@ class TransformersEngine:
         banks, base = self._loader.banks, self._loader.banks.base
         layout = bank_layout(base, everyone)
         if not banks.layout.holds(layout):
-            with self._loader.lock, torch.no_grad():
+            if processor.model_runner.pad_inputs:
+                raise EngineError(
+                    f"expert {model.name!r} needs more room than the slots have, and captured graphs cannot follow "
+                    "them elsewhere: start the engine with it"
+                )
+            # The loop runs in inference mode, whose tensors the loader's thread could not write to.
+            with self._loader.lock, torch.inference_mode(False), torch.no_grad():
                 grown = Banks(base, layout.joined(banks.layout), banks.slots)
                 self._loader.banks = grown
                 for item in resident:
-                    if item.slot is not None and not self._table.slots[item.slot].loading:
+                    if item.slot is not None:  # one that is being loaded is copied twice, harmlessly
                         self._loader.copy(item.model, item.slot)
                 grown.install()
         with self._lock:
