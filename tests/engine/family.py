@@ -58,10 +58,17 @@ def make_family(
     """Compress three random experts of a random base. `gamma` has added tokens and a chat template of its own;
     experts in `untie` have a head of their own although the base ties it."""
     base, _ = make_pair(folder / "origin", family, dtype=dtype, **config)
+    return compress_experts(base, folder, dtype, untie=untie)
+
+
+def compress_experts(
+    base: Path, folder: Path, dtype: torch.dtype, *, untie: Sequence[str] = (), gain_shift: float = 0.0
+) -> Family:
+    """Make and compress the experts of a base; `gain_shift` is added to their norms' weights."""
     artifacts, references = {}, {BASE: _load(base, dtype)}
     for index, (name, settings) in enumerate(EXPERTS.items()):
         added = ADDED_ROWS if name == "gamma" else 0
-        expert = _make_expert(base, folder / f"{name}-full", index, added, name in untie)
+        expert = _make_expert(base, folder / f"{name}-full", index, added, name in untie, gain_shift)
         compression = CompressionSettings(
             **({"embedding_bits": settings["bits"], "samples": 4, "sequence_length": 32} | dict(settings))
         )
@@ -77,10 +84,12 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def _make_expert(base: Path, folder: Path, seed: int, added_rows: int, untie: bool) -> Path:
+def _make_expert(base: Path, folder: Path, seed: int, added_rows: int, untie: bool, gain_shift: float) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base)
     generator = torch.Generator().manual_seed(1000 + seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data += gain_shift
         noise = torch.randn(parameter.shape, generator=generator)
         scale = RELATIVE_DELTA * parameter.data.float().norm() / noise.norm()
         parameter.data += (scale * noise).to(parameter.dtype)
