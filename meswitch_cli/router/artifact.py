@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,8 +32,6 @@ from meswitch_cli.router.manifest import (
 from meswitch_cli.router.model import RouterModel, expected_shapes
 from meswitch_cli.router.router import Router
 from meswitch_cli.router.store import NULL, FeatureStore
-
-_REPORT_FILES = ("report.json", "report.md")
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def write_router(
     """Write a folder that appears whole or not at all.
 
     Args:
-        manifest: its `files` are filled in here.
+        manifest: its `files` are filled in here; reports are not among them, since two runs' latencies differ.
         backend: gives tensors and model; None takes those of `source`, for a router that was only refitted.
         report: text of files by name; plots: bytes of files by name.
 
@@ -222,11 +219,11 @@ def write_router(
                 backend.save_model(partial / MODEL_FOLDER)
             elif source is not None and (source.path / MODEL_FOLDER).is_dir():
                 shutil.copytree(source.path / MODEL_FOLDER, partial / MODEL_FOLDER)
+            files = tuple(_describe(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
             for name, text in (report or {}).items():
                 write_atomically(partial / name, text.encode())
             for name, data in (plots or {}).items():
                 write_atomically(partial / name, data)
-            files = tuple(_describe(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
             done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
             write_atomically(partial / MANIFEST_FILE, done.to_json().encode())
             if out.exists():
@@ -258,10 +255,3 @@ def manifest_digest(folder: Path) -> str | None:
         raise RouterError(f"{folder}: no such folder; give an artifact of meswitch compress, or a checkpoint")
     file = folder / ARTIFACT_MANIFEST
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def read_report(artifact: RouterArtifact) -> dict[str, Any]:
-    """The report that training left beside the router; empty where there is none."""
-    file = artifact.path / _REPORT_FILES[0]
-    value = json.loads(file.read_bytes()) if file.is_file() else {}
-    return value if isinstance(value, dict) else {}

@@ -16,6 +16,8 @@ MAX_DIRECTIONS = 64
 LEAST_KEPT, MOST_KEPT = 0.95, 0.99
 #: Below one half a calibrated confidence says that the expert is more likely wrong than right.
 LOWEST_CONFIDENCE = 0.5
+#: A precision is not read off fewer prompts than this, or off fewer than half where there are not twice as many.
+LEAST_ROUTED = 10
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,12 @@ def confidence_threshold(confidence: Sequence[float], correct: Sequence[bool], t
     Raises:
         RouterError: there is none.
     """
-    points = [point for point in risk_coverage(confidence, correct) if point.confidence >= LOWEST_CONFIDENCE]
+    least = min(LEAST_ROUTED / max(1, len(confidence)), 0.5)
+    points = [
+        point
+        for point in risk_coverage(confidence, correct)
+        if point.confidence >= LOWEST_CONFIDENCE and point.coverage >= least
+    ]
     enough = [point for point in points if point.precision >= target_precision]
     if not enough:
         best = max(points, key=lambda point: (point.precision, point.coverage), default=None)

@@ -37,7 +37,7 @@ class TrainingSettings:
         layer: of the probe; None: chosen on validation.
         max_tokens: of a prompt that the router reads.
         target_precision: of what is routed; sets the confidence threshold.
-        lm_steps: optimiser steps of the lm backend.
+        lm_steps, lm_learning_rate: of the lm backend's fine-tuning.
     """
 
     backend: Kind = "probe"
@@ -47,6 +47,7 @@ class TrainingSettings:
     target_precision: float = 0.95
     sticky_margin: float = STICKY_MARGIN
     lm_steps: int = 60
+    lm_learning_rate: float = 5e-5
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -18,7 +18,6 @@ from meswitch_cli.router.features import native_dtype
 if TYPE_CHECKING:
     from meswitch_cli.router.training import FittedBackend, Progress, TrainingSettings
 
-LEARNING_RATE = 5e-5
 WARMUP_STEPS = 5
 BATCH = 8
 
@@ -53,7 +52,9 @@ def _train(
     """Returns the loss of each step, nats."""
     torch.manual_seed(settings.seed)
     random = Random(settings.seed)
-    optimizer = torch.optim.AdamW(backend.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        backend.model.parameters(), lr=settings.lm_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / WARMUP_STEPS, 1.0, (settings.lm_steps - step) / settings.lm_steps + 0.1),
@@ -82,7 +83,7 @@ def _train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         on_progress("fine-tuning", step + 1, settings.lm_steps)
     backend.model.eval()
     return losses

@@ -1,0 +1,90 @@
+"""Adding and removing experts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from meswitch_cli.errors import RouterError
+from meswitch_cli.router import Router
+from meswitch_cli.router.artifact import RouterArtifact, write_router
+from meswitch_cli.router.data import Example, gather
+from meswitch_cli.router.editing import add_expert, remove_expert
+from meswitch_cli.router.fitting import fit_model
+from meswitch_cli.router.training import TrainedRouter, TrainingSettings, train_router
+
+from .conftest import COUNTS, examples, save, sentences
+
+LoadProbe = Callable[[Path], Router]
+
+
+def test_a_refit_of_the_same_data_is_the_same_model(trained_probe: TrainedRouter, probe_folder: Path) -> None:
+    artifact = RouterArtifact.open(probe_folder)
+    model = fit_model(artifact.manifest.labels, artifact.model.scaling, artifact.store(), target_precision=0.95, seed=0)
+    assert torch.equal(model.head.weight, artifact.model.head.weight)
+    assert model.numbers() == artifact.model.numbers()
+
+
+def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
+    artifact = RouterArtifact.open(probe_folder)
+    first = artifact.store()
+    backend = load_probe(probe_folder).backend
+    edit = add_expert(artifact, backend, "law", examples({"law": 80}), digest="d" * 64)
+    edit.refuse_regression(0.1)
+    assert edit.added is not None and edit.added["value"] > 0.9
+    assert set(edit.before) == set(edit.after) == {"code", "maths"}
+    assert edit.worst_regression <= 0.1
+    written = write_router(probe_folder, edit.manifest, edit.model, None, edit.store, source=artifact, force=True)
+    assert written.manifest.labels == ("code", "law", "maths")
+    assert written.manifest.experts == {"code": None, "law": "d" * 64, "maths": None}
+    assert written.manifest.split["added law"]["train"]["prompts"] == 44
+    router = load_probe(probe_folder)
+    law = [router.route(text) for text in sentences("law", 30, seed=1)]
+    assert sum(item.expert == "law" for item in law) >= 25
+
+    back = remove_expert(written, "law")
+    assert back.manifest.labels == ("code", "maths")
+    kept = back.store
+    order = torch.argsort(kept.digests)
+    assert torch.equal(kept.digests[order], torch.sort(first.digests).values)
+    assert torch.equal(kept.features[order], first.features[torch.argsort(first.digests)])
+
+
+def test_bad_additions_are_refused(probe_folder: Path, load_probe: LoadProbe) -> None:
+    artifact = RouterArtifact.open(probe_folder)
+    backend = load_probe(probe_folder).backend
+    law = examples({"law": 30})
+    with pytest.raises(RouterError, match="'maths' is in the router already"):
+        add_expert(artifact, backend, "maths", law)
+    with pytest.raises(RouterError, match="'base' cannot be an expert's name"):
+        add_expert(artifact, backend, "base", law)
+    with pytest.raises(RouterError, match="has 5 different prompts; at least 20"):
+        add_expert(artifact, backend, "law", law[:5])
+    known = Example(sentences("maths", 1)[0], None, "law.jsonl: line 3")
+    with pytest.raises(RouterError, match=r"law.jsonl: line 3: this prompt is in the router already, as 'maths'"):
+        add_expert(artifact, backend, "law", [*law, known])
+
+
+def test_an_expert_that_takes_from_another_is_refused(probe_folder: Path, load_probe: LoadProbe) -> None:
+    """The new expert's prompts are the old one's domain: one of the two must lose."""
+    artifact = RouterArtifact.open(probe_folder)
+    twin = [replace(item, domain="algebra") for item in examples({"maths": 80}, seed=4)]
+    with pytest.raises(RouterError, match=r"would lose|no threshold reaches"):
+        add_expert(artifact, load_probe(probe_folder).backend, "algebra", twin).refuse_regression(0.02)
+
+
+def test_bad_removals_are_refused(probe_folder: Path) -> None:
+    artifact = RouterArtifact.open(probe_folder)
+    with pytest.raises(RouterError, match=r"'law' is not in the router \(code, maths\)"):
+        remove_expert(artifact, "law")
+    with pytest.raises(RouterError, match="one expert would be left"):
+        remove_expert(artifact, "maths")
+
+
+def test_the_fallback_cannot_be_removed(tmp_path: Path) -> None:
+    data = gather(examples(COUNTS | {"law": 40}))
+    trained = train_router(data, TrainingSettings(backend="tfidf", fallback="law"))
+    with pytest.raises(RouterError, match="'law' is the router's fallback"):
+        remove_expert(save(trained, tmp_path / "router"), "law")
