@@ -34,12 +34,13 @@ def allowed_folder(experts_dir: Path | None, path: str) -> Path:
     root = experts_dir.resolve()
     try:
         folder = (root / path).resolve()
+        exists = folder.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
         raise ApiError(400, "path: not the name of a folder", code="invalid_value", parameter="path") from error
     if root not in folder.parents:
         message = "path: outside the folder that this server may load experts from"
         raise ApiError(400, message, code="invalid_value", parameter="path")
-    if not folder.is_dir():
+    if not exists:
         raise ApiError(404, f"path: there is no folder {path!r}", code="not_found", parameter="path")
     return folder
 

@@ -1,0 +1,200 @@
+"""What goes wrong in the field: clients that vanish, full queues, signals, experts that change under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from meswitch_cli.server import ServerSettings
+
+from .conftest import Family, Running, Start
+
+ADMIN = {"authorization": "Bearer root"}
+
+
+def long_chat(model: str = "red", **more: Any) -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": "go on"}], "max_tokens": 480}
+    return body | {"ignore_eos": True, "temperature": 0} | more
+
+
+def wait_until_idle(server: Running, seconds: float = 20) -> None:
+    """Until nothing runs or waits and no cache block is held."""
+    deadline = time.monotonic() + seconds
+    while True:
+        numbers = server.service.engine.statistics()
+        held = (numbers.running, numbers.waiting, numbers.cache_blocks_used)
+        if held == (0, 0, 0) or time.monotonic() > deadline:
+            assert held == (0, 0, 0)
+            return
+        time.sleep(0.05)
+
+
+def test_two_hundred_clients_vanish(start_server: Start) -> None:
+    """Half in the middle of a stream, half while they wait for a whole answer: all is freed, the rest are right."""
+    server = start_server(max_queue=512)
+    wanted = server.post("/v1/chat/completions", long_chat(max_tokens=20)).json()["choices"][0]["message"]["content"]
+
+    async def vanish(client: httpx2.AsyncClient, index: int) -> None:
+        body = long_chat(("red", "green", "blue", "base")[index % 4], stream=index % 2 == 0)
+        try:
+            async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=2) as response:
+                async for _ in response.aiter_lines():
+                    return
+        except httpx2.TimeoutException:
+            return
+
+    async def everybody() -> None:
+        async with httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None)) as client:
+            await asyncio.gather(*(vanish(client, index) for index in range(200)))
+
+    asyncio.run(everybody())
+    wait_until_idle(server)
+    after = server.post("/v1/chat/completions", long_chat(max_tokens=20)).json()
+    assert after["choices"][0]["message"]["content"] == wanted
+    gone = [line for line in server.get("/metrics").text.splitlines() if 'status="499"' in line]
+    assert gone
+
+
+def test_a_full_queue_turns_away_with_a_time_to_come_back(start_server: Start) -> None:
+    server = start_server(max_running=1, max_queue=2)
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: server.post("/v1/chat/completions", long_chat(max_tokens=60)), range(12)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 503} and statuses.count(200) >= 3
+    full = next(answer for answer in answers if answer.status_code == 503)
+    assert full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "queue_full"
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.status_code == 200}
+    assert len(texts) == 1
+    # More choices than fit are queued all or not at all.
+    assert server.post("/v1/chat/completions", long_chat(n=5)).status_code == 503
+    wait_until_idle(server)
+
+
+def test_a_drain_lets_the_running_end_and_turns_the_new_away(start_server: Start) -> None:
+    server = start_server()
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True, max_tokens=100), timeout=60
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.begin_drain()
+        assert server.get("/health").status_code == 200
+        ready = server.get("/ready")
+        assert ready.status_code == 503 and ready.json()["error"]["code"] == "shutting_down"
+        refused = server.post("/v1/chat/completions", long_chat())
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+def test_a_drain_has_an_end(start_server: Start) -> None:
+    server = start_server(settings=ServerSettings(drain_seconds=0.1))
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True, n=16), timeout=60
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.begin_drain()
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert rest[-1] == "data: [DONE]"
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+def admin_server(start_server: Start, experts_dir: Path, names: tuple[str, ...], **engine: Any) -> Running:
+    settings = ServerSettings(admin_keys=("root",), experts_dir=experts_dir)
+    server = start_server(settings=settings, experts={name: experts_dir / name for name in names}, **engine)
+    server.headers = ADMIN
+    return server
+
+
+def test_experts_come_and_go_under_load(start_server: Start, experts_dir: Path) -> None:
+    """Load, pin and unload blue over and over; red and the base go on, and no token of anybody is wrong."""
+    server = admin_server(start_server, experts_dir, ("red", "green", "blue"), slots=2)
+    body = {name: long_chat(name, max_tokens=10) for name in ("red", "base", "blue")}
+    right = {name: server.post("/v1/chat/completions", body[name]).json()["choices"][0]["message"] for name in body}
+    ended, wrong, answered = threading.Event(), [], dict.fromkeys(body, 0)
+
+    def ask(name: str) -> None:
+        while not ended.is_set():
+            response = server.post("/v1/chat/completions", body[name])
+            if response.status_code == 200:
+                answered[name] += 1
+                if response.json()["choices"][0]["message"] != right[name]:
+                    wrong.append(name)
+            elif not (name == "blue" and response.status_code == 404):
+                wrong.append(response.text)
+
+    asking = [threading.Thread(target=ask, args=(name,)) for name in body for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    for _ in range(3):
+        assert server.post("/v1/experts/unload", {"name": "blue"}).json()["unloaded"] is True
+        assert "blue" not in {model["id"] for model in server.get("/v1/models").json()["data"]}
+        loaded = server.post("/v1/experts/load", {"name": "blue"})
+        assert loaded.status_code == 200, loaded.text
+        assert server.post("/v1/experts/pin", {"name": "red"}).json()["pinned"] is True
+        assert server.post("/v1/experts/pin", {"name": "red", "pinned": False}).json()["pinned"] is False
+    ended.set()
+    for thread in asking:
+        thread.join(30)
+    assert wrong == [] and all(answered.values()), answered
+    wait_until_idle(server)
+
+
+def test_the_name_of_other_weights_does_not_bring_back_the_old(start_server: Start, experts_dir: Path) -> None:
+    server = admin_server(start_server, experts_dir, ("red", "green"))
+    blue_as_red = long_chat("red", max_tokens=12)
+    before = server.post("/v1/chat/completions", blue_as_red).json()
+    server.post("/v1/experts/unload", {"name": "red"})
+    assert server.post("/v1/experts/load", {"name": "red", "path": "blue"}).status_code == 200
+    after = server.post("/v1/chat/completions", blue_as_red).json()
+    assert after["choices"][0]["message"] != before["choices"][0]["message"]
+    assert after["system_fingerprint"] != before["system_fingerprint"]
+
+
+#: Requests to load, and what becomes of them: status and the parameter at fault.
+REFUSED_LOADS = [
+    ({"name": "x", "path": "../.."}, 400, "path"),
+    ({"name": "x", "path": "/etc"}, 400, "path"),
+    ({"name": "x", "path": "."}, 400, "path"),
+    ({"name": "x", "path": "outside"}, 400, "path"),
+    ({"name": "x", "path": "red\0"}, 400, "path"),
+    ({"name": "x", "path": "x" * 1000}, 400, "path"),
+    ({"name": "x", "path": "nowhere"}, 404, "path"),
+    ({"name": "x", "path": "broken"}, 400, "path"),
+    ({"name": "auto", "path": "red"}, 400, "name"),
+    ({"name": "a b", "path": "red"}, 400, "name"),
+    ({"name": "red"}, 409, "name"),
+]
+
+
+def test_what_may_not_be_loaded(start_server: Start, experts_dir: Path, family: Family) -> None:
+    (experts_dir / "outside").symlink_to(family.artifacts["blue"])  # a link that leads out of the folder
+    (experts_dir / "blue").rename(experts_dir / "broken")
+    shard = next((experts_dir / "broken").glob("delta-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 0xFF
+    shard.write_bytes(data)
+    server = admin_server(start_server, experts_dir, ("red", "green"))
+    for body, status, parameter in REFUSED_LOADS:
+        response = server.post("/v1/experts/load", body)
+        assert response.status_code == status, (body, response.text)
+        assert response.json()["error"]["param"] == parameter
+        assert "Traceback" not in response.text
+    for name in ("red", "green", "base"):
+        assert server.post("/v1/chat/completions", long_chat(name, max_tokens=2)).status_code == 200
+    assert server.post("/v1/experts/unload", {"name": "violet"}).status_code == 404
+    assert server.post("/v1/experts/unload", {"name": "base"}).status_code == 400
+    assert server.post("/v1/experts/pin", {"name": "violet"}).status_code == 404

@@ -1,0 +1,185 @@
+"""model: "auto" with a real router, and what happens when it cannot decide."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from meswitch_cli.errors import MeswitchError
+from meswitch_cli.router import Router
+from meswitch_cli.router.data import Example, gather
+from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.server import ServerSettings
+from meswitch_cli.server.routing import check_router
+
+from .conftest import Family, Running, Start, start
+
+WORDS = {
+    "red": ("apples", "add", "subtract", "total", "price", "coins", "sum", "dozen"),
+    "green": ("python", "function", "loop", "compile", "string", "list", "class", "return"),
+    "blue": ("knight", "knave", "lies", "truth", "premise", "implies", "false", "puzzle"),
+}
+HEADERS = ("expert", "confidence", "reason", "router-ms")
+
+
+def prompts(field: str, count: int) -> list[str]:
+    """Four of the field's words each, no two alike; the router learns from the first 56."""
+    every = itertools.combinations(WORDS[field], 4)
+    return [" ".join(words) for words in sorted(every, key=lambda words: hash_of(" ".join(words)))][:count]
+
+
+def hash_of(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+@pytest.fixture(scope="module")
+def router() -> Router:
+    """A TF-IDF router that knows the three experts' words."""
+    examples = [Example(text, field, f"{field}:{i}") for field in WORDS for i, text in enumerate(prompts(field, 56))]
+    trained = train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(WORDS))
+    return trained.router
+
+
+@pytest.fixture(scope="module")
+def routed(family: Family, router: Router) -> Iterator[Running]:
+    server = start(family, router=router)
+    yield server
+    server.stop()
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 3} | more
+
+
+def test_auto_asks_the_expert_of_the_field_and_says_so(routed: Running) -> None:
+    for field in WORDS:
+        for stream in (False, True):
+            response = routed.post("/v1/chat/completions", chat(prompts(field, 9)[7], stream=stream))
+            assert response.status_code == 200
+            assert response.headers["x-meswitch-expert"] == field
+            assert response.headers["x-meswitch-reason"] == "routed"
+            assert 0.5 < float(response.headers["x-meswitch-confidence"]) <= 1
+            assert float(response.headers["x-meswitch-router-ms"]) > 0
+            probabilities = json.loads(response.headers["x-meswitch-probabilities"])
+            assert set(probabilities) == set(WORDS) and max(probabilities, key=probabilities.get) == field
+            assert f'"model":"{field}"' in response.text
+    client = openai.OpenAI(base_url=f"{routed.url}/v1", api_key="none", max_retries=0)
+    answer = client.completions.create(model="auto", prompt=prompts("blue", 9)[6], max_tokens=2)
+    assert answer.model == "blue"
+    assert "auto" in {model.id for model in client.models.list()}
+
+
+def test_every_answer_has_the_same_headers_and_labels(routed: Running) -> None:
+    requests = [
+        chat(prompts("red", 9)[0]),
+        chat(""),
+        chat("zzz qqq"),
+        chat("x", model="green"),
+        chat("x", model="base"),
+        chat("x", model="green", max_tokens=100_000),
+    ]
+    reasons = []
+    for body in requests:
+        response = routed.post("/v1/chat/completions", body)
+        assert all(f"x-meswitch-{name}" in response.headers for name in HEADERS), response.text
+        reasons.append(response.headers["x-meswitch-reason"])
+    assert reasons[0] == "routed" and reasons[1] == "empty" and reasons[3:] == ["pinned"] * 3
+    counted = [line for line in routed.get("/metrics").text.splitlines() if line.startswith("meswitch_requests_total")]
+    assert counted and all(
+        all(f'{label}="' in line for label in ("path", "status", "expert", "reason")) for line in counted
+    )
+    assert any('expert="base"' in line and 'reason="empty"' in line for line in counted)
+    assert any('status="400"' in line and 'expert="green"' in line and 'reason="pinned"' in line for line in counted)
+
+
+def test_a_dry_run_answers_nothing_and_remembers_nothing(routed: Running) -> None:
+    before = routed.service.engine.statistics().generated_tokens
+    body = {"messages": [{"role": "user", "content": prompts("green", 9)[8]}]}
+    session = {"x-meswitch-session": "dry"}
+    answer = routed.post("/v1/route", body, headers=session)
+    assert answer.json()["expert"] == "green" and answer.headers["x-meswitch-expert"] == "green"
+    assert sum(answer.json()["probabilities"].values()) == pytest.approx(1)
+    assert routed.service.engine.statistics().generated_tokens == before
+    after = routed.post("/v1/chat/completions", chat(prompts("red", 9)[1]), headers=session)
+    assert after.headers["x-meswitch-expert"] == "red"
+
+
+def test_a_session_keeps_its_expert(routed: Running) -> None:
+    first = routed.post("/v1/chat/completions", chat(prompts("blue", 9)[2]), headers={"x-meswitch-session": "a"})
+    assert first.headers["x-meswitch-expert"] == "blue"
+    vague = chat(" ")
+    again = routed.post("/v1/chat/completions", vague, headers={"x-meswitch-session": "a"})
+    assert (again.headers["x-meswitch-expert"], again.headers["x-meswitch-reason"]) == ("blue", "sticky")
+    other = routed.post("/v1/chat/completions", vague, headers={"x-meswitch-session": "b"})
+    assert other.headers["x-meswitch-reason"] != "sticky"
+    routed.post("/v1/chat/completions", chat("x", model="green"), headers={"x-meswitch-session": "c"})
+    pinned = routed.post("/v1/chat/completions", vague, headers={"x-meswitch-session": "c"})
+    assert (pinned.headers["x-meswitch-expert"], pinned.headers["x-meswitch-reason"]) == ("green", "sticky")
+    refused = routed.post("/v1/chat/completions", vague, headers={"x-meswitch-session": "x" * 257})
+    assert refused.json()["error"]["param"] == "x-meswitch-session"
+
+
+def test_sessions_of_two_keys_are_two(start_server: Start, router: Router) -> None:
+    server = start_server(router=router, settings=ServerSettings(api_keys=("one", "two")))
+    session = {"x-meswitch-session": "same"}
+    server.post("/v1/chat/completions", chat(prompts("blue", 9)[3]), headers=session | {"authorization": "Bearer one"})
+    vague = server.post("/v1/chat/completions", chat(" "), headers=session | {"authorization": "Bearer two"})
+    assert vague.headers["x-meswitch-reason"] != "sticky"
+
+
+def test_what_auto_cannot_route_is_refused(routed: Running) -> None:
+    for prompt in ([5, 6], ["a", "b"], [[5], [6]]):
+        response = routed.post("/v1/completions", {"model": "auto", "prompt": prompt})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
+
+
+def test_a_router_that_fails_is_the_base_and_is_counted(
+    routed: Running, router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(texts: Any, on_done: Any = None) -> None:
+        raise RuntimeError("no features today")
+
+    monkeypatch.setattr(router.backend, "features", broken)
+    response = routed.post("/v1/chat/completions", chat("anything"))
+    assert response.status_code == 200 and response.json()["model"] == "base"
+    assert (response.headers["x-meswitch-reason"], response.headers["x-meswitch-expert"]) == ("error", "base")
+    assert "meswitch_router_failures_total 1.0" in routed.get("/metrics").text
+
+
+def test_a_strict_router_that_fails_is_an_error(
+    start_server: Start, router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(router=router, settings=ServerSettings(router_strict=True))
+    monkeypatch.setattr(router, "route", lambda *a, **k: 1 / 0)
+    response = server.post("/v1/chat/completions", chat("anything"))
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "router_failed")
+
+
+def test_an_unloaded_expert_is_not_routed_to(start_server: Start, router: Router) -> None:
+    routed = start_server(router=router)
+    routed.service.engine.unload_expert("red")
+    response = routed.post("/v1/chat/completions", chat(prompts("red", 9)[4]))
+    assert response.status_code == 200
+    assert (response.headers["x-meswitch-expert"], response.headers["x-meswitch-reason"]) == ("base", "unavailable")
+
+
+def test_a_router_and_a_server_that_do_not_belong_together(
+    start_server: Start, router: Router, family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = start_server(experts={"red": family.artifacts["red"]})
+    with pytest.raises(MeswitchError, match=r"'blue', 'green'.*does not serve"):
+        check_router(router, few.service.engine)
+    every = start_server().service.engine
+    assert check_router(router, every) == []
+    monkeypatch.setattr(router, "base_fingerprint", "sha256:" + "0" * 64)
+    with pytest.raises(MeswitchError, match="trained for the base"):
+        check_router(router, every)
+    monkeypatch.setattr(router, "base_fingerprint", None)
+    monkeypatch.setattr(router, "experts", {"red": "0" * 64})
+    assert "'red' is not the artifact" in check_router(router, every)[0]
