@@ -48,6 +48,10 @@ def run(
     margin: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Difference of task scores that you agree is small.")
     ] = 0.02,
+    router: Annotated[
+        Path | None,
+        typer.Option(help="A router of these experts: also measure what its choices are worth on the labelled data."),
+    ] = None,
     server: Annotated[
         str | None, typer.Option(help="Also run generating tasks on an OpenAI-compatible server at this URL.")
     ] = None,
@@ -102,6 +106,7 @@ def run(
         include_path=include_path,
         allow_task_code=allow_task_code,
         margin=margin,
+        router=router,
         server=server,
         server_model=server_model,
         calibration=calibration,
@@ -121,7 +126,11 @@ def run(
     evaluation = prepare(request)
     try:
         measure_fidelity(evaluation, say)
-        measure_tasks(evaluation, say)
+        runs = measure_tasks(evaluation, say)
+        if router is not None:
+            from meswitch_cli.evaluation.routing import measure_router
+
+            measure_router(evaluation, runs, say)
         passed = judge(evaluation)
         finish(evaluation)
     except KeyboardInterrupt:

@@ -52,6 +52,7 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.axhline(rows[0]["base_kl_mean"], color="#b03030", linestyle="--", linewidth=1, label="base")
         axes.legend(fontsize="small")
     axes.set_yscale("log")
+    axes.margins(x=0.2)  # room for the names
     axes.set_xlabel("size, MB")
     axes.set_ylabel("KL to the full expert, nats a token")
     return _svg(figure)
@@ -66,7 +67,7 @@ def error_by_layer(rows: Sequence[Mapping[str, Any]]) -> str:
         part = sorted((row for row in rows if row["projection"] == kind), key=lambda row: row["layer"])
         values = [100 * (row[name] or 0.0) for row in part]
         axes.plot([row["layer"] for row in part], values, marker="o", markersize=3, label=kind)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.set_xlabel("decoder layer")
     axes.set_ylabel(f"relative {'output' if measured else 'weight'} error, %")
     axes.legend(fontsize="x-small", ncols=4)

@@ -43,9 +43,16 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """A set as one expert's tokenizer encodes it; `skipped` items were longer than the model's context."""
+    """A set as one expert's tokenizer encodes it.
+
+    Attributes:
+        items: what fits.
+        kept: the number of each item's example or window in the file.
+        skipped: examples longer than the model's context.
+    """
 
     items: tuple[EncodedItem, ...]
+    kept: tuple[int, ...]
     skipped: int
 
 
@@ -105,7 +112,8 @@ def encode_set(
         found = [_encode_conversation(messages, tokenizer, data.path) for messages in data.conversations[:limit]]
     else:
         found = _windows(data.texts, tokenizer, min(window, context))[:limit]
-    items = tuple(item for item in found if len(item.tokens) <= context and len(item.tokens) > item.answer_start)
+    kept = tuple(number for number, item in enumerate(found) if item.answer_start < len(item.tokens) <= context)
+    items = tuple(found[number] for number in kept)
     if not items:
         raise EvaluationError(f"{data.path}: no example with an answer fits the model's context of {context} tokens")
     largest = max(max(item.tokens) for item in items)
@@ -114,7 +122,7 @@ def encode_set(
             f"{data.path}: the tokenizer gives token {largest}, the model has {vocabulary} embedding rows: tokenizer "
             "and weights do not belong together"
         )
-    return EncodedSet(items, len(found) - len(items))
+    return EncodedSet(items, kept, len(found) - len(items))
 
 
 def prompt_text(messages: Sequence[dict[str, str]]) -> str:

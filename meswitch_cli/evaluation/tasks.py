@@ -27,6 +27,7 @@ class Document:
     Attributes:
         number: the document's index in the task.
         digest: of its content, so that only equal documents are paired.
+        question: the task's text before any chat template.
         prompt: what the model was given.
         target: the right answer.
         answer: what the model answered, as the task's filter left it; of a choice, the choice's text or number.
@@ -35,6 +36,7 @@ class Document:
 
     number: int
     digest: str
+    question: str
     prompt: str
     target: str
     answer: str
@@ -88,7 +90,7 @@ def run_tasks(
     except Exception as error:  # the harness raises whatever its model and metrics raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"tasks {', '.join(names)}: {reason}") from error
-    return [_run_of(task, samples) for task, samples in results["samples"].items()]
+    return [_run_of(tasks[task], samples) for task, samples in results["samples"].items()]
 
 
 def live_model(model: Any, tokenizer: Any, context: int) -> Any:
@@ -157,18 +159,19 @@ def paired_scores(ours: TaskRun, theirs: TaskRun) -> tuple[list[Document], list[
     return [left[key] for key in left], [right[key] for key in left]
 
 
-def _run_of(task: str, samples: Sequence[dict[str, Any]]) -> TaskRun:
+def _run_of(task: Any, samples: Sequence[dict[str, Any]]) -> TaskRun:
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     chosen = [sample for sample in samples if sample["filter"] == filters[-1]]
     documents = []
     for sample in chosen:
         scores = {name: float(sample[name]) for name in sample["metrics"] if _is_number(sample[name])}
         if not scores:
-            raise EvaluationError(f"task {task!r} has no metric that is a number for each document")
+            raise EvaluationError(f"task {task.task_name!r} has no metric that is a number for each document")
         documents.append(
             Document(
                 int(sample["doc_id"]),
                 f"{sample['doc_id']}-{sample['doc_hash']}",
+                str(task.doc_to_text(sample["doc"])),
                 str(sample["arguments"][0][0]),
                 _target_of(sample),
                 _answer_of(sample),
@@ -176,8 +179,8 @@ def _run_of(task: str, samples: Sequence[dict[str, Any]]) -> TaskRun:
             )
         )
     if not documents:
-        raise EvaluationError(f"task {task!r} has no document")
-    return TaskRun(task, next(iter(documents[0].scores)), tuple(documents))
+        raise EvaluationError(f"task {task.task_name!r} has no document")
+    return TaskRun(task.task_name, next(iter(documents[0].scores)), tuple(documents))
 
 
 def _is_number(value: Any) -> bool:

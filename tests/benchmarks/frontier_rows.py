@@ -79,8 +79,31 @@ SWEEP_SALIENT = (0, 1, 2, 4, 8, 16, 32, 64)
 SWEEP = {bits: tuple(f"meswitch:bits={bits},salient={salient}" for salient in SWEEP_SALIENT) for bits in (1, 2)}
 
 
+#: Measured before the rest: one or two of every method at every size, then the ablation and the sweep at 2 bits.
+FIRST = (
+    BASE,
+    "meswitch:bits=1,salient=0,channel_scale=rms,embedding=1",
+    "bitdelta:embedding=1",
+    "bitdelta:embedding=2",
+    "per-axis:axis=best,embedding=1",
+    "meswitch:bits=1,salient=8,channel_scale=rms",
+    "bitdelta:masks=2",
+    "rtn:bits=2,group=128",
+    "sparse:bits=2",
+    *ABLATION["2 bits"],
+    "low-rank:bits=2",
+    "delta-come:bits=1.85",
+    *SWEEP[2],
+    "meswitch:bits=4,salient=8,embedding=4",
+    "rtn:bits=4,group=128,embedding=4",
+    "bitdelta:masks=4,embedding=4",
+    "bitdelta:embedding=16",
+    "low-rank:bits=1,embedding=1",
+    "delta-come:bits=0.9,embedding=1",
+)
+
+
 def rows() -> list[str]:
-    """Every row once, in the order of measuring: the frontier's cheap rows, 2 bits, 1 bit, then what is slow."""
-    groups = (*FRONTIER.values(), ABLATION["2 bits"], SWEEP[2], ABLATION["1 bit"], SWEEP[1])
-    found = list(dict.fromkeys([BASE, *(spec for group in groups for spec in group)]))
-    return sorted(found, key=lambda spec: any(word in spec for word in ("low-rank", "delta-come", "layerwise")))
+    """Every row once, in the order of measuring."""
+    groups = (FIRST, *FRONTIER.values(), ABLATION["1 bit"], SWEEP[1])
+    return list(dict.fromkeys(spec for group in groups for spec in group))

@@ -1,0 +1,197 @@
+"""What a router is worth: the mixed set under its choices, beside the right choice, a random one and the base.
+
+Every compressed expert answers everything once; a choice then only picks whose result counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from meswitch_cli.checkpoint.source import resolve
+from meswitch_cli.compression.tokenizer import load_tokenizer
+from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from meswitch_cli.evaluation.job import BASE, Evaluation, OnStep
+from meswitch_cli.evaluation.passes import Arithmetic, logits_of
+from meswitch_cli.evaluation.prompts import encode_set
+from meswitch_cli.evaluation.statistics import Array, ratio_of_sums
+from meswitch_cli.evaluation.subjects import Candidate
+from meswitch_cli.evaluation.task_job import Runs, parse_tasks
+from meswitch_cli.evaluation.tasks import wilson
+from meswitch_cli.evaluation.weights import Weights, context_length, vocabulary_size
+from meswitch_cli.router.artifact import RouterArtifact
+from meswitch_cli.router.features import BaseHiddenStates
+from meswitch_cli.router.manifest import MANIFEST_FILE
+from meswitch_cli.router.router import Router
+
+CHOICES = ("base", "random", "routed", "oracle")
+
+
+def open_router(path: Path, base: str, fingerprint: str) -> Router:
+    """Load a router, with the base's first layers where it reads them.
+
+    Raises:
+        RouterError: it is none, damaged, or made for another base.
+    """
+    artifact = RouterArtifact.open(path)
+    hidden, tokenizer = None, None
+    if artifact.manifest.backend == "probe":
+        hidden = BaseHiddenStates(base, int(artifact.manifest.settings["layer"]))
+        tokenizer = load_tokenizer(resolve(base).path)
+    router = artifact.router(hidden, tokenizer, strict=True)
+    router.require_base(fingerprint, base)
+    return router
+
+
+def routed_artifacts(evaluation: Evaluation, router: Router) -> dict[str, Candidate]:
+    """The artifact of each of the router's labels, the first where an expert has several.
+
+    Raises:
+        UsageError: a label has no artifact here.
+        RouterError: an artifact is another one than the router was trained for.
+    """
+    found: dict[str, Candidate] = {}
+    for item in evaluation.candidates:
+        if item.kind == "artifact":
+            found.setdefault(item.expert, item)
+    missing = [label for label in router.labels if label not in found]
+    if missing:
+        raise UsageError(
+            f"--router chooses {', '.join(router.labels)}; give --expert {missing[0]}=FOLDER and its --artifact too"
+        )
+    router.require_experts({label: str(item.facts["manifest_sha256"]) for label, item in found.items()})
+    return {label: found[label] for label in router.labels}
+
+
+def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda what: None) -> None:
+    """Fill the report's `router` from the labelled sets and tasks."""
+    request, report = evaluation.request, evaluation.report
+    if request.router is None:
+        return
+    try:
+        router = open_router(request.router, request.base, evaluation.base.fingerprint)
+        artifacts = routed_artifacts(evaluation, router)
+        on_step("router: losses of every compressed expert on the mixed set")
+        loss, decisions = _losses(evaluation, router, artifacts)
+        tasks = _task_scores(evaluation, router, artifacts, runs)
+    except MeswitchError as error:
+        report.fail("router", str(error))
+        return
+    if loss is None and not tasks:
+        report.fail("router", "no mixed set: label texts or tasks with their experts, --text LABEL=FILE")
+        return
+    right = np.array([float(chosen == owner) for owner, chosen in decisions])
+    accuracy = asdict(wilson(right)) if decisions else None
+    report.router = {
+        "router": request.router.resolve().name,
+        "manifest_sha256": hashlib.sha256((request.router / MANIFEST_FILE).read_bytes()).hexdigest(),
+        "labels": list(router.labels),
+        "loss": loss,
+        "tasks": tasks,
+        "accuracy": accuracy,
+        "decisions": [
+            {"owner": owner, "chosen": chosen, "count": count}
+            for (owner, chosen), count in sorted(Counter(decisions).items())
+        ],
+        "note": _note(decisions, accuracy),
+    }
+    evaluation.save()
+
+
+def _note(decisions: Sequence[tuple[str, str]], accuracy: Mapping[str, float] | None) -> str:
+    text = (
+        "Base: every prompt to the base. Random: the mean over the compressed experts. Routed: the router's choice, "
+        "the base included. Oracle: the expert whose own prompts they are. [ ]: 95 %, by document."
+    )
+    if accuracy is None:
+        return text
+    return text + (
+        f" {len(decisions)} prompts, routed to their own expert: {100 * accuracy['value']:.1f} "
+        f"[{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}] %."
+    )
+
+
+def _losses(
+    evaluation: Evaluation, router: Router, artifacts: Mapping[str, Candidate]
+) -> tuple[dict[str, dict[str, float]] | None, list[tuple[str, str]]]:
+    """Loss a token under each choice, and (owner, chosen) of every prompt."""
+    request = evaluation.request
+    experts = {expert.label: expert for expert in evaluation.experts}
+    items: list[EncodedItem] = []
+    owners: list[str] = []
+    decisions: list[tuple[str, str]] = []
+    for data in evaluation.sets:
+        if data.owner is None or data.owner not in artifacts or not data.conversations:
+            continue
+        expert = experts[data.owner]
+        encoded = encode_set(
+            data,
+            expert.tokenizer,
+            vocabulary=vocabulary_size(expert.weights),
+            context=context_length(expert.weights),
+            limit=request.limit,
+        )
+        for number in encoded.kept:
+            chosen = router.route(list(data.conversations[number][:-1])).expert
+            decisions.append((data.owner, chosen))
+        items += encoded.items
+        owners += [data.owner] * len(encoded.items)
+    if not items:
+        return None, []
+    losses = {BASE: answer_losses(evaluation.base, items, evaluation.arithmetic)}
+    for label, candidate in artifacts.items():
+        losses[label] = answer_losses(candidate.weights, items, evaluation.arithmetic)
+    tokens = np.array([len(item.tokens) - item.answer_start for item in items], dtype=float)
+    picked = _picked(losses, owners, [chosen for _, chosen in decisions])
+    return {name: asdict(ratio_of_sums(picked[name], tokens, seed=request.seed)) for name in CHOICES}, decisions
+
+
+def answer_losses(weights: Weights, items: Sequence[EncodedItem], arithmetic: Arithmetic) -> Array:
+    """Negative log-likelihood of each item's answer, nats."""
+    found = np.zeros(len(items))
+    for index, logits in logits_of(weights, items, arithmetic):
+        answer = items[index].answer.to(logits.device)[:, None]
+        found[index] = -float(logits.log_softmax(-1).gather(1, answer).double().sum())
+    return found
+
+
+def _task_scores(
+    evaluation: Evaluation, router: Router, artifacts: Mapping[str, Candidate], runs: Runs
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean score of each owned task under each choice."""
+    owners = {item.name: item.owner for item in parse_tasks(evaluation.request.tasks, evaluation.experts) if item.owner}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    labels = {BASE: BASE} | {label: item.label for label, item in artifacts.items()}
+    for task, owner in owners.items():
+        by_label = {label: runs.get(model, {}).get(task) for label, model in labels.items()}
+        complete = {label: run for label, run in by_label.items() if run is not None}
+        if owner not in artifacts or len(complete) != len(labels):
+            continue
+        metric = complete[BASE].metric
+        scores = {
+            label: np.array([document.scores[metric] for document in run.documents]) for label, run in complete.items()
+        }
+        chosen = [router.route(document.question).expert for document in complete[BASE].documents]
+        picked = _picked(scores, [str(owner)] * len(chosen), chosen)
+        ones = np.ones(len(chosen))
+        found[task] = {
+            name: asdict(ratio_of_sums(picked[name], ones, seed=evaluation.request.seed)) for name in CHOICES
+        }
+    return found
+
+
+def _picked(values: Mapping[str, Array], owners: Sequence[str], chosen: Sequence[str]) -> dict[str, Array]:
+    """Each choice's values, document by document, out of every model's."""
+    experts = [label for label in values if label != BASE]
+    return {
+        "base": values[BASE],
+        "random": np.mean([values[label] for label in experts], axis=0),
+        "routed": np.array([values[label][index] for index, label in enumerate(chosen)]),
+        "oracle": np.array([values[label][index] for index, label in enumerate(owners)]),
+    }

@@ -1,0 +1,274 @@
+"""`meswitch eval` as a user meets it: exit status and streams, on real files."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from meswitch_cli.app import main
+from zoo.tiny import make_pair
+
+Pair = tuple[Path, Path]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def process(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "meswitch_cli", command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command's own entry, in this process: importing the libraries anew for every case takes seconds."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(item) for item in arguments]
+        monkeypatch.setattr(sys, "argv", ["meswitch", *words])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def art(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("eval") / "art"
+    made = process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
+    assert made.returncode == 0, made.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sums.jsonl"
+    lines = [{"prompt": f"what is {n} plus two", "response": f"it is {n + 2}, of course"} for n in range(12)]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def inputs(pair: Pair, art: Path, out: Path) -> tuple[object, ...]:
+    return ("--base", pair[0], "--expert", pair[1], "--artifact", art, "--out", out)
+
+
+def test_the_whole_report(pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
+    neutral = tmp_path / "neutral.txt"
+    neutral.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    done = process(
+        "eval", *inputs(pair, art, tmp_path / "out"), "--baseline", "bitdelta", "--text", f"expert={text}",
+        "--text", neutral, "--tasks", "expert=meswitch_logic_choice", "--limit", 8, "--max-kld", 1, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["complete"] and not report["errors"] and report["schema_version"] == 1
+    rows = {(row["model"], row["set"]): row for row in report["fidelity"]}
+    assert set(rows) == {(model, name) for model in ("art", "bitdelta") for name in ("sums", "neutral")}
+    ours = rows["art", "sums"]
+    wanted = "expert set tokens kl_mean kl_mean_se kl_p99 kl_max top1_agreement ln_ppl_ratio gap_recovered base_kl_mean"
+    assert set(wanted.split()) <= ours.keys()
+    assert ours["expert"] == "expert" and 0 < ours["kl_mean"] < ours["base_kl_mean"] and ours["kl_mean_se"] > 0
+    assert ours["kl_mean"] <= ours["kl_p99"] <= ours["kl_p999"] <= ours["kl_max"]
+    assert ours["kl_mean"] < rows["bitdelta", "sums"]["kl_mean"]
+    assert ours["nbytes"] == sum(item["nbytes"] for item in json.loads((art / "meswitch.json").read_text())["shards"])
+    assert report["models"][0]["manifest_sha256"] and report["experts"][0]["fingerprint"].startswith("sha256:")
+    assert report["gates"] and all(gate["passed"] for gate in report["gates"])
+    assert {row["model"] for row in report["tasks"]} == {"base", "expert", "art", "bitdelta"}
+    verdicts = {row["verdict"] for row in report["comparisons"]}
+    assert verdicts <= {"n too small", "worse", "better"}  # eight documents prove no equality
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    sums = [item for item in items if item["set"] == "sums" and item["model"] == "art"]
+    assert sum(item["kl"] for item in sums) / sum(item["tokens"] for item in sums) == pytest.approx(ours["kl_mean"])
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 4 * 8
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4 and "gap recovered" in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page) and "<script" not in page
+    assert "| art |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_two_runs_give_the_same_figures_and_streaming_too(
+    run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path
+) -> None:
+    reports = []
+    for out, options in (("a", ()), ("b", ()), ("c", ("--mode", "stream"))):
+        done = run("eval", *inputs(pair, art, tmp_path / out), "--text", text, "--limit", 4, "--json", *options)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+    assert reports[0]["fidelity"] == reports[1]["fidelity"]
+    assert reports[2]["environment"]["mode"] == "stream"
+    assert reports[2]["fidelity"][0]["kl_mean"] == pytest.approx(reports[0]["fidelity"][0]["kl_mean"], rel=1e-3)
+
+
+def test_limits_fail_the_command_and_name_what_missed(
+    run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path
+) -> None:
+    done = run(
+        "eval", *inputs(pair, art, tmp_path / "out"), "--text", text, "--limit", 4, "--max-kld", 1e-6,
+        "--min-recovery", 1.5,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "--max-kld 1e-06: art on sums" in done.stderr and "--min-recovery 1.5: art on sums" in done.stderr
+    assert "Traceback" not in done.stderr and "| max-kld | art |" in done.stdout
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout and done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+
+
+def test_bad_input_is_named_before_any_work(run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    other_base, _ = make_pair(tmp_path / "other", seed=3)
+    (tmp_path / "third").mkdir()
+    _, other_expert = make_pair(tmp_path / "third", relative_delta=0.02)
+    empty, broken, silent = (tmp_path / name for name in ("empty.jsonl", "broken.jsonl", "silent.jsonl"))
+    empty.write_text("")
+    broken.write_text('{"prompt": "x", "response": "y"}\nnonsense\n')
+    silent.write_text('{"prompt": "x"}\n')
+    given = inputs(pair, art, out)
+    refused(run("eval", *given), 2, "--text or --tasks")
+    refused(
+        run("eval", "--base", pair[0], "--expert", pair[1], "--out", out, "--text", text), 2, "--artifact or --baseline"
+    )
+    refused(run("eval", *given, "--text", empty), 1, "no line with data")
+    refused(run("eval", *given, "--text", broken), 1, "line 2")
+    refused(run("eval", *given, "--text", silent), 1, "example 1 has no answer")
+    refused(run("eval", *given, "--text", tmp_path / "none.jsonl"), 1, "cannot be read")
+    refused(run("eval", *given, "--text", f"nobody={text}"), 2, "no expert is called 'nobody'")
+    refused(run("eval", *given, "--text", text, "--baseline", "gptq"), 2, "no method 'gptq'")
+    refused(run("eval", *given, "--text", text, "--baseline", "meswitch:saliency=activation"), 2, "--calibration")
+    wrong_base = ("--base", other_base, *given[2:], "--text", text)
+    refused(run("eval", *wrong_base), 1, "wrong base")
+    wrong_expert = ("--base", pair[0], "--expert", other_expert, *given[4:], "--text", text)
+    refused(run("eval", *wrong_expert), 1, "made from another expert")
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "file").write_text("mine")
+    refused(run("eval", *inputs(pair, art, tmp_path / "busy"), "--text", text, "--force"), 1, "in use")
+    assert not out.exists()
+
+
+def test_tokenizer_mismatch_is_named(run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pair[0], base)
+    value = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = value["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (base / "tokenizer.json").write_text(json.dumps(value))
+    refused(
+        run("eval", "--base", base, *inputs(pair, art, tmp_path / "o")[2:], "--text", text), 1, "tokenizer mismatch"
+    )
+
+
+def test_what_fails_is_named_and_the_rest_is_kept(run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
+    """A task without data and one that needs the network: fidelity and the good task stay in the report."""
+    (tmp_path / "gone.yaml").write_text(
+        "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: x\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n"
+    )
+    done = run(
+        "eval", *inputs(pair, art, tmp_path / "out"), "--text", text, "--limit", 2, "--include-path", tmp_path,
+        "--tasks", "gone,meswitch_logic_choice",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "gone.jsonl: cannot be read" in done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["complete"] and len(report["fidelity"]) == 1
+    assert {row["task"] for row in report["tasks"]} == {"meswitch_logic_choice"}
+    assert {row["where"] for row in report["errors"]} >= {"tasks: art: gone"}
+
+
+def test_logits_that_are_not_finite_are_named(run: Run, pair: Pair, text: Path, tmp_path: Path) -> None:
+    """Weights that are finite but overflow on the way: the base is at fault, and said to be."""
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    for source, target in zip(pair, (base, expert), strict=True):
+        shutil.copytree(source, target)
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
+    safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    done = run(
+        "eval", "--base", base, "--expert", expert, "--baseline", "bitdelta", "--out", tmp_path / "out", "--text", text
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(base) in done.stderr and "not finite" in done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["model"] for row in report["fidelity"]] == ["bitdelta"]  # measured all the same
+    assert any("base" in item["where"] for item in report["errors"])
+
+
+def test_a_router_s_choices_are_measured(run: Run, pair: Pair, art: Path, tmp_path: Path) -> None:
+    from meswitch_cli.router.artifact import write_router
+    from meswitch_cli.router.data import Example, gather
+    from meswitch_cli.router.training import TrainingSettings, train_router
+
+    _, second = make_pair(tmp_path / "second", relative_delta=0.03)
+    made = run("compress", "--base", pair[0], "--expert", second, "--out", tmp_path / "art2", "--salient", 4)
+    assert made.returncode == 0, made.stderr
+    prompts = {
+        "sums": [f"what is {n} plus {n * 7} and then add {n + 3}" for n in range(60)],
+        "verse": [f"write a gentle poem about the moon over river number {n}" for n in range(60)],
+    }
+    examples = [
+        Example(text, label, f"{label}:{n}") for label, texts in prompts.items() for n, text in enumerate(texts)
+    ]
+    trained = train_router(gather(examples, min_prompts=10), TrainingSettings(backend="tfidf"))
+    write_router(tmp_path / "router", trained.manifest, trained.router.model, trained.router.backend, trained.store)
+    for label, texts in prompts.items():
+        lines = [json.dumps({"prompt": text, "response": "all right"}) for text in texts[:6]]
+        (tmp_path / f"{label}_held_out.jsonl").write_text("\n".join(lines))
+    task = tmp_path / "tasks"
+    task.mkdir()
+    (task / "sums.yaml").write_text(
+        "task: sums_task\ndataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{prompt}}"\ndoc_to_target: 0\ndoc_to_choice: [right, wrong]\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (task / "sums.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in prompts["sums"][:5]))
+    done = run(
+        "eval", "--base", pair[0], "--expert", f"sums={pair[1]}", "--expert", f"verse={second}", "--artifact", art,
+        "--artifact", tmp_path / "art2", "--router", tmp_path / "router", "--out", tmp_path / "out", "--json",
+        "--text", f"sums={tmp_path / 'sums_held_out.jsonl'}", "--text", f"verse={tmp_path / 'verse_held_out.jsonl'}",
+        "--include-path", task, "--tasks", "sums=sums_task",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    router = report["router"]
+    assert router["labels"] == ["sums", "verse"] and set(router["loss"]) == {"base", "random", "routed", "oracle"}
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    own = [item for item in items if item["model"] in ("art", "art2")]
+    oracle = sum(item["loss"] for item in own) / sum(item["tokens"] for item in own)
+    assert router["loss"]["oracle"]["value"] == pytest.approx(oracle, rel=1e-4)
+    base = [item for item in items if item["model"] == "base"]
+    expected = sum(item["loss"] for item in base) / sum(item["tokens"] for item in base)
+    assert router["loss"]["base"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert router["accuracy"]["value"] >= 0.8 and set(router["tasks"]) == {"sums_task"}
+    if router["accuracy"]["value"] == 1:
+        assert router["loss"]["routed"] == router["loss"]["oracle"]
+    missing = run(
+        "eval", *inputs(pair, art, tmp_path / "out2"), "--router", tmp_path / "router",
+        "--text", tmp_path / "sums_held_out.jsonl",
+    )  # fmt: skip
+    assert missing.returncode == 1 and "give --expert sums=FOLDER" in missing.stderr
