@@ -21,6 +21,7 @@ COMMANDS = {
     "train-router": "Train a router: which expert a prompt belongs to, and how sure that is.",
     "router": "Add an expert to a router, remove one, or measure a router.",
     "route": "Say which expert a router chooses for a prompt.",
+    "plan": "Say how many experts fit on a device, beside how much cache.",
     "serve": "Serve the base and its experts behind OpenAI's API, with a chat page.",
     "eval": "Measure how close a compressed expert is to the full one, with statistics.",
 }

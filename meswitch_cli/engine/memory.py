@@ -1,13 +1,137 @@
-"""How much of the device the engine takes, known before anything is loaded."""
+"""How much of the device the engine takes, from metadata alone."""
 
 from __future__ import annotations
 
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from meswitch_cli.engine.base_model import BaseModel
+import torch
+
+from meswitch_cli.checkpoint.architecture import architecture, skeleton
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.engine.banks import Room
+from meswitch_cli.engine.base_model import BaseModel, gain_weight, model_dtype
+from meswitch_cli.errors import UsageError
+from meswitch_kernels.packing import group_count, words_per_row
 
 #: What the cache of keys and values takes on a CPU unless told otherwise, or one longest request if that is more.
 CPU_CACHE_BYTES = 512 << 20
+#: The share of a GPU's free memory that transformers gives the cache and the tensors that scale with it.
+GPU_CACHE_SHARE = 0.9
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the bytes of a device go. What remains negative does not fit.
+
+    Attributes:
+        base_nbytes: the base's weights.
+        slot_nbytes: one slot; every tensor of its expert is taken to differ from the base's.
+        shared_nbytes: of the slots together, whatever their number.
+        token_nbytes: keys and values of one token.
+        most_slots: slots that fit beside one request of `context` tokens.
+    """
+
+    device_nbytes: int
+    base_nbytes: int
+    slot_nbytes: int
+    shared_nbytes: int
+    slots: int
+    experts: int
+    context: int
+    token_nbytes: int
+
+    @property
+    def slots_nbytes(self) -> int:
+        return self.slots * self.slot_nbytes + self.shared_nbytes
+
+    @property
+    def left_nbytes(self) -> int:
+        return self.device_nbytes - self.base_nbytes - self.slots_nbytes
+
+    @property
+    def cache_tokens(self) -> int:
+        return max(0, int(self.left_nbytes * GPU_CACHE_SHARE)) // self.token_nbytes
+
+    @property
+    def requests(self) -> int:
+        """Requests of `context` tokens whose cache fits at once."""
+        return self.cache_tokens // self.context
+
+    @property
+    def most_slots(self) -> int:
+        one = -(-self.context * self.token_nbytes // GPU_CACHE_SHARE)
+        room = self.device_nbytes - self.base_nbytes - self.shared_nbytes - one
+        return max(0, int(room // self.slot_nbytes))
+
+
+def plan_memory(
+    base: Checkpoint,
+    settings: CompressionSettings,
+    *,
+    device_nbytes: int,
+    experts: int,
+    slots: int | None = None,
+    context: int = 4096,
+    dtype: str = "auto",
+    added_rows: int = 0,
+) -> MemoryPlan:
+    """Plan for `experts` artifacts made with `settings`, `slots` of them on the device at once (None: all).
+
+    Raises:
+        CheckpointError: the base is not one that can be served.
+        UsageError: a number is impossible.
+    """
+    for name, value in (("--experts", experts), ("--slots", slots or 1), ("--context", context)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    where = str(base.source.path)
+    described = architecture(base.config, where)
+    model: Any = skeleton(base.config, where)
+    chosen = model_dtype(base, dtype)
+    weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
+    rooms = expected_rooms(described.parameters, settings, added_rows)
+    count = slots or experts
+    return MemoryPlan(
+        device_nbytes=device_nbytes,
+        base_nbytes=weights * chosen.itemsize,
+        slot_nbytes=_slots_nbytes(model, rooms, 2, chosen) - _slots_nbytes(model, rooms, 1, chosen),
+        shared_nbytes=_slots_nbytes(model, rooms, 0, chosen),
+        slots=min(count, experts),
+        experts=experts,
+        context=context,
+        token_nbytes=token_bytes(model.config, chosen.itemsize),
+    )
+
+
+def expected_rooms(parameters: Mapping[str, Any], settings: CompressionSettings, added_rows: int) -> dict[str, Room]:
+    """The room in each bank, by module name, for experts made with these settings that change every tensor."""
+    rooms: dict[str, Room] = {}
+    embedding = Room(settings.embedding_bits, settings.group_size, 0, added_rows)
+    for name, item in parameters.items():
+        module = name.rpartition(".")[0]
+        if item.kind == "linear":
+            rooms[module] = Room(settings.bits, settings.group_size, settings.salient)
+        elif item.kind == "embedding":
+            rooms[module] = embedding
+        elif item.kind == "head" and not item.tied_to:
+            own = Room(settings.embedding_bits, settings.group_size, settings.salient, added_rows)
+            rooms[module] = own.joined(embedding)
+    return rooms
+
+
+def bank_nbytes(slots: int, in_features: int, out_features: int, room: Room, itemsize: int) -> int:
+    """What `ExpertBank.nbytes` will be, for values of `itemsize` bytes."""
+    per_row = 4 * words_per_row(in_features, room.bits) + 4 * group_count(in_features, room.group_size)
+    per_row += itemsize * room.salient + 4  # salient values, bias
+    per_slot = out_features * per_row + 4 * room.salient + 2 * in_features + 4 * 3
+    return slots * (per_slot + itemsize * room.added_rows * in_features)
 
 
 def token_bytes(config: Any, itemsize: int) -> int:
@@ -25,3 +149,34 @@ def cache_pages(base: BaseModel, tokens: int | None, page_size: int, max_model_l
             return None
         tokens = max(max_model_len, CPU_CACHE_BYTES // token_bytes(base.model.config, base.dtype.itemsize))
     return -(-max(tokens, max_model_len) // page_size)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from text such as `80GB`, `24GiB` or `500000000`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{text!r} is no amount of memory; write it as 80GB, 24GiB or in bytes")
+    return int(float(match[1]) * unit)
+
+
+def _slots_nbytes(model: Any, rooms: Mapping[str, Room], slots: int, dtype: torch.dtype) -> int:
+    total = 0
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        weight = own.get("weight")
+        if name in rooms and weight is not None:
+            out_features, in_features = weight.shape
+            total += bank_nbytes(slots, in_features, out_features, rooms[name], dtype.itemsize)
+            if rooms[name].added_rows and "bias" in own:
+                total += (slots + 1) * rooms[name].added_rows * dtype.itemsize
+        elif weight is not None and weight.dim() == 1:
+            # As `Banks` does: Gemma's gains, 1 + weight, are kept in fp32.
+            norm: Any = copy.deepcopy(module).to_empty(device="cpu")
+            itemsize = dtype.itemsize if gain_weight(norm) == 1.0 else 4
+            total += (slots + 1) * weight.shape[0] * itemsize * len(own)
+    return total

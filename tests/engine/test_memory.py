@@ -1,0 +1,112 @@
+"""What `meswitch plan` says is what the engine takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.family import Family
+from typer.testing import CliRunner
+
+from meswitch_cli.app import build_app
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.engine import TransformersEngine
+from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.base_model import load_base
+from meswitch_cli.engine.memory import MemoryPlan, parse_bytes, plan_memory
+from meswitch_cli.errors import UsageError
+from zoo.tiny import make_pair
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "settings"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"tie_word_embeddings": True, "added_rows": 3}, {"bits": 4, "group_size": 32, "embedding_bits": 4}),
+        ("llama", {"added_rows": 2, "dtype": torch.float32}, {"bits": 1, "salient": 0}),
+        ("qwen2", {}, {"salient": 3}),
+        ("gemma3", {}, {"bits": 1}),
+        ("phi", {"added_rows": 1}, {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
+)
+def test_plan_is_what_is_allocated(
+    family: str, options: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base, expert = make_pair(tmp_path, family, relative_delta=0.1, **options)
+    compression = CompressionSettings(**settings)
+    job = prepare(str(base), str(expert), tmp_path / "artifact", compression, None)
+    compress(job)
+    plan = plan_memory(
+        Checkpoint.open(str(base)),
+        compression,
+        device_nbytes=10**8,
+        experts=3,
+        added_rows=options.get("added_rows", 0),
+    )
+    loaded = load_base(Checkpoint.open(str(base)), torch.device("cpu"), options.get("dtype", torch.bfloat16))
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.model.state_dict().values()}
+    plain = {id(norm.plain) for norm in loaded.norms.values()}
+    extra = sum(p.nbytes for module in loaded.model.modules() if id(module) in plain for p in module.parameters())
+    assert plan.base_nbytes == sum(weights.values()) - extra
+    banks = Banks(loaded, bank_layout(loaded, [Artifact.open(job.out).manifest]), 3)
+    assert banks.nbytes == plan.slots_nbytes
+
+
+def test_cache_is_what_the_plan_counts(family: Family, start: Callable[..., TransformersEngine]) -> None:
+    engine = start(family, cache_tokens=1024, page_size=8)
+    cache = engine._manager.batch_processor.cache
+    plan = plan_memory(Checkpoint.open(str(family.base)), CompressionSettings(), device_nbytes=10**8, experts=1)
+    trash = 2 * cache.bytes_per_sector
+    assert cache.cache_tensor.numel() - trash == 1024 * plan.token_nbytes
+
+
+def test_arithmetic_of_a_plan() -> None:
+    plan = MemoryPlan(
+        device_nbytes=1000,
+        base_nbytes=400,
+        slot_nbytes=100,
+        shared_nbytes=10,
+        slots=2,
+        experts=5,
+        context=10,
+        token_nbytes=3,
+    )
+    assert (plan.slots_nbytes, plan.left_nbytes) == (210, 390)
+    assert plan.cache_tokens == int(390 * 0.9) // 3 == 117
+    assert plan.requests == 11
+    assert plan.most_slots == (1000 - 400 - 10 - 34) // 100 == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("80GB", 80 * 10**9), ("1.5 GiB", 3 << 29), ("512", 512), ("2kib", 2048), ("0.5TB", 5 * 10**11)],
+)
+def test_bytes(text: str, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80 XB", "-3GB", "1e9"])
+def test_no_bytes(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_bytes(text)
+
+
+def test_command(family: Family) -> None:
+    runner = CliRunner()
+    arguments = ["plan", "--base", str(family.base), "--experts", "4", "--device-memory", "10MB", "--context", "128"]
+    said = runner.invoke(build_app(arguments), arguments)
+    assert said.exit_code == 0 and "4 slots" in said.stdout and "at once" in said.stdout
+    answer = json.loads(runner.invoke(build_app(arguments), [*arguments, "--json"]).stdout)
+    assert answer["fits"] and answer["slots_bytes"] > 4 * 1000
+    assert answer["base_bytes"] == Checkpoint.open(str(family.base)).nbytes
+    little = [*arguments[:6], "300KB", *arguments[7:]]
+    refused = runner.invoke(build_app(little), little)
+    assert refused.exit_code == 1 and "does not fit" in refused.output
