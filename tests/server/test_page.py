@@ -70,6 +70,7 @@ def test_a_routed_answer_says_who_and_how_sure(page: Any) -> None:
     assert sum(float(bars.nth(i).evaluate("bar => bar.value")) for i in range(3)) == pytest.approx(1, abs=1e-3)
     assert answer.locator(".text").inner_text().strip()
     playwright.expect(page.locator("#prompt")).to_be_focused()
+    playwright.expect(page.locator("#summary")).to_have_text("3 experts on base")
 
 
 def test_an_expert_is_pinned_with_the_keyboard_alone(page: Any) -> None:
@@ -79,6 +80,7 @@ def test_an_expert_is_pinned_with_the_keyboard_alone(page: Any) -> None:
     playwright.expect(button).to_have_attribute("aria-pressed", "true")
     playwright.expect(page.locator("#model")).to_have_value("blue")
     answer = ask(page, prompts("red", 9)[7])
+    playwright.expect(button).to_have_attribute("aria-pressed", "true")
     playwright.expect(answer.locator(".who")).to_have_text("bluepinned by you")
     playwright.expect(answer.locator(".bars")).to_have_count(0)
     button.click()

@@ -48,12 +48,11 @@ function megabytes(bytes) {
 // What is where, and how fast it goes.
 
 async function poll() {
-  try {
-    const response = await fetch("/v1/status", { headers: headers() });
-    if (!response.ok) throw new Error(await failure(response));
+  const response = await fetch("/v1/status", { headers: headers() }).catch(() => null);
+  if (response?.ok) {
     show(await response.json());
-  } catch (error) {
-    at("summary").textContent = error instanceof TypeError ? "the server does not answer" : error.message;
+  } else {
+    at("summary").textContent = response ? await failure(response) : "the server does not answer";
     previous = null;
   }
   setTimeout(poll, document.hidden ? 5 * POLL_MILLISECONDS : POLL_MILLISECONDS);
@@ -134,6 +133,7 @@ function pin(name) {
   const free = [...select.options].some((option) => option.value === "auto") ? "auto" : "base";
   select.value = select.value === name ? free : name;
   showPinned();
+  showPanel(false);
   at("prompt").focus();
 }
 
@@ -148,7 +148,7 @@ function showPinned() {
 function bubble(role) {
   const message = element("article", `message ${role}`);
   message.append(element("div", "who"), element("div", "text"));
-  at("empty")?.remove();
+  at("empty").hidden = true;
   at("messages").append(message);
   return message;
 }
@@ -157,8 +157,7 @@ function showWho(message, response) {
   const expert = response.headers.get("x-meswitch-expert");
   const reason = response.headers.get("x-meswitch-reason");
   if (!expert) return;
-  const routed = Number(response.headers.get("x-meswitch-router-ms")) > 0;
-  const sure = routed ? `, ${Math.round(100 * Number(response.headers.get("x-meswitch-confidence")))} % sure` : "";
+  const sure = reason === "routed" || reason === "sticky" ? `, ${Math.round(100 * Number(response.headers.get("x-meswitch-confidence")))} % sure` : "";
   message.querySelector(".who").replaceChildren(element("b", "", expert), element("span", "", (REASONS[reason] || reason) + sure));
   const told = response.headers.get("x-meswitch-probabilities");
   if (!told) return;
@@ -238,6 +237,12 @@ async function send(text) {
   }
 }
 
+function showPanel(open) {
+  at("panel").classList.toggle("open", open);
+  at("toggle").setAttribute("aria-expanded", String(open));
+  at("toggle").textContent = open ? "Chat" : "Experts";
+}
+
 function showSending() {
   at("send").textContent = answering ? "Stop" : "Send";
 }
@@ -276,13 +281,11 @@ at("clear").addEventListener("click", () => {
   answering?.abort();
   conversation = [];
   session = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
-  at("messages").replaceChildren();
+  at("messages").replaceChildren(at("empty"));
+  at("empty").hidden = false;
   at("prompt").focus();
 });
-at("toggle").addEventListener("click", () => {
-  const open = at("panel").classList.toggle("open");
-  at("toggle").setAttribute("aria-expanded", String(open));
-});
+at("toggle").addEventListener("click", () => showPanel(!at("panel").classList.contains("open")));
 at("key").value = sessionStorage.getItem("key") || "";
 at("key").addEventListener("change", () => sessionStorage.setItem("key", at("key").value));
 poll();
