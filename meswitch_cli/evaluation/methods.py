@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from meswitch_cli.calibration.data import read_calibration, token_windows
+from meswitch_cli.calibration.data import random_window, read_calibration, token_windows
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.checkpoint.architecture import Architecture
 from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, make_plan
@@ -28,9 +28,11 @@ from meswitch_cli.evaluation.baselines import (
     round_to_nearest,
     sparse_quantised,
 )
+from meswitch_cli.evaluation.distillation import ScaleTraining, distil_scales
+from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.saliency import salient_delta
 from meswitch_cli.evaluation.subjects import Candidate, Expert
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.evaluation.weights import CheckpointWeights, vocabulary_size
 
 Value = int | float | str
 #: Windows and tokens of calibration data that statistics are taken over.
@@ -40,7 +42,7 @@ KEPT_BYTES = 4 << 30
 
 #: Options of every method and their defaults. `embedding` is the code width of embedding and head, 16 to keep them.
 METHODS: dict[str, dict[str, Value]] = {
-    "bitdelta": {"masks": 1},
+    "bitdelta": {"masks": 1, "distill": 0},
     "rtn": {"bits": 2, "group": 0},
     "per-axis": {"axis": "best"},
     "low-rank": {"bits": 1.0, "rank": 0},
@@ -53,7 +55,7 @@ METHODS: dict[str, dict[str, Value]] = {
         "channel_scale": "none",
         "steps": "unbiased",
         "saliency": "error",
-        "calibrated": 1,
+        "activations": "auto",
     },
 }
 COMMON: dict[str, Value] = {"embedding": 2, "seed": 0}
@@ -69,7 +71,8 @@ class Method:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.options.get("saliency") == "activation" or self.options.get("steps") == "layerwise"
+        get = self.options.get
+        return get("steps") == "layerwise" or get("activations") == "file" or bool(get("distill"))
 
     def approximate(self, name: str, delta: torch.Tensor, statistics: InputStatistics | None) -> Approximation:
         """What the method makes of one linear's delta `[out, in]`; `name` only seeds what is random."""
@@ -132,7 +135,7 @@ def _check(method: Method) -> None:
         "axis": ("row", "column", "best"),
         "saliency": ("error", "random", "magnitude", "activation"),
         "embedding": (1, 2, 4, 16),
-        "calibrated": (0, 1),
+        "activations": ("auto", "file", "random", "none"),
     }
     for key, value in method.options.items():
         if key in allowed and value not in allowed[key]:
@@ -143,6 +146,8 @@ def _check(method: Method) -> None:
     if isinstance(bits, int | float) and not 0 < bits <= 8:
         raise UsageError(f"--baseline {method.spec}: bits must lie between 0 and 8")
     if method.name == "meswitch":
+        if method.options["saliency"] == "activation" and method.options["activations"] == "none":
+            raise UsageError(f"--baseline {method.spec}: saliency=activation needs activations")
         try:
             method.quantizer()
         except ValueError as error:
@@ -150,36 +155,55 @@ def _check(method: Method) -> None:
 
 
 class Activations:
-    """An expert's input statistics over a calibration file, taken when first asked for."""
+    """An expert's input statistics, over a calibration file or over random tokens, taken when first asked for."""
 
     def __init__(self, expert: Expert, path: Path | None, seed: int = 0, samples: int = SAMPLES) -> None:
         self.expert, self.path, self.seed, self.samples = expert, path, seed, samples
-        self._known: dict[str, InputStatistics] | None = None
-        self._gram = False
+        self._known: dict[tuple[str, bool], Mapping[str, InputStatistics]] = {}
 
-    def statistics(self, *, gram: bool = False) -> Mapping[str, InputStatistics]:
-        """Statistics by parameter name; none without a calibration file.
+    def windows(self) -> torch.Tensor:
+        """The calibration file as token windows `[n, length]`.
 
         Raises:
             CalibrationError: the file cannot be used.
         """
-        if self.path is None:
+        assert self.path is not None
+        return token_windows(
+            read_calibration(self.path),
+            self.expert.tokenizer,
+            samples=self.samples,
+            sequence_length=SEQUENCE_LENGTH,
+            seed=self.seed,
+        )
+
+    def statistics(self, source: str, *, gram: bool = False) -> Mapping[str, InputStatistics]:
+        """Statistics by parameter name; `source` is `file`, `random`, `none`, or `auto`: the file where there is one.
+
+        Raises:
+            CalibrationError: the file cannot be used.
+        """
+        if source == "auto":
+            source = "random" if self.path is None else "file"
+        if source == "none":
             return {}
-        if self._known is None or (gram and not self._gram):
-            windows = token_windows(
-                read_calibration(self.path),
-                self.expert.tokenizer,
-                samples=self.samples,
-                sequence_length=SEQUENCE_LENGTH,
-                seed=self.seed,
-            )
-            found: dict[str, InputStatistics] = {}
-            weights = self.expert.weights
-            stream_statistics(
-                weights.checkpoint, weights.architecture, windows, lambda _, layer: found.update(layer), gram=gram
-            )
-            self._known, self._gram = found, gram
-        return self._known
+        if (source, gram) not in self._known:
+            self._known[source, gram] = self.measure(source, gram=gram)
+        return self._known[source, gram]
+
+    def measure(self, source: str, *, gram: bool) -> Mapping[str, InputStatistics]:
+        """Run the expert over the file's windows, or over the random tokens that `meswitch compress` would use."""
+        weights, random = self.expert.weights, source == "random"
+        stored = next(iter(weights.checkpoint.tensors.values())).dtype
+        found: dict[str, InputStatistics] = {}
+        head = stream_statistics(
+            weights.checkpoint,
+            weights.architecture,
+            random_window(vocabulary_size(weights), self.seed) if random else self.windows(),
+            lambda _, layer: found.update(layer),
+            gram=gram,
+            dtype=torch.bfloat16 if random and stored == torch.bfloat16 else None,
+        )
+        return found | head
 
 
 class BaselineWeights:
@@ -193,6 +217,7 @@ class BaselineWeights:
         self._activations = activations
         self._kept: dict[str, torch.Tensor] = {}
         self._nbytes: dict[str, int] = {}
+        self._trained: dict[str, torch.Tensor] | None = None
         numel = sum(torch.Size(item.shape).numel() for item in self.plan.tensors)
         self._keep = 4 * numel <= KEPT_BYTES
 
@@ -224,10 +249,35 @@ class BaselineWeights:
 
     def _statistics(self) -> Mapping[str, InputStatistics]:
         options = self.method.options
-        wanted = options.get("salient") or options.get("steps") == "layerwise"
-        if not options.get("calibrated") or not wanted:
+        layerwise = options.get("steps") == "layerwise"
+        if not (options.get("salient") or layerwise):
             return {}
-        return self._activations.statistics(gram=options["steps"] == "layerwise")
+        return self._activations.statistics(str(options["activations"]), gram=layerwise)
+
+    def _distilled(self) -> dict[str, torch.Tensor]:
+        """The linears' deltas with trained scales; student and teacher are in memory while they are trained."""
+        if self._trained is None:
+            plain = replace(self.method, options=dict(self.method.options) | {"distill": 0})
+            start = BaselineWeights(plain, self.base, self.expert, self._activations)
+            device = torch.device("cpu")
+            student, teacher = (build_model(weights, device, torch.float32) for weights in (start, self.expert.weights))
+            linears = {}
+            for item in self.plan.tensors:
+                if item.kind == "linear":
+                    base = self.base.checkpoint.read(item.base_stored).float()
+                    linears[item.name] = (base, self.expert.weights.checkpoint.read(item.expert_stored).float() - base)
+            masks, updates = int(self.method.options["masks"]), int(self.method.options["distill"])
+            windows = self._activations.windows()
+            self._trained = distil_scales(student, teacher, linears, masks, windows, ScaleTraining(updates))
+        return self._trained
+
+    def _vocabulary(self, item: PlannedTensor, delta: torch.Tensor) -> Approximation:
+        """Embedding and head as an artifact has them: a head of the `meswitch` method has its salient channels too."""
+        settings = QuantizerSettings(int(self.method.options["embedding"]), 0)
+        if item.kind != "head" or self.method.name != "meswitch":
+            return salient_delta(delta, settings, "error", None, torch.Generator())
+        settings = replace(self.method.quantizer(), bits=settings.bits)
+        return salient_delta(delta, settings, "error", self._statistics().get(item.name), torch.Generator())
 
     def _made(self, item: PlannedTensor) -> tuple[torch.Tensor, int]:
         stored = self.expert.weights.checkpoint.read(item.expert_stored)
@@ -240,11 +290,13 @@ class BaselineWeights:
         delta = stored[:rows].float() - base[:rows].float()
         if not delta.any():
             made = Approximation(delta, 0)
+        elif item.kind == "linear" and self.method.options.get("distill"):
+            nbytes = self.method.approximate(item.name, delta, None).nbytes
+            made = Approximation(self._distilled()[item.name], nbytes)
         elif item.kind == "linear":
             made = self.method.approximate(item.name, delta, self._statistics().get(item.name))
         else:
-            bits = int(self.method.options["embedding"])
-            made = salient_delta(delta, QuantizerSettings(bits, 0), "error", None, torch.Generator())
+            made = self._vocabulary(item, delta)
         value = base[:rows].float() + made.delta
         added = stored[rows:]
         return torch.cat([value, added.float()]), made.nbytes + added.nbytes

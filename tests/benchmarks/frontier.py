@@ -42,18 +42,12 @@ class StoredActivations(Activations):
     def __init__(self, expert: Expert, path: Path, folder: Path) -> None:
         super().__init__(expert, path, samples=CALIBRATION_WINDOWS)
         self._folder = folder
-        self._loaded: dict[bool, dict[str, InputStatistics]] = {}
 
-    def statistics(self, *, gram: bool = False) -> Mapping[str, InputStatistics]:
-        if gram not in self._loaded:
-            self._loaded = {gram: self._load(gram)}
-        return self._loaded[gram]
-
-    def _load(self, gram: bool) -> dict[str, InputStatistics]:
-        file = self._folder / f"{self.expert.label}-{'gram' if gram else 'energy'}.safetensors"
+    def measure(self, source: str, *, gram: bool) -> Mapping[str, InputStatistics]:
+        file = self._folder / f"{self.expert.label}-{source}-{'gram' if gram else 'energy'}.safetensors"
         if not file.exists():
             parts = {}
-            for name, item in super().statistics(gram=gram).items():
+            for name, item in super().measure(source, gram=gram).items():
                 parts |= {f"{name}|energy": item.energy, f"{name}|tokens": torch.tensor([item.tokens])}
                 if item.gram is not None:
                     parts[f"{name}|gram"] = item.gram

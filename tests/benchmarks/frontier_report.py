@@ -1,5 +1,89 @@
+"""The rows measured by benchmarks.frontier as a Markdown page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.frontier_rows import ABLATION, BASE, FRONTIER, SWEEP, rows
+from meswitch_cli.evaluation.statistics import Estimate, ratio_of_sums
+
+INTRO = Path(__file__).parent / "frontier_intro.md"
+HEADER = "| {} | MB | bits a weight | KL, % of base's [95 %] | gap recovered, % [95 %] | same top token, % [95 %] |"
+Row = Mapping[str, Any]
 
 
 def write_page(results: Path, page: Path) -> None:
-    """To be written."""
+    """Write the page from the JSON files of a results folder; nothing where there are none."""
+    sections = []
+    for file in sorted(results.glob("*.json")):
+        value = json.loads(file.read_text())
+        if BASE in value["rows"]:
+            sections.append(_expert(file.stem.rpartition("-")[0], value))
+    if sections:
+        page.write_text(INTRO.read_text() + "\n" + "\n".join(sections))
+
+
+def _expert(name: str, value: dict[str, Any]) -> str:
+    measured, weights = value["rows"], value["weights"]
+    base = measured[BASE]["report"]
+    missing = [spec for spec in rows() if spec not in measured]
+    lines = [
+        f"## {name}\n",
+        f"{len(base['tokens'])} report items, {sum(base['tokens']):.0f} answer tokens; loss of the base "
+        f"{_mean(base, 'loss'):.4f}, of the full expert {_mean(base, 'expert_loss'):.4f} nats a token; KL of the base to "
+        f"the full expert {_mean(base, 'kl'):.4f}. {weights / 1e6:.1f} million weights; the full expert is "
+        f"{2 * weights / 1e6:.1f} MB.\n",
+    ]
+    for title, specs in FRONTIER.items():
+        lines += _table(f"### Frontier, {title}", "method", specs, measured, weights)
+    for title, specs in ABLATION.items():
+        lines += _table(f"### Which channels stay, {title}", "meswitch setting", specs, measured, weights)
+    for bits, specs in SWEEP.items():
+        title = f"### How many channels stay, {bits} {'bit' if bits == 1 else 'bits'}"
+        lines += _table(title, "meswitch setting", specs, measured, weights)
+    machines = list(dict.fromkeys(row["machine"] for row in measured.values()))
+    lines.append("On " + "; ".join(machines) + ".\n")
+    if missing:
+        lines.append(f"Not measured for want of time, {len(missing)} of {len(rows())} rows: {', '.join(missing)}.\n")
+    return "\n".join(lines)
+
+
+def _table(title: str, first: str, specs: Sequence[str], measured: Mapping[str, Row], weights: int) -> list[str]:
+    found = [spec for spec in specs if spec in measured]
+    if not found:
+        return []
+    base = measured[BASE]["report"]
+    lines = [title + "\n", HEADER.format(first), "|---|---|---|---|---|---|"]
+    for spec in sorted(found, key=lambda spec: kl_share(measured[spec]["report"], base).value):
+        row = measured[spec]
+        part = row["report"]
+        lines.append(
+            f"| `{spec}` | {row['bytes'] / 1e6:.1f} | {8 * row['bytes'] / weights:.2f} | "
+            f"{_cell(kl_share(part, base), 3)} | {_cell(gap_recovered(part, base), 2)} | "
+            f"{_cell(ratio_of_sums(part['agreed'], part['tokens']), 2)} |"
+        )
+    return [*lines, ""]
+
+
+def kl_share(part: Row, base: Row) -> Estimate:
+    """KL to the full expert over the base's, with a bootstrap by item."""
+    return ratio_of_sums(part["kl"], base["kl"])
+
+
+def gap_recovered(part: Row, base: Row) -> Estimate:
+    """(base's loss − the row's) / (base's loss − the full expert's)."""
+    gained = [a - b for a, b in zip(base["loss"], part["loss"], strict=True)]
+    possible = [a - b for a, b in zip(base["loss"], base["expert_loss"], strict=True)]
+    return ratio_of_sums(gained, possible)
+
+
+def _mean(part: Row, name: str) -> float:
+    return float(sum(part[name]) / sum(part["tokens"]))
+
+
+def _cell(estimate: Estimate, digits: int) -> str:
+    value, low, high = (100 * item for item in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

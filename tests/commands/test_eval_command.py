@@ -160,7 +160,7 @@ def test_bad_input_is_named_before_any_work(run: Run, pair: Pair, art: Path, tex
     refused(run("eval", *given, "--text", tmp_path / "none.jsonl"), 1, "cannot be read")
     refused(run("eval", *given, "--text", f"nobody={text}"), 2, "no expert is called 'nobody'")
     refused(run("eval", *given, "--text", text, "--baseline", "gptq"), 2, "no method 'gptq'")
-    refused(run("eval", *given, "--text", text, "--baseline", "meswitch:saliency=activation"), 2, "--calibration")
+    refused(run("eval", *given, "--text", text, "--baseline", "meswitch:activations=file"), 2, "--calibration")
     wrong_base = ("--base", other_base, *given[2:], "--text", text)
     refused(run("eval", *wrong_base), 1, "wrong base")
     wrong_expert = ("--base", pair[0], "--expert", other_expert, *given[4:], "--text", text)

@@ -1,0 +1,104 @@
+"""The models that methods make, on tiny pairs: bytes of every tensor, distilled scales, activations."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.calibration.data import read_calibration
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+from meswitch_cli.evaluation.baselines import bitdelta
+from meswitch_cli.evaluation.distillation import ScaleTraining, distil_scales
+from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
+from meswitch_cli.evaluation.model import build_model
+from meswitch_cli.evaluation.subjects import open_experts
+from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights
+from zoo.tiny import make_pair
+
+Pair = tuple[Path, Path]
+
+
+def made(pair: Pair, spec: str, calibration: Path | None = None) -> BaselineWeights:
+    base = CheckpointWeights(Checkpoint.open(str(pair[0])))
+    expert = open_experts([str(pair[1])], base)[0]
+    return BaselineWeights(parse_method(spec), base, expert, Activations(expert, calibration))
+
+
+def read_all(weights: BaselineWeights | ArtifactWeights) -> dict[str, torch.Tensor]:
+    return {name: weights.read(name) for name, item in weights.architecture.parameters.items() if not item.tied_to}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_every_tensor_is_the_base_s_plus_the_method_s_delta_and_is_counted(tmp_path: Path, family: str) -> None:
+    pair = make_pair(tmp_path, family)
+    weights = made(pair, "bitdelta:embedding=16")
+    values, nbytes = read_all(weights), 0
+    for item in weights.plan.tensors:
+        base = weights.base.read(item.base_name).float()
+        expert = weights.expert.weights.read(item.name)
+        if item.kind == "linear":
+            torch.testing.assert_close(values[item.name], base + bitdelta(expert.float() - base).delta)
+            nbytes += item.shape[0] * math.ceil(item.shape[1] / 8) + 2
+        else:
+            assert torch.equal(values[item.name], expert)
+            nbytes += 2 * expert.numel()
+    assert weights.nbytes == nbytes
+
+
+@pytest.mark.parametrize("activations", ["none", "random", "file"])
+def test_the_meswitch_method_is_what_compress_writes(
+    pair: Pair, tmp_path: Path, calibration_file: Path, activations: str
+) -> None:
+    """The same tensors and the same bytes as the artifact, so the frontier compares what is really stored."""
+    data = read_calibration(calibration_file) if activations == "file" else None
+    source = {"none": None, "random": RANDOM, "file": data.sha256 if data else None}[activations]
+    settings = CompressionSettings(bits=2, salient=4, calibration=source, samples=32, sequence_length=512)
+    job = prepare(str(pair[0]), str(pair[1]), tmp_path / "art", settings, data)
+    compress(job)
+    artifact = Artifact.open(tmp_path / "art")
+    weights = made(pair, f"meswitch:bits=2,salient=4,activations={activations}", data.path if data else None)
+    ours = read_all(weights)
+    theirs = read_all(ArtifactWeights(artifact, weights.base))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name].float(), value.float(), rtol=1e-5, atol=1e-6)
+    assert weights.nbytes == sum(entry.nbytes for entry in artifact.manifest.tensors)
+
+
+def test_distilled_scales_bring_the_logits_closer_and_nothing_else_moves(pair: Pair, calibration_file: Path) -> None:
+    weights = made(pair, "bitdelta", calibration_file)
+    expert = build_model(weights.expert.weights, torch.device("cpu"), torch.float32)
+    linears = {}
+    for item in weights.plan.tensors:
+        if item.kind == "linear":
+            base = weights.base.read(item.base_name).float()
+            delta = weights.expert.weights.read(item.name).float() - base
+            linears[item.name] = (base, 2 * delta)  # scales twice too large, so that there is something to learn
+    student = build_model(weights, torch.device("cpu"), torch.float32)
+    tokens = torch.randint(5, 260, (4, 64), generator=torch.Generator().manual_seed(0))
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((student(tokens).logits - expert(tokens).logits).square().mean())
+
+    distil_scales(student, expert, linears, 1, tokens, ScaleTraining(0, length=32))
+    before = distance()
+    deltas = distil_scales(student, expert, linears, 1, tokens, ScaleTraining(40, 2e-2, length=32))
+    assert distance() < 0.9 * before
+    for name, (_, delta) in linears.items():
+        ratio = deltas[name] / bitdelta(delta).delta  # one factor for the whole matrix
+        torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+        assert 0.3 < float(ratio[0, 0]) < 1.1
+    torch.testing.assert_close(student.model.norm.weight, expert.model.norm.weight)
+
+
+def test_distilled_method_keeps_the_bytes(pair: Pair, calibration_file: Path) -> None:
+    plain, trained = made(pair, "bitdelta"), made(pair, "bitdelta:distill=2", calibration_file)
+    before, after = read_all(plain), read_all(trained)
+    assert plain.nbytes == trained.nbytes
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
