@@ -33,8 +33,8 @@ def _expert(name: str, value: dict[str, Any]) -> str:
     lines = [
         f"## {name}\n",
         f"{len(base['tokens'])} report items, {sum(base['tokens']):.0f} answer tokens; loss of the base "
-        f"{_mean(base, 'loss'):.4f}, of the full expert {_mean(base, 'expert_loss'):.4f} nats a token; KL of the base to "
-        f"the full expert {_mean(base, 'kl'):.4f}. {weights / 1e6:.1f} million weights; the full expert is "
+        f"{_mean(base, 'loss'):.4f}, of the full expert {_mean(base, 'expert_loss'):.4f} nats a token; KL of the base "
+        f"to the full expert {_mean(base, 'kl'):.4f}. {weights / 1e6:.1f} million weights; the full expert is "
         f"{2 * weights / 1e6:.1f} MB.\n",
     ]
     for title, specs in FRONTIER.items():
