@@ -23,6 +23,8 @@ COMMANDS = {
     "route": "Say which expert a router chooses for a prompt.",
     "plan": "Say how many experts fit on a device, beside how much cache.",
     "serve": "Serve the base and its experts behind OpenAI's API, with a chat page.",
+    "chat": "Talk to a server's experts in the terminal, or to those in this process.",
+    "bench": "Load an OpenAI-compatible server and measure latency and throughput.",
     "eval": "Measure how close a compressed expert is to the full one, with statistics.",
 }
 

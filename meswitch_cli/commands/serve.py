@@ -125,7 +125,7 @@ def run(
     try:
         made.start()
         _warn_of(refused | made.failed)
-        chosen = _load_router(router, made)
+        chosen = load_router(router, made)
         service = Service(made, settings, chosen)
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
         if not settings.api_keys and not is_loopback(host):
@@ -138,7 +138,8 @@ def run(
     serve(server, bound)
 
 
-def _load_router(path: Path | None, engine: TransformersEngine) -> Router | None:
+def load_router(path: Path | None, engine: TransformersEngine) -> Router | None:
+    """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
     from meswitch_cli.engine.contract import BASE

@@ -1,0 +1,134 @@
+"""`meswitch chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from meswitch_cli.load.conversation import Conversation
+
+
+def run(
+    url: Annotated[
+        str | None, typer.Option(help="A server to talk to.", show_default="http://127.0.0.1:8000, unless --base")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Serve this base in this process instead.", show_default="none")
+    ] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="With --base: NAME=ARTIFACT. Repeatable.", show_default="none")
+    ] = None,
+    router: Annotated[Path | None, typer.Option(help="With --base: a router.", show_default="none")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Who answers.", show_default="auto with a router, else the first expert")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.", show_default="none")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this, print the answer, and end.", show_default="a conversation")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.", show_default="context")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.", show_default="none")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the server's key.", show_default="none")
+    ] = None,
+) -> None:
+    """In a conversation, /model NAME changes who answers, /new forgets what was said, /exit or Ctrl-D ends it.
+
+    Example: meswitch chat --base ./llama --expert maths=./maths-2bit --prompt "What is 12 times 12?"
+    """
+    from meswitch_cli.errors import UsageError
+    from meswitch_cli.load.client import Endpoint
+    from meswitch_cli.load.conversation import Conversation
+    from meswitch_cli.server.settings import read_keys
+
+    if url is not None and base is not None:
+        raise UsageError("--url talks to a server, --base serves in this process: give one of them")
+    if base is None and (expert or router):
+        raise UsageError("--expert and --router go with --base")
+    key = read_keys(api_key_file)[0] if api_key_file else None
+    with _served(base, expert or [], router) as own:
+        endpoint = Endpoint(own or url or "http://127.0.0.1:8000", key)
+        names = [entry["id"] for entry in endpoint.models()]
+        conversation = Conversation(
+            endpoint,
+            model or ("auto" if "auto" in names else next((name for name in names if name != "base"), names[0])),
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        if prompt is not None:
+            _answer(conversation, prompt)
+        else:
+            _converse(conversation, names)
+
+
+@contextmanager
+def _served(base: str | None, experts: list[str], router: Path | None) -> Iterator[str | None]:
+    """The address of a server in this process, on a free loopback port; None without a base."""
+    if base is None:
+        yield None
+        return
+    from meswitch_cli.commands.serve import load_router
+    from meswitch_cli.engine.settings import EngineSettings
+    from meswitch_cli.engine.transformers_engine import TransformersEngine
+    from meswitch_cli.server import ServerSettings, Service
+    from meswitch_cli.server.background import in_background
+    from meswitch_cli.server.experts import named_experts
+
+    named, _ = named_experts(experts)
+    typer.echo(f"loading {base} and {len(named)} experts", err=True)
+    engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
+    try:
+        engine.start()
+        service = Service(engine, ServerSettings(drain_seconds=0), load_router(router, engine))
+    except BaseException:
+        engine.stop()
+        raise
+    with in_background(service) as address:
+        yield address
+
+
+def _converse(conversation: Conversation, names: list[str]) -> None:
+    from meswitch_cli.errors import MeswitchError
+
+    typer.echo(f"{', '.join(names)}; /model NAME, /new, /exit", err=True)
+    while True:
+        try:
+            line = input(f"{conversation.model}> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo(err=True)
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/new":
+            conversation.forget()
+        elif command == "/model":
+            if argument in names:
+                conversation.model = argument
+            else:
+                typer.secho(f"there is no {argument!r}; there are {', '.join(names)}", err=True, fg=typer.colors.RED)
+        elif line:
+            try:
+                _answer(conversation, line)
+            except KeyboardInterrupt:
+                typer.echo(err=True)
+            except MeswitchError as error:
+                typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    """Ask, and print the answer as it comes: the words on stdout, who says them on stderr."""
+    for piece in conversation.ask(text):
+        if piece.expert:
+            sure = f", {piece.confidence:.0%} sure" if piece.reason in ("routed", "sticky") else ""
+            typer.secho(f"{piece.expert} ({piece.reason}{sure})", err=True, fg=typer.colors.CYAN)
+        typer.echo(piece.text, nl=False)
+    typer.echo()

@@ -1,0 +1,91 @@
+"""A conversation with a server, answers streamed."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from meswitch_cli.errors import MeswitchError
+from meswitch_cli.load.client import Endpoint, message_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer; the first piece has no text and says who answers and why."""
+
+    text: str
+    expert: str | None = None
+    reason: str = ""
+    confidence: float = 1.0
+
+
+class Conversation:
+    """What was said so far, and with whom it goes on.
+
+    Attributes:
+        model: who answers next.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.7,
+        seed: int | None = None,
+    ) -> None:
+        self.endpoint, self.model, self._system = endpoint, model, system
+        given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        self._options = {name: value for name, value in given.items() if value is not None}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._session = uuid.uuid4().hex
+
+    def ask(self, text: str) -> Iterator[Piece]:
+        """Say something and stream the answer; what failed or was broken off is not part of the conversation.
+
+        Raises:
+            MeswitchError: the server does not answer, refuses, or fails on the way.
+        """
+        import httpx2
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        body: dict[str, Any] = {"model": self.model, "messages": asked, "stream": True} | self._options
+        answer = ""
+        try:
+            with (
+                httpx2.Client(**self.endpoint.options()) as client,
+                client.stream(
+                    "POST", "/v1/chat/completions", json=body, headers={"x-meswitch-session": self._session}
+                ) as response,
+            ):
+                if response.status_code != 200:
+                    raise MeswitchError(message_of(response.read(), response.status_code))
+                headers = response.headers
+                yield Piece(
+                    "",
+                    headers.get("x-meswitch-expert", self.model),
+                    headers.get("x-meswitch-reason", "named"),
+                    float(headers.get("x-meswitch-confidence", 1)),
+                )
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise MeswitchError(str(event["error"]["message"]))
+                    for choice in event["choices"]:
+                        said = choice["delta"].get("content") or ""
+                        answer += said
+                        yield Piece(said)
+        except (httpx2.HTTPError, ValueError) as error:
+            raise MeswitchError(f"{self.endpoint.url}: {error}; is a server running there?") from error
+        self.messages = [*asked, {"role": "assistant", "content": answer}]

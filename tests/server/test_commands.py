@@ -1,0 +1,224 @@
+"""serve, chat and bench as a user meets them: real processes, signals, streams and exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from .conftest import Family, Running
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+
+def meswitch(*arguments: object, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meswitch_cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, input=stdin, timeout=timeout, check=False
+    )
+
+
+class Serving:
+    """A `meswitch serve` that runs: its address, and what it has written to stderr."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._listening = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("page "):
+                self._listening.set()
+        self._listening.set()
+
+    def wait(self) -> str:
+        assert self._listening.wait(90)
+        page = next((line for line in self.lines if line.startswith("page ")), None)
+        assert page, "".join(self.lines)
+        return page.split()[1].rstrip("/")
+
+    def ended(self) -> tuple[int, str]:
+        status = self.process.wait(30)
+        self._reader.join(10)
+        return status, "".join(self.lines)
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[Serving]:
+    command = [sys.executable, "-m", "meswitch_cli", "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd="/"
+    )
+    try:
+        yield Serving(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def long_stream(address: str) -> Any:
+    body = {"model": "red", "prompt": "go", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60)
+
+
+def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: Path, tmp_path: Path) -> None:
+    shard = next((experts_dir / "blue").glob("delta-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    (experts_dir / "notes").mkdir()
+    (experts_dir / ".unfinished").mkdir()
+    with serving("--base", family.base, "--experts-dir", experts_dir) as server:
+        address = server.wait()
+        told = "".join(server.lines)
+        assert "expert blue is not served" in told and shard.name in told
+        assert "expert notes is not served" in told and ".unfinished" not in told
+        assert "serving green, red, base" in told
+        curl = told.split("try     ")[1].split("'\n")[0] + "'"
+        answered = subprocess.run(curl, shell=True, capture_output=True, text=True, check=False)
+        assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant", answered.stderr
+        with long_stream(address) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while httpx2.get(f"{address}/ready").status_code != 503:
+                assert time.monotonic() < deadline
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        status, told = server.ended()
+        assert status == 0, told
+        assert "Traceback" not in told
+        logged = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        requests = [line for line in logged if line.get("path") == "/v1/completions"]
+        assert requests and requests[0]["expert"] == "red" and requests[0]["completion_tokens"] == 400
+        assert "12 times 12" not in "".join(line for line in told.splitlines() if line.startswith("{"))
+
+
+def test_a_second_signal_stops_at_once(family: Family) -> None:
+    with serving("--base", family.base, "--expert", f"red={family.artifacts['red']}") as server:
+        address = server.wait()
+        body = {"model": "red", "prompt": "go", "max_tokens": 500, "ignore_eos": True, "n": 16}
+        asking = threading.Thread(target=lambda: _ignore(f"{address}/v1/completions", body), daemon=True)
+        asking.start()
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        status, told = server.ended()
+        assert status == 0 and time.monotonic() - started < 15, told
+        assert "second signal" in told
+
+
+def _ignore(url: str, body: dict[str, Any]) -> None:
+    with suppress(httpx2.HTTPError):
+        httpx2.post(url, json=body, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--expert", "red"], 2, ["NAME=ARTIFACT"]),
+        (["--expert", "auto=x"], 2, ["auto"]),
+        (["--expert", "a=x", "--expert", "a=y"], 2, ["twice"]),
+        (["--experts-dir", "/nowhere"], 2, ["/nowhere"]),
+        (["--engine", "vllm"], 2, ["vllm", "--engine transformers"]),
+        (["--api-key-file", "/nowhere"], 1, ["/nowhere"]),
+        (["--host", "192.0.2.1"], 1, ["192.0.2.1"]),
+        (["--router", "/nowhere"], 1, ["/nowhere"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_a_serve_that_cannot_be(family: Family, arguments: list[str], status: int, words: list[str]) -> None:
+    done = meswitch("serve", "--base", family.base, *arguments)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(family: Family, running: Running) -> None:
+    port = running.url.rpartition(":")[2]
+    done = meswitch("serve", "--base", family.base, "--port", port)
+    assert done.returncode == 1 and f"127.0.0.1:{port}" in done.stderr and "loading" not in done.stderr
+
+
+def test_chat_with_a_server(running: Running) -> None:
+    once = meswitch(
+        "chat", "--url", running.url, "--model", "red", "--prompt", "hello", "--max-tokens", 8, "--temperature", 0
+    )
+    body = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
+    wanted = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    assert once.returncode == 0 and once.stdout == wanted + "\n" and once.stderr == "red (pinned)\n"
+    typed = "hello\n/model violet\n/model green\nhello\n/new\n/exit\n"
+    talk = meswitch("chat", "--url", running.url, "--model", "red", "--max-tokens", 4, stdin=typed)
+    assert talk.returncode == 0 and "red (pinned)" in talk.stderr and "green (pinned)" in talk.stderr
+    assert "there is no 'violet'" in talk.stderr
+    lost = meswitch("chat", "--url", "http://127.0.0.1:9", "--prompt", "x")
+    assert lost.returncode == 1 and "is a server running there?" in lost.stderr and "Traceback" not in lost.stderr
+    unknown = meswitch("chat", "--url", running.url, "--model", "violet", "--prompt", "x")
+    assert unknown.returncode == 1 and "'violet' is not served" in unknown.stderr
+
+
+def test_chat_in_process(family: Family, running: Running) -> None:
+    own = ("--base", family.base, "--expert", f"red={family.artifacts['red']}")
+    done = meswitch("chat", *own, "--prompt", "hello", "--max-tokens", 8, "--temperature", 0)
+    body = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
+    wanted = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == wanted + "\n" and "red (pinned)" in done.stderr
+    assert meswitch("chat", "--url", running.url, *own).returncode == 2
+    assert meswitch("chat", "--expert", "a=b").returncode == 2
+
+
+def test_bench(running: Running, tmp_path: Path) -> None:
+    options = ("--url", running.url, "--requests", 24, "--concurrency", 6, "--max-tokens", 5, "--ignore-eos")
+    done = meswitch("bench", *options, "--popularity", "zipf", "--plot", tmp_path / "load.png", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["requests"], result["failed"], result["completion_tokens"]) == (24, 0, 120)
+    assert sum(expert["requests"] for expert in result["experts"].values()) == 24
+    assert result["experts"]["blue"]["requests"] > 24 / 3 * 0.9  # first of the list, and Zipf's favourite
+    assert 0 < result["ttft_ms"]["p50"] <= result["ttft_ms"]["p99"] <= 1000 * result["seconds"]
+    assert result["tokens_per_second"] == pytest.approx(120 / result["seconds"], rel=1e-2)
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    table = meswitch("bench", *options, "--model", "red", "--model", "base")
+    assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
+    failed = meswitch("bench", *options, "--model", "violet", "--json")
+    assert failed.returncode == 1 and json.loads(failed.stdout)["failed"] == 24 and "violet" in failed.stderr
+
+
+def test_the_wheel_brings_the_page(tmp_path: Path) -> None:
+    import zipfile
+
+    if shutil.which("git") is None:
+        pytest.skip("builds from a checkout")
+    root = Path(__file__).parents[2]
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for name in ("index.html", "style.css", "chat.js", "icon.svg"):
+        assert f"meswitch_cli/server/page/{name}" in names
