@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from meswitch_cli.artifact.manifest import TensorEntry
-from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, read_header, read_tensor
+from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, read_header, read_tensor, read_tensors
 from meswitch_cli.delta.quantize import QuantizedDelta
 from meswitch_cli.errors import ArtifactError
 
@@ -74,6 +74,14 @@ class Shard:
     def read(self, name: str, part: str) -> torch.Tensor:
         """Read one stored part (`codes`, `steps`, ..., `value`) of a tensor."""
         return self._read(self._infos[f"{name}.{part}"])
+
+    def read_all(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Every part of every tensor, by name and part, in one read."""
+        try:
+            stored = read_tensors(self._infos)
+        except TensorFileError as error:
+            raise ArtifactError(str(error)) from error
+        return {(name.rpartition(".")[0], name.rpartition(".")[2]): tensor for name, tensor in stored.items()}
 
     def has(self, name: str, part: str) -> bool:
         return f"{name}.{part}" in self._infos

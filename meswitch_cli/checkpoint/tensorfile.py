@@ -141,6 +141,28 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return buffer.view(info.dtype).reshape(info.shape)
 
 
+def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Read all of these tensors, which lie in one file, at once: they are views of one buffer where they can be.
+
+    Raises:
+        TensorFileError: the bytes cannot be read in full.
+    """
+    if not infos:
+        return {}
+    start = min(info.offset for info in infos.values())
+    nbytes = max(info.offset + info.nbytes for info in infos.values()) - start
+    path = next(iter(infos.values())).path
+    whole = read_tensor(TensorInfo("all", torch.uint8, (nbytes,), path, start, nbytes))
+    return {name: _view(whole, info, info.offset - start) for name, info in infos.items()}
+
+
+def _view(whole: torch.Tensor, info: TensorInfo, place: int) -> torch.Tensor:
+    own = whole[place : place + info.nbytes]
+    if place % info.dtype.itemsize:
+        own = own.clone()
+    return own.view(info.dtype).reshape(info.shape)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy, in the order safetensors stores them."""
     return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -244,12 +244,5 @@ def read_parts(artifact: Artifact) -> Parts:
     """
     parts: Parts = {}
     for file in artifact.manifest.shards:
-        entries = artifact.entries_of(file.name)
-        if not entries:
-            continue
-        shard = artifact.shard(file.name)
-        for entry in entries:
-            for name in entry.stored_shapes():
-                part = name.rpartition(".")[2]
-                parts[entry.name, part] = shard.read(entry.name, part)
+        parts |= artifact.shard(file.name).read_all()
     return parts
