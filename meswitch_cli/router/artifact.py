@@ -92,12 +92,8 @@ class RouterArtifact:
 
     def router(self, hidden_states: HiddenStates | None, tokenizer: Any, *, strict: bool = False) -> Router:
         """The router of this folder."""
-        return self.router_of(self.backend(hidden_states, tokenizer), strict=strict)
-
-    def router_of(self, backend: Backend, *, strict: bool = False) -> Router:
-        """The router of this folder on a backend that is already loaded."""
         return Router(
-            backend,
+            self.backend(hidden_states, tokenizer),
             self.model,
             fallback=self.manifest.fallback,
             experts=self.manifest.experts,

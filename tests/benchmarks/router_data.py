@@ -20,8 +20,8 @@ import zoo
 from meswitch_cli.router.conversation import is_binary
 from meswitch_cli.router.data import Example, without_duplicates
 
-TRAIN, TEST = 300, 300
-NULL_TRAIN, NULL_EACH = 150, 25
+TRAIN, TEST = 200, 300
+NULL_TRAIN, NULL_EACH, OTHER_EACH = 100, 25, 20
 #: Question sets of other fields, for figures alone.
 NULL_SETS = (
     "us_tort_law/samples",
@@ -88,11 +88,11 @@ def load(packages: Path) -> Prompts:
         example
         for name, sets in OTHER_SOURCES.items()
         for source in sets
-        for example in _spread(_evals(data, source, name), NULL_EACH)
+        for example in _spread(_evals(data, source, name), OTHER_EACH)
     ]
     null = [example for source in NULL_SETS for example in _spread(_evals(data, source, None), NULL_EACH)]
     small_talk = _spread(list(_chatterbot(packages / "chatterbot_corpus" / "data" / "english")), NULL_TRAIN)
-    fourth = _spread(_evals(data, FOURTH[1], FOURTH[0]), TRAIN)
+    fourth = _spread(_evals(data, FOURTH[1], FOURTH[0]), TRAIN + 100)
     return Prompts(train + small_talk, test, without_duplicates(null)[0], without_duplicates(other)[0], fourth)
 
 
