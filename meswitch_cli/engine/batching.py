@@ -119,10 +119,12 @@ class Runner(ModelRunner):  # type: ignore[misc]
         self._logits[self._key()] = logits[0]
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        io = self.inputs_and_outputs
+        if io.compute_stream is not None:  # it reads the slots that were copied on this one
+            io.compute_stream.wait_stream(torch.get_device_module().current_stream())
         super().compute_batch(model, batch_data)
         if not self.samples:
             return
-        io = self.inputs_and_outputs
         if io.compute_stream is not None:
             io.compute_stream.synchronize()
         key = self._key()
@@ -152,6 +154,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
     def __init__(self, *, steps: Steps, slots: int, hooks: Hooks, **options: Any) -> None:
         super().__init__(**options)
         self._hooks = hooks
+        #: Blocks that running requests hold, for any thread to read.
+        self.blocks_used = 0
         self.model_runner = Runner(
             steps,
             slots,
@@ -180,6 +184,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
             self.offloading_manager.free_request_cpu_cache(state)
         self.scheduler.block_new_requests = False
         self.cache.forget(request_id)
+        self.blocks_used = self.cache.count_blocks_used()
 
     def prepare_next_batch(self) -> bool:
         self._hooks.before_step(self)
@@ -193,6 +198,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         for generation in generations:
             generation.cached_tokens = self.cache.matched.get(generation.id, 0)
         super().update_batch()
+        self.blocks_used = self.cache.count_blocks_used()
         for generation in generations:
             if generation.finished:
                 self.cache.forget(generation.id)

@@ -105,6 +105,7 @@ class Chunk:
         tokens: ids generated since the last chunk; a stop id is among them, its text is not.
         stop_reason: the stop string or id that ended it, None for an end-of-text id.
         cached_tokens: prompt tokens whose cache was shared, told with the first chunk.
+        queued_seconds: from its submission to its place in a batch, told with the first chunk.
         error: what went wrong, where finish_reason is "error".
     """
 
@@ -115,6 +116,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    queued_seconds: float = 0.0
     error: str | None = None
 
 

@@ -26,6 +26,7 @@ class Generation:
         self.slot = -1
         self.cached_tokens = 0
         self.since = time.monotonic()
+        self.queued_seconds = 0.0
         self.finished = False
         self._on_chunk = on_chunk
         self._detokenizer = Detokenizer(model.tokenizer, request.prompt_tokens)
@@ -84,7 +85,7 @@ class Generation:
 
     def _tell(self, chunk: Chunk) -> None:
         if self._first:
-            chunk = replace(chunk, cached_tokens=self.cached_tokens)
+            chunk = replace(chunk, cached_tokens=self.cached_tokens, queued_seconds=self.queued_seconds)
             self._first = False
         try:
             self._on_chunk(chunk)

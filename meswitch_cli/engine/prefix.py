@@ -30,8 +30,7 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         self._salts.pop(request_id, None)
         self.matched.pop(request_id, None)
 
-    @property
-    def blocks_used(self) -> int:
+    def count_blocks_used(self) -> int:
         """Blocks that running requests hold; those kept for later requests to share do not count."""
         return sum(
             len({block for table in allocator.block_table.values() for block in table})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,7 +213,6 @@ class TransformersEngine:
             if self._manager is None:
                 raise ShuttingDownError("the engine has not been started")
             processor = self._manager.batch_processor
-            cache = processor.cache if processor is not None else None
             return EngineStatistics(
                 running=self._table.running,
                 waiting=self._table.waiting,
@@ -222,8 +223,8 @@ class TransformersEngine:
                 slot_evictions=self._table.evictions,
                 slot_load_seconds=self._loader.seconds,
                 slot_load_bytes=self._loader.nbytes,
-                cache_blocks=cache.num_blocks if cache else 0,
-                cache_blocks_used=cache.blocks_used if cache else 0,
+                cache_blocks=processor.cache.num_blocks if processor else 0,
+                cache_blocks_used=processor.blocks_used if processor else 0,
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
             )
@@ -270,6 +271,7 @@ class TransformersEngine:
                 self._loader.prefetch(self._table.experts[name].model)
             admitted = self._table.admissions()
         for generation in admitted:
+            generation.queued_seconds = time.monotonic() - generation.since
             processor.admit(generation)
 
     def on_end(self, generation: Generation) -> None:

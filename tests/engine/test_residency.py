@@ -348,3 +348,43 @@ def test_drain_and_stop(family: Family, start: Start) -> None:
     with pytest.raises(ShuttingDownError):
         engine.submit(one("beta"), lambda chunk: None)
     engine.stop()
+
+
+def test_a_failure_of_the_loop_is_told_to_everyone(family: Family, start: Start) -> None:
+    engine = start(family, max_running=2)
+    generate(engine, [one("alpha")])
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("out of everything")
+
+    engine._base.model.forward = fail
+    traffic = Traffic(engine)
+    for index in range(5):
+        traffic.submit(one("alpha", index, tokens=20))
+    completions = traffic.wait(10).values()
+    assert {completion.finish_reason for completion in completions} == {"error"}
+    assert all("out of everything" in (completion.error or "") for completion in completions)
+    with pytest.raises(ShuttingDownError, match="out of everything"):
+        engine.submit(one("beta"), lambda chunk: None)
+
+
+def test_statistics_may_be_asked_at_any_time(family: Family, start: Start) -> None:
+    engine = start(family, slots=2, max_wait=0.05)
+    batch = requests(family, 32, seed=8)
+    stop = threading.Event()
+    most = [0]
+
+    def ask() -> None:
+        while not stop.is_set():
+            statistics = engine.statistics()
+            most[0] = max(most[0], statistics.cache_blocks_used)
+            assert statistics.slots_used <= 2 and len(engine.experts()) == 3
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    completions = generate(engine, batch)
+    stop.set()
+    thread.join()
+    assert 0 < most[0] <= engine.statistics().cache_blocks
+    assert engine.statistics().generated_tokens == sum(len(completion.tokens) for completion in completions)
+    assert engine.statistics().prompt_tokens == sum(len(request.prompt_tokens) for request in batch)
