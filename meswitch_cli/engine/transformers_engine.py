@@ -6,7 +6,6 @@ import logging
 import random
 import threading
 import time
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -124,6 +124,7 @@ class Generation:
         labels = (record.expert, record.reason)
         before, self._last[arrived.choice] = self._last[arrived.choice], arrived.time
         if before == record.started:
+            metrics.queue.labels(*labels).observe(chunk.queued_seconds)
             if record.first_token is None:
                 record.first_token = arrived.time - record.started
                 metrics.first_token.labels(*labels).observe(record.first_token)
