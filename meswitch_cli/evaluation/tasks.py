@@ -108,20 +108,28 @@ def served_model(url: str, name: str, *, context: int) -> Any:
     """A harness model around a running OpenAI-compatible server's chat endpoint.
 
     Chat endpoints give no probabilities of a prompt, so only tasks that generate can be run on it.
+
+    Raises:
+        EvaluationError: the harness's packages for servers are not installed.
     """
     require_harness()
     from lm_eval.models.openai_completions import LocalChatCompletion
 
-    with quiet():
-        return LocalChatCompletion(
-            base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions",
-            model=name,
-            tokenizer_backend=None,
-            tokenized_requests=False,
-            max_length=context,
-            max_retries=1,
-            timeout=600,
-        )
+    try:
+        with quiet():
+            return LocalChatCompletion(
+                base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions",
+                model=name,
+                tokenizer_backend=None,
+                tokenized_requests=False,
+                max_length=context,
+                max_retries=1,
+                timeout=600,
+            )
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"a server needs the harness's packages for it: pip install 'meswitch[eval]': {error}"
+        ) from error
 
 
 def score_row(run: TaskRun, metric: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
 
-    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
+    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 8] [--minutes 4] [--rows TEXT]
 
 Rows are written one by one to a JSON file an expert; a second run continues where the first stopped, and the page is
 made from what is there. `--minutes` stops after the row during which they ran out.
@@ -33,7 +33,7 @@ from meswitch_cli.evaluation.weights import CheckpointWeights
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
 ARITHMETIC = Arithmetic(torch.device("cpu"), torch.float32, "resident")
-CALIBRATION_WINDOWS = 16
+CALIBRATION_WINDOWS = 2
 
 
 class StoredActivations(Activations):
@@ -114,7 +114,7 @@ def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", default="maths")
-    parser.add_argument("--items", type=int, default=16, help="items of the report part; nothing is chosen on them")
+    parser.add_argument("--items", type=int, default=8, help="items of the report part; nothing is chosen on them")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     parser.add_argument("--results", type=Path, default=Path.home() / ".cache" / "meswitch-zoo" / "frontier")
