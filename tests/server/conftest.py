@@ -1,95 +1,24 @@
-"""A real server over a real engine: tiny models, real artifacts, real sockets."""
+"""Fixtures of the server's tests."""
 
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
-from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import CompressionSettings
-from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.engine.transformers_engine import TransformersEngine
-from meswitch_cli.server import ServerSettings, Service, create_app
-from meswitch_cli.server.lifecycle import Server, listen, serve
-from zoo.tiny import make_pair
+from .family import Family, Running, make_family, start
 
-#: Expert name to what its fine-tune is like; green has tokens of its own.
-EXPERTS: dict[str, dict[str, Any]] = {
-    "red": {"relative_delta": 0.2},
-    "green": {"relative_delta": 0.25, "added_rows": 3},
-    "blue": {"relative_delta": 0.3},
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    base: Path
-    artifacts: dict[str, Path]
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A tiny base in float32 and three compressed experts of it."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("family")
-    artifacts = {}
-    for name, options in EXPERTS.items():
-        base, expert = make_pair(folder / name, dtype=torch.float32, **options)
-        artifacts[name] = folder / "artifacts" / name
-        artifacts[name].parent.mkdir(exist_ok=True)
-        compress(prepare(str(base), str(expert), artifacts[name], CompressionSettings(salient=4), None))
-    return Family(folder / "red" / "base", artifacts)
-
-
-@dataclass
-class Running:
-    """A server that listens on a loopback port."""
-
-    url: str
-    service: Service
-    server: Server
-    thread: threading.Thread
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.request(method, self.url + path, timeout=60, **({"headers": self.headers} | options))
-
-    def get(self, path: str, **options: Any) -> httpx2.Response:
-        return self.request("GET", path, **options)
-
-    def post(self, path: str, json: Any, **options: Any) -> httpx2.Response:
-        return self.request("POST", path, json=json, **options)
-
-    def stop(self) -> None:
-        self.server.begin_drain()
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
+__all__ = ["Family", "Running", "Start", "start"]
 
 Start = Callable[..., Running]
 
 
-def start(family: Family, *, router: Any = None, settings: ServerSettings | None = None, **engine: Any) -> Running:
-    """Serve the family; `engine` overrides the engine's settings."""
-    options = {"base": str(family.base), "experts": family.artifacts, "device": "cpu", "dtype": "float32"}
-    made = TransformersEngine(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
-    made.start()
-    service = Service(made, settings or ServerSettings(), router)
-    bound = listen("127.0.0.1", 0)
-    started = threading.Event()
-    server = Server(create_app(service), service, on_started=started.set)
-    thread = threading.Thread(target=serve, args=(server, bound), daemon=True)
-    thread.start()
-    assert started.wait(30)
-    return Running(f"http://127.0.0.1:{bound.getsockname()[1]}", service, server, thread)
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="session")
