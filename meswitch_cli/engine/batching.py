@@ -167,6 +167,9 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
             return_logprobs=False,
         )
 
+    def __del__(self) -> None:
+        self.__dict__.pop("inputs_and_outputs", None)  # graphs go first; `Manager.stop` collects the rest, once
+
     def warmup(self, model: nn.Module) -> None:
         self.model_runner.samples = False
         super().warmup(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,13 @@ import pytest
 from engine.family import Family, make_family
 
 from meswitch_cli.engine import EngineSettings, TransformersEngine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> None:
+    """transformers collects garbage whenever an engine stops: leave the imported modules out of that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
