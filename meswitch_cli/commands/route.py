@@ -29,9 +29,13 @@ def run(
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
     artifact, hidden_states, tokenizer = open_router(router, base)
-    logging.getLogger("meswitch_cli.router").addHandler(logging.StreamHandler(sys.stderr))
-    logging.getLogger("meswitch_cli.router").setLevel(logging.INFO)
-    decision = artifact.router(hidden_states, tokenizer, strict=True).route(text)
+    logger, handler = logging.getLogger("meswitch_cli.router"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        decision = artifact.router(hidden_states, tokenizer, strict=True).route(text)
+    finally:
+        logger.removeHandler(handler)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(decision)))
     else:

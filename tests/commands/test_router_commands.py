@@ -98,7 +98,7 @@ def router(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_path: Path) -> None:
-    asked = meswitch("route", "--router", router, "--base", base, "--json", lines("maths", 1, seed=1)[0]["prompt"])
+    asked = in_process("route", "--router", router, "--base", base, "--json", lines("maths", 1, seed=1)[0]["prompt"])
     decision = json.loads(asked.stdout)
     assert list(decision) == ["expert", "confidence", "probabilities", "reason", "latency_ms"]
     assert decision["expert"] in ("maths", "base") and decision["probabilities"]["maths"] > 0.5
@@ -109,7 +109,7 @@ def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_p
 
     bigger = tmp_path / "bigger"
     law = write(tmp_path / "law.jsonl", lines("law", 60))
-    added = meswitch(
+    added = in_process(
         "router", "add", "--router", router, "--base", base, "--expert", "law", "--data", law, "--out", bigger,
         "--max-regression", 0.2,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_p
     assert "before" in added.stdout and "refitted in" in added.stdout
 
     held_out = write(tmp_path / "held-out.jsonl", [*lines("law", 20, seed=2), *lines("code", 20, seed=2)])
-    measured = meswitch(
+    measured = in_process(
         "router", "eval", "--router", bigger, "--base", base, "--data", held_out, "--out", tmp_path / "report", "--json"
     )
     report = json.loads(measured.stdout)
@@ -125,11 +125,11 @@ def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_p
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert (tmp_path / "report" / "report.svg").exists()
     fails(
-        meswitch("router", "eval", "--router", router, "--base", base, "--data", held_out),
+        in_process("router", "eval", "--router", router, "--base", base, "--data", held_out),
         1, "unknown domain 'law'; this router knows code, maths",
     )  # fmt: skip
 
-    removed = meswitch("router", "remove", "--router", bigger, "--expert", "law", "--json", "--max-regression", 0.2)
+    removed = in_process("router", "remove", "--router", bigger, "--expert", "law", "--json", "--max-regression", 0.2)
     assert set(json.loads(removed.stdout)["after"]) == {"code", "maths"}
     assert json.loads((bigger / "router.json").read_text())["labels"] == ["code", "maths"]
 
