@@ -78,9 +78,10 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     from meswitch_cli.commands.serve import load_router
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
-    from meswitch_cli.server import ServerSettings, Service
     from meswitch_cli.server.background import in_background
     from meswitch_cli.server.experts import named_experts
+    from meswitch_cli.server.service import Service
+    from meswitch_cli.server.settings import ServerSettings
 
     named, _ = named_experts(experts)
     typer.echo(f"loading {base} and {len(named)} experts", err=True)

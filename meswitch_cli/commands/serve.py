@@ -101,9 +101,10 @@ def run(
 
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
-    from meswitch_cli.server import Service, create_app
+    from meswitch_cli.server.app import create_app
     from meswitch_cli.server.lifecycle import Server, listen, serve
     from meswitch_cli.server.logs import configure_logging
+    from meswitch_cli.server.service import Service
 
     bound = listen(host, port)
     configure_logging(log_level)

@@ -14,8 +14,10 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
-from meswitch_cli.server import ServerSettings, Service, create_app
+from meswitch_cli.server.app import create_app
 from meswitch_cli.server.lifecycle import Server, listen, serve
+from meswitch_cli.server.service import Service
+from meswitch_cli.server.settings import ServerSettings
 from zoo.tiny import make_pair
 
 #: Expert name to what its fine-tune is like; green has tokens of its own.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -204,21 +203,3 @@ def test_bench(running: Running, tmp_path: Path) -> None:
     assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
     failed = meswitch("bench", *options, "--model", "violet", "--json")
     assert failed.returncode == 1 and json.loads(failed.stdout)["failed"] == 24 and "violet" in failed.stderr
-
-
-def test_the_wheel_brings_the_page(tmp_path: Path) -> None:
-    import zipfile
-
-    if shutil.which("git") is None:
-        pytest.skip("builds from a checkout")
-    root = Path(__file__).parents[2]
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for name in ("index.html", "style.css", "chat.js", "icon.svg"):
-        assert f"meswitch_cli/server/page/{name}" in names

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from meswitch_cli.server import ServerSettings
+from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from meswitch_cli.server import ServerSettings
+from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start, start
 from .test_routing import prompts, router  # noqa: F401 - a fixture

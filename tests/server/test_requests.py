@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from meswitch_cli.server import ServerSettings
+from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Running, Start
 

@@ -15,8 +15,8 @@ from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
 from meswitch_cli.router.data import Example, gather
 from meswitch_cli.router.training import TrainingSettings, train_router
-from meswitch_cli.server import ServerSettings
 from meswitch_cli.server.routing import check_router
+from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start, start
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from meswitch_cli.server import ServerSettings
+from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, start
 
