@@ -6,6 +6,8 @@ cost grows with the square of the number of requests.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,15 +51,31 @@ def attend(
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    results = []
-    for index in range(len(ends_q) - 1):
-        own_q = slice(ends_q[index], ends_q[index + 1])
-        own_k = slice(ends_k[index], ends_k[index + 1])
-        results.append(
-            _attend_one(query[:, :, own_q], key[:, :, own_k], value[:, :, own_k], scale, sliding_window, softcap)
-        )
+    tokens = [end - start for start, end in itertools.pairwise(ends_q)]
+    lengths = [end - start for start, end in itertools.pairwise(ends_k)]
+    keys, values = torch.split(key, lengths, 2), torch.split(value, lengths, 2)
+    if len(tokens) == query.shape[2] and not softcap and (sliding_window is None or max(lengths) <= sliding_window):
+        return _attend_decode(query, keys, values, scale), None
+    results = [
+        _attend_one(own, own_keys, own_values, scale, sliding_window, softcap)
+        for own, own_keys, own_values in zip(torch.split(query, tokens, 2), keys, values, strict=True)
+    ]
     joined = results[0] if len(results) == 1 else torch.cat(results, 2)
     return joined.transpose(1, 2).contiguous(), None
+
+
+def _attend_decode(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> Tensor:
+    """One query of each request, `[1, requests, heads, width]`: as few calls as there are requests.
+
+    The queries that share a key head are its tokens, so that no key is repeated.
+    """
+    heads, requests, width = query.shape[1:]
+    shared = query[0].transpose(0, 1).reshape(requests, 1, keys[0].shape[1], -1, width)
+    product = nn.functional.scaled_dot_product_attention
+    results = [
+        product(own, key, value, scale=scale) for own, key, value in zip(shared.unbind(), keys, values, strict=True)
+    ]
+    return torch.cat(results).view(1, requests, heads, width)
 
 
 def _attend_one(
@@ -70,10 +88,6 @@ def _attend_one(
     mask = _mask(tokens, length, window, query.device) if windowed or 1 < tokens < length or softcap else None
     if softcap:
         return _capped(query, key, value, scale, mask, softcap)
-    if tokens == 1 and mask is None and heads != key.shape[1]:
-        # The queries that share a key head become its tokens: nothing is repeated.
-        packed = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
-        return nn.functional.scaled_dot_product_attention(packed, key, value, scale=scale).view(query.shape)
     return nn.functional.scaled_dot_product_attention(
         query,
         key,

@@ -1,6 +1,6 @@
 """Throughput and memory of the embedded engine on a CPU: writes docs/results/engine.md.
 
-    PYTHONPATH=tests python -m benchmarks.engine [--artifacts DIR] [--repeats 3] [--new-tokens 24]
+    PYTHONPATH=tests python -m benchmarks.engine [--artifacts DIR] [--repeats 3] [--new-tokens 64]
 
 One base and three experts in one engine are set against the same requests on four full models, one after another in
 the same engine. Everything is measured in one run, interleaved; the memory of each side in a process of its own.
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--artifacts", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--memory", choices=["mixed", "separate"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
