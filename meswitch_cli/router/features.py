@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,7 @@ class BaseHiddenStates:
         if not 1 <= layers <= self.num_hidden_layers:
             raise RouterError(f"{base}: has {self.num_hidden_layers} decoder layers, layer {layers} is asked for")
         self._model, self._layers = _load(checkpoint.source.path, layers, dtype or native_dtype())
+        self._lock = threading.Lock()
         self.hidden_size = int(self._model.config.get_text_config().hidden_size)
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
@@ -66,18 +68,19 @@ class BaseHiddenStates:
             raise RouterError(f"layers 1 to {len(self._layers)} are loaded, not {list(layers)}")
         pooled = {layer: torch.empty(len(token_ids), self.hidden_size) for layer in layers}
         captured: dict[int, torch.Tensor] = {}
-        hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
-        try:
-            for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
-                inputs, mask = padded([token_ids[index] for index in batch])
-                # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
-                self._model(input_ids=inputs, use_cache=False)
-                for layer, hidden in captured.items():
-                    pooled[layer][batch] = mean_over_tokens(hidden, mask)
-                on_done(len(batch))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._lock:  # hooks hear every forward of the model, another thread's too
+            hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
+            try:
+                for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
+                    inputs, mask = padded([token_ids[index] for index in batch])
+                    # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
+                    self._model(input_ids=inputs, use_cache=False)
+                    for layer, hidden in captured.items():
+                        pooled[layer][batch] = mean_over_tokens(hidden, mask)
+                    on_done(len(batch))
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return pooled
 
 

@@ -47,7 +47,7 @@ def train_stage(backend: str, prompts: router_data.Prompts, arguments: argparse.
         lm_steps=arguments.lm_steps,
     )
     # A language model as large as the base takes minutes for what the others take seconds for.
-    every, some = (3, 2) if backend == "lm" else (1, 1)
+    every, some = (6, 3) if backend == "lm" else (1, 1)
     started = time.perf_counter()
     trained = train_router(
         gather(prompts.train[::some]),

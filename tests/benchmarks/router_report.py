@@ -71,14 +71,16 @@ def _other_sources(figures: Mapping[str, Any]) -> list[str]:
     lines = [
         "## The same domains from other sources",
         "",
-        "| router | accuracy before the gates, % | maths | code | logic | routed at the gates, % | right of those, % |",
-        "|---" * 7 + "|",
+        "| router | accuracy before the gates, % | maths | code | logic | ECE before, after "
+        "| routed at the gates, % | right of those, % |",
+        "|---" * 8 + "|",
     ]
     for name, stage in _backends(figures):
         test = stage["other_sources"]
         recalls = [percent(test["per_domain"][label]["recall"]) for label in ("maths", "code", "logic")]
         gates = test["at_the_gates"]
         cells = [NAMES[name], interval(test["accuracy"]), *recalls]
+        cells += [", ".join(f"{test[f'{when}_calibration']['ece']:.3f}" for when in ("before", "after"))]
         cells += [interval(gates["coverage"]), interval(gates["precision"])]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

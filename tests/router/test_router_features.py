@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def test_pooled_states_are_the_mean_of_transformers_own(family: str, tmp_path: P
             assert torch.allclose(found[row], hidden[0].mean(0), rtol=1e-4, atol=1e-4)
     both = states.pooled_at(prompts, (1, 2))
     assert torch.equal(both[2], states.pooled_hidden_states(prompts, 2))
+
+
+def test_threads_do_not_hear_each_other(base: Path) -> None:
+    states = BaseHiddenStates(str(base), 2)
+    prompts = [[[number + 5, number + 6]] * 3 for number in range(8)]
+    alone = [states.pooled_hidden_states(ids, 2) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = list(pool.map(lambda ids: states.pooled_hidden_states(ids, 2), prompts))
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(together, alone, strict=True))
 
 
 def test_layers_above_the_probe_are_not_read(tmp_path: Path) -> None:
