@@ -89,7 +89,8 @@ def run_tasks(
             )
     except Exception as error:  # the harness raises whatever its model and metrics raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"tasks {', '.join(names)}: {reason}") from error
+        said = getattr(getattr(error, "response", None), "text", "")  # a server's own words
+        raise EvaluationError(f"tasks {', '.join(names)}: {reason}" + (f": {said[:300]}" if said else "")) from error
     return [_run_of(tasks[task], samples) for task, samples in results["samples"].items()]
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,3 +273,53 @@ def test_a_router_s_choices_are_measured(run: Run, pair: Pair, art: Path, tmp_pa
         "--text", tmp_path / "sums_held_out.jsonl",
     )  # fmt: skip
     assert missing.returncode == 1 and "give --expert sums=FOLDER" in missing.stderr
+
+
+def wait_for(log: Path, pattern: str, seconds: float = 90) -> str:
+    """The first match in a file that another process writes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if match := re.search(pattern, log.read_text()):
+            return match[0]
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_path: Path) -> None:
+    """The real server with the artifact: in fp32 its greedy answers are those of the same weights in this process."""
+    words = ("serve", "--base", pair[0], "--expert", f"expert={art}", "--port", 0, "--dtype", "float32")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "sums.yaml").write_text(
+        "task: sums_task\ndataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
+        'output_type: generate_until\ndoc_to_text: "{{prompt}}"\ndoc_to_target: "{{prompt}}"\n'
+        'generation_kwargs: {until: ["</s>"], max_gen_toks: 12, do_sample: false}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    prompts = [json.dumps({"prompt": f"what is {n} plus two"}) for n in range(4)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(prompts))
+    log = tmp_path / "server.log"
+    with log.open("w") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "meswitch_cli", *map(str, words)], stdout=stream, stderr=stream, env=environment
+        )
+    try:
+        address = wait_for(log, r"http://127\.0\.0\.1:\d+")
+        done = run(
+            "eval", *inputs(pair, art, tmp_path / "out"), "--server", address, "--limit", 4, "--json",
+            "--include-path", tmp_path, "--tasks", "sums_task,meswitch_maths_choice",
+        )  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait(60)
+    report = json.loads(done.stdout)
+    served = f"expert at {address}"
+    assert done.returncode == 1 and [item["where"] for item in report["errors"]] == [
+        f"tasks: {served}: meswitch_maths_choice"  # a chat endpoint gives no probabilities of a prompt
+    ]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    answers = {
+        model: [item["answer"] for item in samples if item["model"] == model and item["task"] == "sums_task"]
+        for model in ("art", served)
+    }
+    assert len(answers[served]) == 4 and answers[served] == answers["art"]
+    assert any(row["model"] == served and row["against"] == "expert" for row in report["comparisons"])
