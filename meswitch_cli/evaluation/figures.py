@@ -64,6 +64,7 @@ def against_base(
     gained, possible = base_loss - _sums(figures, "loss"), base_loss - _sums(base, "reference_loss")
     row: dict[str, float | None] = _with_error("base_kl_mean", base_kl, counts)
     row |= _with_error("base_ln_ppl", base_loss, counts)
+    row |= _with_error("base_ln_ppl_ratio", possible, counts)
     row |= _with_error("base_top1_agreement", _sums(base, "agreed"), counts)
     share = ratio_of_sums(kl, base_kl, seed=seed) if base_kl.sum() > 0 else None
     row |= {"kl_share": share.value if share else None} | _with_interval("kl_share", _several(figures, share))

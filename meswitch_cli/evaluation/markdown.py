@@ -71,10 +71,10 @@ def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     header += ["RMS Δp, %", "gap recovered, %"]
     first, lines = rows[0], []
     if first.get("base_kl_mean") is not None:
-        ratio = first["base_ln_ppl"] - first["expert_ln_ppl"]
         agreement = plus_minus(first, "base_top1_agreement", 100, 2)
         kl = plus_minus(first, "base_kl_mean")
-        lines.append(["base", "0", kl, "", "", "", agreement, f"{ratio:.4f}", "", "0"])
+        ratio = plus_minus(first, "base_ln_ppl_ratio", 1, 4)
+        lines.append(["base", "0", kl, "", "", "", agreement, ratio, "", "0"])
     lines.append(["full expert", "", "0", "0", "0", "0", "100", "0", "0", "100"])
     lines += [
         [
