@@ -156,7 +156,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Without a length of its own: prompts are cut here, and it need not warn of them.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=1 << 30)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RouterError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
