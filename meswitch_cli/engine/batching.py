@@ -22,10 +22,13 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
 from meswitch_cli.engine import attention
-from meswitch_cli.engine.contract import TokenLogprob
+from meswitch_cli.engine.base_model import BaseModel
+from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
+from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.prefix import SaltedCache
 from meswitch_cli.engine.sampler import choose
+from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.step import Step, Steps
 
 logger = logging.getLogger(__name__)
@@ -284,3 +287,26 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
                 super()._run_generation_loop()
         finally:
             self._hooks.on_stop(self.background_thread_status.fatal_error)
+
+
+def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks) -> Manager:
+    """Make the cache and the loop, and capture graphs where there are any.
+
+    Raises:
+        EngineError: the cache does not fit.
+    """
+    page_size = settings.page_size or (256 if base.device.type == "cuda" else 32)
+    config = ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=cache_pages(base, settings.cache_tokens, page_size, max_model_len),
+        max_batch_tokens=settings.max_batch_tokens,
+        max_requests_per_batch=settings.max_running,
+        allow_block_sharing=settings.prefix_sharing,
+        use_async_batching=False,
+    )
+    try:
+        manager = Manager(base.model, config, base.steps, slots, hooks)
+        manager.warmup()
+    except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+        raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error
+    return manager

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
+from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
 from meswitch_cli.errors import ArtifactError
@@ -81,6 +82,25 @@ def open_expert(name: str, path: Path, base: Checkpoint, fingerprint: str) -> Se
     vocabulary = min(rows, default=int(config.get("vocab_size", base.config["vocab_size"])))
     identity = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
     return ServedModel(name, path, identity, tokenizer, vocabulary, end_ids(path, tokenizer), artifact)
+
+
+class ExpertOpener:
+    """Opens experts of one base, whose tensors it hashes once, and again when their files have changed."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self._fingerprint: tuple[str, str] | None = None
+
+    def open(self, name: str, path: Path) -> ServedModel:
+        """As `open_expert`."""
+        return open_expert(name, path, self._base, self._base_fingerprint())
+
+    def _base_fingerprint(self) -> str:
+        stat = self._base.stat_digest()
+        if self._fingerprint is None or self._fingerprint[0] != stat:
+            model = architecture(self._base.config, str(self._base.source.path))
+            self._fingerprint = (stat, base_fingerprint(self._base, model))
+        return self._fingerprint[1]
 
 
 def computing_differences(base: dict[str, Any], expert: dict[str, Any]) -> list[str]:

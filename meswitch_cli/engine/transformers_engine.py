@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meswitch_cli.artifact.base import base_fingerprint
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import BaseModel, load_base, model_dtype
@@ -30,12 +29,11 @@ from meswitch_cli.engine.contract import (
     Tokenizer,
     UnknownExpertError,
 )
-from meswitch_cli.engine.expert import ServedModel, open_base, open_expert
+from meswitch_cli.engine.expert import ExpertOpener, ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStates
 from meswitch_cli.engine.loader import Loader
-from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.requests import check_request
 from meswitch_cli.engine.residency import HostCopies, Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
@@ -74,7 +72,7 @@ class TransformersEngine:
         self.base_id = self._checkpoint.source.id
         longest = int(self._checkpoint.config.get("max_position_embeddings") or MAX_MODEL_LEN)
         self.max_model_len = settings.max_model_len or min(longest, MAX_MODEL_LEN)
-        self._fingerprint: tuple[str, str] | None = None
+        self._opener = ExpertOpener(self._checkpoint)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._random = random.Random(settings.seed)
@@ -93,6 +91,8 @@ class TransformersEngine:
         Raises:
             EngineError: the base, or (when `strict`, or none is left) an expert cannot be served.
         """
+        from meswitch_cli.engine.batching import make_manager
+
         if self._manager is not None:
             raise EngineError("the engine has been started already")
         settings = self.settings
@@ -114,7 +114,7 @@ class TransformersEngine:
         with torch.no_grad():
             for index, model in enumerate(experts[:slots]):
                 self._fill(model, index)
-        self._manager = self._make_manager(base, slots)
+        self._manager = make_manager(base, settings, slots, self.max_model_len, self)
         self._loader.start()
         self._manager.start()
         self._closed = None
@@ -177,7 +177,7 @@ class TransformersEngine:
             self._refuse_if_closed()
             if name in self._table.experts:
                 raise EngineError(f"expert {name!r} is served already; unload it first")
-        model = open_expert(name, Path(path), self._checkpoint, self._base_fingerprint())
+        model = self._opener.open(name, Path(path))
         self._in_loop(lambda processor: self._admit_expert(model, processor))
 
     def unload_expert(self, name: str) -> None:
@@ -318,7 +318,7 @@ class TransformersEngine:
         models = []
         for name, path in self.settings.experts.items():
             try:
-                model = open_expert(name, Path(path), self._checkpoint, self._base_fingerprint())
+                model = self._opener.open(name, Path(path))
                 if model.artifact:
                     bank_layout(base, [model.artifact.manifest])
                 models.append(model)
@@ -330,44 +330,12 @@ class TransformersEngine:
             raise EngineError("no expert can be served: " + "; ".join(self.failed.values()))
         return models
 
-    def _base_fingerprint(self) -> str:
-        """Hash the base once, and again when its files have changed."""
-        stat = self._checkpoint.stat_digest()
-        if self._fingerprint is None or self._fingerprint[0] != stat:
-            from meswitch_cli.checkpoint.architecture import architecture
-
-            model = architecture(self._checkpoint.config, str(self._checkpoint.source.path))
-            self._fingerprint = (stat, base_fingerprint(self._checkpoint, model))
-        return self._fingerprint[1]
-
     def _fill(self, model: ServedModel, slot: int) -> None:
         """Put an expert into an empty slot before the loop begins."""
         load = self._table.assign(model.name, slot)
         with self._loader.lock:
             self._loader.copy(model, load.slot)
         self._table.loaded(load)
-
-    def _make_manager(self, base: BaseModel, slots: int) -> Manager:
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-        from meswitch_cli.engine.batching import Manager
-
-        settings = self.settings
-        page_size = settings.page_size or (256 if base.device.type == "cuda" else 32)
-        config = ContinuousBatchingConfig(
-            page_size=page_size,
-            num_blocks=cache_pages(base, settings.cache_tokens, page_size, self.max_model_len),
-            max_batch_tokens=settings.max_batch_tokens,
-            max_requests_per_batch=settings.max_running,
-            allow_block_sharing=settings.prefix_sharing,
-            use_async_batching=False,
-        )
-        try:
-            manager = Manager(base.model, config, base.steps, slots, self)
-            manager.warmup()
-        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
-            raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error
-        return manager
 
     def _admit_expert(self, model: ServedModel, processor: Processor) -> None:
         with self._lock:
