@@ -121,6 +121,7 @@ class Generation:
         if not count:
             return
         record.completion_tokens += count
+        self._service.tokens += count
         labels = (record.expert, record.reason)
         before, self._last[arrived.choice] = self._last[arrived.choice], arrived.time
         if before == record.started:

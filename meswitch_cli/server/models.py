@@ -67,6 +67,7 @@ def status(request: Request) -> dict[str, Any]:
         "router": service.router is not None,
         "draining": service.draining,
         "uptime_seconds": round(time.time() - service.created, 1),
+        "completion_tokens": service.tokens,
         "engine": asdict(service.engine.statistics()),
         "experts": [
             {"name": expert.name} | expert_object(expert)

@@ -27,6 +27,7 @@ class Service:
     Attributes:
         draining: requests that would generate are turned away; the running ones end.
         created: Unix time of the start.
+        tokens: generated for requests over HTTP since then; unlike the engine's count, it moves with every token.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings, router: Router | None = None) -> None:
@@ -34,6 +35,7 @@ class Service:
         self.metrics = Metrics(engine)
         self.draining = False
         self.created = int(time.time())
+        self.tokens = 0
         # One thread each: a tokenizer may be used by one thread at a time, and the router's forward pass is serial.
         self._tokenizing = ThreadPoolExecutor(1, "meswitch-tokenize")
         self._routing = ThreadPoolExecutor(1, "meswitch-route")

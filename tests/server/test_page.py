@@ -90,7 +90,9 @@ def test_an_expert_is_pinned_with_the_keyboard_alone(page: Any) -> None:
 def test_load_and_residency_are_live(page: Any, routed: Running) -> None:
     playwright.expect(page.locator("#slots")).to_have_text("3/3")
     playwright.expect(page.locator("#experts li").first).to_contain_text("on the device, slot")
+    before = routed.get("/v1/status").json()["completion_tokens"]
     ask(page, prompts("red", 9)[1])
+    assert routed.get("/v1/status").json()["completion_tokens"] > before
     playwright.expect(page.locator("#history polyline")).to_have_count(1, timeout=10_000)
     routed.service.engine.pin_expert("red")
     playwright.expect(page.locator("#experts li", has_text="red")).to_contain_text("kept there", timeout=10_000)

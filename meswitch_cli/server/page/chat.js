@@ -62,13 +62,13 @@ function show(status) {
   const { engine } = status;
   const now = performance.now();
   if (previous) {
-    const rate = Math.max(0, (engine.generated_tokens - previous.tokens) / ((now - previous.time) / 1000));
+    const rate = Math.max(0, (status.completion_tokens - previous.tokens) / ((now - previous.time) / 1000));
     rates.push(rate);
     if (rates.length > HISTORY) rates.shift();
     at("rate").textContent = rate < 10 ? rate.toFixed(1) : Math.round(rate);
     draw();
   }
-  previous = { tokens: engine.generated_tokens, time: now };
+  previous = { tokens: status.completion_tokens, time: now };
   at("running").textContent = engine.running;
   at("waiting").textContent = engine.waiting;
   at("slots").textContent = `${engine.slots_used}/${engine.slots}`;
