@@ -93,6 +93,7 @@ def run(
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.evaluation.job import Request, finish, judge, measure_fidelity, prepare
     from meswitch_cli.evaluation.markdown import markdown
+    from meswitch_cli.evaluation.routing import check_router, measure_router
     from meswitch_cli.evaluation.task_job import measure_tasks
 
     request = Request(
@@ -124,13 +125,11 @@ def run(
         typer.echo(f"eval: {what}", err=True)
 
     evaluation = prepare(request)
+    check_router(evaluation)
     try:
         measure_fidelity(evaluation, say)
         runs = measure_tasks(evaluation, say)
-        if router is not None:
-            from meswitch_cli.evaluation.routing import measure_router
-
-            measure_router(evaluation, runs, say)
+        measure_router(evaluation, runs, say)
         passed = judge(evaluation)
         finish(evaluation)
     except KeyboardInterrupt:

@@ -23,11 +23,10 @@ from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mod
 from meswitch_cli.evaluation.profile import saliency_rows, tensor_rows
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
-from meswitch_cli.evaluation.subjects import Candidate, Expert, open_artifact, open_experts, split_label
+from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artifact, open_experts, split_label
 from meswitch_cli.evaluation.task_source import require_harness
 from meswitch_cli.evaluation.weights import CheckpointWeights, context_length, parameter_count, vocabulary_size
 
-BASE = "base"
 CPU = torch.device("cpu")
 ITEMS_FILE = "items.jsonl"
 MARKDOWN_FILE = "report.md"

@@ -15,13 +15,13 @@ import numpy as np
 
 from meswitch_cli.checkpoint.source import resolve
 from meswitch_cli.compression.tokenizer import load_tokenizer
-from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.errors import MeswitchError, RouterError, UsageError
 from meswitch_cli.evaluation.fidelity import EncodedItem
-from meswitch_cli.evaluation.job import BASE, Evaluation, OnStep
+from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.passes import Arithmetic, logits_of
 from meswitch_cli.evaluation.prompts import encode_set
 from meswitch_cli.evaluation.statistics import Array, ratio_of_sums
-from meswitch_cli.evaluation.subjects import Candidate
+from meswitch_cli.evaluation.subjects import BASE, Candidate
 from meswitch_cli.evaluation.task_job import Runs, parse_tasks
 from meswitch_cli.evaluation.tasks import wilson
 from meswitch_cli.evaluation.weights import Weights, context_length, vocabulary_size
@@ -49,8 +49,25 @@ def open_router(path: Path, base: str, fingerprint: str) -> Router:
     return router
 
 
-def routed_artifacts(evaluation: Evaluation, router: Router) -> dict[str, Candidate]:
-    """The artifact of each of the router's labels, the first where an expert has several.
+def check_router(evaluation: Evaluation) -> None:
+    """Refuse, before anything is measured, a router that does not go with the base and the artifacts.
+
+    Raises:
+        RouterError, UsageError: it does not.
+    """
+    path = evaluation.request.router
+    if path is not None:
+        manifest = RouterArtifact.open(path).manifest
+        found = evaluation.base.fingerprint
+        if manifest.base_fingerprint not in (None, found):
+            raise RouterError(f"{path}: made for another base, {manifest.base_id} with {manifest.base_fingerprint}")
+        routed_artifacts(evaluation, manifest.labels, manifest.experts)
+
+
+def routed_artifacts(
+    evaluation: Evaluation, labels: Sequence[str], trained_for: Mapping[str, str | None]
+) -> dict[str, Candidate]:
+    """The artifact of each of a router's labels, the first where an expert has several.
 
     Raises:
         UsageError: a label has no artifact here.
@@ -60,13 +77,19 @@ def routed_artifacts(evaluation: Evaluation, router: Router) -> dict[str, Candid
     for item in evaluation.candidates:
         if item.kind == "artifact":
             found.setdefault(item.expert, item)
-    missing = [label for label in router.labels if label not in found]
+    missing = [label for label in labels if label not in found]
     if missing:
         raise UsageError(
-            f"--router chooses {', '.join(router.labels)}; give --expert {missing[0]}=FOLDER and its --artifact too"
+            f"--router chooses {', '.join(labels)}; give --expert {missing[0]}=FOLDER and its --artifact too"
         )
-    router.require_experts({label: str(item.facts["manifest_sha256"]) for label, item in found.items()})
-    return {label: found[label] for label in router.labels}
+    for label in labels:
+        wanted, given = trained_for.get(label), found[label].facts["manifest_sha256"]
+        if wanted is not None and wanted != given:
+            raise RouterError(
+                f"expert {label!r}: the router was trained for the artifact with manifest {wanted[:12]}, given is "
+                f"{str(given)[:12]} ({found[label].label}); train the router again"
+            )
+    return {label: found[label] for label in labels}
 
 
 def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda what: None) -> None:
@@ -76,7 +99,7 @@ def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda 
         return
     try:
         router = open_router(request.router, request.base, evaluation.base.fingerprint)
-        artifacts = routed_artifacts(evaluation, router)
+        artifacts = routed_artifacts(evaluation, router.labels, router.experts)
         on_step("router: losses of every compressed expert on the mixed set")
         loss, decisions = _losses(evaluation, router, artifacts)
         tasks = _task_scores(evaluation, router, artifacts, runs)

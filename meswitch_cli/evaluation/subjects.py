@@ -17,6 +17,8 @@ from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.errors import CheckpointError, EvaluationError
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights
 
+#: The base's label in every table.
+BASE = "base"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
@@ -66,8 +68,8 @@ def open_experts(names: Sequence[str], base: CheckpointWeights) -> list[Expert]:
         checkpoint = Checkpoint.open(path)
         make_plan(base.checkpoint, checkpoint)
         label = label or checkpoint.source.id.rpartition("/")[2]
-        if any(expert.label == label for expert in experts):
-            raise EvaluationError(f"two experts are called {label!r}; name them: --expert LABEL=FOLDER")
+        if label == BASE or any(expert.label == label for expert in experts):
+            raise EvaluationError(f"two models are called {label!r}; name the expert: --expert LABEL=FOLDER")
         tokenizer = load_tokenizer(checkpoint.source.path)
         _refuse_other_tokenizer(base, tokenizer, checkpoint.source.path)
         experts.append(Expert(label, CheckpointWeights(checkpoint), tokenizer))
@@ -105,7 +107,7 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
     for _ in artifact.verify():
         pass
     _refuse_other_tokenizer_files(path, owner)
-    label = _free_label(path.resolve().name, taken)
+    label = _free_label(path.resolve().name, [BASE, *(item.label for item in experts), *taken])
     manifest_sha256 = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
     facts = {
         "manifest_sha256": manifest_sha256,

@@ -11,10 +11,10 @@ from typing import Any
 
 from meswitch_cli.artifact.disk import disk_errors
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
-from meswitch_cli.evaluation.job import BASE, Evaluation, OnStep
+from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.paired import PairedComparison, compare_paired, with_holm
-from meswitch_cli.evaluation.subjects import Expert, split_label
+from meswitch_cli.evaluation.subjects import BASE, Expert, split_label
 from meswitch_cli.evaluation.tasks import (
     TaskRun,
     live_model,

@@ -161,6 +161,10 @@ def test_bad_input_is_named_before_any_work(run: Run, pair: Pair, art: Path, tex
     refused(run("eval", *given, "--text", tmp_path / "none.jsonl"), 1, "cannot be read")
     refused(run("eval", *given, "--text", f"nobody={text}"), 2, "no expert is called 'nobody'")
     refused(run("eval", *given, "--text", text, "--baseline", "gptq"), 2, "no method 'gptq'")
+    called_base = ("--base", pair[0], "--expert", f"base={pair[1]}", *given[4:], "--text", text)
+    refused(run("eval", *called_base), 1, "two models are called 'base'")
+    refused(run("eval", *given, "--text", text, "--router", tmp_path), 1, "not a router")
+    shutil.rmtree(out)
     refused(run("eval", *given, "--text", text, "--baseline", "meswitch:activations=file"), 2, "--calibration")
     wrong_base = ("--base", other_base, *given[2:], "--text", text)
     refused(run("eval", *wrong_base), 1, "wrong base")
@@ -272,7 +276,7 @@ def test_a_router_s_choices_are_measured(run: Run, pair: Pair, art: Path, tmp_pa
         "eval", *inputs(pair, art, tmp_path / "out2"), "--router", tmp_path / "router",
         "--text", tmp_path / "sums_held_out.jsonl",
     )  # fmt: skip
-    assert missing.returncode == 1 and "give --expert sums=FOLDER" in missing.stderr
+    refused(missing, 2, "give --expert sums=FOLDER")
 
 
 def wait_for(log: Path, pattern: str, seconds: float = 90) -> str:
