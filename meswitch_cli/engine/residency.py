@@ -139,6 +139,17 @@ class SlotTable:
                 loads.append(self._assign(expert, index, now))
         return loads
 
+    def hopeless(self) -> list[Generation]:
+        """Take back the requests of experts that no slot will ever be free for, because others are pinned in all."""
+        if sum(expert.pinned for expert in self.experts.values()) < len(self.slots):
+            return []
+        found: list[Generation] = []
+        for expert in self.experts.values():
+            if self._needs_slot(expert) and not expert.pinned:
+                found += expert.waiting
+                expert.waiting.clear()
+        return found
+
     def prefetches(self) -> list[str]:
         """Experts whose requests wait for a slot: they may be read into host memory meanwhile."""
         return [name for name, expert in self.experts.items() if expert.waiting and self._needs_slot(expert)]

@@ -23,7 +23,7 @@ class EngineSettings:
         experts: artifact folders by the name under which each is served.
         slots: experts on the device at once; None is one for each of `experts`.
         device: `auto` is cuda where there is one.
-        dtype: `auto` is the checkpoint's own on a GPU and bfloat16 or float32, as the checkpoint's, on a CPU.
+        dtype: `auto` is the checkpoint's own; float32 for a float16 checkpoint on a CPU, which has no kernels for it.
         max_model_len: prompt and continuation together, in tokens; None is the model's, at most 8192.
         max_queue: requests that may wait beyond the `max_running` that generate.
         max_running: requests in one batch.

@@ -97,6 +97,8 @@ class TransformersEngine:
             raise EngineError("the engine has been started already")
         settings = self.settings
         device, dtype = settings.torch_device, model_dtype(self._checkpoint, settings.dtype)
+        if settings.dtype == "auto" and device.type == "cpu" and dtype == torch.float16:
+            dtype = torch.float32  # the CPU's kernels know no float16
         self._base = base = load_base(self._checkpoint, device, dtype)
         models = [open_base(self._checkpoint, base.vocabulary), *self._open_experts(base)]
         experts = [model for model in models if model.artifact]
@@ -263,6 +265,13 @@ class TransformersEngine:
             if not self._withdraw(generation):
                 processor.cancel(generation.id)
                 self.on_end(generation)
+        with self._changed:
+            hopeless = self._table.hopeless()
+            for generation in hopeless:
+                self._active.pop(generation.id, None)
+            self._changed.notify_all()
+        for generation in hopeless:
+            generation.end("error", f"expert {generation.model.name!r} finds no slot: others are pinned in all of them")
         with self._lock:
             for load in self._table.loads_to_start():
                 self._loader.load(load, self._table.experts[load.expert].model)

@@ -134,8 +134,10 @@ def test_pinned_experts_stay(family: Family, start: Start) -> None:
     engine.pin_expert("gamma")
     with pytest.raises(EngineError, match="every slot is pinned"):
         engine.pin_expert("beta")
+    (refused,) = generate(engine, [one("beta", 1)])
+    assert refused.finish_reason == "error" and "pinned" in (refused.error or "")
     engine.pin_expert("alpha", False)
-    generate(engine, [one("beta", 1)])
+    generate(engine, [one("beta", 2)])
     with pytest.raises(EngineError, match="always"):
         engine.pin_expert(BASE)
     with pytest.raises(UnknownExpertError):
