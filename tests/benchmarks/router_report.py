@@ -57,6 +57,9 @@ def _main_table(figures: Mapping[str, Any]) -> list[str]:
             f"{stage['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    missing = [title for name, title in NAMES.items() if name not in figures]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     if "untrained" in figures:
         item = figures["untrained"]
         share = 100 * item["right"] / item["prompts"]
