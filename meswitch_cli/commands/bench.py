@@ -44,6 +44,9 @@ def run(
 
     Example: meswitch bench --url http://127.0.0.1:8000 --concurrency 16 --popularity zipf --plot load.png
     """
+    from meswitch_cli.commands.extras import require_extra
+
+    require_extra("serve", "httpx2")
     import asyncio
     import time
 

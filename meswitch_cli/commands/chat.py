@@ -42,6 +42,9 @@ def run(
 
     Example: meswitch chat --base ./llama --expert maths=./maths-2bit --prompt "What is 12 times 12?"
     """
+    from meswitch_cli.commands.extras import require_extra
+
+    require_extra("serve", "httpx2", *(("fastapi", "uvicorn", "prometheus_client") if base else ()))
     from meswitch_cli.errors import UsageError
     from meswitch_cli.load.client import Endpoint
     from meswitch_cli.load.conversation import Conversation

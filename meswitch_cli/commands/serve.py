@@ -80,6 +80,9 @@ def run(
 
     Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
     """
+    from meswitch_cli.commands.extras import require_extra
+
+    require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
     from meswitch_cli.errors import UsageError
     from meswitch_cli.server.experts import named_experts
     from meswitch_cli.server.settings import ServerSettings, is_loopback, read_keys

@@ -225,3 +225,10 @@ def test_bench(running: Running, tmp_path: Path) -> None:
     assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
     failed = meswitch("bench", *options, "--model", "violet", "--json")
     assert failed.returncode == 1 and json.loads(failed.stdout)["failed"] == 24 and "violet" in failed.stderr
+
+
+def test_a_missing_extra_is_named(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meswitch_cli.commands.extras.find_spec", lambda name: None)
+    for command in (("serve", "--base", "x"), ("chat",), ("bench",)):
+        status, told = here(*command)
+        assert status == 1 and "pip install 'meswitch[serve]'" in told
