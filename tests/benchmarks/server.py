@@ -124,8 +124,8 @@ def report(rows: list[tuple[float, dict[str, Any]]], experts: int) -> str:
         "",
         f"Median share: **{statistics.median(ratios):.2f}** (goal: at least 0.9).",
         "",
-        "A share above 1 is no gain: the machine's other work comes and goes between the two runs of a round, and the "
-        "shares scatter as much as that. Read the table as HTTP costing too little to be seen at this size of model.",
+        "A share above 1 is no gain: it is how much the machine's other work came and went between the two runs of a "
+        "round, and shares below 1 are no surer than that.",
         "",
         f"`PYTHONPATH=tests python -m benchmarks.server NAME=ARTIFACT ...`; {describe()}.",
         "",
