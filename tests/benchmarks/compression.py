@@ -255,7 +255,7 @@ def main() -> None:
                 results["rows"] = measured(path)["rows"] + [figures]  # another run may have added rows meanwhile
                 path.write_text(json.dumps(results))
                 print(f"{name}: {row.label}: {figures['evaluate_seconds']} s", flush=True)
-    write_report(arguments.results, RESULTS / "compression.md")
+    write_report(arguments.results, RESULTS / "compression.md", [row.label for row in ROWS])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ HEADER = (
 )
 
 
-def write_report(results: Path, path: Path) -> None:
-    """Write the page from the JSON files of a results folder."""
+def write_report(results: Path, path: Path, order: Sequence[str]) -> None:
+    """Write the page from the JSON files of a results folder, rows in the order of these labels."""
     sections = []
     for file in sorted(results.glob("*.json")):
         value = json.loads(file.read_text())
-        sections.append(section(file.stem, value["rows"]) + f"\nOn {value['machine']}.\n")
+        rows = sorted(value["rows"], key=lambda row: order.index(row["label"]) if row["label"] in order else -1)
+        sections.append(section(file.stem, rows) + f"\nOn {value['machine']}.\n")
     if not sections:
         return
     intro = (Path(__file__).parent / "compression_intro.md").read_text()
