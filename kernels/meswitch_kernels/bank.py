@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,7 @@ from .packing import check_bits, group_count, unpack_codes, words_per_row
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class BankTensors(NamedTuple):
-    """What a backend reads of a bank. A slot's rows lie densely at the start of its share of a row here.
-
-    A slot of fewer bits or coarser groups than the bank therefore occupies, and moves, its own bytes only.
-    """
-
+class _BankTensors(NamedTuple):
     codes: Tensor
     """int32 `[slots, out * words]`."""
     steps: Tensor
@@ -39,6 +35,31 @@ class BankTensors(NamedTuple):
     """The widest code any slot may hold."""
     group_size: int
     """The finest group any slot may have; 0 where all have one step per row."""
+
+
+class BankTensors(_BankTensors):
+    """What a backend reads of a bank. A slot's rows lie densely at the start of its share of a row here.
+
+    A slot of fewer bits or coarser groups than the bank therefore occupies, and moves, its own bytes only.
+    """
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors lie and how far apart their slots are, in bytes; they never move."""
+        return (
+            self.codes.data_ptr(),
+            self.codes.shape[1] * 4,
+            self.steps.data_ptr(),
+            self.steps.shape[1] * 4,
+            self.salient_index.data_ptr(),
+            self.salient_value.data_ptr(),
+            self.salient_index.shape[1],
+            VALUE_DTYPES.index(self.salient_value.dtype),
+            self.channel_scale.data_ptr(),
+            self.bias_delta.data_ptr(),
+            self.slot_bits.data_ptr(),
+            self.slot_group.data_ptr(),
+        )
 
 
 def dequantize_rows(

@@ -24,8 +24,6 @@ PREFILL_TOKENS = 16
 MERGE_BYTES = 4 << 20
 """Merged weights held at once: what stays in a core's share of the last-level cache until BLAS reads it."""
 
-_SALIENT_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
 
 def expert_linear(
     x: Tensor,
@@ -136,18 +134,7 @@ def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
         weight.shape[0],
         weight.data_ptr(),
         weight.stride(0) * weight.element_size(),
-        bank.codes.data_ptr(),
-        bank.codes.shape[1] * 4,
-        bank.steps.data_ptr(),
-        bank.steps.shape[1] * 4,
-        bank.salient_index.data_ptr(),
-        bank.salient_value.data_ptr(),
-        bank.salient_index.shape[1],
-        _SALIENT_KINDS[bank.salient_value.dtype],
-        bank.channel_scale.data_ptr(),
-        bank.bias_delta.data_ptr(),
-        bank.slot_bits.data_ptr(),
-        bank.slot_group.data_ptr(),
+        *bank.addresses,
     )
 
 
