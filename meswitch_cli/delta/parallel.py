@@ -23,5 +23,9 @@ def in_order(function: Callable[[_Item], _Result], items: Sequence[_Item], *, pa
     if threads == 1:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads, "blocks", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(function, items)
+    try:
+        with ThreadPoolExecutor(threads, "blocks", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(function, items)
+    finally:
+        # The setting is also what threads begin with that are started later: an engine's loop, say.
+        torch.set_num_threads(torch.get_num_threads())
