@@ -204,7 +204,7 @@ def main() -> None:
                 shutil.rmtree(path)
     RESULTS.write_text(
         f"# Compressing a Mistral-7B-shaped pair\n\n"
-        f"Two random bf16 checkpoints of {model / 1e9:.2f} GB each ({arguments.layers} layers), data-free, 8 salient "
+        f"Two random bf16 checkpoints of {model / 1e9:.2f} GB each ({arguments.layers} layers), 8 salient "
         f"channels, embedding and head at 2 bits. Read: both checkpoints once, front to back, from disk, just before. "
         f"Three-model ratio: three full models over one base and three artifacts.\n\n"
         f"`PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER`, {describe()}, "
