@@ -138,23 +138,12 @@ class _Stream:
         self, layer: nn.Module, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         prefix = f"{self.model.layers_prefix}.{index}"
-        windows, length = hidden.shape[:2]
-        size = max(1, BATCH_TOKENS // length)
         with self.loaded(prefix, layer):
             collector = _Collector(prefix, layer, self.gram)
-            outputs = [
-                layer(
-                    hidden[start : start + size],
-                    *(batch_rows(item, start, size, windows) for item in args),
-                    **{key: batch_rows(item, start, size, windows) for key, item in kwargs.items()},
-                )
-                for start in range(0, windows, size)
-            ]
+            outputs = run_in_batches(layer, hidden, args, kwargs)
             statistics = collector.finish()
         self.on_layer(index, statistics)
-        if isinstance(outputs[0], tuple):
-            return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
-        return torch.cat(outputs)
+        return outputs
 
 
 @torch.no_grad()
@@ -224,6 +213,23 @@ def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def run_in_batches(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's output for `hidden` `[windows, length, hidden size]`, `BATCH_TOKENS` tokens at a time."""
+    windows, length = hidden.shape[:2]
+    size = max(1, BATCH_TOKENS // length)
+    outputs = [
+        layer(
+            hidden[start : start + size],
+            *(batch_rows(item, start, size, windows) for item in args),
+            **{key: batch_rows(item, start, size, windows) for key, item in kwargs.items()},
+        )
+        for start in range(0, windows, size)
+    ]
+    if isinstance(outputs[0], tuple):
+        return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+    return torch.cat(outputs)
 
 
 def batch_rows(value: Any, start: int, size: int, windows: int) -> Any:

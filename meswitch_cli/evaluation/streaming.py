@@ -11,10 +11,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from meswitch_cli.calibration.stream import (
-    BATCH_TOKENS,
     StreamedLayer,
-    batch_rows,
     materialise_buffers,
+    run_in_batches,
     set_parameter,
 )
 from meswitch_cli.checkpoint.architecture import skeleton
@@ -88,17 +87,5 @@ class _Runner:
     def run_layer(
         self, layer: nn.Module, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        windows, length = hidden.shape[:2]
-        size = max(1, BATCH_TOKENS // length)
         with self.loaded(f"{self.weights.architecture.layers_prefix}.{index}", layer):
-            outputs = [
-                layer(
-                    hidden[start : start + size],
-                    *(batch_rows(item, start, size, windows) for item in args),
-                    **{key: batch_rows(item, start, size, windows) for key, item in kwargs.items()},
-                )
-                for start in range(0, windows, size)
-            ]
-        if isinstance(outputs[0], tuple):
-            return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
-        return torch.cat(outputs)
+            return run_in_batches(layer, hidden, args, kwargs)
