@@ -20,13 +20,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
+from benchmarks.artifacts import SAMPLES, SEQUENCE_LENGTH, artifact_of
 from benchmarks.compression_report import write_report
 from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact, expert_tensor
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
-from meswitch_cli.compression.job import Job, calibration_windows, compress, prepare
+from meswitch_cli.compression.job import Job, calibration_windows, prepare
 from meswitch_cli.compression.pairs import read_pairs
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
@@ -34,7 +35,6 @@ from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines import bitdelta_start
 from meswitch_cli.evaluation.fidelity import EncodedItem, ItemFidelity, compare, reference_logits
 
-SAMPLES, SEQUENCE_LENGTH = 32, 512
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -148,15 +148,14 @@ class Bench:
         if row.label.startswith("1 bit, sign"):
             return _bitdelta(job)
         if job.settings.steps == "distill":
-            manifest = compress(job, force=True)
-            artifact = Artifact.open(job.out)
-            entries = {entry.name: entry for entry in manifest.tensors}
+            artifact = Artifact.open(artifact_of(self.name, calibrated=True, **row.settings))
+            entries = {entry.name: entry for entry in artifact.manifest.tensors}
             return {
                 item.name: artifact.expert_tensor(entries[item.name], job.base.read(item.base_stored))
                 if item.name in entries
                 else job.base.read(item.base_stored).float()
                 for item in job.plan.tensors
-            }, manifest.nbytes
+            }, artifact.manifest.nbytes
         statistics = self.statistics(job, row.calibration) if row.calibration else {}
         weights: dict[str, torch.Tensor] = {}
         nbytes = 0

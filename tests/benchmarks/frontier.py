@@ -1,6 +1,6 @@
 """Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
 
-    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 8] [--minutes 4] [--rows TEXT]
+    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
 
 Rows are written one by one to a JSON file an expert; a second run continues where the first stopped, and the page is
 made from what is there. `--minutes` stops after the row during which they ran out.
@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,28 @@ import safetensors.torch
 import torch
 
 import zoo
+from benchmarks.artifacts import artifact_of
 from benchmarks.frontier_report import write_page
-from benchmarks.frontier_rows import BASE, rows
+from benchmarks.frontier_rows import ARTIFACTS, BASE, EXPERT, FRONTIER, rows
+from benchmarks.frontier_tasks import documents, right_answers
 from benchmarks.machine import describe
+from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
 from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
+from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.passes import Arithmetic, Reference
 from meswitch_cli.evaluation.subjects import Expert, open_experts
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights, parameter_count
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
 ARITHMETIC = Arithmetic(torch.device("cpu"), torch.float32, "resident")
-CALIBRATION_WINDOWS = 2
+CALIBRATION_WINDOWS = 32
+#: Documents of each expert's task; code has 30.
+DOCUMENTS = 40
+#: Rows whose right answers are counted; channels and sweeps differ too little for 40 documents to see.
+WITH_TASKS = {BASE, EXPERT, *(spec for specs in FRONTIER.values() for spec in specs)}
 
 
 class StoredActivations(Activations):
@@ -77,6 +85,21 @@ def columns(figures: list[TokenFidelity]) -> dict[str, list[float]]:
     }
 
 
+def weights_of(
+    spec: str, base: CheckpointWeights, expert: Expert, activations: Activations
+) -> tuple[Weights, Callable[[], int]]:
+    """A row's model, and what counts its bytes once its weights have been read."""
+    if spec == BASE:
+        return base, lambda: 0
+    if spec == EXPERT:
+        return expert.weights, lambda: expert.weights.nbytes
+    if spec in ARTIFACTS:
+        artifact = Artifact.open(artifact_of(expert.label, **ARTIFACTS[spec]))
+        return ArtifactWeights(artifact, base), lambda: artifact.manifest.nbytes
+    made = BaselineWeights(parse_method(spec), base, expert, activations)
+    return made, lambda: made.nbytes
+
+
 def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> None:
     """Measure an expert's missing rows until the deadline."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
@@ -87,6 +110,7 @@ def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> 
     base = CheckpointWeights(Checkpoint.open(str(family.base)))
     expert = open_experts([f"{name}={family.experts[name]}"], base)[0]
     items = encoded(expert, "report", count)
+    questions = documents(name, DOCUMENTS)
     activations = StoredActivations(expert, family.calibration[name], path.parent)
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(expert.weights, items, ARITHMETIC, Path(folder))
@@ -94,27 +118,26 @@ def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> 
             if time.monotonic() > deadline:
                 return
             started = time.perf_counter()
-            weights: Any = base if spec == BASE else BaselineWeights(parse_method(spec), base, expert, activations)
-            found = reference.compare(weights)
-            results["rows"][spec] = {
-                "bytes": 0 if spec == BASE else weights.nbytes,
+            weights, nbytes = weights_of(spec, base, expert, activations)
+            row = {"report": columns(reference.compare(weights))}
+            if spec in WITH_TASKS:
+                model = build_model(weights, ARITHMETIC.device, ARITHMETIC.dtype)
+                row["right"] = right_answers(model, expert.tokenizer, questions)
+            row |= {
+                "bytes": nbytes(),
                 "seconds": round(time.perf_counter() - started, 1),
-                "report": columns(found),
                 "machine": describe(),
             }
-            results["weights"] = sum(
-                torch.Size(item.shape).numel()
-                for item in expert.weights.architecture.parameters.values()
-                if not item.tied_to
-            )
+            results["rows"][spec] = row
+            results["weights"] = parameter_count(expert.weights)
             path.write_text(json.dumps(results))
-            print(f"{name}: {spec}: {results['rows'][spec]['seconds']} s", flush=True)
+            print(f"{name}: {spec}: {row['seconds']} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", default="maths")
-    parser.add_argument("--items", type=int, default=8, help="items of the report part; nothing is chosen on them")
+    parser.add_argument("--experts", default=",".join(zoo.EXPERTS))
+    parser.add_argument("--items", type=int, default=16, help="items of the report part; nothing is chosen on them")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     parser.add_argument("--results", type=Path, default=Path.home() / ".cache" / "meswitch-zoo" / "frontier")

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier_rows import ABLATION, BASE, FRONTIER, SWEEP, rows
+from benchmarks.frontier_rows import ABLATION, BASE, EXPERT, FRONTIER, SWEEP, rows
+from meswitch_cli.evaluation.paired import compare_paired
 from meswitch_cli.evaluation.statistics import Estimate, ratio_of_sums
 
 INTRO = Path(__file__).parent / "frontier_intro.md"
 HEADER = "| {} | MB | bits a weight | KL, % of base's [95 %] | gap recovered, % [95 %] | same top token, % [95 %] |"
+TASK_HEADER = " right | against the full expert's: lost, gained; difference, points [95 %] |"
 Row = Mapping[str, Any]
 
 
@@ -20,7 +22,7 @@ def write_page(results: Path, page: Path) -> None:
     sections = []
     for file in sorted(results.glob("*.json")):
         value = json.loads(file.read_text())
-        if BASE in value["rows"]:
+        if {BASE, EXPERT} <= value["rows"].keys():
             sections.append(_expert(file.stem.rpartition("-")[0], value))
     if sections:
         page.write_text(INTRO.read_text() + "\n" + "\n".join(sections))
@@ -35,7 +37,8 @@ def _expert(name: str, value: dict[str, Any]) -> str:
         f"{len(base['tokens'])} report items, {sum(base['tokens']):.0f} answer tokens; loss of the base "
         f"{_mean(base, 'loss'):.4f}, of the full expert {_mean(base, 'expert_loss'):.4f} nats a token; KL of the base "
         f"to the full expert {_mean(base, 'kl'):.4f}. {weights / 1e6:.1f} million weights; the full expert is "
-        f"{2 * weights / 1e6:.1f} MB.\n",
+        f"{2 * weights / 1e6:.1f} MB. Of {len(measured[EXPERT]['right'])} documents of its task the base answers "
+        f"{sum(measured[BASE]['right']):.0f} rightly, the full expert {sum(measured[EXPERT]['right']):.0f}.\n",
     ]
     for title, specs in FRONTIER.items():
         lines += _table(f"### Frontier, {title}", "method", specs, measured, weights)
@@ -59,16 +62,24 @@ def _table(title: str, first: str, specs: Sequence[str], measured: Mapping[str, 
     if not found:
         return []
     base = measured[BASE]["report"]
-    lines = [title + "\n", HEADER.format(first), "|---|---|---|---|---|---|"]
+    tasks = all("right" in measured[spec] for spec in found)
+    header = HEADER.format(first) + (TASK_HEADER if tasks else "")
+    lines = [title + "\n", header, "|" + "---|" * (header.count("|") - 1)]
     for spec in sorted(found, key=lambda spec: kl_share(measured[spec]["report"], base).value):
         row = measured[spec]
         part = row["report"]
-        lines.append(
+        line = (
             f"| `{spec}` | {row['bytes'] / 1e6:.1f} | {8 * row['bytes'] / weights:.2f} | "
             f"{_cell(kl_share(part, base), 3)} | {_cell(gap_recovered(part, base), 2)} | "
             f"{_cell(ratio_of_sums(part['agreed'], part['tokens']), 2)} |"
         )
+        lines.append(line + (_task_cells(row["right"], measured[EXPERT]["right"]) if tasks else ""))
     return [*lines, ""]
+
+
+def _task_cells(right: Sequence[float], expert: Sequence[float]) -> str:
+    found = compare_paired(right, expert)
+    return f" {sum(right):.0f} | {found.lost}, {found.gained}; {_cell(found.difference, 1)} |"
 
 
 def kl_share(part: Row, base: Row) -> Estimate:

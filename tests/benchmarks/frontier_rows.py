@@ -1,8 +1,22 @@
-"""The rows of benchmarks.frontier, fixed before any was measured; each is a `--baseline` of `meswitch eval`."""
+"""The rows of benchmarks.frontier, fixed before any was measured: `--baseline`s of `meswitch eval`, and artifacts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 BASE = "base"
+EXPERT = "full expert"
+
+#: Rows that are artifacts of `meswitch compress`, with its settings: training steps is not a `--baseline`.
+ARTIFACTS: dict[str, dict[str, Any]] = {
+    "meswitch compress --bits 1 --steps distill": {
+        "bits": 1,
+        "channel_scale": "rms",
+        "steps": "distill",
+        "calibrated": True,
+    },
+    "meswitch compress --bits 2 --steps distill": {"bits": 2, "steps": "distill", "calibrated": True},
+}
 
 #: By nominal size; what a row really takes is measured and shown.
 FRONTIER = {
@@ -20,6 +34,7 @@ FRONTIER = {
     ),
     "about 1.5 bits": (
         "bitdelta:embedding=2",
+        "bitdelta:embedding=2,distill=40",
         "low-rank:bits=1.35",
         "delta-come:bits=1.2",
         "meswitch:bits=1,salient=8,activations=none",
@@ -27,9 +42,11 @@ FRONTIER = {
         "meswitch:bits=1,salient=8,channel_scale=rms,activations=none",
         "meswitch:bits=1,salient=8,channel_scale=rms",
         "meswitch:bits=1,salient=8,steps=layerwise",
+        "meswitch compress --bits 1 --steps distill",
     ),
     "about 2 bits": (
         "bitdelta:masks=2",
+        "bitdelta:masks=2,distill=40",
         "rtn:bits=2",
         "rtn:bits=2,group=128",
         "low-rank:bits=2",
@@ -42,6 +59,7 @@ FRONTIER = {
         "meswitch:bits=2,salient=8",
         "meswitch:bits=2,salient=8,steps=layerwise",
         "meswitch:bits=2,salient=0,group=64",
+        "meswitch compress --bits 2 --steps distill",
     ),
     "about 4 bits": (
         "bitdelta:masks=4,embedding=4",
@@ -80,35 +98,7 @@ SWEEP_SALIENT = (0, 1, 2, 4, 8, 16, 32, 64)
 SWEEP = {bits: tuple(f"meswitch:bits={bits},salient={salient}" for salient in SWEEP_SALIENT) for bits in (1, 2)}
 
 
-#: Measured before the rest: one or two of every method at every size, then the ablation and the sweep at 2 bits.
-FIRST = (
-    BASE,
-    "bitdelta:embedding=2",
-    "meswitch:bits=1,salient=0,channel_scale=rms,embedding=1",
-    "meswitch:bits=1,salient=8,channel_scale=rms",
-    "bitdelta:masks=2",
-    "rtn:bits=2,group=128",
-    "meswitch:bits=2,salient=8",
-    "meswitch:bits=2,salient=8,saliency=random",
-    "meswitch:bits=2,salient=8,saliency=magnitude",
-    "meswitch:bits=2,salient=8,saliency=activation",
-    "sparse:bits=2",
-    "per-axis:axis=best,embedding=1",
-    *ABLATION["2 bits"],
-    "bitdelta:embedding=1",
-    "low-rank:bits=2",
-    "delta-come:bits=1.85",
-    "meswitch:bits=4,salient=8,embedding=4",
-    "rtn:bits=4,group=128,embedding=4",
-    *SWEEP[2],
-    "bitdelta:masks=4,embedding=4",
-    "bitdelta:embedding=16",
-    "low-rank:bits=1,embedding=1",
-    "delta-come:bits=0.9,embedding=1",
-)
-
-
 def rows() -> list[str]:
-    """Every row once, in the order of measuring."""
-    groups = (FIRST, *FRONTIER.values(), ABLATION["1 bit"], SWEEP[1])
-    return list(dict.fromkeys(spec for group in groups for spec in group))
+    """Every row once, in the order of measuring: those that train come last."""
+    groups = ((BASE, EXPERT), *FRONTIER.values(), ABLATION["2 bits"], SWEEP[2], ABLATION["1 bit"], SWEEP[1])
+    return sorted(dict.fromkeys(spec for group in groups for spec in group), key=lambda spec: "distill" in spec)
