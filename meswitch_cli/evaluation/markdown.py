@@ -62,7 +62,7 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
 _COMPARISON_NOTE = (
     "Every comparison is paired by document: difference of scores with a 95 % interval, documents lost and gained, "
     "exact McNemar test (bootstrap where scores are not 0 or 1), p-values by Holm over all rows with the same "
-    "opponent. *MDE*: the smallest difference that this many documents would find four times out of five. Where the "
+    "opponent. MDE: the smallest difference that this many documents would find four times out of five. Where the "
     "interval reaches beyond the margin and the test finds nothing, the verdict is that n is too small, not that there "
     "is no difference."
 )

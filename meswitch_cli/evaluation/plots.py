@@ -94,6 +94,8 @@ def saliency_profile(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def flips(rows: Sequence[Mapping[str, Any]]) -> str:
     """Documents lost and gained in each comparison, with the verdict beside them."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(7.5, 1.2 + 0.32 * len(rows))
     places = range(len(rows))
     lost, gained = ([row[name] for row in rows] for name in ("lost", "gained"))
@@ -107,6 +109,7 @@ def flips(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_yticks(places, [f"{row['model']}: {row['task']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set_xlabel("documents")
     return _svg(figure)

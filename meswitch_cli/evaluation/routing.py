@@ -58,7 +58,8 @@ def check_router(evaluation: Evaluation) -> None:
     """
     path = evaluation.request.router
     if path is not None:
-        if not any(item.owner for item in (*evaluation.sets, *evaluation.tasks)):
+        owners = [item.owner for item in evaluation.sets] + [item.owner for item in evaluation.tasks]
+        if not any(owners):
             raise UsageError(f"--router {path}: no mixed set; label texts or tasks with their experts: LABEL=FILE")
         manifest = RouterArtifact.open(path).manifest
         found = evaluation.base.fingerprint

@@ -72,6 +72,8 @@ def test_generation_is_the_model_s_greedy_answer_and_pairs(model: object) -> Non
     assert row["documents"] == 2 and row["score_low"] <= row["score"] <= row["score_high"]
     other = run_tasks(model, ["meswitch_maths"], None, limit=1, seed=0, chat=True)[0]
     assert score_row(again, "exact_match") == row
+    with pytest.raises(EvaluationError, match="did not see the same documents"):
+        paired_scores(first, other)
     assert score_row(other, "exact_match")["documents_sha256"] != row["documents_sha256"]
 
 
