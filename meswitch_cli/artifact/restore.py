@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
@@ -35,7 +36,8 @@ def restore(
 ) -> Path:
     """Write base + delta as a checkpoint that `AutoModelForCausalLM` loads; `dtype` None is the expert's own.
 
-    The checkpoint is written beside `out` and appears there whole, after the base has proven to be the right one.
+    Every byte of the artifact is checked first. The checkpoint is written beside `out` and appears there whole, after
+    the base has proven to be the right one.
 
     Raises:
         ArtifactError: the artifact is damaged, the base is another one, or `out` is occupied or cannot be written.
@@ -44,7 +46,9 @@ def restore(
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (force and (out / CONFIG_FILE).is_file()):
         raise ArtifactError(f"{out}: in use; choose another output folder, or --force to replace a checkpoint")
-    partial = out.parent / f".{out.name}.partial"
+    for _ in artifact.verify():
+        pass
+    partial = out.parent / f".{out.name}.restoring"  # not `.partial`: that may be an unfinished artifact's
     with disk_errors(out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -80,8 +84,10 @@ def _write_weights(
     def flush() -> None:
         nonlocal pending, pending_bytes
         path = folder / f"part-{len(files):05d}.safetensors"
-        with disk_errors(path):
+        try:
             safetensors.torch.save_file(pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # an operating system's refusal comes as text alone
+            raise ArtifactError(f"{path}: cannot be written: {error}") from error
         files.append((path, list(pending), pending_bytes))
         pending, pending_bytes = {}, 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.errors import CalibrationError
+from meswitch_cli.jsonl import read_jsonl
 
 #: Lines read at most: sampling more than this many does not change a sum of activation energies.
 MAX_LINES = 200_000
@@ -37,26 +36,11 @@ def read_calibration(path: Path) -> CalibrationFile:
     Raises:
         CalibrationError: no such file, no line, or a line that is none of these (its number is given).
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
-    except UnicodeDecodeError as error:
-        number = raw[: error.start].count(b"\n") + 1
-        raise CalibrationError(f"{path}: line {number}: not UTF-8 text; expected JSONL") from error
-    items = [_item(path, number, line) for number, line in enumerate(lines[:MAX_LINES], 1) if line.strip()]
-    if not items:
-        raise CalibrationError(f"{path}: no line with data; expected JSONL with one example a line")
-    return CalibrationFile(path, tuple(items), hashlib.sha256(raw).hexdigest())
+    file = read_jsonl(path, CalibrationError, "such data", most_lines=MAX_LINES)
+    return CalibrationFile(path, tuple(_item(path, number, value) for number, value in file.values), file.sha256)
 
 
-def _item(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: line {number}: not JSON: {error}") from error
+def _item(path: Path, number: int, item: Any) -> dict[str, Any]:
     if isinstance(item, dict):
         if _is_text(item.get("text")):
             return {"text": item["text"]}

@@ -40,7 +40,8 @@ class Checkpoint:
         source = resolve(name)
         config = read_json(source.path / "config.json", "a checkpoint folder has a config.json")
         if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "unknown method")
+            quantization = config["quantization_config"]
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(f"{name}: already quantized ({method}); give the 16-bit checkpoint")
         tensors: dict[str, TensorInfo] = {}
         for path in _weight_files(source.path):

@@ -91,7 +91,7 @@ def run(
 
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.errors import Interrupted
-    from meswitch_cli.evaluation.job import Request, finish, judge, measure_fidelity, prepare
+    from meswitch_cli.evaluation.job import Request, claim, finish, judge, measure_fidelity, prepare
     from meswitch_cli.evaluation.markdown import markdown
     from meswitch_cli.evaluation.routing import check_router, measure_router
     from meswitch_cli.evaluation.task_job import measure_tasks
@@ -126,6 +126,9 @@ def run(
 
     evaluation = prepare(request)
     check_router(evaluation)
+    claim(evaluation)
+    for problem in evaluation.report.errors:
+        say(f"{problem['where']}: left out: {problem['message']}")
     try:
         measure_fidelity(evaluation, say)
         runs = measure_tasks(evaluation, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
 from meswitch_cli.evaluation.fidelity import TokenFidelity
-from meswitch_cli.evaluation.figures import against_base, model_row
+from meswitch_cli.evaluation.figures import against_base, base_row, model_row
 from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.markdown import markdown
 from meswitch_cli.evaluation.methods import Activations, baseline_candidate
@@ -24,6 +26,7 @@ from meswitch_cli.evaluation.profile import saliency_rows, tensor_rows
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
 from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artifact, open_experts, split_label
+from meswitch_cli.evaluation.task_choice import TaskChoice, choose_tasks
 from meswitch_cli.evaluation.task_source import require_harness
 from meswitch_cli.evaluation.weights import CheckpointWeights, context_length, parameter_count, vocabulary_size
 
@@ -39,7 +42,7 @@ class Request:
     """What was asked for; `LABEL=` before an expert, a text or a task names the expert it belongs to.
 
     Raises:
-        UsageError: nothing to compare or nothing to compare on.
+        UsageError: nothing to compare or nothing to compare on, or an option that cannot have an effect.
     """
 
     base: str
@@ -70,6 +73,26 @@ class Request:
             raise UsageError("nothing to evaluate: give --artifact or --baseline")
         if not self.texts and not self.tasks:
             raise UsageError("nothing to evaluate on: give --text or --tasks")
+        for name in ("margin", "min_recovery", "max_kld"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be a number")
+        if self.server is not None and not self.tasks:
+            raise UsageError(f"--server {self.server}: a server is measured on --tasks; give some")
+        if self.server is not None and not self.server.startswith(("http://", "https://")):
+            raise UsageError(f"--server {self.server}: must be a URL, http://127.0.0.1:8000 say")
+
+    def options(self) -> dict[str, Any]:
+        """What changes the figures, for the report."""
+        return {
+            "limit": self.limit,
+            "margin": self.margin,
+            "min_recovery": self.min_recovery,
+            "max_kld": self.max_kld,
+            "tasks": list(self.tasks),
+            "server": self.server,
+            "server_model": self.server_model,
+        }
 
 
 @dataclass
@@ -81,23 +104,40 @@ class Evaluation:
     experts: list[Expert]
     candidates: list[Candidate]
     sets: list[EvaluationSet]
+    tasks: list[TaskChoice]
     arithmetic: Arithmetic
     report: Report
 
     def of_expert(self, expert: Expert) -> list[Candidate]:
         return [item for item in self.candidates if item.expert == expert.label]
 
+    def encoded(self, data: EvaluationSet, expert: Expert) -> EncodedSet:
+        """A set by an expert's tokenizer, within its context and the request's limit.
+
+        Raises:
+            EvaluationError: as `encode_set`.
+        """
+        return encode_set(
+            data,
+            expert.tokenizer,
+            vocabulary=vocabulary_size(expert.weights),
+            context=context_length(expert.weights),
+            limit=self.request.limit,
+        )
+
     def save(self) -> None:
         self.report.save(self.request.out)
 
 
 def prepare(request: Request) -> Evaluation:
-    """Open and check everything that the request names.
+    """Open and check everything that the request names; tasks that do not load are noted in the report.
 
     Raises:
         MeswitchError: something is missing, damaged, or does not belong together.
     """
+    _refuse_occupied(request)
     sets = _read_sets(request)
+    calibration = None if request.calibration is None else read_calibration(request.calibration)
     if request.tasks:
         require_harness()
     base = CheckpointWeights(Checkpoint.open(request.base))
@@ -106,6 +146,9 @@ def prepare(request: Request) -> Evaluation:
     for item in sets:
         if item.owner is not None and item.owner not in labels:
             raise UsageError(f"--text {item.owner}={item.path}: no expert is called {item.owner!r}")
+    tasks, failures = choose_tasks(request.tasks, labels, request.include_path, allow_code=request.allow_task_code)
+    if failures and not tasks and not sets:
+        raise EvaluationError(next(iter(failures.values())))
     candidates: list[Candidate] = []
     for path in request.artifacts:
         candidates.append(open_artifact(path, base, experts, [item.label for item in candidates]))
@@ -115,9 +158,9 @@ def prepare(request: Request) -> Evaluation:
             candidates.append(baseline_candidate(spec, base, expert, activations, several=len(experts) > 1))
     mode = request.mode or choose_mode([base, *(item.weights for item in experts)], request.device, request.dtype)
     arithmetic = Arithmetic(request.device, request.dtype, mode)
-    _claim(request)
     report = Report(
         seed=request.seed,
+        options=request.options() | {"calibration_sha256": calibration.sha256 if calibration else None},
         environment=environment(request.device, request.dtype, mode),
         base=_identity(base),
         experts=[{"label": item.label} | _identity(item.weights) for item in experts],
@@ -125,7 +168,9 @@ def prepare(request: Request) -> Evaluation:
             {"label": item.label, "expert": item.expert, "kind": item.kind} | dict(item.facts) for item in candidates
         ],
     )
-    return Evaluation(request, base, experts, candidates, sets, arithmetic, report)
+    for name, message in failures.items():
+        report.fail(f"tasks: {name}", message)
+    return Evaluation(request, base, experts, candidates, sets, tasks, arithmetic, report)
 
 
 def measure_fidelity(evaluation: Evaluation, on_step: OnStep = lambda what: None) -> None:
@@ -142,13 +187,7 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
     where = f"{expert.label} on {data.name}"
     candidates = evaluation.of_expert(expert)
     try:
-        encoded = encode_set(
-            data,
-            expert.tokenizer,
-            vocabulary=vocabulary_size(expert.weights),
-            context=context_length(expert.weights),
-            limit=request.limit,
-        )
+        encoded = evaluation.encoded(data, expert)
         found = compare_models(
             expert.weights,
             {BASE: evaluation.base} | {item.label: item.weights for item in candidates},
@@ -162,8 +201,11 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
         return
     report.sets.append(_set_facts(data, expert, encoded))
     base = found[BASE]
+    of_base: dict[str, Any] = {}
     if isinstance(base, Failure):
         report.fail(f"{where}: base", base.reason)
+    else:
+        of_base = base_row(base, seed=request.seed)
     for item in candidates:
         figures = found[item.label]
         if isinstance(figures, Failure):
@@ -173,7 +215,7 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
         row["nbytes"] = item.nbytes()
         row |= model_row(figures, seed=request.seed)
         if not isinstance(base, Failure):
-            row |= against_base(figures, base, seed=request.seed)
+            row |= of_base | against_base(figures, base, seed=request.seed)
         report.fidelity.append(row)
     _append_items(evaluation, expert, data, found)
 
@@ -272,16 +314,29 @@ def _read_sets(request: Request) -> list[EvaluationSet]:
     return sets
 
 
-def _claim(request: Request) -> None:
-    """Make the output folder, or empty one that an earlier evaluation made."""
+def _refuse_occupied(request: Request) -> None:
     out = request.out
     with disk_errors(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not request.force or not (out / REPORT_FILE).is_file():
-                raise EvaluationError(f"{out}: in use; choose another --out, or --force to replace an evaluation there")
+        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if occupied and not (request.force and (out / REPORT_FILE).is_file()):
+            raise EvaluationError(f"{out}: in use; choose another --out, or --force to replace an evaluation there")
+
+
+def claim(evaluation: Evaluation) -> None:
+    """Make the output folder, or empty one that an earlier evaluation made, and begin the report there.
+
+    Raises:
+        EvaluationError: something else is there.
+        ArtifactError: it cannot be written.
+    """
+    out = evaluation.request.out
+    _refuse_occupied(evaluation.request)
+    with disk_errors(out):
+        if (out / REPORT_FILE).is_file():
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / ITEMS_FILE, b"")
+    evaluation.save()  # first: what marks the folder as an evaluation's, which --force may replace
+    write_atomically(out / ITEMS_FILE, b"")
 
 
 def _identity(weights: CheckpointWeights) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
     for name in dict.fromkeys(row["set"] for row in report["fidelity"]):
         for expert in dict.fromkeys(row["expert"] for row in report["fidelity"] if row["set"] == name):
             rows = [row for row in report["fidelity"] if row["set"] == name and row["expert"] == expert]
-            found.append((f"Fidelity to {expert} on {name}", fidelity_table(rows), _set_note(report, name, expert)))
+            size = next((item["nbytes"] for item in report["experts"] if item["label"] == expert), None)
+            found.append(
+                (f"Fidelity to {expert} on {name}", fidelity_table(rows, size), _set_note(report, name, expert))
+            )
     if report["tasks"]:
         found.append(("Tasks", task_table(report["tasks"]), "Score with a 95 % interval over documents."))
     if report["comparisons"]:
@@ -59,39 +62,37 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
 _COMPARISON_NOTE = (
     "Every comparison is paired by document: difference of scores with a 95 % interval, documents lost and gained, "
     "exact McNemar test (bootstrap where scores are not 0 or 1), p-values by Holm over all rows with the same "
-    "opponent. *MDE*: the smallest difference that this many documents would find four times out of five. Where the "
+    "opponent. MDE: the smallest difference that this many documents would find four times out of five. Where the "
     "interval reaches beyond the margin and the test finds nothing, the verdict is that n is too small, not that there "
     "is no difference."
 )
 
 
-def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Base, full expert and compressed models of one expert on one set."""
+def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None = None) -> Table:
+    """Base, full expert and compressed models of one expert on one set; `expert_nbytes` is the full expert's size."""
     header = ["model", "MB", "KL mean", "KL p99", "KL p99.9", "KL max", "same top token, %", "ln(ppl / expert's)"]
     header += ["RMS Δp, %", "gap recovered, %"]
-    first, lines = rows[0], []
-    if first.get("base_kl_mean") is not None:
-        agreement = plus_minus(first, "base_top1_agreement", 100, 2)
-        kl = plus_minus(first, "base_kl_mean")
-        ratio = plus_minus(first, "base_ln_ppl_ratio", 1, 4)
-        lines.append(["base", "0", kl, "", "", "", agreement, ratio, "", "0"])
-    lines.append(["full expert", "", "0", "0", "0", "0", "100", "0", "0", "100"])
-    lines += [
-        [
-            row["model"],
-            f"{row['nbytes'] / 1e6:.1f}",
-            plus_minus(row, "kl_mean"),
-            interval(row, "kl_p99"),
-            interval(row, "kl_p999"),
-            f"{row['kl_max']:.4f}",
-            plus_minus(row, "top1_agreement", 100, 2),
-            plus_minus(row, "ln_ppl_ratio", 1, 5),
-            plus_minus(row, "rms_delta_p", 100, 3),
-            "no clear gap" if row.get("gap_recovered") is None else interval(row, "gap_recovered", 100, 2),
-        ]
-        for row in rows
-    ]
+    lines = []
+    if rows[0].get("base_kl_mean") is not None:
+        lines.append(["base", "0", *_fidelity_cells(rows[0], "base_", 4), "0"])
+    size = "" if expert_nbytes is None else f"{expert_nbytes / 1e6:.1f}"
+    lines.append(["full expert", size, "0", "0", "0", "0", "100", "0", "0", "100"])
+    for row in rows:
+        recovered = "no clear gap" if row.get("gap_recovered") is None else interval(row, "gap_recovered", 100, 2)
+        lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *_fidelity_cells(row, "", 5), recovered])
     return header, lines
+
+
+def _fidelity_cells(row: Mapping[str, Any], prefix: str, digits: int) -> list[str]:
+    return [
+        plus_minus(row, f"{prefix}kl_mean"),
+        interval(row, f"{prefix}kl_p99", 1, digits),
+        interval(row, f"{prefix}kl_p999", 1, digits),
+        f"{row[f'{prefix}kl_max']:.4f}",
+        plus_minus(row, f"{prefix}top1_agreement", 100, 2),
+        plus_minus(row, f"{prefix}ln_ppl_ratio", 1, digits),
+        plus_minus(row, f"{prefix}rms_delta_p", 100, 3),
+    ]
 
 
 def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -125,11 +126,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def router_table(router: Mapping[str, Any]) -> Table:
     header = ["choice", *(["loss, nats a token"] if router["loss"] else []), *router["tasks"]]
     lines = []
-    for choice in ("base", "random", "routed", "oracle"):
+    for choice in ("base", "random", "routed", "oracle", "full experts"):
         line = [choice]
         if router["loss"]:
             line.append(interval(router["loss"][choice], "value"))
-        lines.append(line + [interval(router["tasks"][task][choice], "value", 100, 1) for task in router["tasks"]])
+        for scores in router["tasks"].values():
+            line.append(interval(scores[choice], "value", 100, 1))
+        lines.append(line)
     return header, lines
 
 

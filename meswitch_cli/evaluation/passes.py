@@ -8,6 +8,7 @@ through in chunks, each with its own pass of every model.
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,12 @@ def compare_models(
 
 def _room_for(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     try:
-        return np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+        with path.open("wb") as stream:
+            # A sparse file on a disk that fills up would end the process with a bus error where it is written.
+            stream.truncate(4 * shape[0] * shape[1])
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, 4 * shape[0] * shape[1])
+        return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
     except OSError as error:
         raise EvaluationError(f"{path.parent}: no room for the reference's logits: {error.strerror}") from error
 

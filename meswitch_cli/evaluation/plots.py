@@ -27,6 +27,10 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows = [row for row in report["saliency"] if row["model"] == model]
         caption = f"Part of {model}'s rounding error in its worst input channels; the mark: the channels kept in 16 bit"
         found.append((caption, saliency_profile(rows)))
+    pairs = [row for row in report["comparisons"] if row["role"] == "full expert"]
+    if pairs:
+        caption = "Documents that a model lost (left) and gained (right) against its full expert"
+        found.append((caption, flips(pairs)))
     return found
 
 
@@ -85,6 +89,29 @@ def saliency_profile(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xlabel("input channels, worst first")
     axes.set_ylabel("part of the error, %")
     axes.legend(fontsize="x-small", ncols=2)
+    return _svg(figure)
+
+
+def flips(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Documents lost and gained in each comparison, with the verdict beside them."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(7.5, 1.2 + 0.32 * len(rows))
+    places = range(len(rows))
+    lost, gained = ([row[name] for row in rows] for name in ("lost", "gained"))
+    axes.barh(places, [-count for count in lost], color="#b03030", label="lost")
+    axes.barh(places, gained, color="#2f7d4f", label="gained")
+    reach = max(1, *lost, *gained)
+    axes.set_xlim(-1.15 * reach, 2.2 * reach)  # room for the verdicts
+    for place, row in zip(places, rows, strict=True):
+        text = f"−{row['lost']} +{row['gained']} of {row['documents']}: {row['verdict']}"
+        axes.annotate(text, (row["gained"], place), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.set_yticks(places, [f"{row['model']}: {row['task']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.set_xlabel("documents")
     return _svg(figure)
 
 

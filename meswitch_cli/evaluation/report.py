@@ -28,12 +28,14 @@ class Report:
     """The content of `report.json`; docs/evaluation.md says what each part holds.
 
     Attributes:
+        options: of the call, as far as they change figures.
         complete: the evaluation ran to its end; `errors` may still name parts that failed.
         errors: `{"where", "message"}` of what could not be measured.
         notes: what a reader must know to judge the figures.
     """
 
     seed: int
+    options: dict[str, Any]
     environment: dict[str, Any]
     base: dict[str, Any]
     experts: list[dict[str, Any]]

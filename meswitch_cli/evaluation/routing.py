@@ -1,4 +1,5 @@
-"""What a router is worth: the mixed set under its choices, beside the right choice, a random one and the base.
+"""What a router is worth: the mixed set under its choices, beside the right choice, a random one, the base and the
+full experts.
 
 Every compressed expert answers everything once; a choice then only picks whose result counts.
 """
@@ -19,18 +20,18 @@ from meswitch_cli.errors import MeswitchError, RouterError, UsageError
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.passes import Arithmetic, logits_of
-from meswitch_cli.evaluation.prompts import encode_set
 from meswitch_cli.evaluation.statistics import Array, ratio_of_sums
 from meswitch_cli.evaluation.subjects import BASE, Candidate
-from meswitch_cli.evaluation.task_job import Runs, parse_tasks
+from meswitch_cli.evaluation.task_job import Runs
 from meswitch_cli.evaluation.tasks import wilson
-from meswitch_cli.evaluation.weights import Weights, context_length, vocabulary_size
+from meswitch_cli.evaluation.weights import Weights
 from meswitch_cli.router.artifact import RouterArtifact
 from meswitch_cli.router.features import BaseHiddenStates
 from meswitch_cli.router.manifest import MANIFEST_FILE
 from meswitch_cli.router.router import Router
 
-CHOICES = ("base", "random", "routed", "oracle")
+FULL = "full experts"
+CHOICES = ("base", "random", "routed", "oracle", FULL)
 
 
 def open_router(path: Path, base: str, fingerprint: str) -> Router:
@@ -57,6 +58,9 @@ def check_router(evaluation: Evaluation) -> None:
     """
     path = evaluation.request.router
     if path is not None:
+        owners = [item.owner for item in evaluation.sets] + [item.owner for item in evaluation.tasks]
+        if not any(owners):
+            raise UsageError(f"--router {path}: no mixed set; label texts or tasks with their experts: LABEL=FILE")
         manifest = RouterArtifact.open(path).manifest
         found = evaluation.base.fingerprint
         if manifest.base_fingerprint not in (None, found):
@@ -130,7 +134,8 @@ def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda 
 def _note(decisions: Sequence[tuple[str, str]], accuracy: Mapping[str, float] | None) -> str:
     text = (
         "Base: every prompt to the base. Random: the mean over the compressed experts. Routed: the router's choice, "
-        "the base included. Oracle: the expert whose own prompts they are. [ ]: 95 %, by document."
+        "the base included. Oracle: the compressed expert whose own prompts they are. Full experts: that expert before "
+        "compression. [ ]: 95 %, by document."
     )
     if accuracy is None:
         return text
@@ -153,13 +158,7 @@ def _losses(
         if data.owner is None or data.owner not in artifacts or not data.conversations:
             continue
         expert = experts[data.owner]
-        encoded = encode_set(
-            data,
-            expert.tokenizer,
-            vocabulary=vocabulary_size(expert.weights),
-            context=context_length(expert.weights),
-            limit=request.limit,
-        )
+        encoded = evaluation.encoded(data, expert)
         for number in encoded.kept:
             chosen = router.route(list(data.conversations[number][:-1])).expert
             decisions.append((data.owner, chosen))
@@ -170,8 +169,12 @@ def _losses(
     losses = {BASE: answer_losses(evaluation.base, items, evaluation.arithmetic)}
     for label, candidate in artifacts.items():
         losses[label] = answer_losses(candidate.weights, items, evaluation.arithmetic)
+    full = np.zeros(len(items))
+    for label in dict.fromkeys(owners):
+        own = [index for index, owner in enumerate(owners) if owner == label]
+        full[own] = answer_losses(experts[label].weights, [items[index] for index in own], evaluation.arithmetic)
     tokens = np.array([len(item.tokens) - item.answer_start for item in items], dtype=float)
-    picked = _picked(losses, owners, [chosen for _, chosen in decisions])
+    picked = _picked(losses, owners, [chosen for _, chosen in decisions]) | {FULL: full}
     return {name: asdict(ratio_of_sums(picked[name], tokens, seed=request.seed)) for name in CHOICES}, decisions
 
 
@@ -188,20 +191,22 @@ def _task_scores(
     evaluation: Evaluation, router: Router, artifacts: Mapping[str, Candidate], runs: Runs
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Mean score of each owned task under each choice."""
-    owners = {item.name: item.owner for item in parse_tasks(evaluation.request.tasks, evaluation.experts) if item.owner}
+    owners = {task: item.owner for item in evaluation.tasks if item.owner for task in item.tasks}
     found: dict[str, dict[str, dict[str, float]]] = {}
     labels = {BASE: BASE} | {label: item.label for label, item in artifacts.items()}
     for task, owner in owners.items():
         by_label = {label: runs.get(model, {}).get(task) for label, model in labels.items()}
         complete = {label: run for label, run in by_label.items() if run is not None}
-        if owner not in artifacts or len(complete) != len(labels):
+        full = runs.get(owner, {}).get(task)
+        if owner not in artifacts or full is None or len(complete) != len(labels):
             continue
         metric = complete[BASE].metric
         scores = {
             label: np.array([document.scores[metric] for document in run.documents]) for label, run in complete.items()
         }
         chosen = [router.route(document.question).expert for document in complete[BASE].documents]
-        picked = _picked(scores, [str(owner)] * len(chosen), chosen)
+        picked = _picked(scores, [owner] * len(chosen), chosen)
+        picked[FULL] = np.array([document.scores[metric] for document in full.documents])
         ones = np.ones(len(chosen))
         found[task] = {
             name: asdict(ratio_of_sums(picked[name], ones, seed=evaluation.request.seed)) for name in CHOICES

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from meswitch_cli.artifact.disk import disk_errors
-from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
+from meswitch_cli.errors import EvaluationError, MeswitchError
 from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.paired import PairedComparison, compare_paired, with_holm
-from meswitch_cli.evaluation.subjects import BASE, Expert, split_label
+from meswitch_cli.evaluation.subjects import BASE, Expert
+from meswitch_cli.evaluation.task_choice import TaskChoice
 from meswitch_cli.evaluation.tasks import (
     TaskRun,
     live_model,
@@ -34,14 +35,6 @@ Runs = dict[str, dict[str, TaskRun]]
 
 
 @dataclass(frozen=True)
-class TaskChoice:
-    """A task's name or file, and the expert whose field it is, None where the user named none."""
-
-    name: str
-    owner: str | None
-
-
-@dataclass(frozen=True)
 class _Subject:
     label: str
     kind: str
@@ -49,26 +42,10 @@ class _Subject:
     make: Callable[[], Any]
 
 
-def parse_tasks(options: Sequence[str], experts: Sequence[Expert]) -> list[TaskChoice]:
-    """Read `[LABEL=]NAME[,NAME...]` options.
-
-    Raises:
-        UsageError: a label that no expert has.
-    """
-    labels = {expert.label for expert in experts}
-    found = []
-    for option in options:
-        owner, names = split_label(option)
-        if owner is not None and owner not in labels:
-            raise UsageError(f"--tasks {option}: no expert is called {owner!r}")
-        found += [TaskChoice(name.strip(), owner) for name in names.split(",") if name.strip()]
-    return found
-
-
 def measure_tasks(evaluation: Evaluation, on_step: OnStep = lambda what: None) -> Runs:
     """Fill the report's `tasks`, `comparisons` and `flips`; every document goes to `samples.jsonl`."""
     request, report = evaluation.request, evaluation.report
-    choices = parse_tasks(request.tasks, evaluation.experts)
+    choices = evaluation.tasks
     runs: Runs = {}
     if not choices:
         return runs

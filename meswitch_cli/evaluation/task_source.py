@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.errors import EvaluationError
+from meswitch_cli.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -36,9 +36,10 @@ def load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool =
         raise EvaluationError(f"--include-path {include}: no such folder")
     found: list[Task] = []
     for name in names:
-        path = Path(name) if name.endswith((".yaml", ".yml")) else _local_file(name, folders)
+        broken: list[str] = []
+        path = Path(name) if name.endswith((".yaml", ".yml")) else _local_file(name, folders, broken)
         with quiet():
-            found += _from_file(path, allow_code) if path is not None else _from_harness(name, folders)
+            found += _from_file(path, allow_code) if path is not None else _from_harness(name, folders, broken)
     taken = [task.task_name for task in found]
     twice = next((name for name in taken if taken.count(name) > 1), None)
     if twice is not None:
@@ -79,11 +80,15 @@ def _sandbox_templates() -> None:
         lm_eval.utils.env = sandbox
 
 
-def _local_file(name: str, folders: Sequence[Path]) -> Path | None:
+def _local_file(name: str, folders: Sequence[Path], broken: list[str]) -> Path | None:
+    """The file of a task; files that are none do not stand in its way, and what is wrong with them is noted."""
     for folder in folders:
         for path in sorted(folder.glob("**/*.yaml")):
-            if _read(path).get("task") == name:
-                return path
+            try:
+                if _read(path).get("task") == name:
+                    return path
+            except EvaluationError as error:
+                broken.append(str(error))
     return None
 
 
@@ -160,34 +165,21 @@ def _dataset(rows: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text; a task's data is JSONL") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{path}: line {number}: not JSON: {error}") from error
+    for number, row in read_jsonl(path, EvaluationError, "a task's data").values:
         if not isinstance(row, dict):
             raise EvaluationError(f"{path}: line {number}: not a JSON object")
         rows.append(row)
-    if not rows:
-        raise EvaluationError(f"{path}: empty; a task needs at least one document")
     return rows
 
 
-def _from_harness(name: str, folders: Sequence[Path]) -> list[Task]:
+def _from_harness(name: str, folders: Sequence[Path], broken: Sequence[str]) -> list[Task]:
     manager = _manager(tuple(str(folder) for folder in folders))
     if name not in manager.all_tasks:
         shipped = sorted(str(_read(path).get("task")) for path in SHIPPED.glob("*.yaml"))
         raise EvaluationError(
             f"--tasks {name}: no such task; shipped are {', '.join(shipped)}; `lm-eval ls tasks` lists the harness's"
+            + "".join(f"; {reason}" for reason in broken)
         )
     try:
         return list(manager.load([name])["tasks"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -101,8 +102,19 @@ def live_model(model: Any, tokenizer: Any, context: int) -> Any:
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model.register_forward_hook(_refuse_non_finite)
     with quiet():
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH_SIZE, max_length=context)
+
+
+def _refuse_non_finite(model: Any, inputs: Any, output: Any) -> None:
+    """A hook: the harness would take NaN for a low score, and the model for a bad one.
+
+    Raises:
+        FloatingPointError: the logits are not finite.
+    """
+    if not bool(torch.isfinite(output.logits).all()):
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged or overflow")
 
 
 def served_model(url: str, name: str, *, context: int) -> Any:
@@ -134,13 +146,14 @@ def served_model(url: str, name: str, *, context: int) -> Any:
 
 
 def score_row(run: TaskRun, metric: str) -> dict[str, Any]:
-    """A task's mean score with its 95 % interval over documents."""
+    """A task's mean score with its 95 % interval over documents, and the SHA-256 of which documents they were."""
     scores = np.array([document.scores[metric] for document in run.documents])
     estimate = wilson(scores) if np.isin(scores, (0.0, 1.0)).all() else mean_interval(scores)
     return {
         "task": run.task,
         "metric": metric,
         "documents": len(scores),
+        "documents_sha256": hashlib.sha256("\n".join(item.digest for item in run.documents).encode()).hexdigest(),
         "score": estimate.value,
         "score_low": estimate.low,
         "score_high": estimate.high,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.jsonl import read_jsonl
 from meswitch_cli.router.conversation import Prompt, is_binary, routing_text
 from meswitch_cli.router.names import check_label
 
@@ -66,29 +66,13 @@ def read_examples(path: Path, *, domain: str | None = None, need_domain: bool = 
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RouterError(f"{path}: larger than 2 GB; a few thousand prompts a domain are enough")
-        raw = path.read_bytes()
     except OSError as error:
         raise RouterError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
-    except UnicodeDecodeError as error:
-        number = raw[: error.start].count(b"\n") + 1
-        raise RouterError(f"{path}: line {number}: not UTF-8 text; routing data is JSONL") from error
-    examples = [
-        _example(f"{path}: line {number}", line, domain, need_domain)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not examples:
-        raise RouterError(f"{path}: no line with data; routing data is JSONL with one prompt a line")
-    return examples
+    values = read_jsonl(path, RouterError, "routing data").values
+    return [_example(f"{path}: line {number}", value, domain, need_domain) for number, value in values]
 
 
-def _example(where: str, line: str, domain: str | None, need_domain: bool) -> Example:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RouterError(f"{where}: not JSON: {error}") from error
+def _example(where: str, item: Any, domain: str | None, need_domain: bool) -> Example:
     if not isinstance(item, dict):
         raise RouterError(f'{where}: not an object with "prompt" or "messages"')
     text = _text(where, item)

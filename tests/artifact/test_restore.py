@@ -1,4 +1,5 @@
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,41 @@ def test_wrong_base_leaves_nothing_behind(pair: Pair, tmp_path: Path, make_artif
     with pytest.raises(ArtifactError, match="wrong base"):
         _restore(artifact, other, tmp_path / "restored")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_swapped_shard_and_a_missing_file_are_refused(pair: Pair, tmp_path: Path, make_artifact: Make) -> None:
+    """Of the same names, shapes and types: only the hash tells it from the artifact's own."""
+    artifact, other = make_artifact(pair), make_artifact(pair, out="other", steps="least-squares")
+    name = artifact.manifest.shards[0].name
+    own = (artifact.path / name).read_bytes()
+    (artifact.path / name).write_bytes((other.path / name).read_bytes())
+    with pytest.raises(ArtifactError, match=f"{name}: its SHA-256 is not the manifest's"):
+        _restore(artifact, pair[0], tmp_path / "restored")
+    (artifact.path / name).write_bytes(own)
+    (artifact.path / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: missing"):
+        _restore(artifact, pair[0], tmp_path / "restored")
+    assert not (tmp_path / "restored").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_unfinished_compression_of_the_same_name_is_left_alone(pair: Pair, tmp_path: Path, make_artifact: Make) -> None:
+    (tmp_path / ".restored.partial").mkdir()
+    (tmp_path / ".restored.partial" / "identity.json").write_text("{}")
+    _restore(make_artifact(pair), pair[0], tmp_path / "restored")
+    assert (tmp_path / ".restored.partial" / "identity.json").exists()
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(pair: Pair, tmp_path: Path, make_artifact: Make) -> None:
+    """A limit on the size of files stands for the full disk: the same write is refused."""
+    artifact = make_artifact(pair)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            _restore(artifact, pair[0], tmp_path / "restored")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "restored").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_occupied_output_is_left_alone(pair: Pair, tmp_path: Path, make_artifact: Make) -> None:

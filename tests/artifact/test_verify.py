@@ -1,6 +1,9 @@
+import dataclasses
 import json
+import math
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,54 @@ def test_swapped_shards_are_found_even_with_honest_hashes(pair: Pair, make_artif
         _with_honest_hash(path, shard.name)
     with pytest.raises(ArtifactError, match=r"is missing|not in the manifest"):
         _verify(path)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Half a gigabyte more address space than the process has already."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (512 << 20), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_sizes_that_are_claimed_are_not_allocated(pair: Pair, make_artifact: Make) -> None:
+    """Gigabytes in the manifest, the shard's header, or both: refused, not attempted."""
+    artifact = make_artifact(pair)
+    shard = artifact.path / artifact.manifest.shards[0].name
+    entry = next(entry for entry in artifact.entries_of(shard.name) if entry.bits)
+    raw = shard.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    rows, columns = 1 << 21, 1 << 14
+
+    def claim(value: dict) -> None:
+        next(item for item in value["tensors"] if item["name"] == entry.name).update(
+            shape=[rows, columns], base_shape=[rows, columns]
+        )
+
+    shapes = dataclasses.replace(entry, shape=(rows, columns), base_shape=(rows, columns)).stored_shapes()
+    for name, shape in shapes.items():
+        start = header[name]["data_offsets"][0]
+        size = math.prod(shape) * (2 if name.endswith("salient_value") else 4)
+        header[name] |= {"shape": list(shape), "data_offsets": [start, start + size]}
+    forged = json.dumps(header).encode()
+    manifest = (artifact.path / MANIFEST_FILE).read_bytes()
+    for edit, data in (
+        (True, raw),
+        (False, len(forged).to_bytes(8, "little") + forged + raw[8 + length :]),
+        (True, len(forged).to_bytes(8, "little") + forged + raw[8 + length :]),
+        (False, (1 << 62).to_bytes(8, "little") + raw[8:]),
+    ):
+        (artifact.path / MANIFEST_FILE).write_bytes(manifest)
+        shard.write_bytes(data)
+        if edit:
+            _edit(artifact.path, claim)
+        _with_honest_hash(artifact.path, shard.name)
+        with pytest.raises(ArtifactError, match=r"the manifest says|cut short|overlap"):
+            _verify(artifact.path)
 
 
 @pytest.mark.parametrize(

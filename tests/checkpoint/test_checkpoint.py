@@ -93,6 +93,9 @@ def test_quantized_checkpoint_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(CheckpointError, match="already quantized \\(gptq\\)"):
         Checkpoint.open(str(copy))
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": ["int8"]}))
+    with pytest.raises(CheckpointError, match="already quantized \\(\\['int8'\\]\\)"):
+        Checkpoint.open(str(copy))
 
 
 def test_hub_is_asked_for_safetensors_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

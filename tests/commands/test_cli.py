@@ -154,7 +154,7 @@ def test_wrong_base_and_damage(pair: Pair, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-5])
     fails(meswitch("verify", art), 1, shard.name)
     fails(meswitch("restore", art, "--base", pair[0], "--out", tmp_path / "b"), 1, shard.name)
-    assert not (tmp_path / "b").exists() and not (tmp_path / ".b.partial").exists()
+    assert not (tmp_path / "b").exists() and not (tmp_path / ".b.restoring").exists()
 
 
 def test_no_permission(pair: Pair) -> None:

@@ -115,7 +115,15 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
     error = float((matrix - found.delta).square().sum() / matrix.square().sum())
     truncated = low_rank(matrix, rank_at(matrix.shape, 3.0)).delta
     assert error < float((matrix - truncated).square().sum() / matrix.square().sum())
-    left, values, right = torch.linalg.svd(matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    product, index = torch.zeros_like(matrix), 0
+    for bits, count in ranks.items():
+        for _ in range(min(count, len(values) - index)):
+            column, row = values[index].sqrt() * left[:, index], values[index].sqrt() * right[index]
+            pair = [round_to_nearest(vector[None], bits, 128).delta[0] for vector in (column, row)]
+            product += torch.outer(*pair)
+            index += 1
+    torch.testing.assert_close(found.delta, product, rtol=1e-4, atol=1e-5)
     # The first vectors are nearly exact: the component along each is kept within a per cent.
     assert float(left[:, 0] @ found.delta @ right[0]) == pytest.approx(float(values[0]), rel=0.01)
 
@@ -129,11 +137,25 @@ def test_sparse_quantised_keeps_the_two_largest_of_four(delta: torch.Tensor) -> 
         assert set(chosen.nonzero()[:, 0].tolist()) <= largest
     survivors = OUT * IN // 2
     assert found.nbytes == survivors * 4 // 8 + survivors * 2 // 8 + 2 * OUT * 3
-    scale = delta[0, :16].view(4, 4).abs().amax() / 8
-    codes = found.delta[0, :16] / float(scale.half())
-    torch.testing.assert_close(codes, codes.round(), atol=2e-2, rtol=0)
     with pytest.raises(ValueError, match="multiple of 4"):
         sparse_quantised(delta[:, :7].contiguous())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_sparse_quantised_rounds_the_survivors_of_each_group(delta: torch.Tensor, bits: int) -> None:
+    """Levels −2^(b−1) … 2^(b−1)−1 times the group's largest magnitude over 2^(b−1)."""
+    found, half = sparse_quantised(delta, bits, 16), 2 ** (bits - 1)
+    for row in range(OUT):
+        survivors = torch.zeros(IN)
+        for start in range(0, IN, 4):
+            places = sorted(range(start, start + 4), key=lambda place: -abs(float(delta[row, place])))[:2]
+            survivors[places] = delta[row, places]
+        for start in range(0, IN, 16):
+            part = survivors[start : start + 16]
+            scale = float(part.abs().max()) / half
+            codes = torch.round(part / scale).clamp(-half, half - 1)
+            expected = codes * float(torch.tensor(scale).half())
+            torch.testing.assert_close(found.delta[row, start : start + 16], expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import EvaluationError
 from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
-from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mode, compare_models
+from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, _room_for, choose_mode, compare_models
 from meswitch_cli.evaluation.streaming import streamed_logits
 from meswitch_cli.evaluation.weights import CheckpointWeights
 from zoo.tiny import make_pair
@@ -64,6 +65,23 @@ def test_chunks_change_nothing_and_leave_nothing(pair: tuple[Path, Path], tmp_pa
     for left, right in zip(whole, chunked, strict=True):
         torch.testing.assert_close(left.kl, right.kl, rtol=1e-3, atol=1e-6)
     assert not list(tmp_path.iterdir())
+
+
+def test_room_for_the_reference_is_taken_before_it_is_written(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse file would end the process with a signal where the disk fills up."""
+    file = tmp_path / "reference"
+    _room_for(file, (300, 1000))
+    assert file.stat().st_size == 1_200_000 <= 512 * file.stat().st_blocks
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(EvaluationError, match="no room for the reference's logits: No space left"):
+        compared(pair, tmp_path, "resident")
+    assert [path.name for path in tmp_path.iterdir()] == ["reference"]
 
 
 def test_streaming_in_several_groups(pair: tuple[Path, Path]) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from meswitch_cli.evaluation.fidelity import TokenFidelity
-from meswitch_cli.evaluation.figures import against_base, model_row
+from meswitch_cli.evaluation.figures import against_base, base_row, model_row
 from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.job import judge
-from meswitch_cli.evaluation.markdown import markdown
+from meswitch_cli.evaluation.markdown import fidelity_table, markdown
+from meswitch_cli.evaluation.plots import figures, flips
 from meswitch_cli.evaluation.report import Report
 
 
@@ -49,11 +50,20 @@ def test_a_row_is_what_its_words_say() -> None:
 def test_gap_recovered_and_share() -> None:
     row = against_base(FIGURES, BASE)
     assert row["gap_recovered"] == pytest.approx((15 - 9.0) / (15 - 8.9))
-    assert row["kl_share"] == pytest.approx(1.2 / 7.5) and row["base_kl_mean"] == pytest.approx(7.5 / 6)
+    assert row["kl_share"] == pytest.approx(1.2 / 7.5)
     low, high = row["gap_recovered_low"], row["gap_recovered_high"]
     assert low is not None and high is not None and low <= row["gap_recovered"] <= high
     none = against_base(FIGURES, FIGURES)  # this "base" is hardly worse than the expert: there is no gap to recover
     assert none["gap_recovered"] is None and none["gap_recovered_low"] is None
+
+
+def test_the_base_has_the_same_figures() -> None:
+    row = base_row(BASE)
+    assert row["base_kl_mean"] == pytest.approx(7.5 / 6) and row["base_kl_max"] == 2
+    assert row["base_ln_ppl"] == pytest.approx(15 / 6) and row["base_ln_ppl_ratio"] == pytest.approx((15 - 8.9) / 6)
+    assert row["base_top1_agreement"] == pytest.approx(1 / 6) and row["base_kl_mean_se"] > 0
+    assert row["base_kl_p99"] == pytest.approx(np.quantile([1, 2, 1.5, 1, 1, 1], 0.99))
+    assert not any("expert" in name or "items" in name for name in row)
 
 
 def test_a_single_document_has_no_interval() -> None:
@@ -64,12 +74,17 @@ def test_a_single_document_has_no_interval() -> None:
 
 def report(**changes: Any) -> Report:
     row = {"expert": "e", "model": "<b>m</b>", "kind": "artifact", "set": "s|et", "nbytes": 10}
-    row |= model_row(FIGURES) | against_base(FIGURES, BASE)
+    row |= model_row(FIGURES) | base_row(BASE) | against_base(FIGURES, BASE)
     machine = {"meswitch": "0", "python": "3", "packages": {"torch": "2"}, "device": "cpu", "device_name": "x"}
     machine |= {"dtype": "float32", "mode": "resident", "threads": 1}
     identity = {"id": "b", "revision": None, "fingerprint": "sha256:" + "0" * 64, "nbytes": 5, "parameters": 1}
     found = Report(
-        0, machine, identity, [{"label": "e"} | identity], [{"label": "<b>m</b>", "expert": "e", "kind": "artifact"}]
+        0,
+        {},
+        machine,
+        identity,
+        [{"label": "e"} | identity],
+        [{"label": "<b>m</b>", "expert": "e", "kind": "artifact"}],
     )
     found.sets = [
         {
@@ -98,6 +113,24 @@ def test_pages_escape_what_comes_from_outside_and_load_nothing() -> None:
     assert "&lt;b&gt;m&lt;/b&gt;" in text and "<b>m</b>" not in text.replace("&lt;", "")
     assert text.count("<svg") == 1 and "1 skipped as too long" in text and "INCOMPLETE" in text
     assert "s\\|et" not in markdown(value).split("\n")[4] and "Lost answers" in text
+
+
+def test_all_three_models_have_every_figure_that_they_can_have() -> None:
+    value = report().to_dict()
+    header, lines = fidelity_table(value["fidelity"], 5_000_000)
+    assert [line[0] for line in lines] == ["base", "full expert", "<b>m</b>"] and lines[1][1] == "5.0"
+    for line in lines:
+        assert len(line) == len(header) and all(line)
+    assert lines[0][header.index("KL max")] == "2.0000" and "±" in lines[0][header.index("RMS Δp, %")]
+
+
+def test_lost_and_gained_documents_are_drawn() -> None:
+    row = {"role": "full expert", "model": "m", "task": "t", "documents": 90, "lost": 7, "gained": 2}
+    svg = flips([row | {"verdict": "n too small"}, row | {"model": "k", "lost": 0, "verdict": "better"}])
+    assert "−7 +2 of 90: n too small" in svg and "−0 +2 of 90: better" in svg and "k: t" in svg
+    other = row | {"role": "base", "verdict": "worse"}
+    captions = [caption for caption, _ in figures(report(comparisons=[other]).to_dict())]
+    assert not any("lost" in caption for caption in captions)
 
 
 def test_the_report_is_json_without_nan_and_is_replaced_whole(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.tokenizer import load_tokenizer
-from meswitch_cli.errors import EvaluationError
+from meswitch_cli.errors import EvaluationError, UsageError
 from meswitch_cli.evaluation.model import build_model
+from meswitch_cli.evaluation.task_choice import choose_tasks
 from meswitch_cli.evaluation.task_source import SHIPPED, load_tasks
 from meswitch_cli.evaluation.tasks import live_model, paired_scores, run_tasks, score_row, wilson
 from meswitch_cli.evaluation.weights import CheckpointWeights
@@ -69,6 +70,11 @@ def test_generation_is_the_model_s_greedy_answer_and_pairs(model: object) -> Non
     assert [item.digest for item in left] == [item.digest for item in right]
     row = score_row(first, "exact_match")
     assert row["documents"] == 2 and row["score_low"] <= row["score"] <= row["score_high"]
+    other = run_tasks(model, ["meswitch_maths"], None, limit=1, seed=0, chat=True)[0]
+    assert score_row(again, "exact_match") == row
+    with pytest.raises(EvaluationError, match="did not see the same documents"):
+        paired_scores(first, other)
+    assert score_row(other, "exact_match")["documents_sha256"] != row["documents_sha256"]
 
 
 @pytest.mark.parametrize("name", ["meswitch_maths", "meswitch_logic", "meswitch_code"])
@@ -104,7 +110,7 @@ def test_shipped_data_is_what_its_maker_writes() -> None:
     ("change", "message"),
     [
         (lambda folder: (folder / "data.jsonl").unlink(), "data.jsonl: cannot be read"),
-        (lambda folder: (folder / "data.jsonl").write_text(""), "data.jsonl: empty"),
+        (lambda folder: (folder / "data.jsonl").write_text(""), "data.jsonl: no line with data"),
         (lambda folder: (folder / "data.jsonl").write_text('{"prompt": "x"\n'), "line 1: not JSON"),
         (lambda folder: (folder / "data.jsonl").write_text("[1]\n"), "line 1: not a JSON object"),
         (lambda folder: (folder / "choice.yaml").write_text("task: [unclosed"), "not a task file"),
@@ -136,6 +142,41 @@ def test_code_beside_a_task_runs_only_when_allowed(folder: Path) -> None:
         load_tasks(["tiny_choice"], folder)
     task = load_tasks(["tiny_choice"], folder, allow_code=True)[0]
     assert task.doc_to_text({"prompt": "x"}) == "own x"
+
+
+def test_a_file_that_is_no_task_does_not_hide_the_others(folder: Path) -> None:
+    (folder / "aaa.yaml").write_text("")
+    assert [task.task_name for task in load_tasks(["tiny_choice", "meswitch_maths"], folder)] == [
+        "tiny_choice",
+        "meswitch_maths",
+    ]
+    with pytest.raises(EvaluationError, match=r"no such task.*aaa\.yaml: not a task file"):
+        load_tasks(["tiny_chioce"], folder)
+
+
+def test_choices_stand_for_tasks_and_failures_are_told_apart(folder: Path) -> None:
+    options = [f"maths={folder / 'choice.yaml'}, {folder / 'none.yaml'}", "meswitch_logic"]
+    choices, failures = choose_tasks(options, {"maths"}, None, allow_code=False)
+    assert [(item.owner, item.tasks) for item in choices] == [
+        ("maths", ("tiny_choice",)),
+        (None, ("meswitch_logic",)),
+    ]
+    assert list(failures) == [str(folder / "none.yaml")] and "no such task file" in failures[str(folder / "none.yaml")]
+    with pytest.raises(UsageError, match="no expert is called 'code'"):
+        choose_tasks(["code=meswitch_code"], {"maths"}, None, allow_code=False)
+    with pytest.raises(UsageError, match="names no task"):
+        choose_tasks([" , "], {"maths"}, None, allow_code=False)
+    with pytest.raises(EvaluationError, match="'tiny_choice' is named twice"):
+        choose_tasks(["tiny_choice", str(folder / "choice.yaml")], {"maths"}, folder, allow_code=False)
+
+
+@pytest.mark.parametrize("task", ["tiny_choice", "meswitch_maths"])
+def test_logits_that_are_not_finite_are_no_wrong_answers(folder: Path, pair: tuple[Path, Path], task: str) -> None:
+    damaged = build_model(CheckpointWeights(Checkpoint.open(str(pair[1]))), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = float("nan")
+    with pytest.raises(EvaluationError, match=f"{task}: the model's logits are not finite"):
+        run_tasks(live_model(damaged, load_tokenizer(pair[1]), 512), [task], folder, limit=2, seed=0, chat=False)
 
 
 def test_unknown_names_and_missing_folders_are_named(tmp_path: Path) -> None:

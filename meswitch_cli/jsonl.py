@@ -1,0 +1,53 @@
+"""JSONL: one JSON value a line. Read whole, with errors that name the line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meswitch_cli.errors import MeswitchError
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A file's values, each with its line's number, and the file's SHA-256."""
+
+    values: tuple[tuple[int, Any], ...]
+    sha256: str
+
+
+def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines: int | None = None) -> JsonLines:
+    """Read a file; empty lines are skipped, lines after the first `most_lines` too.
+
+    Args:
+        path: the file.
+        error: what is raised where it cannot be used.
+        holds: what it should hold, for messages: "a task's data".
+        most_lines: None for all.
+
+    Raises:
+        MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON, or no line with data.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from reason
+    try:
+        lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
+    except UnicodeDecodeError as reason:
+        number = raw[: reason.start].count(b"\n") + 1
+        raise error(f"{path}: line {number}: not UTF-8 text; {holds} is JSONL") from reason
+    values: list[tuple[int, Any]] = []
+    for number, line in enumerate(lines[:most_lines], 1):
+        if not line.strip():
+            continue
+        try:
+            values.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as reason:
+            raise error(f"{path}: line {number}: not JSON: {reason}") from reason
+    if not values:
+        raise error(f"{path}: no line with data; {holds} is JSONL with one example a line")
+    return JsonLines(tuple(values), hashlib.sha256(raw).hexdigest())
