@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.load.workload import Request, Workload
@@ -31,10 +32,10 @@ class Endpoint:
 
         try:
             parsed = httpx2.URL(self.url)
-        except httpx2.InvalidURL as error:
+            urlsplit(self.url)  # which knows a bracket without its end
+        except (httpx2.InvalidURL, ValueError) as error:
             raise UsageError(f"--url {self.url}: {error}") from error
-        known = parsed.scheme in ("http", "https") and parsed.host and "[" not in parsed.host
-        if not known or (parsed.port or 0) > 65535:
+        if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
             raise UsageError(f"--url {self.url}: write it as http://HOST:PORT")
 
     @property
