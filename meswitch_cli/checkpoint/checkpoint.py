@@ -38,11 +38,7 @@ class Checkpoint:
             CheckpointError: no safetensors checkpoint of floating-point weights is there.
         """
         source = resolve(name)
-        config = read_json(source.path / "config.json", "a checkpoint folder has a config.json")
-        if "quantization_config" in config:
-            quantization = config["quantization_config"]
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(f"{name}: already quantized ({method}); give the 16-bit checkpoint")
+        config = _plain_config(source, name)
         tensors: dict[str, TensorInfo] = {}
         for path in _weight_files(source.path):
             tensors.update(_headers(path))
@@ -53,6 +49,17 @@ class Checkpoint:
                     f"{info.path}: tensor {info.name!r} is {info.dtype}; weights must be bf16, fp16 or fp32"
                 )
         return cls(source, config, tensors)
+
+    @classmethod
+    def describe(cls, name: str) -> Checkpoint:
+        """As `open`, but a folder without weights will do, and of a Hub id the config alone is fetched.
+
+        Where there are no weights, `tensors` is empty.
+        """
+        source = resolve(name, files=["config.json"])
+        if any((source.path / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
+            return cls.open(str(source.path))
+        return cls(source, _plain_config(source, name), {})
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +95,15 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value
+
+
+def _plain_config(source: Source, name: str) -> dict[str, Any]:
+    config = read_json(source.path / "config.json", "a checkpoint folder has a config.json")
+    if "quantization_config" in config:
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{name}: already quantized ({method}); give the 16-bit checkpoint")
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -55,10 +55,13 @@ def run(
 
     from meswitch_cli.errors import MeswitchError
     from meswitch_cli.load import Endpoint, figures, make_workload, run_load
+    from meswitch_cli.load.figures import check_plot
     from meswitch_cli.load.figures import plot as draw
     from meswitch_cli.load.workload import read_prompts
     from meswitch_cli.server.settings import read_keys
 
+    if plot is not None:
+        check_plot(plot)
     endpoint = Endpoint(url, read_keys(api_key_file)[0] if api_key_file else None)
     workload = make_workload(
         model or endpoint.experts(),
@@ -86,12 +89,12 @@ def run(
         "max_tokens": max_tokens,
     }
     result |= figures(outcomes, seconds)
-    if plot is not None and result["requests"]:
-        draw(outcomes, plot)
     if as_json:
         typer.echo(json.dumps(result))
     else:
         Console().print(_table(result))
+    if plot is not None and result["requests"]:
+        draw(outcomes, plot)
     if result["failed"]:
         why = next(iter(result["errors"]))
         raise MeswitchError(f"{result['failed']} of {requests} requests failed, most of them: {why}")

@@ -45,7 +45,7 @@ def run(
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("serve", "httpx2", *(("fastapi", "uvicorn", "prometheus_client") if base else ()))
-    from meswitch_cli.errors import UsageError
+    from meswitch_cli.errors import MeswitchError, UsageError
     from meswitch_cli.load.client import Endpoint
     from meswitch_cli.load.conversation import Conversation
     from meswitch_cli.server.settings import read_keys
@@ -58,6 +58,8 @@ def run(
     with _served(base, expert or [], router) as own:
         endpoint = Endpoint(own or url or "http://127.0.0.1:8000", key)
         names = [entry["id"] for entry in endpoint.models()]
+        if not names:
+            raise MeswitchError(f"{endpoint.url}: serves no model")
         conversation = Conversation(
             endpoint,
             model or ("auto" if "auto" in names else next((name for name in names if name != "base"), names[0])),

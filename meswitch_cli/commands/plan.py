@@ -39,7 +39,7 @@ def run(
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
     )
     plan = plan_memory(
-        Checkpoint.open(base),
+        Checkpoint.describe(base),
         settings,
         device_nbytes=parse_bytes(device_memory),
         experts=experts,
@@ -82,6 +82,7 @@ def run(
         if plan.slots < plan.experts:
             typer.echo(f"{plan.experts - plan.slots} of {plan.experts} experts wait in host memory or on disk")
         if not fits:
-            typer.echo(f"does not fit: lower --slots to {plan.most_slots}, or --context", err=True)
+            way_out = f"lower --slots to {plan.most_slots}, or --context"
+            typer.echo(f"does not fit: {way_out if plan.most_slots else 'not even one slot'}", err=True)
     if not fits:
         raise typer.Exit(1)

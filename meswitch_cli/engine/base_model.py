@@ -16,6 +16,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import DTYPES
 from meswitch_cli.engine.step import Steps
+from meswitch_cli.errors import UsageError
 
 
 @dataclass
@@ -49,9 +50,18 @@ class BaseModel:
 
 
 def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
-    """The type asked for; `auto` is what most of the checkpoint's weights are stored in."""
+    """The type asked for; `auto` is what most of the checkpoint's weights are stored in, or its config says.
+
+    Raises:
+        UsageError: `auto`, but there are no weights and the config does not say.
+    """
     if asked != "auto":
         return DTYPES[asked]
+    if not checkpoint.tensors:
+        told = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))).removeprefix("torch.")
+        if told not in DTYPES:
+            raise UsageError(f"{checkpoint.source.path}: has no weights and no dtype in its config.json: give --dtype")
+        return DTYPES[told]
     sizes: dict[torch.dtype, int] = {}
     for info in checkpoint.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel

@@ -120,7 +120,8 @@ class Chunk:
     error: str | None = None
 
 
-#: Called from the engine's thread, in order, for every chunk of a request; must return at once.
+#: Called in order for every chunk of a request, from the engine's thread, or from the one that cancels a request that
+#: waits; must return at once.
 OnChunk = Callable[[Chunk], None]
 
 
@@ -177,10 +178,19 @@ class Tokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """A base and its experts, generating. All methods may be called from any thread."""
+    """A base and its experts, generating. All methods may be called from any thread.
+
+    Attributes:
+        max_requests: that run or wait at once; one more is refused.
+    """
 
     base_id: str
     max_model_len: int
+    max_requests: int
+
+    @property
+    def closed(self) -> str | None:
+        """Why no request is taken (not started, shutting down, failed), None while requests are."""
 
     def start(self) -> None:
         """Begin to generate; returns when requests will be taken."""
@@ -198,7 +208,8 @@ class Engine(Protocol):
     def tokenizer(self, expert: str) -> Tokenizer:
         """The tokenizer of an expert or of the base. Raises UnknownExpertError."""
 
-    def experts(self) -> tuple[ExpertStatus, ...]: ...
+    def experts(self) -> tuple[ExpertStatus, ...]:
+        """Those that take requests; one that is being unloaded is no longer among them."""
 
     def load_expert(self, name: str, path: Path) -> None:
         """Serve one more artifact, checked whole first. Raises ArtifactError, EngineError; the others serve on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from typing import Any
 
@@ -11,9 +12,14 @@ from torch import Tensor
 
 from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampling
 from meswitch_cli.engine.expert import ServedModel
+from meswitch_cli.engine.schema import unenforced
 
 #: Compiled grammars kept for each expert, in bytes.
 CACHE_BYTES = 64 << 20
+
+
+#: How xgrammar begins a message: the time, and a place in its own source.
+_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 
 class Grammar:
@@ -26,6 +32,12 @@ class Grammar:
     @property
     def complete(self) -> bool:
         return bool(self._matcher.is_terminated())
+
+    def allows_anything(self, vocabulary: int) -> bool:
+        """Whether some token may come next."""
+        logits = torch.zeros(vocabulary)
+        self.mask(logits)
+        return bool((logits == 0).any())
 
     def take(self, token: int) -> None:
         if not self.complete:
@@ -62,6 +74,9 @@ class Grammars:
             import xgrammar
         except ImportError as error:
             raise EngineError("JSON output needs xgrammar: pip install 'meswitch[serve]'") from error
+        if keyword := unenforced(sampling.json_schema):
+            message = f"response_format: the schema's {keyword} cannot be enforced; leave it out, or say it otherwise"
+            raise InvalidRequestError(message, "response_format")
         compiler, controls = self._compiler(model, xgrammar)
         try:
             if sampling.json_schema is not None:
@@ -69,11 +84,14 @@ class Grammars:
             else:
                 compiled = compiler.compile_json_schema('{"type": "object"}')
         except (RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = _SOURCE_PLACE.sub("", str(error).strip().splitlines()[-1])
             message = f"response_format: the schema cannot be honoured: {reason}"
             raise InvalidRequestError(message, "response_format") from error
         bitmask = xgrammar.allocate_token_bitmask(1, model.vocabulary)
-        return Grammar(xgrammar.GrammarMatcher(compiled), bitmask, controls)
+        grammar = Grammar(xgrammar.GrammarMatcher(compiled), bitmask, controls)
+        if not grammar.allows_anything(model.vocabulary):
+            raise InvalidRequestError("response_format: no text satisfies the schema", "response_format")
+        return grammar
 
     def forget(self, model: ServedModel) -> None:
         with self._lock:

@@ -97,13 +97,12 @@ def plan_memory(
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
     rooms = expected_rooms(described.parameters, settings, added_rows)
-    count = slots or experts
     return MemoryPlan(
         device_nbytes=device_nbytes,
         base_nbytes=weights * chosen.itemsize,
         slot_nbytes=_slots_nbytes(model, rooms, 2, chosen) - _slots_nbytes(model, rooms, 1, chosen),
         shared_nbytes=_slots_nbytes(model, rooms, 0, chosen),
-        slots=min(count, experts),
+        slots=slots or experts,
         experts=experts,
         context=context,
         token_nbytes=token_bytes(model.config, chosen.itemsize),

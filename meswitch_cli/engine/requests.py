@@ -44,6 +44,8 @@ def check_request(request: GenerationRequest, model: ServedModel, max_model_len:
         "logprobs",
         f"must be from 0 to {MAX_TOP_LOGPROBS}",
     )
+    formatted = sampling.json_object or sampling.json_schema is not None
+    _require(not (formatted and sampling.min_tokens), "min_tokens", "cannot be kept where a format says when to end")
     _require(not (sampling.json_object and sampling.json_schema is not None), "response_format", "asks for two formats")
     _require(len(prompt) < max_model_len, "prompt", f"has {len(prompt)} tokens; the most is {max_model_len - 1}")
     _require(

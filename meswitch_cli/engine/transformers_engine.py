@@ -39,7 +39,7 @@ from meswitch_cli.engine.residency import HostCopies, Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings, check_name
 from meswitch_cli.engine.version import check_transformers
-from meswitch_cli.errors import MeswitchError
+from meswitch_cli.errors import MeswitchError, UsageError
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.batching import Manager, Processor
@@ -64,14 +64,21 @@ class TransformersEngine:
         Raises:
             EngineError: transformers is of a version that the engine does not know.
             CheckpointError: there is no such base.
+            UsageError: `max_model_len` is more than the base was made for.
         """
         check_transformers()
         self.settings = settings
         self.failed: dict[str, str] = {}
         self._checkpoint = Checkpoint.open(settings.base)
         self.base_id = self._checkpoint.source.id
-        longest = int(self._checkpoint.config.get("max_position_embeddings") or MAX_MODEL_LEN)
-        self.max_model_len = settings.max_model_len or min(longest, MAX_MODEL_LEN)
+        longest = self._checkpoint.config.get("max_position_embeddings")
+        if longest and settings.max_model_len and settings.max_model_len > longest:
+            raise UsageError(
+                f"max_model_len: {settings.max_model_len} is more than the {longest} positions of "
+                f"{settings.base} (max_position_embeddings in its config.json)"
+            )
+        self.max_model_len = settings.max_model_len or min(int(longest or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        self.max_requests = settings.max_running + settings.max_queue
         self._opener = ExpertOpener(self._checkpoint)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -84,6 +91,10 @@ class TransformersEngine:
         self._prompt_tokens = self._generated_tokens = 0
         self._base: BaseModel | None = None
         self._manager: Manager | None = None
+
+    @property
+    def closed(self) -> str | None:
+        return self._closed
 
     def start(self) -> None:
         """As the contract says.
@@ -133,7 +144,7 @@ class TransformersEngine:
                 raise UnknownExpertError(f"no expert {request.expert!r} is served any more")
             if request.id in self._active:
                 raise InvalidRequestError(f"id {request.id!r} is in use by a request that runs", "id")
-            if len(self._active) >= self.settings.max_running + self.settings.max_queue:
+            if len(self._active) >= self.max_requests:
                 raise QueueFullError(f"{len(self._active)} requests run or wait; try again later")
             seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(62)
             generation = Generation(request, model, Sampler(request, model, seed, grammar), on_chunk)
@@ -144,8 +155,14 @@ class TransformersEngine:
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
-            if request_id in self._active:
+            generation = self._active.get(request_id)
+            if generation is None:
+                return
+            if not self._withdraw(generation):  # it runs; the loop takes it out between two steps
                 self._cancelled.add(request_id)
+                generation = None
+        if generation is not None:
+            generation.end("cancelled")
         self._wake()
 
     def tokenizer(self, expert: str) -> Tokenizer:
@@ -170,7 +187,7 @@ class TransformersEngine:
                     waiting=len(item.waiting),
                 )
                 for name, item in self._table.experts.items()
-                if name != BASE
+                if name != BASE and not item.leaving
             )
 
     def load_expert(self, name: str, path: Path) -> None:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-from meswitch_cli.errors import MeswitchError
+from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.load.workload import Request, Workload
 
 
@@ -20,6 +21,22 @@ class Endpoint:
     url: str
     key: str | None = None
     timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Check the address.
+
+        Raises:
+            UsageError: it is none that HTTP can reach.
+        """
+        import httpx2
+
+        try:
+            parsed = httpx2.URL(self.url)
+            urlsplit(self.url)  # which knows a bracket without its end
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise UsageError(f"--url {self.url}: {error}") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
+            raise UsageError(f"--url {self.url}: write it as http://HOST:PORT")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,8 +60,10 @@ class Endpoint:
             raise MeswitchError(f"{self.url}: {error}; is a server running there?") from error
         if response.status_code != 200:
             raise MeswitchError(f"{self.url}: {message_of(response.content, response.status_code)}")
-        data: list[dict[str, Any]] = response.json()["data"]
-        return data
+        try:
+            return [{**entry, "id": str(entry["id"])} for entry in response.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MeswitchError(f"{self.url}: what answers at /v1/models is no OpenAI-compatible server") from error
 
     def experts(self) -> list[str]:
         """The models worth loading: a meswitch server's experts, any other server's models."""
@@ -127,7 +146,7 @@ async def _send(client: Any, request: Request, workload: Workload) -> Outcome:
                         usage["prompt_tokens"],
                         usage["completion_tokens"],
                     )
-                if not event.get("choices"):
+                if not _is_piece(event, outcome.first_token is None):
                     continue
                 now = time.perf_counter()
                 pieces += 1
@@ -136,11 +155,22 @@ async def _send(client: Any, request: Request, workload: Workload) -> Outcome:
                 else:
                     outcome.gaps.append(now - last)
                 last = now
-    except (httpx2.HTTPError, ValueError) as error:
+    except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:  # or no OpenAI's events
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - started
     outcome.completion_tokens = outcome.completion_tokens or pieces
     return outcome
+
+
+def _is_piece(event: dict[str, Any], first: bool) -> bool:
+    """Whether an event brings text; some servers send a role at once, before any token, and an end after the last.
+
+    An answer without any text has its end as its only piece.
+    """
+    return any(
+        (choice.get("delta") or {}).get("content") or (first and choice.get("finish_reason"))
+        for choice in event.get("choices") or ()
+    )
 
 
 def message_of(content: bytes, status: int) -> str:

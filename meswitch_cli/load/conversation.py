@@ -86,6 +86,6 @@ class Conversation:
                         said = choice["delta"].get("content") or ""
                         answer += said
                         yield Piece(said)
-        except (httpx2.HTTPError, ValueError) as error:
+        except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise MeswitchError(f"{self.endpoint.url}: {error}; is a server running there?") from error
         self.messages = [*asked, {"role": "assistant", "content": answer}]

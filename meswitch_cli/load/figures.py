@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,30 @@ def _summary(outcomes: Iterable[Outcome], seconds: float) -> dict[str, Any]:
     }
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before the load that it is to show.
+
+    Raises:
+        UsageError: another kind of file is asked for, or one in no folder.
+        MeswitchError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"--plot {path}: the file must end in .png or .svg")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
+    if find_spec("matplotlib") is None:
+        raise MeswitchError("--plot needs matplotlib: pip install 'meswitch[plot]'")
+
+
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Distributions of first-token and inter-token times by expert, as PNG or SVG.
 
     Raises:
-        UsageError: another kind of file is asked for.
-        MeswitchError: matplotlib is not installed, or no request succeeded.
+        UsageError, MeswitchError: as `check_plot`, or no request succeeded.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {path}: the file must end in .png or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MeswitchError("--plot needs matplotlib: pip install 'meswitch[plot]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     done = [outcome for outcome in outcomes if outcome.error is None and outcome.first_token is not None]
     if not done:
         raise MeswitchError("nothing to draw: no request succeeded")

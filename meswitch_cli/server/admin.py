@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from meswitch_cli.engine.contract import BASE, EngineError, UnknownExpertError
+from meswitch_cli.engine.contract import BASE, EngineError, ShuttingDownError, UnknownExpertError
 from meswitch_cli.engine.settings import check_name
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
 from meswitch_cli.server.errors import ApiError
@@ -82,7 +82,7 @@ async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
 async def _change(work: Callable[[], None]) -> None:
     try:
         await asyncio.to_thread(work)
-    except UnknownExpertError:
+    except (ShuttingDownError, UnknownExpertError):
         raise
     except ArtifactError as error:
         raise ApiError(400, str(error), code="invalid_artifact", parameter="path") from error

@@ -66,7 +66,13 @@ class Generation:
 
         Raises:
             EngineError: as the engine's `submit`.
+            ApiError: there are more choices than the engine could ever hold, so that waiting would not help.
         """
+        most = self._service.engine.max_requests
+        if len(self) > most:
+            message = f"{len(self)} choices (n times prompts) are more than the {most} that this server holds at once"
+            parameter = "n" if self.n > 1 else "prompt"
+            raise ApiError(400, f"{parameter}: {message}", code="invalid_value", parameter=parameter)
 
         def on_chunk(chunk: Chunk) -> None:
             arrived = Arrived(self._choices[chunk.request_id], chunk, time.perf_counter())
@@ -114,7 +120,8 @@ class Generation:
     def _observe(self, arrived: Arrived) -> None:
         """Keep the record and the metrics of tokens up to date."""
         record, metrics, chunk = self.record, self._service.metrics, arrived.chunk
-        record.cached_tokens += chunk.cached_tokens
+        if arrived.choice % self.n == 0:  # the other choices share the first one's prompt, which is counted once
+            record.cached_tokens += chunk.cached_tokens
         if chunk.finish_reason is not None:
             record.finish_reasons.append(chunk.finish_reason)
         count = len(chunk.tokens)

@@ -12,16 +12,24 @@ from meswitch_cli.server.service import Service
 endpoints = APIRouter()
 
 
-@endpoints.get("/health", summary="Whether the process is alive")
-async def health() -> dict[str, str]:
+@endpoints.get("/health", summary="Whether the process is alive; 503 once its engine has failed for good")
+async def health(request: Request) -> dict[str, str]:
+    _refuse_if_failed(Service.of(request))
     return {"status": "ok"}
 
 
 @endpoints.get("/ready", summary="Whether requests are taken; 503 while it shuts down")
 async def ready(request: Request) -> dict[str, str]:
-    if Service.of(request).draining:
-        raise ApiError(503, "the server is shutting down", code="shutting_down")
+    service = Service.of(request)
+    service.admit()
+    _refuse_if_failed(service)
     return {"status": "ready"}
+
+
+def _refuse_if_failed(service: Service) -> None:
+    """An engine that is closed although nobody shuts the server down has failed, and only a new process helps."""
+    if service.engine.closed is not None and not service.draining:
+        raise ApiError(503, service.engine.closed, code="engine_failed")
 
 
 @endpoints.get("/version", summary="The server's version")

@@ -35,6 +35,9 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
     service = Service.of(request)
     expert = await _named(service, request, body.model)
     tokenizer = service.engine.tokenizer(expert)
+    if None in await service.tokenizing(lambda: tokenizer.convert_ids_to_tokens(body.tokens)):
+        message = "tokens: there is an id that the vocabulary lacks"
+        raise ApiError(400, message, code="invalid_value", parameter="tokens")
     text = await service.tokenizing(lambda: decode(tokenizer, body.tokens, body.skip_special_tokens))
     return {"model": expert, "prompt": text}
 

@@ -58,7 +58,7 @@ def family(tmp_path: Path) -> Path:
         (tmp_path / name).rmdir()
         (tmp_path / f"{name}-expert").rename(tmp_path / name)
     prompts = {
-        "maths": [f"what is {n} times {n + 3}, and {n} less two?" for n in range(60)],
+        "maths": [f"Tom has {n} apples and buys {97 - n} more. How many are there?" for n in range(60)],
         "code": [f"def f{n}(x): return x[{n}:] # write the loop" for n in range(60)],
     }
     for name, lines in prompts.items():
@@ -74,7 +74,7 @@ def test_serve_and_evaluate(family: Path) -> None:
     for line in before:
         run(line, family)
     answer = _answer(family, serve, curl)
-    assert answer["model"] in ("maths", "code", "base")
+    assert answer["model"] == "maths"  # what the README asks, and whose prompts are like it
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] > 0
     assert chat[:2] == ["meswitch", "chat"]

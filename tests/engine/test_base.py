@@ -228,6 +228,12 @@ def test_no_such_base(tmp_path: Path) -> None:
         TransformersEngine(EngineSettings(base=str(tmp_path)))
 
 
+def test_more_positions_than_the_base_has_are_refused(family: Family) -> None:
+    with pytest.raises(UsageError, match="max_model_len: 513 is more than the 512 positions"):
+        TransformersEngine(EngineSettings(base=str(family.base), max_model_len=513))
+    assert TransformersEngine(EngineSettings(base=str(family.base), max_model_len=512)).max_model_len == 512
+
+
 def test_own_template_and_added_tokens(family: Family, start: Start) -> None:
     engine = start(family)
     messages = [{"role": "user", "content": "hi"}]

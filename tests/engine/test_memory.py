@@ -60,6 +60,20 @@ def test_plan_is_what_is_allocated(
     assert banks.nbytes == plan.slots_nbytes
 
 
+@pytest.mark.parametrize("slots", [1, 5])
+def test_a_running_engine_has_the_slots_of_its_plan(
+    slots: int, family: Family, start: Callable[..., TransformersEngine]
+) -> None:
+    """As many as were asked for: more than there are experts keep room for those that are loaded later."""
+    engine = start(family, experts={"alpha": family.artifacts["alpha"]}, slots=slots)
+    settings = CompressionSettings(bits=2, salient=4, embedding_bits=2)
+    plan = plan_memory(
+        Checkpoint.open(str(family.base)), settings, device_nbytes=10**8, experts=1, slots=slots, dtype="float32"
+    )
+    assert plan.slots == engine.statistics().slots == slots
+    assert plan.slots_nbytes == engine._loader.banks.nbytes
+
+
 def test_cache_is_what_the_plan_counts(family: Family, start: Callable[..., TransformersEngine]) -> None:
     engine = start(family, cache_tokens=1024, page_size=8)
     cache = engine._manager.batch_processor.cache
@@ -99,6 +113,41 @@ def test_no_bytes(text: str) -> None:
         parse_bytes(text)
 
 
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def plan_of(folder: Path, config: dict[str, Any], *more: str) -> tuple[int, Any]:
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["plan", "--base", str(folder), "--experts", "16", "--device-memory", "80GB", "--json", *more]
+    said = CliRunner().invoke(build_app(arguments), arguments)
+    return said.exit_code, json.loads(said.stdout) if said.stdout else said.exception
+
+
+def test_a_config_alone_is_enough(tmp_path: Path) -> None:
+    """Mistral-7B and the paper's 16 experts on 80 GB."""
+    status, plan = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"})
+    assert status == 0 and plan["base_bytes"] == 2 * 7_241_732_096
+    assert plan["cache_token_bytes"] == 2 * 32 * 8 * 128 * 2
+    # Two bits a weight, and at most a twentieth of it for steps and salient channels.
+    assert 1 <= plan["slot_bytes"] / (7_241_732_096 / 4) < 1.05
+    assert plan["base_bytes"] + plan["slots_bytes"] < 45e9
+    assert plan["requests"] == int(0.9 * (80e9 - plan["base_bytes"] - plan["slots_bytes"])) // 131072 // 4096
+    assert plan_of(tmp_path, MISTRAL_7B, "--dtype", "float32")[1]["base_bytes"] == 4 * 7_241_732_096
+    status, error = plan_of(tmp_path, MISTRAL_7B)
+    assert isinstance(error, UsageError) and "give --dtype" in str(error)
+
+
 def test_command(family: Family) -> None:
     runner = CliRunner()
     arguments = ["plan", "--base", str(family.base), "--experts", "4", "--device-memory", "10MB", "--context", "128"]
@@ -107,6 +156,7 @@ def test_command(family: Family) -> None:
     answer = json.loads(runner.invoke(build_app(arguments), [*arguments, "--json"]).stdout)
     assert answer["fits"] and answer["slots_bytes"] > 4 * 1000
     assert answer["base_bytes"] == Checkpoint.open(str(family.base)).nbytes
-    little = [*arguments[:6], "300KB", *arguments[7:]]
-    refused = runner.invoke(build_app(little), little)
-    assert refused.exit_code == 1 and "does not fit" in refused.output
+    for size, experts, way_out in (("300KB", "4", "not even one slot"), ("10MB", "5000", "lower --slots to")):
+        little = ["plan", "--base", str(family.base), "--experts", experts, "--device-memory", size]
+        refused = runner.invoke(build_app(little), little)
+        assert refused.exit_code == 1 and f"does not fit: {way_out}" in refused.output

@@ -153,6 +153,21 @@ def test_pinning_an_absent_expert_fetches_it(family: Family, start: Start) -> No
         time.sleep(0.01)
 
 
+def test_what_waits_for_a_slot_is_read_ahead(family: Family, start: Start) -> None:
+    """The only slot is taken: the expert that is waited for comes into host memory meanwhile."""
+    engine = start(family, slots=1, max_wait=30.0, host_bytes=1 << 30)
+    traffic = Traffic(engine)
+    traffic.submit(one("alpha", tokens=100))
+    while not any(status.running for status in engine.experts()):
+        time.sleep(0.001)
+    traffic.submit(one("beta"))
+    deadline = time.monotonic() + 10
+    while {status.name: status.residency for status in engine.experts()}["beta"] != "host":
+        assert time.monotonic() < deadline and not traffic.chunks["beta-0"]
+        time.sleep(0.001)
+    assert traffic.wait()["beta-0"].tokens == family.greedy(one("beta"))
+
+
 def test_nobody_starves_under_skewed_load(family: Family, start: Start) -> None:
     """One slot, and an expert that always has work: the others get their turn within the bound."""
     max_wait = 0.3

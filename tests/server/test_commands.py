@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,31 @@ def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: P
         assert "12 times 12" not in "".join(line for line in told.splitlines() if line.startswith("{"))
 
 
+def test_sigterm_under_load_cuts_nobody_off(family: Family) -> None:
+    """Sixteen answers on their way, half of them streamed, all come whole; the process then ends well."""
+    experts = [f"--expert={name}={family.artifacts[name]}" for name in ("red", "green")]
+
+    def ask(address: str, index: int) -> tuple[int, str]:
+        body = {"model": ("red", "green", "base")[index % 3], "prompt": "go", "max_tokens": 300, "ignore_eos": True}
+        stream = index % 2 == 0
+        more = {"stream": stream, "return_token_ids": True}
+        response = httpx2.post(f"{address}/v1/completions", json=body | more, timeout=60)
+        events = [response.text] if not stream else re.findall(r"data: ({.*})", response.text)
+        choices = [json.loads(event)["choices"][0] for event in events]
+        return sum(len(choice["token_ids"]) for choice in choices), choices[-1]["finish_reason"]
+
+    with serving("--base", family.base, *experts) as server, ThreadPoolExecutor(16) as pool:
+        address = server.wait()
+        answers = [pool.submit(ask, address, index) for index in range(16)]
+        deadline = time.monotonic() + 20
+        while httpx2.get(f"{address}/v1/status").json()["engine"]["running"] < 16:
+            assert time.monotonic() < deadline
+        server.process.send_signal(signal.SIGTERM)
+        assert [answer.result(60) for answer in answers] == [(300, "length")] * 16
+        status, told = server.ended()
+        assert status == 0 and "Traceback" not in told, told
+
+
 def test_a_second_signal_stops_at_once(family: Family) -> None:
     with serving("--base", family.base, "--expert", f"red={family.artifacts['red']}") as server:
         address = server.wait()
@@ -223,6 +249,8 @@ def test_bench(running: Running, tmp_path: Path) -> None:
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     table = meswitch("bench", *options, "--model", "red", "--model", "base")
     assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
+    pdf = meswitch("bench", *options, "--plot", tmp_path / "load.pdf")
+    assert pdf.returncode == 2 and "must end in .png or .svg" in pdf.stderr and pdf.stdout == ""
     failed = meswitch("bench", *options, "--model", "violet", "--json")
     assert failed.returncode == 1 and json.loads(failed.stdout)["failed"] == 24 and "violet" in failed.stderr
 

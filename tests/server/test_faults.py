@@ -15,6 +15,7 @@ import httpx2
 from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start
+from .test_routing import prompts, router  # noqa: F401 - a fixture
 
 ADMIN = {"authorization": "Bearer root"}
 
@@ -72,8 +73,26 @@ def test_a_full_queue_turns_away_with_a_time_to_come_back(start_server: Start) -
     assert full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "queue_full"
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.status_code == 200}
     assert len(texts) == 1
-    # More choices than fit are queued all or not at all.
-    assert server.post("/v1/chat/completions", long_chat(n=5)).status_code == 503
+    wait_until_idle(server)
+
+
+def test_choices_are_queued_all_or_not_at_all(start_server: Start) -> None:
+    """Those that do not fit now are turned away and leave no trace; those that never could are refused."""
+    server = start_server(max_running=1, max_queue=2)
+    never = server.post("/v1/chat/completions", long_chat(n=4))
+    assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+    prompts_ = server.post("/v1/completions", {"model": "red", "prompt": ["a"] * 4, "max_tokens": 1})
+    assert (prompts_.status_code, prompts_.json()["error"]["param"]) == (400, "prompt")
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for _ in range(3):  # the two that were queued for a moment are gone at once, and in nobody's way
+            assert server.post("/v1/chat/completions", long_chat(n=3)).status_code == 503
+            assert server.service.engine.statistics().waiting == 0
+        assert server.post("/v1/chat/completions", long_chat(n=2, max_tokens=2)).status_code == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     wait_until_idle(server)
 
 
@@ -198,3 +217,74 @@ def test_what_may_not_be_loaded(start_server: Start, experts_dir: Path, family: 
     assert server.post("/v1/experts/unload", {"name": "violet"}).status_code == 404
     assert server.post("/v1/experts/unload", {"name": "base"}).status_code == 400
     assert server.post("/v1/experts/pin", {"name": "violet"}).status_code == 404
+
+
+def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(start_server: Start) -> None:
+    server = start_server()
+    assert server.get("/health").status_code == server.get("/ready").status_code == 200
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("out of everything")
+
+    server.service.engine._base.model.forward = fail
+    lost = server.post("/v1/chat/completions", long_chat())
+    assert (lost.status_code, lost.json()["error"]["code"]) == (500, "generation_failed")
+    for path in ("/health", "/ready"):
+        told = server.get(path)
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "engine_failed")
+        assert "out of everything" in told.json()["error"]["message"]
+    assert server.post("/v1/chat/completions", long_chat()).status_code == 503
+
+
+def test_an_expert_that_leaves_is_routed_to_no_more(start_server: Start, router: Any) -> None:  # noqa: F811
+    """While its last requests run, it is served no longer: auto falls back, its name is unknown."""
+    server = start_server(router=router)
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        leaving = threading.Thread(target=server.service.engine.unload_expert, args=("red",))
+        leaving.start()
+        deadline = time.monotonic() + 10
+        while "red" in {model["id"] for model in server.get("/v1/models").json()["data"]}:
+            assert time.monotonic() < deadline
+        routed = server.post("/v1/chat/completions", long_chat("auto", max_tokens=2) | red_prompt())
+        named = server.post("/v1/chat/completions", long_chat(max_tokens=2))
+        still_leaving = leaving.is_alive()
+        rest = [line for line in lines if line]
+    assert still_leaving and rest[-1] == "data: [DONE]"
+    assert (routed.status_code, routed.headers["x-meswitch-reason"]) == (200, "unavailable"), routed.text
+    assert named.status_code == 404
+    leaving.join(10)
+    assert not leaving.is_alive()
+
+
+def red_prompt() -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompts("red", 9)[7]}]}
+
+
+def test_experts_are_not_changed_while_the_server_goes_down(start_server: Start, experts_dir: Path) -> None:
+    server = admin_server(start_server, experts_dir, ("red", "green"))
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.begin_drain()
+        while server.service.engine.closed is None:
+            time.sleep(0.001)
+        for what, body in (("load", {"name": "blue"}), ("unload", {"name": "green"}), ("pin", {"name": "green"})):
+            refused = server.post(f"/v1/experts/{what}", body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down"), what
+            assert "retry-after" in refused.headers
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_cached_tokens_are_counted_once_a_prompt(start_server: Start) -> None:
+    server = start_server(page_size=8)
+    body = long_chat(max_tokens=2, n=4) | {"messages": [{"role": "user", "content": "say it again " * 12}]}
+    server.post("/v1/chat/completions", body)
+    usage = server.post("/v1/chat/completions", body).json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert usage["prompt_tokens"] - 9 <= cached < usage["prompt_tokens"]

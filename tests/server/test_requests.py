@@ -111,6 +111,12 @@ def test_an_unknown_model_is_404_and_never_the_base(running: Running) -> None:
     refused(running.get("/v1/models/violet"), 404, "model", "model_not_found")
 
 
+@pytest.mark.parametrize("token", [300, 49152, (1 << 31) - 1])
+def test_a_token_that_nobody_knows_has_no_text(running: Running, token: int) -> None:
+    refused(running.post("/detokenize", {"model": "red", "tokens": [9, token]}), 400, "tokens", "invalid_value")
+    assert running.post("/detokenize", {"model": "red", "tokens": [9]}).status_code == 200
+
+
 def test_auto_without_a_router_says_so(running: Running) -> None:
     message = refused(running.post("/v1/chat/completions", CHAT | {"model": "auto"}), 404, "model", "model_not_found")
     assert "--router" in message
