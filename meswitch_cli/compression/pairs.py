@@ -83,7 +83,8 @@ class PairReader:
     def pair(self, item: PlannedTensor) -> TensorPair:
         """Both tensors of an item; the reader lets go of them."""
         base, base_digest = self._take("base", item)
-        expert, expert_digest = self._held.pop(item.name, None) or self._take("expert", item)
+        held = self._held.pop(item.name) if item.name in self._held else self._take("expert", item)
+        expert, expert_digest = held
         return TensorPair(
             item, self._path("base", item), self._path("expert", item), base, expert, base_digest, expert_digest
         )
