@@ -243,8 +243,10 @@ def calibration_windows(job: Job) -> torch.Tensor:
 
 def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Iterator[TensorPair]:
     for pair in pairs:
+        nbytes = pair.nbytes
         yield pair
-        report(pair.nbytes)
+        del pair  # before the next is asked for: an embedding's is half a gigabyte
+        report(nbytes)
 
 
 def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:
