@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +104,11 @@ class Workspace:
         """
         for name, data in side_files.items():
             write_atomically(self.artifact / name, data)
-        for shard in manifest.shards:
-            if file_digest(self.artifact / shard.name) != shard.sha256:
-                raise ArtifactError(
-                    f"{self.artifact / shard.name}: changed on disk since it was written; delete it and run again"
-                )
+        paths = [self.artifact / shard.name for shard in manifest.shards]
+        with ThreadPoolExecutor(2, "verify") as threads:
+            for path, shard, digest in zip(paths, manifest.shards, threads.map(file_digest, paths), strict=True):
+                if digest != shard.sha256:
+                    raise ArtifactError(f"{path}: changed on disk since it was written; delete it and run again")
         write_atomically(self.artifact / MANIFEST_FILE, manifest.to_json().encode())
         keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
         with disk_errors(self.out):

@@ -115,9 +115,10 @@ class _Stream:
         dtype: torch.dtype,
         on_layer: OnLayer,
         gram: bool,
+        read: Callable[[str], torch.Tensor],
     ) -> None:
-        self.expert, self.model, self.device, self.dtype = expert, model, device, dtype
-        self.on_layer, self.gram = on_layer, gram
+        self.model, self.device, self.dtype = model, device, dtype
+        self.on_layer, self.gram, self.read = on_layer, gram, read
         self.stored = model.stored_names(expert)
 
     @contextmanager
@@ -127,7 +128,7 @@ class _Stream:
         for name in names:
             full = f"{prefix}.{name}"
             stored = self.stored.get(full) or self.stored[str(self.model.parameters[full].tied_to)]
-            set_parameter(module, name, self.expert.read(stored).to(device=self.device, dtype=self.dtype))
+            set_parameter(module, name, self.read(stored).to(device=self.device, dtype=self.dtype))
         try:
             yield
         finally:
@@ -156,6 +157,7 @@ def stream_statistics(
     gram: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, InputStatistics]:
     """Run token windows `[n, length]` through the expert and report each layer's input statistics as it passes.
 
@@ -167,6 +169,7 @@ def stream_statistics(
         gram: also sum x x^T, `[in, in]` for every linear of one layer.
         device: where layers run.
         dtype: in what; None is fp32 on a CPU, the checkpoint's own precision elsewhere.
+        read: gives a tensor by its stored name; None reads the expert's files.
 
     Returns:
         The statistics of the language-model head, by parameter name.
@@ -175,7 +178,7 @@ def stream_statistics(
     own = next(iter(expert.tensors.values())).dtype
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     root: Any = skeleton(expert.config, str(expert.source.path))
-    stream = _Stream(expert, model, device, dtype, on_layer, gram)
+    stream = _Stream(expert, model, device, dtype, on_layer, gram, read or expert.read)
     materialise_buffers(root, device)
     layers = root.get_submodule(model.layers_prefix)
     for index in range(len(layers)):

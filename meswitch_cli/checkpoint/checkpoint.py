@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.checkpoint.source import Source, resolve
-from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, read_header, read_tensor
+from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, new_buffer, read_header, read_tensor
 from meswitch_cli.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -69,8 +70,8 @@ class Checkpoint:
     def model_type(self) -> str:
         return str(self.config.get("model_type", "unknown"))
 
-    def read(self, name: str) -> torch.Tensor:
-        return read_tensor(self.tensors[name])
+    def read(self, name: str, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> torch.Tensor:
+        return read_tensor(self.tensors[name], buffer_of)
 
     def stat_digest(self) -> str:
         """A cheap digest of the weight files' sizes and times: equal digests mean the files were not touched."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -120,13 +120,18 @@ def _refuse_overlap(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         end, previous = info.offset + info.nbytes, info.name
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Read one tensor into memory of its own.
+def new_buffer(nbytes: int) -> torch.Tensor:
+    """Uninitialised memory, uint8 `[nbytes]`."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def read_tensor(info: TensorInfo, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> torch.Tensor:
+    """Read one tensor into a buffer of its own, which `buffer_of` makes for a number of bytes.
 
     Raises:
         TensorFileError: the bytes cannot be read in full.
     """
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    buffer = buffer_of(info.nbytes)
     try:
         with info.path.open("rb", buffering=0) as stream:
             stream.seek(info.offset)

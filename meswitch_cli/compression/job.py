@@ -20,7 +20,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, config_differences, make_plan
 from meswitch_cli.compression.distill import distill
-from meswitch_cli.compression.pairs import TensorPair, read_pairs
+from meswitch_cli.compression.pairs import PairReader, Source, TensorPair, expert_first, pair_by_pair
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.compression.unit import compress_unit
@@ -164,28 +164,49 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
         on_progress("compress", 0, len(records))
 
     missing = [index for index in range(len(units)) if index not in records]
-    pairs = read_pairs([item for index in missing for item in units[index]], job.base, job.expert)
+    calibrated = bool(missing) and job.settings.calibration is not None
+    with PairReader(job.base, job.expert, _reading_order(units, missing, calibrated)) as reader:
 
-    def finish_if_missing(index: int, statistics: Mapping[str, InputStatistics]) -> None:
-        if index in missing:
-            finish(index, (next(pairs) for _ in units[index]), statistics)
+        def finish_if_missing(index: int, statistics: Mapping[str, InputStatistics]) -> None:
+            if index in missing:
+                finish(index, (reader.pair(item) for item in units[index]), statistics)
+            else:
+                reader.forget(units[index])
 
-    if missing and job.settings.calibration is not None:
+        if calibrated:
 
-        def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
-            on_progress("calibrate", 0, index)
-            finish_if_missing(index, statistics)
+            def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
+                on_progress("calibrate", 0, index)
+                finish_if_missing(index, statistics)
 
-        finish_if_missing(len(units) - 1, _statistics(job, on_layer, device))
-    for index in [index for index in missing if index not in records]:
-        finish_if_missing(index, {})
+            finish_if_missing(len(units) - 1, _statistics(job, reader, on_layer, device))
+        for index in [index for index in missing if index not in records]:
+            finish_if_missing(index, {})
     return [records[index] for index in range(len(units))]
 
 
-def _statistics(job: Job, on_layer: OnLayer, device: torch.device | str) -> dict[str, InputStatistics]:
+def _reading_order(
+    units: tuple[tuple[PlannedTensor, ...], ...], missing: list[int], calibrated: bool
+) -> Iterator[Source]:
+    """The tensors in the order in which `_quantise` asks for them; calibration runs the finished layers as well."""
+    for index, unit in enumerate(units):
+        if calibrated and index < len(units) - 1:
+            yield from expert_first(unit, pairs=index in missing)
+        elif index in missing:
+            yield from pair_by_pair(unit)
+
+
+def _statistics(
+    job: Job, reader: PairReader, on_layer: OnLayer, device: torch.device | str
+) -> dict[str, InputStatistics]:
     """Calibrate; `on_layer` hears of the layers in order, the head's statistics are returned."""
     random = job.settings.calibration == RANDOM
     common = _common_dtype(job.expert)
+    in_layers = {item.expert_stored: item for unit in job.plan.units[:-1] for item in unit}
+
+    def read(stored: str) -> torch.Tensor:
+        return reader.expert(in_layers[stored]) if stored in in_layers else job.expert.read(stored)
+
     return stream_statistics(
         job.expert,
         job.plan.architecture,
@@ -194,6 +215,7 @@ def _statistics(job: Job, on_layer: OnLayer, device: torch.device | str) -> dict
         gram=job.settings.linears().needs_gram,
         device=device,
         dtype=torch.bfloat16 if random and common == "bfloat16" else None,  # few tokens: reading weights is the cost
+        read=read,
     )
 
 
@@ -221,8 +243,10 @@ def calibration_windows(job: Job) -> torch.Tensor:
 
 def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Iterator[TensorPair]:
     for pair in pairs:
+        nbytes = pair.nbytes
         yield pair
-        report(pair.nbytes)
+        del pair  # before the next is asked for: an embedding's is half a gigabyte
+        report(nbytes)
 
 
 def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:

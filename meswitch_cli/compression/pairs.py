@@ -7,15 +7,22 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from meswitch_cli.checkpoint.buffers import BufferPool
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import tensor_digest
 from meswitch_cli.checkpoint.plan import PlannedTensor
 
-#: Bytes of tensors read but not yet worked on; one more tensor than this may be in memory.
-READ_AHEAD_BYTES = 256 << 20
+#: Bytes of tensors read that nobody has asked for yet; one more tensor than this may be in memory. An expert's layer of
+#: a 7-billion-parameter model fits, so that a calibration forward finds the next one there.
+READ_AHEAD_BYTES = 512 << 20
+
+Side = Literal["base", "expert"]
+#: A tensor of the base or of the expert.
+Source = tuple[Side, PlannedTensor]
 
 
 @dataclass(frozen=True)
@@ -35,50 +42,99 @@ class TensorPair:
         return self.base.nbytes + self.expert.nbytes
 
 
-def read_pairs(tensors: Iterable[PlannedTensor], base: Checkpoint, expert: Checkpoint) -> Iterator[TensorPair]:
-    """Yield the tensors in order; reading and hashing run in threads, a bounded way ahead."""
-    waiting = deque(tensors)
-    reading: deque[tuple[int, PlannedTensor, Future[_Read], Future[_Read]]] = deque()
-    ahead = 0
-    with ThreadPoolExecutor(2, "read") as pool:
-        try:
-            while waiting or reading:
-                while waiting and (not reading or ahead < READ_AHEAD_BYTES):
-                    item = waiting.popleft()
-                    size = base.tensors[item.base_stored].nbytes + expert.tensors[item.expert_stored].nbytes
-                    reading.append(
-                        (
-                            size,
-                            item,
-                            pool.submit(_read, base, item.base_stored, item.base_name),
-                            pool.submit(_read, expert, item.expert_stored, item.expert_name),
-                        )
-                    )
-                    ahead += size
-                size, item, base_future, expert_future = reading.popleft()
-                (base_tensor, base_digest), (expert_tensor, expert_digest) = (
-                    base_future.result(),
-                    expert_future.result(),
-                )
-                ahead -= size
-                yield TensorPair(
-                    item,
-                    base.tensors[item.base_stored].path,
-                    expert.tensors[item.expert_stored].path,
-                    base_tensor,
-                    expert_tensor,
-                    base_digest,
-                    expert_digest,
-                )
-        finally:
-            for _, _, *futures in reading:
-                for future in futures:
-                    future.cancel()
-
-
 _Read = tuple[torch.Tensor, str]
 
 
-def _read(checkpoint: Checkpoint, stored: str, name: str) -> _Read:
-    tensor = checkpoint.read(stored)
-    return tensor, tensor_digest(name, tensor)
+class PairReader:
+    """Reads and hashes tensors once each, in threads, in the order given and a bounded way ahead of who asks.
+
+    A calibration forward may ask for the expert's tensors before their pairs are asked for: it gets the very tensors
+    that the pairs hold later.
+    """
+
+    def __init__(self, base: Checkpoint, expert: Checkpoint, order: Iterable[Source]) -> None:
+        """Begin to read; use as a context manager, which ends the threads."""
+        self._checkpoints: dict[Side, Checkpoint] = {"base": base, "expert": expert}
+        self._waiting = deque(order)
+        self._reading: dict[tuple[Side, str], Future[_Read]] = {}
+        self._held: dict[str, _Read] = {}
+        self._ahead = 0
+        self._buffers = BufferPool()
+        self._threads = ThreadPoolExecutor(2, "read")
+        self._read_ahead()
+
+    def __enter__(self) -> PairReader:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def expert(self, item: PlannedTensor) -> torch.Tensor:
+        """The expert's tensor, which stays until its pair is taken or it is forgotten."""
+        if item.name not in self._held:
+            self._held[item.name] = self._take("expert", item)
+        return self._held[item.name][0]
+
+    def forget(self, items: Iterable[PlannedTensor]) -> None:
+        """Let go of the expert's tensors of pairs that nobody will take."""
+        for item in items:
+            self._held.pop(item.name, None)
+
+    def pair(self, item: PlannedTensor) -> TensorPair:
+        """Both tensors of an item; the reader lets go of them."""
+        base, base_digest = self._take("base", item)
+        held = self._held.pop(item.name) if item.name in self._held else self._take("expert", item)
+        expert, expert_digest = held
+        return TensorPair(
+            item, self._path("base", item), self._path("expert", item), base, expert, base_digest, expert_digest
+        )
+
+    def _take(self, side: Side, item: PlannedTensor) -> _Read:
+        future = self._reading.pop((side, item.name))
+        self._ahead -= self._nbytes(side, item)
+        self._read_ahead()
+        return future.result()
+
+    def _read_ahead(self) -> None:
+        while self._waiting and (not self._reading or self._ahead < READ_AHEAD_BYTES):
+            side, item = self._waiting.popleft()
+            self._reading[side, item.name] = self._threads.submit(self._read, side, item)
+            self._ahead += self._nbytes(side, item)
+
+    def _read(self, side: Side, item: PlannedTensor) -> _Read:
+        tensor = self._checkpoints[side].read(_stored(side, item), self._buffers.empty)
+        return tensor, tensor_digest(item.base_name if side == "base" else item.expert_name, tensor)
+
+    def _nbytes(self, side: Side, item: PlannedTensor) -> int:
+        return self._checkpoints[side].tensors[_stored(side, item)].nbytes
+
+    def _path(self, side: Side, item: PlannedTensor) -> Path:
+        return self._checkpoints[side].tensors[_stored(side, item)].path
+
+
+def _stored(side: Side, item: PlannedTensor) -> str:
+    return item.base_stored if side == "base" else item.expert_stored
+
+
+def pair_by_pair(items: Iterable[PlannedTensor]) -> Iterator[Source]:
+    """The order in which pairs alone are asked for."""
+    for item in items:
+        yield "base", item
+        yield "expert", item
+
+
+def expert_first(items: Iterable[PlannedTensor], *, pairs: bool) -> Iterator[Source]:
+    """The order of a layer that the expert runs first; its pairs are asked for afterwards, or not at all."""
+    items = list(items)
+    for item in items:
+        yield "expert", item
+    for item in items if pairs else ():
+        yield "base", item
+
+
+def read_pairs(items: Iterable[PlannedTensor], base: Checkpoint, expert: Checkpoint) -> Iterator[TensorPair]:
+    """Yield the items' pairs in order."""
+    items = list(items)
+    with PairReader(base, expert, pair_by_pair(items)) as reader:
+        for item in items:
+            yield reader.pair(item)

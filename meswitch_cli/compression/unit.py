@@ -54,6 +54,7 @@ def compress_unit(
         else:
             entries.append(entry)
             stored |= tensors
+        del pair  # its memory serves the next one
     data, file = shard_file(stored, shard)
     return data, UnitRecord(file, tuple(entries), tuple(unchanged), base_digests, expert_digests)
 

@@ -6,6 +6,9 @@ import torch
 
 WORD_BITS = 32
 
+#: By bits: the integer that holds the codes of one packed byte, a byte each.
+_SPREAD = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+
 
 def packed_width(in_features: int, bits: int) -> int:
     """Words that one row of codes takes."""
@@ -17,17 +20,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Code i of a row lies at bits (i * bits) % 32 and up of word (i * bits) // 32.
     """
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     width = packed_width(columns, bits)
     padding = width * WORD_BITS // bits - columns
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
-    per_byte = 8 // bits
-    lanes = codes.reshape(rows, width * 4, per_byte)
-    packed = lanes[..., 0].clone()
-    for lane in range(1, per_byte):
-        packed |= lanes[..., lane] << (lane * bits)
-    return packed.view(torch.int32)
+    lanes = codes.contiguous().view(_SPREAD[bits])
+    joined = 1  # codes that lie side by side, without a gap, at the bottom of each byte
+    while joined < 8 // bits:
+        lanes = lanes | lanes >> (joined * (8 - bits))
+        joined *= 2
+    return (lanes & 0xFF).to(torch.uint8).view(torch.int32)
 
 
 def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:

@@ -17,7 +17,6 @@ from meswitch_cli.delta.codes import (
     codes_of,
     column_energy,
     dots,
-    energies,
     grouped,
     initial_steps,
     multiples_of,
@@ -215,13 +214,14 @@ class _Work:
                 factor = inverse_factor(gram)
 
         def quantise(block: torch.Tensor) -> _Block:
-            energy = column_energy(block)
+            squares = block.square()
+            energy = squares.sum(0)
             scaled = self._scaled(block)
-            fit = self._fit(scaled, salient, rounds=FIT_ROUNDS)
+            fit = self._fit(scaled, salient, FIT_ROUNDS, squares if scaled is block else None)
             if factor is not None:
                 spread = per_channel(fit.least_squares, self.columns, settings.group_size)
                 multiples = feedback_multiples(scaled, spread, settings.bits, factor, exact)
-                fit = self._refit(scaled, multiples, salient)
+                fit = self._measured(scaled, multiples, salient, self._row_sums(scaled.square(), salient))
             steps = self._final_steps(scaled, fit, salient, gram)
             packed = pack(codes_of(fit.multiples, settings.bits), settings.bits)
             block -= self._values(fit.multiples, steps)
@@ -253,33 +253,35 @@ class _Work:
         values = multiples * per_channel(steps, self.columns, self.settings.group_size)
         return values if self.scale32 is None else values.mul_(self.scale32)
 
-    def _fit(self, block: torch.Tensor, salient: torch.Tensor, rounds: int) -> _Fit:
-        """Nearest multiples and their least-squares steps, fitted in turns on the channels that are not salient."""
+    def _fit(
+        self, block: torch.Tensor, salient: torch.Tensor, rounds: int, squares: torch.Tensor | None = None
+    ) -> _Fit:
+        """Nearest multiples and their least-squares steps, fitted in turns on the channels that are not salient.
+
+        `squares` are the block's where they are known; they are overwritten.
+        """
         bits, group_size = self.settings.bits, self.settings.group_size
-        rest = _without(block, salient)
         channels = torch.ones(1, self.columns, device=self.device).index_fill_(1, salient, 0.0)
-        energy = energies(rest, group_size)
+        energy = self._row_sums(block.square() if squares is None else squares, salient)
         steps = initial_steps(energy, bits, grouped(channels, group_size).sum(-1))
         for _ in range(1 if bits == 1 else rounds):  # at 1 bit the multiple is the sign's, whatever the step
             multiples = nearest_multiples(block, per_channel(steps, self.columns, group_size), bits)
-            fit = self._measured(rest, multiples, salient, energy)
+            fit = self._measured(block, multiples, salient, energy)
             steps = fit.least_squares
         return fit
 
-    def _refit(self, block: torch.Tensor, multiples: torch.Tensor, salient: torch.Tensor) -> _Fit:
-        rest = _without(block, salient)
-        return self._measured(rest, multiples, salient, energies(rest, self.settings.group_size))
-
     def _measured(
-        self, rest: torch.Tensor, multiples: torch.Tensor, salient: torch.Tensor, energy: torch.Tensor
+        self, block: torch.Tensor, multiples: torch.Tensor, salient: torch.Tensor, energy: torch.Tensor
     ) -> _Fit:
-        group_size = self.settings.group_size
-        own = energies(multiples, group_size)
-        if salient.numel():  # rest is 0 there, the multiples are not
-            groups = salient // group_size if own.shape[1] > 1 else torch.zeros_like(salient)
-            own.index_add_(1, groups, multiples[:, salient].square(), alpha=-1)
-        projection = dots(multiples, rest, group_size)
+        own = self._row_sums(multiples.square(), salient)
+        projection = self._row_sums(multiples * block, salient)
         return _Fit(multiples, step_ratio(projection, own), step_ratio(energy, projection))
+
+    def _row_sums(self, products: torch.Tensor, salient: torch.Tensor) -> torch.Tensor:
+        """Sums `[rows, groups]` over the channels that are not salient; the products are overwritten in the others."""
+        if salient.numel():
+            products.index_fill_(1, salient, 0.0)
+        return grouped(products, self.settings.group_size).sum(-1)
 
     def _final_steps(
         self, block: torch.Tensor, fit: _Fit, salient: torch.Tensor, gram: torch.Tensor | None

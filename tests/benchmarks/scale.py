@@ -1,11 +1,11 @@
 """Compressing a Mistral-7B-shaped pair: time, peak memory and size.
 
-Writes docs/results/scale.md.
-
+Writes the table of docs/results/scale.md and leaves what follows the first section heading there as it is.
 
     PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER [--layers 32]
 
-The weights are random, so nothing here speaks of quality. Needs about 35 GB in the scratch folder, which it cleans up.
+The weights are random, so nothing here speaks of quality. Needs about 36 GB in the scratch folder, which it cleans up.
+`--write-only` makes the checkpoints beforehand, a shard at a time: what is there is not written again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import argparse
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -42,8 +45,10 @@ CONFIG = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 2_000_000_000
 POOL = 1 << 26
+#: (bits, calibration) of the rows.
+RUNS = ((2, "random"), (2, "none"), (1, "random"))
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.md"
 
 
@@ -68,49 +73,65 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 class Noise:
-    """Normal numbers from a pool that is read at ever other places: random enough, and as fast as the disk."""
+    """Weights of a base and of its fine-tune, from a pool that is read at ever other places.
+
+    Random enough for figures that do not depend on the weights' values, and as fast as the disk.
+    """
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._pool = torch.randn(POOL, generator=generator)
-        self._generator = generator
+        base = torch.randn(POOL, generator=generator) * 0.02
+        self._pools = [_raw(base), _raw(base.add_(torch.randn(POOL, generator=generator), alpha=5e-4))]
+        self._places = random.Random(seed)
 
-    def take(self, count: int) -> torch.Tensor:
-        start = int(torch.randint(0, POOL, (1,), generator=self._generator))
-        repeats = -(-(start + count) // POOL)
-        return self._pool.repeat(repeats)[start : start + count] if repeats > 1 else self._pool[start : start + count]
+    def write(self, count: int, streams: Sequence[BinaryIO]) -> None:
+        """Write `count` weights, bf16, of the base to the first stream and of the expert to the second."""
+        start = self._places.randrange(POOL)
+        for pool, stream in zip(self._pools, streams, strict=True):
+            done = 0
+            while done < count:
+                place = (start + done) % POOL
+                part = min(count - done, POOL - place)
+                stream.write(pool[2 * place : 2 * (place + part)])
+                done += part
 
 
 def write_pair(folder: Path, layers: int) -> None:
-    """Write base and expert shard by shard, tensor by tensor."""
-    base, expert = folder / "base", folder / "expert"
-    for path in (base, expert):
-        path.mkdir(parents=True)
+    """Write base and expert shard by shard; shards that are there already are left alone."""
+    paths = [folder / "base", folder / "expert"]
+    files = shards(layers)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for number, (file, tensors) in enumerate(files.items()):
+        if all((path / file).exists() for path in paths):
+            continue
+        noise = Noise(number)
+        partial = [path / f"{file}.partial" for path in paths]
+        with partial[0].open("wb") as base_stream, partial[1].open("wb") as expert_stream:
+            streams = [base_stream, expert_stream]
+            for stream in streams:
+                stream.write(_header(tensors))
+            for shape in tensors.values():
+                noise.write(math.prod(shape), streams)
+        for path in partial:
+            path.rename(path.with_suffix(""))
+
+
+def shards(layers: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors by the file they lie in."""
+    parts: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes(layers).items():
         nbytes = 2 * math.prod(shape)
         if size + nbytes > SHARD_BYTES:
-            shards.append({})
+            parts.append({})
             size = 0
-        shards[-1][name] = shape
+        parts[-1][name] = shape
         size += nbytes
-    noise, weight_map = Noise(0), {}
-    for index, tensors in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(tensors, file)
-        with (base / file).open("wb") as base_stream, (expert / file).open("wb") as expert_stream:
-            header = _header(tensors)
-            base_stream.write(header)
-            expert_stream.write(header)
-            for shape in tensors.values():
-                weights = noise.take(math.prod(shape)) * 0.02
-                base_stream.write(_raw(weights))
-                expert_stream.write(_raw(weights + noise.take(math.prod(shape)) * 5e-4))
-    for path in (base, expert):
-        index_value = {"metadata": {}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index_value))
+    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": tensors for number, tensors in enumerate(parts, 1)}
 
 
 def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
@@ -151,18 +172,32 @@ def read_all(folders: list[Path]) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """One compression: seconds, peak resident bytes, bytes of the artifact's shards."""
+    """One compression beside one reading: seconds, peak resident bytes, bytes of the artifact's shards."""
 
     bits: int
+    calibration: str
+    read_seconds: float
     seconds: float
+    processor_seconds: float
     peak: int
     nbytes: int
 
+    def row(self, model: int) -> str:
+        """A line of the table; `model` is a checkpoint's bytes."""
+        ratio = 3 * model / (model + 3 * self.nbytes)
+        return (
+            f"| {self.bits} | {self.calibration} | {self.nbytes / 1e9:.3f} | {model / self.nbytes:.2f} | {ratio:.3f} | "
+            f"{self.read_seconds:.1f} | {self.seconds:.1f} | {self.processor_seconds:.0f} | "
+            f"{self.seconds / self.read_seconds:.2f} | {self.peak / 1e9:.2f} |"
+        )
 
-def compress(base: Path, expert: Path, out: Path, bits: int) -> Run:
-    """Run the command in a process of its own."""
+
+def measure(base: Path, expert: Path, out: Path, bits: int, calibration: str) -> Run:
+    """Read both checkpoints, then run the command in a process of its own."""
+    read_seconds = read_all([base, expert])
     forget([base, expert])
-    arguments = ["compress", "--base", str(base), "--expert", str(expert), "--out", str(out), "--bits", str(bits)]
+    arguments = ["compress", "--base", str(base), "--expert", str(expert), "--out", str(out)]
+    arguments += ["--bits", str(bits), "--calibration", calibration]
     started = time.perf_counter()
     child = os.posix_spawn(sys.executable, [sys.executable, "-m", "meswitch_cli", *arguments], dict(os.environ))
     _, status, usage = os.wait4(child, 0)
@@ -170,48 +205,61 @@ def compress(base: Path, expert: Path, out: Path, bits: int) -> Run:
     if status:
         raise SystemExit(f"meswitch compress failed with status {status}")
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    return Run(bits, seconds, usage.ru_maxrss * 1024, nbytes)
+    processor = usage.ru_utime + usage.ru_stime
+    return Run(bits, calibration, read_seconds, seconds, processor, usage.ru_maxrss * 1024, nbytes)
+
+
+def write_report(runs: list[Run], model: int, layers: int) -> None:
+    """Write the page anew; what follows its first section heading is written by hand and stays."""
+    earlier = RESULTS.read_text() if RESULTS.exists() else ""
+    _, heading, notes = earlier.partition("\n## ")
+    RESULTS.write_text(
+        f"# Compressing a Mistral-7B-shaped pair\n\n"
+        f"Two random bf16 checkpoints of {model / 1e9:.2f} GB each ({layers} layers), 8 salient channels, embedding "
+        "and head at 2 bits. Read: both checkpoints once, front to back, just before, in the same run. They are "
+        "dropped from the page cache before each reading and before each compression, so both begin at the disk. "
+        "Processor: seconds of all threads of the compression, the kernel's included. Three-model ratio: three full "
+        "models over one base and three artifacts. `random` is the default: 32 random tokens, run through the expert, "
+        "choose the salient channels.\n\n"
+        f"`PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER`, {describe()}, "
+        f"{resource.getpagesize()}-byte pages.\n\n"
+        "| bits | calibration | artifact, GB | times smaller | three-model ratio | read, s | compress, s "
+        "| processor, s | compress / read | peak memory, GB |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        + "\n".join(run.row(model) for run in runs)
+        + "\n"
+        + (heading + notes)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a later run")
+    parser.add_argument("--write-only", action="store_true", help="write the checkpoints for a later run and stop")
+    parser.add_argument("--no-report", action="store_true", help="print the figures alone")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     arguments = parser.parse_args()
     model = 2 * sum(math.prod(shape) for shape in shapes(arguments.layers).values())
     folder = arguments.scratch / "scale"
     folder.mkdir(parents=True, exist_ok=True)
     base, expert = folder / "base", folder / "expert"
+    there = sum(path.stat().st_size for path in folder.glob("*/model-*"))
+    if shutil.disk_usage(folder).free < 2.5 * model - there:
+        raise SystemExit(f"{folder}: {(2.5 * model - there) / 1e9:.0f} GB must be free")
+    write_pair(folder, arguments.layers)
+    if arguments.write_only:
+        return
+    runs = []
     try:
-        if not expert.exists():
-            if shutil.disk_usage(folder).free < 2.5 * model:
-                raise SystemExit(f"{folder}: {2.5 * model / 1e9:.0f} GB must be free")
-            write_pair(folder, arguments.layers)
-        rows = []
-        for bits in (2, 1):
-            seconds = read_all([base, expert])
-            run = compress(base, expert, folder / f"artifact-{bits}", bits)
-            print(f"{bits} bits: read {seconds:.1f} s, {run}", flush=True)
-            ratio = 3 * model / (model + 3 * run.nbytes)
-            rows.append(
-                f"| {bits} | {run.nbytes / 1e9:.3f} | {model / run.nbytes:.2f} | {ratio:.3f} | {seconds:.1f} | "
-                f"{run.seconds:.1f} | {run.seconds / seconds:.2f} | {run.peak / 1e9:.2f} |"
-            )
+        for bits, calibration in RUNS:
+            runs.append(measure(base, expert, folder / f"artifact-{bits}-{calibration}", bits, calibration))
+            print(runs[-1], flush=True)
     finally:
         for path in folder.iterdir():
             if not (arguments.keep and path in (base, expert)):
                 shutil.rmtree(path)
-    RESULTS.write_text(
-        f"# Compressing a Mistral-7B-shaped pair\n\n"
-        f"Two random bf16 checkpoints of {model / 1e9:.2f} GB each ({arguments.layers} layers), 8 salient "
-        f"channels, embedding and head at 2 bits. Read: both checkpoints once, front to back, from disk, just before. "
-        f"Three-model ratio: three full models over one base and three artifacts.\n\n"
-        f"`PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER`, {describe()}, "
-        f"{resource.getpagesize()}-byte pages.\n\n"
-        "| bits | artifact, GB | times smaller | three-model ratio | read, s | compress, s | compress / read "
-        "| peak memory, GB |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
+    if not arguments.no_report:
+        write_report(runs, model, arguments.layers)
 
 
 if __name__ == "__main__":
