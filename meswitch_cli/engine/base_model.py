@@ -47,6 +47,10 @@ class BaseModel:
     def vocabulary(self) -> int:
         return int(self.embedding.weight.shape[0])
 
+    def layer(self, name: str) -> Any:
+        """The module of a name."""
+        return self.model.get_submodule(name)
+
 
 def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     """The type asked for; `auto` is what most of the checkpoint's weights are stored in."""
@@ -171,7 +175,7 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
     raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
 
 
-def effective_gain(norm: ExpertNorm, weight: torch.Tensor) -> torch.Tensor:
+def effective_gain(norm: Any, weight: torch.Tensor) -> torch.Tensor:
     """The gain `[width]` fp32 that a norm's weight stands for."""
     return weight.float() + (1.0 - float(norm.plain.weight.flatten()[0]))
 

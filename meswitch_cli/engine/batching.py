@@ -112,7 +112,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
     ) -> None:
         indices = batch_data["logits_indices"]
         tokens = batch_data["input_ids"].shape[1]
-        self._steps.current = Step(self.slot_of_token[:tokens], indices, self._slots) if self.mixed else None
+        slots = self.slot_of_token[:tokens]
+        self._steps.current = Step(slots, slots[indices.long()], self._slots) if self.mixed else None
         try:
             logits: torch.Tensor = model(**batch_data).logits
         finally:
