@@ -34,7 +34,9 @@ class Generation:
         slot: the device slot of its expert while it runs, -1 for the base.
     """
 
-    def __init__(self, request: GenerationRequest, model: ServedModel, sampler: Continuation, on_chunk: OnChunk) -> None:
+    def __init__(
+        self, request: GenerationRequest, model: ServedModel, sampler: Continuation, on_chunk: OnChunk
+    ) -> None:
         self.request, self.model, self.sampler = request, model, sampler
         self.slot = -1
         self.cached_tokens = 0

@@ -56,9 +56,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
         if settings.dtype == "auto" and device.type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # the CPU's kernels know no float16
         self._base = base = load_base(self._checkpoint, device, dtype)
-        opened = self._open_experts(
-            lambda model: model.artifact and bank_layout(base, [model.artifact.manifest])
-        )
+        opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
         slots = settings.slots or max(1, len(settings.experts))

@@ -18,12 +18,15 @@ from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
 
 #: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.
 MAX_ADAPTERS = 4096
+#: Prompts whose hidden states are computed at once, beside the requests.
+PROBES = 8
 #: What vLLM reads from the environment alone. One process, so that a request's chunks and its worker's slots are
-#: at hand; the model runner that calls logits processors; and nobody is told what is served here.
+#: at hand; the model runner that calls logits processors; nobody is told what is served here; logs go where ours go.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CONFIGURE_LOGGING": "0",
 }
 
 
@@ -63,8 +66,8 @@ def engine_arguments(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "max_model_len": max_model_len,
-        "max_num_seqs": settings.max_running,
-        "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running),
+        "max_num_seqs": settings.max_running + PROBES,
+        "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + PROBES),
         "max_logprobs": MAX_TOP_LOGPROBS,
         "enable_prefix_caching": settings.prefix_sharing,
         "enforce_eager": True,
@@ -75,6 +78,7 @@ def engine_arguments(
         "max_cpu_loras": max(MAX_ADAPTERS, slots),
         "max_lora_rank": 1,
         "load_format": "meswitch",
+        "use_tqdm_on_load": False,
         "model_loader_extra_config": {
             "vocabulary": vocabulary,
             "names": sorted(stored[name] for name in rows if name in stored),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+import uuid
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meswitch_cli.checkpoint.architecture import architecture
-from meswitch_cli.engine.banks import bank_layout
+from meswitch_cli.engine.banks import Layout, bank_layout
 from meswitch_cli.engine.base_model import model_dtype
 from meswitch_cli.engine.contract import (
     EngineError,
@@ -22,11 +24,12 @@ from meswitch_cli.engine.contract import (
 from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammar, Grammars
+from meswitch_cli.engine.hidden import check_prompts
 from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
 from meswitch_cli.engine.vllm.arguments import engine_arguments, set_environment
-from meswitch_cli.engine.vllm.names import base_names
+from meswitch_cli.engine.vllm.names import base_names, worker_config
 from meswitch_cli.engine.vllm.sampling import sampling_params
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.errors import MeswitchError
@@ -37,6 +40,16 @@ if TYPE_CHECKING:
 
 #: Loading the base's weights may take minutes; the loop's thread does it.
 START_SECONDS = 3600.0
+
+
+@dataclass(eq=False)
+class _Probe:
+    """A prompt whose hidden states are wanted, and their mean when it is known."""
+
+    tokens: tuple[int, ...]
+    layer: int
+    mean: list[float] | None = None
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class FollowedTokens:
@@ -83,6 +96,7 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         self._thread: threading.Thread | None = None
         self._loads = (0.0, 0)
         self._blocks = (0, 0)
+        self._probes: dict[str, _Probe] = {}
 
     def start(self) -> None:
         """As the contract says.
@@ -98,9 +112,8 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         settings = self.settings
         described = architecture(self._checkpoint.config, str(self._checkpoint.source.path))
         self._names = names = base_names(described)
-        opened = self._open_experts(
-            lambda model: model.artifact and bank_layout(names, [model.artifact.manifest])
-        )
+        opened = self._open_experts(lambda model: model.artifact and bank_layout(names, [model.artifact.manifest]))
+        self._described = described
         self._layout = bank_layout(names, [model.artifact.manifest for model in opened if model.artifact])
         slots = settings.slots or max(1, len(settings.experts))
         dtype = model_dtype(self._checkpoint, settings.dtype)
@@ -135,7 +148,22 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         self._closed = None
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
-        raise EngineError("--engine vllm has no hidden states for a probe router yet")
+        if self._thread is None:
+            raise ShuttingDownError("the engine has not been started")
+        check_prompts(token_ids, layer, self._described.num_layers)
+        longest = max(map(len, token_ids), default=0)
+        if longest >= self.max_model_len:
+            raise EngineError(f"a prompt of {longest} tokens; the most is {self.max_model_len - 1}")
+        probes = [_Probe(tuple(tokens), layer) for tokens in token_ids]
+        self._in_loop(lambda loop: self._begin_probes(loop, probes))
+        for probe in probes:
+            while not probe.done.wait(0.1):
+                if not self._running:
+                    raise ShuttingDownError("the engine has stopped")
+            if probe.mean is None:
+                raise EngineError("vLLM has not computed the hidden states")
+        width = int(self._described.parameters[f"{self._names.embedding_name}.weight"].shape[1])
+        return torch.tensor([probe.mean for probe in probes]).reshape(len(probes), width)
 
     def statistics(self) -> EngineStatistics:
         with self._lock:
@@ -201,7 +229,7 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
                 problems.append(error)
         finally:
             if loop is not None:
-                loop.engine_core.shutdown()
+                self._free(loop)
             self.on_stop(failure)
             ready.set()
 
@@ -211,19 +239,31 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
 
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
+    def _free(self, loop: LLMEngine) -> None:
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        loop.engine_core.shutdown()
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
     def _step(self, loop: LLMEngine) -> None:
         """Admit, compute one step, and tell what came out; without work, wait for some."""
         self._work.clear()
         self.before_step(loop)
-        if not self._generations:
+        if not self._generations and not self._probes:
             self._note_statistics(loop)
             self._work.wait(0.05 if self._table.waiting else None)
             return
-        for output in loop.step():
-            generation = self._generations.get(output.request_id)
+        outputs = loop.step()
+        self._note_statistics(loop)
+        for output in outputs:
+            generation, probe = self._generations.get(output.request_id), self._probes.get(output.request_id)
             if generation is not None:
                 self._deliver(loop, generation, output)
-        self._note_statistics(loop)
+            elif probe is not None and output.finished:
+                del self._probes[output.request_id]
+                probe.mean = loop.collective_rpc("meswitch_take_probe", args=(output.request_id,))[0] or None
+                probe.done.set()
 
     def _deliver(self, loop: LLMEngine, generation: Generation, output: Any) -> None:
         (completion,) = output.outputs
@@ -238,6 +278,7 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         if generation.finished:
             if not output.finished:
                 loop.abort_request([generation.id])
+                self._note_statistics(loop)
             del self._generations[generation.id]
             self.on_end(generation)
 
@@ -246,6 +287,19 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         blocks = pool.num_gpu_blocks - 1  # one stands for none
         self._blocks = (blocks, blocks - pool.get_num_free_blocks())
 
+    def _begin_probes(self, loop: LLMEngine, probes: Sequence[_Probe]) -> None:
+        """Submit prompts to vLLM that it must compute whole: their states are wanted, so no cached ones will do."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=True
+        )
+        for probe in probes:
+            name = f"probe-{uuid.uuid4().hex}"
+            loop.collective_rpc("meswitch_watch", args=(name, self._described.layers_prefix, probe.layer))
+            loop.add_request(name, _token_prompt(probe.tokens), params)
+            self._probes[name] = probe
+
     # What it is told.
 
     def _continuation(self, request: GenerationRequest, model: ServedModel) -> FollowedTokens:
@@ -253,14 +307,12 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         return FollowedTokens(sampling_params(request.sampling, model), grammar)
 
     def _begin(self, loop: LLMEngine, generation: Generation) -> None:
-        from vllm.inputs import TokensPrompt
-
         followed = generation.sampler
         assert isinstance(followed, FollowedTokens)
         try:
             loop.add_request(
                 generation.id,
-                TokensPrompt(prompt_token_ids=list(generation.request.prompt_tokens)),
+                _token_prompt(generation.request.prompt_tokens),
                 followed.params,
                 lora_request=self._adapters.get(generation.model.name),
             )
@@ -272,6 +324,7 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
     def _abort(self, loop: LLMEngine, generation: Generation) -> None:
         loop.abort_request([generation.id])
         self._generations.pop(generation.id, None)
+        self._note_statistics(loop)
 
     def _start_load(self, loop: LLMEngine, load: Load, model: ServedModel) -> None:
         """Fill a slot before the next step. vLLM's adapters come between steps, so nobody computes meanwhile."""
@@ -303,11 +356,15 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
     def _admit_expert(self, loop: LLMEngine, model: ServedModel) -> None:
         with self._lock:
             self._refuse_if_served(model.name)
-        if model.artifact and not self._layout.holds(bank_layout(self._names, [model.artifact.manifest])):
+        layout = bank_layout(self._names, [] if model.artifact is None else [model.artifact.manifest])
+        if _added_rows(layout) > _added_rows(self._layout):
             raise EngineError(
-                f"expert {model.name!r} needs more room than the slots have, and vLLM's are made once: start the "
-                "engine with it"
+                f"expert {model.name!r} has {_added_rows(layout)} tokens of its own, vLLM was started with room for "
+                f"{_added_rows(self._layout)}: start the engine with it"
             )
+        if not self._layout.holds(layout):
+            self._layout = self._layout.joined(layout)
+            loop.collective_rpc("meswitch_grow", args=(worker_config(self._layout),))
         self._add(model)
 
     def _drop_expert(self, loop: LLMEngine, name: str) -> None:
@@ -336,6 +393,16 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
 
     def _wake(self) -> None:
         self._work.set()
+
+
+def _token_prompt(tokens: Sequence[int]) -> Any:
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(list(tokens))
+
+
+def _added_rows(layout: Layout) -> int:
+    return max((room.added_rows for room in layout.rooms.values()), default=0)
 
 
 def _logprob(token: int, reported: Any, wanted: int | None) -> TokenLogprob:

@@ -68,9 +68,7 @@ class ExpertLinearMethod(_ExpertMethod):
         rows = x.reshape(-1, x.shape[-1])
         check_tokens(step, rows.shape[0])
         outputs = [
-            self.multiply(
-                rows, part, None if bias is None else part.bias, step.slot_of_token, step.groups, part.bank
-            )
+            self.multiply(rows, part, None if bias is None else part.bias, step.slot_of_token, step.groups, part.bank)
             for part in self.parts
         ]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

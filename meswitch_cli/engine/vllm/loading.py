@@ -25,9 +25,7 @@ class BaseLoader(DefaultModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: LoadConfig) -> None:
         extra = dict(load_config.model_loader_extra_config)
         self._vocabulary, self._names = int(extra.pop("vocabulary")), frozenset(extra.pop("names"))
-        super().__init__(
-            dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=extra)
-        )
+        super().__init__(dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=extra))
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
         for name, tensor in super().get_all_weights(model_config, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self.lora_index_to_id[slot] = lora_id
         self._active_adapters[lora_id] = None
         return True
+
+    def grow(self, config: Mapping[str, Any]) -> None:
+        """Make slots that hold any expert of a larger layout, and move what is in a slot."""
+        self.banks = Banks(self.banks.base, layout_of(config), self.lora_slots)
+        with torch.inference_mode(False), torch.no_grad():
+            for slot, lora_id in enumerate(self.lora_index_to_id):
+                if lora_id is not None:
+                    self._copy(self._registered_adapters.cache[lora_id], slot)
+        self.banks.install()
 
     def unpin_adapter(self, lora_id: int) -> None:
         for cache in (self._registered_adapters, self._active_adapters):

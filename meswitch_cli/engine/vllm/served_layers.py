@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -65,6 +65,7 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
     """
     described = architecture(base.config, str(base.source.path))
     names = base_names(described)
+    model.requires_grad_(False)
     embedding_module, head_module = _vocabulary_modules(model, base)
     device, dtype = embedding_module.weight.device, embedding_module.weight.dtype
     backend = kernels(device, dtype)
@@ -82,7 +83,9 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
         setattr(model.get_submodule(parent), leaf, norm)
     missing = sorted((names.linears - linears.keys()) | (names.norms - norms.keys()))
     if missing:
-        raise EngineError(f"{described.model_type}: {missing[0]} is no layer of vLLM's model; use --engine transformers")
+        raise EngineError(
+            f"{described.model_type}: {missing[0]} is no layer of vLLM's model; use --engine transformers"
+        )
     embedding = Rows(embedding_module.weight[: names.vocabulary], None)
     head_bias = getattr(head_module, "bias", None)
     head = Rows(head_module.weight[: names.vocabulary], None if head_bias is None else head_bias[: names.vocabulary])
@@ -102,9 +105,7 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
     return layers
 
 
-def _parts(
-    model: Any, name: str, module: Any, names: BaseNames, parameters: dict[str, Any]
-) -> dict[str, Rows]:
+def _parts(model: Any, name: str, module: Any, names: BaseNames, parameters: dict[str, Any]) -> dict[str, Rows]:
     """The layers of transformers that a linear of vLLM is made of, in the order of its rows."""
     parent, _, leaf = name.rpartition(".")
     own = [f"{parent}.{part}" for part in model.packed_modules_mapping.get(leaf, [leaf])]
@@ -116,8 +117,9 @@ def _parts(
     if sum(sizes) != module.weight.shape[0]:
         raise EngineError(f"vLLM's layer {name} has {module.weight.shape[0]} rows, its parts {sum(sizes)}")
     bias = getattr(module, "bias", None)
-    biases: Iterable[Tensor | None] = [None] * len(own) if bias is None else bias.data.split(sizes)
-    return {part: Rows(*item) for part, item in zip(own, zip(module.weight.data.split(sizes), biases), strict=True)}
+    weights = module.weight.data.split(sizes)
+    biases: Sequence[Tensor | None] = [None] * len(own) if bias is None else bias.data.split(sizes)
+    return {part: Rows(*tensors) for part, *tensors in zip(own, weights, biases, strict=True)}
 
 
 def _vocabulary_modules(model: Any, base: Checkpoint) -> tuple[Any, Any]:
@@ -141,9 +143,15 @@ def _logits_processor(model: Any) -> nn.Module:
 
 def _compare(layers: ServedLayers, base: Checkpoint, stored: dict[str, str]) -> None:
     """Some families' rows are rearranged as vLLM loads them; a delta would then be added to the wrong ones."""
-    for name, rows in [*layers.linears.items(), (layers.embedding_name, layers.embedding)]:
-        theirs = base.read(stored[f"{name}.weight"])
-        places = torch.linspace(0, theirs.shape[0] - 1, COMPARED_ROWS).long()
+    vocabulary = {layers.embedding_name: layers.embedding, layers.head_name: layers.head}
+    for name, rows in (layers.linears | vocabulary).items():
+        if f"{name}.weight" not in stored:  # a tied head
+            continue
+        info = base.tensors[stored[f"{name}.weight"]]
+        places = torch.linspace(0, info.shape[0] - 1, COMPARED_ROWS).long()
         ours = rows.weight[places.to(rows.weight.device)].cpu()
-        if theirs.shape != rows.weight.shape or not torch.equal(ours, theirs[places].to(ours.dtype)):
+        with safe_open(str(info.path), framework="pt") as file:
+            tensor = file.get_slice(info.name)
+            theirs = torch.cat([tensor[place : place + 1] for place in places.tolist()])
+        if info.shape != tuple(rows.weight.shape) or not torch.equal(ours, theirs.to(ours.dtype)):
             raise EngineError(f"vLLM keeps {name} otherwise than the checkpoint; use --engine transformers")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from meswitch_cli.engine.vllm.manager import ExpertManager
+from meswitch_cli.engine.vllm.probes import Probes
 
 
 class WorkerExtension:
@@ -12,8 +16,29 @@ class WorkerExtension:
 
     def meswitch_loads(self) -> tuple[float, int]:
         """Seconds and bytes of all copies into slots."""
-        manager = self.model_runner.lora_manager._adapter_manager
+        manager = self._manager()
         return manager.seconds, manager.nbytes
 
+    def meswitch_grow(self, config: Mapping[str, Any]) -> None:
+        """Make the slots larger, for a layout as `names.worker_config` writes it."""
+        self._manager().grow(config)
+
     def meswitch_unpin(self, lora_id: int) -> None:
-        self.model_runner.lora_manager._adapter_manager.unpin_adapter(lora_id)
+        """Let vLLM evict an expert again."""
+        self._manager().unpin_adapter(lora_id)
+
+    def meswitch_watch(self, request_id: str, layers_prefix: str, layer: int) -> None:
+        """As `Probes.watch`."""
+        runner = self.model_runner
+        if not hasattr(runner, "meswitch_probes"):
+            runner.meswitch_probes = Probes(runner, layers_prefix)
+        runner.meswitch_probes.watch(request_id, layer)
+
+    def meswitch_take_probe(self, request_id: str) -> list[float]:
+        """As `Probes.take`."""
+        found: list[float] = self.model_runner.meswitch_probes.take(request_id)
+        return found
+
+    def _manager(self) -> ExpertManager:
+        manager: ExpertManager = self.model_runner.lora_manager._adapter_manager
+        return manager
