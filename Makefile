@@ -35,7 +35,7 @@ gpu:
 # vLLM wants a transformers of its own, so its tests run in an environment of their own, without a GPU. pip must know
 # where torch's builds for CPUs are. What vLLM would bring along is built against another torch, and not needed.
 vllm: $(VLLM_BIN)/.ready
-	PYTHONPATH=tests $(VLLM_BIN)/python -m pytest tests/engine/vllm
+	$(VLLM_BIN)/python -m pytest tests/engine/vllm
 
 $(VLLM_BIN)/.ready: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm

@@ -14,7 +14,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.attention import register
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
-from meswitch_cli.engine.settings import DTYPES
+from meswitch_cli.engine.settings import DTYPES, EngineSettings
 from meswitch_cli.engine.step import Steps
 
 
@@ -60,6 +60,13 @@ def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     for info in checkpoint.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def served_dtype(checkpoint: Checkpoint, settings: EngineSettings) -> torch.dtype:
+    """As `model_dtype`, and float32 for a float16 checkpoint on a CPU, whose kernels know no float16."""
+    dtype = model_dtype(checkpoint, settings.dtype)
+    unknown = settings.dtype == "auto" and settings.torch_device.type == "cpu" and dtype == torch.float16
+    return torch.float32 if unknown else dtype
 
 
 def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> BaseModel:

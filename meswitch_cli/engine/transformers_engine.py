@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meswitch_cli.engine.banks import Banks, bank_layout
-from meswitch_cli.engine.base_model import BaseModel, load_base, model_dtype
+from meswitch_cli.engine.base_model import BaseModel, load_base, served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
@@ -52,19 +52,16 @@ class TransformersEngine(SlottedEngine["Processor"]):
         if self._manager is not None:
             raise EngineError("the engine has been started already")
         settings = self.settings
-        device, dtype = settings.torch_device, model_dtype(self._checkpoint, settings.dtype)
-        if settings.dtype == "auto" and device.type == "cpu" and dtype == torch.float16:
-            dtype = torch.float32  # the CPU's kernels know no float16
-        self._base = base = load_base(self._checkpoint, device, dtype)
+        dtype = served_dtype(self._checkpoint, settings)
+        self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
         opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
         slots = settings.slots or max(1, len(settings.experts))
         layout = bank_layout(base, [model.artifact.manifest for model in experts if model.artifact])
-        host_bytes = settings.host_bytes if settings.host_bytes is not None else 0 if device.type == "cpu" else None
         banks = Banks(base, layout, slots)
         banks.install()
-        self._copies = HostCopies(host_bytes)
+        self._copies = HostCopies(settings.copies_nbytes)
         self._loader = Loader(banks, self._copies, self._on_loaded)
         self._hidden = HiddenStates(base)
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)

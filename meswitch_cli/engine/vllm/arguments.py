@@ -55,9 +55,6 @@ def engine_arguments(
     vocabulary = names.vocabulary + added
     stored = described.stored_names(checkpoint)
     rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]
-    host_bytes = settings.host_bytes
-    if host_bytes is None and settings.torch_device.type == "cpu":
-        host_bytes = 0
     options: dict[str, Any] = {
         "model": str(checkpoint.source.path),
         "skip_tokenizer_init": True,
@@ -83,7 +80,7 @@ def engine_arguments(
             "vocabulary": vocabulary,
             "names": sorted(stored[name] for name in rows if name in stored),
         },
-        "additional_config": {CONFIG_KEY: worker_config(layout) | {"host_bytes": host_bytes}},
+        "additional_config": {CONFIG_KEY: worker_config(layout) | {"host_bytes": settings.copies_nbytes}},
         "worker_extension_cls": "meswitch_cli.engine.vllm.worker.WorkerExtension",
         "logits_processors": ["meswitch_cli.engine.vllm.grammar:GrammarProcessor"],
     }

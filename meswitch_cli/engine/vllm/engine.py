@@ -1,26 +1,19 @@
-"""vLLM's engine over a base and its experts."""
+"""vLLM over a base and its experts."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-import uuid
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.engine.banks import Layout, bank_layout
-from meswitch_cli.engine.base_model import model_dtype
-from meswitch_cli.engine.contract import (
-    EngineError,
-    EngineStatistics,
-    GenerationRequest,
-    ShuttingDownError,
-    TokenLogprob,
-)
+from meswitch_cli.engine.base_model import served_dtype
+from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammar, Grammars
@@ -29,27 +22,15 @@ from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
 from meswitch_cli.engine.vllm.arguments import engine_arguments, set_environment
-from meswitch_cli.engine.vllm.names import base_names, worker_config
+from meswitch_cli.engine.vllm.names import base_names
 from meswitch_cli.engine.vllm.sampling import sampling_params
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.errors import MeswitchError
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.llm_engine import LLMEngine
 
-#: Loading the base's weights may take minutes; the loop's thread does it.
-START_SECONDS = 3600.0
-
-
-@dataclass(eq=False)
-class _Probe:
-    """A prompt whose hidden states are wanted, and their mean when it is known."""
-
-    tokens: tuple[int, ...]
-    layer: int
-    mean: list[float] | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    from meswitch_cli.engine.vllm.loop import VllmLoop
 
 
 class FollowedTokens:
@@ -69,12 +50,11 @@ class FollowedTokens:
             self._grammar.take(token)
 
 
-class VllmEngine(SlottedEngine["LLMEngine"]):
+class VllmEngine(SlottedEngine["VllmLoop"]):
     """Implements `contract.Engine`.
 
-    Every call into vLLM is made by one thread, the loop's, as vLLM's engine asks for. Which expert gets a slot, and
-    when, is decided by our table before vLLM sees a request: its own scheduler lets requests of other experts wait
-    for as long as those in slots keep coming.
+    Which expert gets a slot, and when, is decided by our table before vLLM sees a request: its own scheduler lets
+    requests of other experts wait for as long as those in slots keep coming.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -90,13 +70,10 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         self._grammars = Grammars()
         self._adapters: dict[str, LoRARequest] = {}
         self._numbers = itertools.count(1)
-        self._generations: dict[str, Generation] = {}
         self._work = threading.Event()
         self._stopping = False
+        self._loop: VllmLoop | None = None
         self._thread: threading.Thread | None = None
-        self._loads = (0.0, 0)
-        self._blocks = (0, 0)
-        self._probes: dict[str, _Probe] = {}
 
     def start(self) -> None:
         """As the contract says.
@@ -104,70 +81,72 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         Raises:
             EngineError: the base, or (when `strict`, or none is left) an expert cannot be served.
         """
-        from meswitch_cli.engine.vllm.plugin import register
+        from meswitch_cli.engine.vllm.platform import prepare_platform
 
         if self._thread is not None:
             raise EngineError("the engine has been started already")
+        prepare_platform()  # before vLLM's samplers are imported
+        from meswitch_cli.engine.vllm.loop import VllmLoop
+        from meswitch_cli.engine.vllm.plugin import register
+
         register()
         settings = self.settings
-        described = architecture(self._checkpoint.config, str(self._checkpoint.source.path))
-        self._names = names = base_names(described)
+        self._described = architecture(self._checkpoint.config, str(self._checkpoint.source.path))
+        self._names = names = base_names(self._described)
         opened = self._open_experts(lambda model: model.artifact and bank_layout(names, [model.artifact.manifest]))
-        self._described = described
         self._layout = bank_layout(names, [model.artifact.manifest for model in opened if model.artifact])
         slots = settings.slots or max(1, len(settings.experts))
-        dtype = model_dtype(self._checkpoint, settings.dtype)
-        if settings.dtype == "auto" and settings.torch_device.type == "cpu" and dtype == torch.float16:
-            dtype = torch.float32  # the CPU's kernels know no float16
         arguments = engine_arguments(
             settings,
             self._checkpoint,
-            described,
+            self._described,
             names,
             self._layout,
             slots=slots,
-            dtype=dtype,
+            dtype=served_dtype(self._checkpoint, settings),
             max_model_len=self.max_model_len,
             seed=self._random.getrandbits(31),
         )
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)
         for model in [open_base(self._checkpoint, names.vocabulary), *opened]:
             self._add(model)
-        ready: threading.Event = threading.Event()
+        make = partial(VllmLoop, arguments, self._described.layers_prefix, self.on_end)
+        ready = threading.Event()
         problems: list[BaseException] = []
         self._thread = threading.Thread(
-            target=self._run, args=(arguments, opened[:slots], ready, problems), name="meswitch-vllm", daemon=True
+            target=self._run, args=(make, opened[:slots], ready, problems), name="meswitch-vllm", daemon=True
         )
         self._thread.start()
-        if not ready.wait(START_SECONDS) or problems:
+        ready.wait()
+        if problems:
             self._thread = None
-            reason = str(problems[0]) if problems else "it takes too long"
-            raise EngineError(f"vLLM cannot serve {self._checkpoint.source.path}: {reason}") from (
-                problems[0] if problems else None
-            )
+            raise EngineError(f"vLLM cannot serve {self._checkpoint.source.path}: {problems[0]}") from problems[0]
         self._closed = None
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
+        from meswitch_cli.engine.vllm.loop import ProbedPrompt
+
         if self._thread is None:
             raise ShuttingDownError("the engine has not been started")
         check_prompts(token_ids, layer, self._described.num_layers)
         longest = max(map(len, token_ids), default=0)
         if longest >= self.max_model_len:
             raise EngineError(f"a prompt of {longest} tokens; the most is {self.max_model_len - 1}")
-        probes = [_Probe(tuple(tokens), layer) for tokens in token_ids]
-        self._in_loop(lambda loop: self._begin_probes(loop, probes))
-        for probe in probes:
-            while not probe.done.wait(0.1):
+        prompts = [ProbedPrompt(tuple(tokens), layer) for tokens in token_ids]
+        self._in_loop(lambda loop: loop.probe(prompts))
+        for prompt in prompts:
+            while not prompt.done.wait(0.1):
                 if not self._running:
                     raise ShuttingDownError("the engine has stopped")
-            if probe.mean is None:
-                raise EngineError("vLLM has not computed the hidden states")
+            if not prompt.mean:
+                raise EngineError("vLLM has shown no hidden states of a prompt")
         width = int(self._described.parameters[f"{self._names.embedding_name}.weight"].shape[1])
-        return torch.tensor([probe.mean for probe in probes]).reshape(len(probes), width)
+        return torch.tensor([prompt.mean for prompt in prompts]).reshape(len(prompts), width)
 
     def statistics(self) -> EngineStatistics:
         with self._lock:
-            if self._thread is None:
+            loop = self._loop
+            if loop is None:
                 raise ShuttingDownError("the engine has not been started")
             return EngineStatistics(
                 running=self._table.running,
@@ -177,17 +156,17 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
                 slot_hits=self._table.hits,
                 slot_loads=self._table.loads,
                 slot_evictions=self._table.evictions,
-                slot_load_seconds=self._loads[0],
-                slot_load_bytes=self._loads[1],
-                cache_blocks=self._blocks[0],
-                cache_blocks_used=self._blocks[1],
+                slot_load_seconds=loop.loads[0],
+                slot_load_bytes=loop.loads[1],
+                cache_blocks=loop.blocks[0],
+                cache_blocks_used=loop.blocks[1],
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
             )
 
     def pin_expert(self, name: str, pinned: bool = True) -> None:
         super().pin_expert(name, pinned)
-        self._in_loop(lambda loop: self._pin_in_vllm(loop, name))
+        self._in_loop(lambda loop: self._pin_as_the_table_says(loop, name))
 
     def stop(self) -> None:
         thread = self._thread
@@ -201,23 +180,22 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         self._wake()
         thread.join(STOP_SECONDS)
         with self._lock:
-            self._thread = None
+            self._thread = self._loop = None
             self._table = SlotTable(1, 1, 0)
             self._closed = "the engine has been stopped"
 
-    # The loop.
-
     def _run(
         self,
-        arguments: dict[str, Any],
-        resident: list[ServedModel],
+        make: Callable[[], VllmLoop],
+        resident: Sequence[ServedModel],
         ready: threading.Event,
         problems: list[BaseException],
     ) -> None:
+        """The loop's thread: it makes vLLM's engine too, which belongs to the thread that made it."""
         failure: BaseException | None = None
-        loop: LLMEngine | None = None
+        loop: VllmLoop | None = None
         try:
-            loop = self._make(arguments)
+            loop = self._loop = make()
             for slot, model in enumerate(resident):
                 self._start_load(loop, self._table.assign(model.name, slot), model)
             ready.set()
@@ -229,110 +207,40 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
                 problems.append(error)
         finally:
             if loop is not None:
-                self._free(loop)
+                loop.shutdown()
             self.on_stop(failure)
             ready.set()
 
-    def _make(self, arguments: dict[str, Any]) -> LLMEngine:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
-
-    def _free(self, loop: LLMEngine) -> None:
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-        loop.engine_core.shutdown()
-        destroy_model_parallel()
-        destroy_distributed_environment()
-
-    def _step(self, loop: LLMEngine) -> None:
-        """Admit, compute one step, and tell what came out; without work, wait for some."""
+    def _step(self, loop: VllmLoop) -> None:
+        """Admit and compute; without work, wait for some."""
         self._work.clear()
         self.before_step(loop)
-        if not self._generations and not self._probes:
-            self._note_statistics(loop)
+        if loop.busy:
+            loop.step()
+        else:
             self._work.wait(0.05 if self._table.waiting else None)
-            return
-        outputs = loop.step()
-        self._note_statistics(loop)
-        for output in outputs:
-            generation, probe = self._generations.get(output.request_id), self._probes.get(output.request_id)
-            if generation is not None:
-                self._deliver(loop, generation, output)
-            elif probe is not None and output.finished:
-                del self._probes[output.request_id]
-                probe.mean = loop.collective_rpc("meswitch_take_probe", args=(output.request_id,))[0] or None
-                probe.done.set()
-
-    def _deliver(self, loop: LLMEngine, generation: Generation, output: Any) -> None:
-        (completion,) = output.outputs
-        generation.cached_tokens = output.num_cached_tokens or 0
-        logprobs = completion.logprobs or [None] * len(completion.token_ids)
-        for token, reported in zip(completion.token_ids, logprobs, strict=True):
-            logprob = None if reported is None else _logprob(token, reported, generation.request.sampling.logprobs)
-            if generation.accept(token, logprob):
-                break
-        if output.finished and not generation.finished:
-            generation.end("error", f"vLLM ended the request: {completion.finish_reason}")
-        if generation.finished:
-            if not output.finished:
-                loop.abort_request([generation.id])
-                self._note_statistics(loop)
-            del self._generations[generation.id]
-            self.on_end(generation)
-
-    def _note_statistics(self, loop: LLMEngine) -> None:
-        pool = loop.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        blocks = pool.num_gpu_blocks - 1  # one stands for none
-        self._blocks = (blocks, blocks - pool.get_num_free_blocks())
-
-    def _begin_probes(self, loop: LLMEngine, probes: Sequence[_Probe]) -> None:
-        """Submit prompts to vLLM that it must compute whole: their states are wanted, so no cached ones will do."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=True
-        )
-        for probe in probes:
-            name = f"probe-{uuid.uuid4().hex}"
-            loop.collective_rpc("meswitch_watch", args=(name, self._described.layers_prefix, probe.layer))
-            loop.add_request(name, _token_prompt(probe.tokens), params)
-            self._probes[name] = probe
-
-    # What it is told.
 
     def _continuation(self, request: GenerationRequest, model: ServedModel) -> FollowedTokens:
         grammar = self._grammars.grammar(request.sampling, model)
         return FollowedTokens(sampling_params(request.sampling, model), grammar)
 
-    def _begin(self, loop: LLMEngine, generation: Generation) -> None:
+    def _begin(self, loop: VllmLoop, generation: Generation) -> None:
         followed = generation.sampler
         assert isinstance(followed, FollowedTokens)
         try:
-            loop.add_request(
-                generation.id,
-                _token_prompt(generation.request.prompt_tokens),
-                followed.params,
-                lora_request=self._adapters.get(generation.model.name),
-            )
+            loop.begin(generation, followed.params, self._adapters.get(generation.model.name))
         except ValueError as error:
             self.on_failure(generation, error)
-            return
-        self._generations[generation.id] = generation
 
-    def _abort(self, loop: LLMEngine, generation: Generation) -> None:
-        loop.abort_request([generation.id])
-        self._generations.pop(generation.id, None)
-        self._note_statistics(loop)
+    def _abort(self, loop: VllmLoop, generation: Generation) -> None:
+        loop.abort(generation)
 
-    def _start_load(self, loop: LLMEngine, load: Load, model: ServedModel) -> None:
+    def _start_load(self, loop: VllmLoop, load: Load, model: ServedModel) -> None:
         """Fill a slot before the next step. vLLM's adapters come between steps, so nobody computes meanwhile."""
         problem = None
         try:
-            loop.add_lora(self._adapters[model.name])
-            self._pin_in_vllm(loop, model.name)
-            self._loads = loop.collective_rpc("meswitch_loads")[0]
+            loop.load(self._adapters[model.name])
+            self._pin_as_the_table_says(loop, model.name)
         except MeswitchError as error:
             problem = str(error)
         except Exception as error:  # whatever it is, it is this expert's and must not stop the others
@@ -342,18 +250,13 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
     def _prefetch(self, model: ServedModel) -> None:
         """Nothing: vLLM reads an adapter when it puts it into a slot."""
 
-    def _pin_in_vllm(self, loop: LLMEngine, name: str) -> None:
-        """Have vLLM keep, or let go, an expert that is in a slot, as the table says."""
+    def _pin_as_the_table_says(self, loop: VllmLoop, name: str) -> None:
         with self._lock:
             item = self._table.experts[name]
-            resident, pinned = item.slot is not None, item.pinned
-        number = self._adapters[name].lora_int_id
-        if resident and pinned:
-            loop.pin_lora(number)
-        else:
-            loop.collective_rpc("meswitch_unpin", args=(number,))
+            pinned = item.slot is not None and item.pinned
+        loop.pin(self._adapters[name], pinned)
 
-    def _admit_expert(self, loop: LLMEngine, model: ServedModel) -> None:
+    def _admit_expert(self, loop: VllmLoop, model: ServedModel) -> None:
         with self._lock:
             self._refuse_if_served(model.name)
         layout = bank_layout(self._names, [] if model.artifact is None else [model.artifact.manifest])
@@ -364,18 +267,18 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
             )
         if not self._layout.holds(layout):
             self._layout = self._layout.joined(layout)
-            loop.collective_rpc("meswitch_grow", args=(worker_config(self._layout),))
+            loop.grow(self._layout)
         self._add(model)
 
-    def _drop_expert(self, loop: LLMEngine, name: str) -> None:
+    def _drop_expert(self, loop: VllmLoop, name: str) -> None:
         with self._lock:
             model = self._table.experts[name].model
             self._table.remove(name)
             self._grammars.forget(model)
-        loop.remove_lora(self._adapters.pop(name).lora_int_id)
+        loop.remove(self._adapters.pop(name))
 
     def _add(self, model: ServedModel) -> None:
-        """To the table, and to vLLM's adapters by a name that the cache's keys begin with."""
+        """To the table, and to vLLM's adapters by a name that the cache's keys hold."""
         from vllm.lora.request import LoRARequest
 
         if model.artifact is not None:
@@ -395,18 +298,5 @@ class VllmEngine(SlottedEngine["LLMEngine"]):
         self._work.set()
 
 
-def _token_prompt(tokens: Sequence[int]) -> Any:
-    from vllm.inputs.engine import tokens_input
-
-    return tokens_input(list(tokens))
-
-
 def _added_rows(layout: Layout) -> int:
     return max((room.added_rows for room in layout.rooms.values()), default=0)
-
-
-def _logprob(token: int, reported: Any, wanted: int | None) -> TokenLogprob:
-    """vLLM reports the chosen token and the likeliest ones in one mapping."""
-    best = sorted(reported.items(), key=lambda item: item[1].rank)[: wanted or 0]
-    top = tuple((other, float(value.logprob)) for other, value in best)
-    return TokenLogprob(token, float(reported[token].logprob), top)

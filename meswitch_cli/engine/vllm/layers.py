@@ -129,12 +129,13 @@ class ExpertNorm(nn.Module):
         self.gains: GainBank | None = None
         self.shifts: GainBank | None = None
 
-    def forward(self, x: Tensor, *residual: Tensor | None) -> Any:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         step = self.steps.current
+        given = (x,) if residual is None else (x, residual)
         if step is None or (self.gains is None and self.shifts is None):
-            return self.base(x, *residual)
+            return self.base(*given)
         check_tokens(step, x.shape[0])
-        result = self.plain(x, *residual)
+        result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
         shape = [x.shape[0]] + [1] * (x.dim() - 2) + [x.shape[-1]]
         dtype = y.dtype

@@ -5,9 +5,7 @@ Nothing changes for a vLLM that was not started by meswitch: it is recognised by
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 from typing import Any
 
 from meswitch_cli.engine.contract import EngineError
@@ -32,7 +30,6 @@ def register() -> None:
     if getattr(LoRAModelRunnerMixin.load_lora_model, "serves_experts", False):
         return
     register_model_loader(LOAD_FORMAT)(BaseLoader)
-    _replace_kernels_once()
     load_lora_model = LoRAModelRunnerMixin.load_lora_model
 
     def load_model(runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
@@ -45,25 +42,3 @@ def register() -> None:
 
     load_model.serves_experts = True  # type: ignore[attr-defined]
     LoRAModelRunnerMixin.load_lora_model = load_model
-
-
-def _replace_kernels_once() -> None:
-    """Have vLLM replace its kernels once in a process, and not look into llvmlite for them.
-
-    On a CPU it searches every module for kernels to replace. llvmlite's `lib`, there once Numba has been imported,
-    answers to any attribute with a function of C, `__dict__` included, and the search fails on it.
-    """
-    from vllm.platforms import current_platform
-
-    replace = current_platform.register_triton_kernel_overrides
-
-    @functools.cache
-    def replace_once() -> None:
-        hidden = sys.modules.pop("llvmlite.binding.ffi", None)
-        try:
-            replace()
-        finally:
-            if hidden is not None:
-                sys.modules["llvmlite.binding.ffi"] = hidden
-
-    current_platform.register_triton_kernel_overrides = replace_once

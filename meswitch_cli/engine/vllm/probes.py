@@ -54,6 +54,8 @@ class Probes:
             probe = self._watched.get(request_id.rpartition("-")[0])  # vLLM appends characters of its own
             if probe is None or probe.layer != layer:
                 continue
+            if self._runner.input_batch.num_computed_tokens_cpu[row] == 0:  # the first part, or begun again
+                probe.total, probe.tokens = None, 0
             own = hidden[int(starts[row]) : int(starts[row + 1])].float()
             total = own.sum(0)
             probe.total = total if probe.total is None else probe.total + total

@@ -95,9 +95,7 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
         module.quant_method = ExpertVocabularyMethod(module.quant_method, *own, width, steps, backend)
     limits = VocabularyLimits(names.vocabulary, slots, steps, device)
     _logits_processor(model).register_forward_hook(limits)
-    tied = f"{names.head_name}.weight" in described.parameters and bool(
-        described.parameters[f"{names.head_name}.weight"].tied_to
-    )
+    tied = bool(described.parameters[f"{names.head_name}.weight"].tied_to)
     layers = ServedLayers(
         linears, norms, embedding, head, names.embedding_name, names.head_name, tied, limits, device, dtype
     )

@@ -87,7 +87,7 @@ def test_a_failure_of_the_loop_is_told_to_everyone(family: Family, start: Start)
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of everything")
 
-    loops[0].engine_core.engine_core.model_executor.execute_model = fail  # type: ignore[attr-defined]
+    loops[0].engine.engine_core.engine_core.model_executor.execute_model = fail  # type: ignore[attr-defined]
     traffic = Traffic(engine)
     for index in range(5):
         traffic.submit(one("alpha", index, tokens=20))

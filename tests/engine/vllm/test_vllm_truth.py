@@ -15,6 +15,7 @@ from engine.test_truth import (
 )
 from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM
 
+from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.engine import VllmEngine
 
 __all__ = [
@@ -48,6 +49,12 @@ def test_families(name: str, config: dict[str, object], tmp_path: Path, start: S
     own = make_family(tmp_path, name, **{"head_dim": HEAD_DIM, **sizes, **config})
     engine = start(own, slots=2, max_wait=0.05)
     check(engine, own, requests(own, 12, seed=1))
+
+
+def test_a_family_whose_rows_vllm_rearranges_is_refused(tmp_path: Path, start: Start) -> None:
+    own = make_family(tmp_path, "gpt_neox", num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(EngineError, match="vLLM cannot serve"):
+        start(own)
 
 
 def test_expert_with_a_head_of_its_own_on_a_tied_base(tmp_path: Path, start: Start) -> None:
