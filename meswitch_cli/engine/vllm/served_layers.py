@@ -136,7 +136,8 @@ def _logits_processor(model: Any) -> nn.Module:
     found = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     if len(found) != 1:
         raise EngineError(f"{type(model).__name__}: {len(found)} logits processors instead of one")
-    return found[0]
+    processor: nn.Module = found[0]
+    return processor
 
 
 def _compare(layers: ServedLayers, base: Checkpoint, stored: dict[str, str]) -> None:
