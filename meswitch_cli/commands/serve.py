@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from meswitch_cli.engine.transformers_engine import TransformersEngine
+    from meswitch_cli.engine.contract import Engine
+    from meswitch_cli.engine.slotted_engine import SlottedEngine
     from meswitch_cli.router import Router
 
 
@@ -33,7 +34,7 @@ def run(
     ] = None,
     engine: Annotated[
         Literal["auto", "transformers", "vllm"],
-        typer.Option(help="auto is transformers; vllm is not part of this version."),
+        typer.Option(help="auto is transformers; vllm needs an environment of its own, with meswitch[vllm] in it."),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -82,13 +83,10 @@ def run(
     """
     from meswitch_cli.commands.extras import require_extra
 
-    require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-    from meswitch_cli.errors import UsageError
+    require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
     from meswitch_cli.server.experts import named_experts
     from meswitch_cli.server.settings import ServerSettings, is_loopback, read_keys
 
-    if engine == "vllm":
-        raise UsageError("--engine vllm: this version has no vLLM plugin; use --engine transformers")
     experts, refused = named_experts(expert or (), experts_dir)
     settings = ServerSettings(
         api_keys=read_keys(api_key_file) if api_key_file else (),
@@ -103,7 +101,6 @@ def run(
     )
 
     from meswitch_cli.engine.settings import EngineSettings
-    from meswitch_cli.engine.transformers_engine import TransformersEngine
     from meswitch_cli.server.app import create_app
     from meswitch_cli.server.lifecycle import Server, listen, serve
     from meswitch_cli.server.logs import configure_logging
@@ -112,7 +109,7 @@ def run(
     bound = listen(host, port)
     configure_logging(log_level)
     _note(f"loading {base} and {len(experts)} experts")
-    made = TransformersEngine(
+    made = _engine_class(engine)(
         EngineSettings(
             base=base,
             experts=experts,
@@ -142,7 +139,17 @@ def run(
     serve(server, bound)
 
 
-def load_router(path: Path | None, engine: TransformersEngine) -> Router | None:
+def _engine_class(name: str) -> type[SlottedEngine[Any]]:
+    if name == "vllm":
+        from meswitch_cli.engine.vllm.engine import VllmEngine
+
+        return VllmEngine
+    from meswitch_cli.engine.transformers_engine import TransformersEngine
+
+    return TransformersEngine
+
+
+def load_router(path: Path | None, engine: Engine) -> Router | None:
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None

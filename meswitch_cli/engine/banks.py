@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest, TensorEntry
-from meswitch_cli.engine.base_model import BaseModel, effective_gain
+from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
 from meswitch_kernels import ExpertBank, GainBank
 
 #: Parts of an artifact's tensors, by parameter name and part, as `Shard.read` names them.
 Parts = dict[tuple[str, str], Tensor]
+
+
+class LayerNames(Protocol):
+    """What the layers of a base are called, as transformers names its modules."""
+
+    @property
+    def linears(self) -> Container[str]: ...
+    @property
+    def norms(self) -> Container[str]: ...
+    @property
+    def embedding_name(self) -> str: ...
+    @property
+    def head_name(self) -> str: ...
+
+
+class Layers(LayerNames, Protocol):
+    """A base's layers in some engine, by transformers' names: each has `weight` and `bias`, and is handed a bank."""
+
+    @property
+    def linears(self) -> Mapping[str, Any]: ...
+    @property
+    def norms(self) -> Mapping[str, Any]: ...
+    @property
+    def embedding(self) -> Any: ...
+    @property
+    def head(self) -> Any: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def layer(self, name: str) -> Any:
+        """A linear, the embedding or the head."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +88,7 @@ class Layout:
         return self.joined(other) == self.joined(self)
 
 
-def bank_layout(base: BaseModel, manifests: Iterable[Manifest]) -> Layout:
+def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
     """The banks that hold any of these experts.
 
     Where base and all experts tie the head, the embedding's bank is the head's too.
@@ -81,7 +116,7 @@ def bank_layout(base: BaseModel, manifests: Iterable[Manifest]) -> Layout:
     return Layout(_with_shared_head(base, rooms), frozenset(norms))
 
 
-def _with_shared_head(base: BaseModel, rooms: dict[str, Room]) -> dict[str, Room]:
+def _with_shared_head(base: LayerNames, rooms: dict[str, Room]) -> dict[str, Room]:
     """Where the head has a bank of its own, experts that tie it load their embedding's delta there too."""
     embedding, head = rooms.get(base.embedding_name), rooms.get(base.head_name)
     if embedding and head:
@@ -96,7 +131,7 @@ class Banks:
         nbytes: of device memory, whatever is loaded.
     """
 
-    def __init__(self, base: BaseModel, layout: Layout, slots: int) -> None:
+    def __init__(self, base: Layers, layout: Layout, slots: int) -> None:
         self.base, self.layout, self.slots = base, layout, slots
         self.banks = {name: self._bank(name, room) for name, room in layout.rooms.items()}
         self.added_bias: Tensor | None = None
@@ -142,13 +177,19 @@ class Banks:
 
     def load(self, slot: int, manifest: Manifest, parts: Parts) -> int:
         """Put an expert into a slot that no token uses; return the bytes copied."""
-        entries = {entry.name: entry for entry in manifest.tensors}
+        return self._load(slot, {entry.name: entry for entry in manifest.tensors}, self._ties_head(manifest), parts)
+
+    def load_base(self, slot: int) -> int:
+        """Put an expert that changes nothing into a slot; return the bytes copied."""
+        return self._load(slot, {}, False, {})
+
+    def _load(self, slot: int, entries: Mapping[str, TensorEntry], ties_head: bool, parts: Parts) -> int:
         moved = 0
         if self.added_bias is not None:
             self.added_bias[slot + 1] = 0
         for name, bank in self.banks.items():
             weight, bias = f"{name}.weight", f"{name}.bias"
-            if name == self.base.head_name and weight not in entries and self._ties_head(manifest):
+            if name == self.base.head_name and weight not in entries and ties_head:
                 weight = f"{self.base.embedding_name}.weight"
             moved += self._load_bank(bank, slot, entries.get(weight), bias, parts)
         for name, gains in self.gains.items():
@@ -171,7 +212,7 @@ class Banks:
             gains.clear(slot)
 
     def _bank(self, name: str, room: Room) -> ExpertBank:
-        weight: Tensor = self.base.model.get_submodule(name).weight
+        weight: Tensor = self.base.layer(name).weight
         out_features, in_features = weight.shape
         return ExpertBank(
             self.slots,
@@ -209,7 +250,7 @@ class Banks:
                 added = bias_value[bank.out_features :]
                 self.added_bias[slot + 1, : added.shape[0]] = added
             bias_value = _resized(bias_value, bank.out_features)
-            own = self.base.model.get_submodule(bias.removesuffix(".bias")).bias
+            own = self.base.layer(bias.removesuffix(".bias")).bias
             bias_value = bias_value.float() - own.float().to(bias_value.device)
         loaded = [codes, steps, part("salient_index"), salient_value, part("channel_scale"), bias_value]
         bank.load(

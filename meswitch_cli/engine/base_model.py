@@ -14,7 +14,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.attention import register
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
-from meswitch_cli.engine.settings import DTYPES
+from meswitch_cli.engine.settings import DTYPES, EngineSettings
 from meswitch_cli.engine.step import Steps
 from meswitch_cli.errors import UsageError
 
@@ -48,6 +48,10 @@ class BaseModel:
     def vocabulary(self) -> int:
         return int(self.embedding.weight.shape[0])
 
+    def layer(self, name: str) -> Any:
+        """The module of a name."""
+        return self.model.get_submodule(name)
+
 
 def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     """The type asked for; `auto` is what most of the checkpoint's weights are stored in, or its config says.
@@ -66,6 +70,13 @@ def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     for info in checkpoint.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def served_dtype(checkpoint: Checkpoint, settings: EngineSettings) -> torch.dtype:
+    """As `model_dtype`, and float32 for a float16 checkpoint on a CPU, whose kernels know no float16."""
+    dtype = model_dtype(checkpoint, settings.dtype)
+    unknown = settings.dtype == "auto" and settings.torch_device.type == "cpu" and dtype == torch.float16
+    return torch.float32 if unknown else dtype
 
 
 def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> BaseModel:
@@ -181,7 +192,7 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
     raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
 
 
-def effective_gain(norm: ExpertNorm, weight: torch.Tensor) -> torch.Tensor:
+def effective_gain(norm: Any, weight: torch.Tensor) -> torch.Tensor:
     """The gain `[width]` fp32 that a norm's weight stands for."""
     return weight.float() + (1.0 - float(norm.plain.weight.flatten()[0]))
 

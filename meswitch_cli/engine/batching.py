@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.prefix import SaltedCache
-from meswitch_cli.engine.sampler import choose
+from meswitch_cli.engine.sampler import Sampler, choose
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.step import Step, Steps
 
@@ -112,7 +112,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
     ) -> None:
         indices = batch_data["logits_indices"]
         tokens = batch_data["input_ids"].shape[1]
-        self._steps.current = Step(self.slot_of_token[:tokens], indices, self._slots) if self.mixed else None
+        slots = self.slot_of_token[:tokens]
+        self._steps.current = Step(slots, slots[indices.long()], self._slots) if self.mixed else None
         try:
             logits: torch.Tensor = model(**batch_data).logits
         finally:
@@ -136,7 +137,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
         if not states:
             return
         chosen = choose(
-            logits[: len(states)].to(torch.float32, copy=True), [state.generation.sampler for state in states]
+            logits[: len(states)].to(torch.float32, copy=True),
+            [cast(Sampler, state.generation.sampler) for state in states],
         )
         for state, choice in zip(states, chosen, strict=True):
             state.chosen = choice.logprob

@@ -10,7 +10,7 @@ from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
-from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, Manifest
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
@@ -76,12 +76,15 @@ def open_expert(name: str, path: Path, base: Checkpoint, fingerprint: str) -> Se
             "`meswitch restore` makes a model of its own of it"
         )
     tokenizer = load_tokenizer(path)
-    rows = [
-        entry.shape[0] for entry in artifact.manifest.tensors if entry.kind in ("embedding", "head") and entry.shape
-    ]
-    vocabulary = min(rows, default=int(config.get("vocab_size", base.config["vocab_size"])))
+    vocabulary = expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"])))
     identity = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
     return ServedModel(name, path, identity, tokenizer, vocabulary, end_ids(path, tokenizer), artifact)
+
+
+def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
+    """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
+    rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
+    return min(rows, default=otherwise)
 
 
 class ExpertOpener:

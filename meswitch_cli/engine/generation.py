@@ -5,13 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from typing import Protocol
 
 from meswitch_cli.engine.contract import Chunk, FinishReason, GenerationRequest, OnChunk, TokenLogprob
 from meswitch_cli.engine.detokenizer import Detokenizer, StopStrings
 from meswitch_cli.engine.expert import ServedModel
-from meswitch_cli.engine.sampler import Sampler
 
 logger = logging.getLogger(__name__)
+
+
+class Continuation(Protocol):
+    """What has been chosen so far; our `Sampler` is one."""
+
+    generated: list[int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is allowed to follow."""
+
+    def take(self, token: int) -> None:
+        """Remember a chosen token."""
 
 
 class Generation:
@@ -21,7 +34,9 @@ class Generation:
         slot: the device slot of its expert while it runs, -1 for the base.
     """
 
-    def __init__(self, request: GenerationRequest, model: ServedModel, sampler: Sampler, on_chunk: OnChunk) -> None:
+    def __init__(
+        self, request: GenerationRequest, model: ServedModel, sampler: Continuation, on_chunk: OnChunk
+    ) -> None:
         self.request, self.model, self.sampler = request, model, sampler
         self.slot = -1
         self.cached_tokens = 0

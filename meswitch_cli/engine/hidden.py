@@ -29,11 +29,7 @@ class HiddenStates:
         Raises:
             EngineError: no such layer, or an empty prompt.
         """
-        count = self._base.architecture.num_layers
-        if not 1 <= layer <= count:
-            raise EngineError(f"layer {layer}: the base has layers 1 to {count}")
-        if not all(token_ids):
-            raise EngineError("a prompt without tokens has no hidden state")
+        check_prompts(token_ids, layer, self._base.architecture.num_layers)
         model = self._model(layer)
         device = self._base.device
         rows = []
@@ -48,6 +44,18 @@ class HiddenStates:
             if layer not in self._cut:
                 self._cut[layer] = _cut(self._base, layer)
             return self._cut[layer]
+
+
+def check_prompts(token_ids: Sequence[Sequence[int]], layer: int, layers: int) -> None:
+    """Refuse what has no hidden state.
+
+    Raises:
+        EngineError: no such layer, or an empty prompt.
+    """
+    if not 1 <= layer <= layers:
+        raise EngineError(f"layer {layer}: the base has layers 1 to {layers}")
+    if not all(token_ids):
+        raise EngineError("a prompt without tokens has no hidden state")
 
 
 def _cut(base: BaseModel, layer: int) -> Any:

@@ -80,6 +80,11 @@ class EngineSettings:
         chosen = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device("cuda", torch.cuda.current_device()) if chosen == "cuda" else torch.device("cpu")
 
+    @property
+    def copies_nbytes(self) -> int | None:
+        """`host_bytes`, decided: on a CPU a copy would be the same memory twice."""
+        return 0 if self.host_bytes is None and self.torch_device.type == "cpu" else self.host_bytes
+
 
 def check_name(name: str) -> None:
     """Refuse a name that no expert can have.

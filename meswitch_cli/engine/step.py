@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import torch
 from torch import Tensor
 
 from meswitch_kernels import TokenGroups, group_tokens
@@ -22,10 +21,10 @@ class Step:
 
     __slots__ = ("gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
 
-    def __init__(self, slot_of_token: Tensor, logits_indices: Tensor, slots: int) -> None:
+    def __init__(self, slot_of_token: Tensor, slot_of_row: Tensor, slots: int) -> None:
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
-        self.slot_of_row = slot_of_token[logits_indices.long()]
+        self.slot_of_row = slot_of_row
         device = slot_of_token.device
         # The CPU kernels group tokens by themselves.
         self.groups: TokenGroups | None = None if device.type == "cpu" else group_tokens(slot_of_token, slots)
@@ -45,8 +44,3 @@ class Steps(threading.local):
     """
 
     current: Step | None = None
-
-
-def make_step(slots_of_tokens: list[int], logits_indices: Tensor, slots: int, device: torch.device) -> Step:
-    slot_of_token = torch.tensor(slots_of_tokens, dtype=torch.int32, device=device)
-    return Step(slot_of_token, logits_indices, slots)

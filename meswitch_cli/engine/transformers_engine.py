@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import random
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, bank_layout
-from meswitch_cli.engine.base_model import BaseModel, load_base, model_dtype
-from meswitch_cli.engine.contract import (
-    BASE,
-    EngineError,
-    EngineStatistics,
-    ExpertStatus,
-    GenerationRequest,
-    InvalidRequestError,
-    OnChunk,
-    QueueFullError,
-    ShuttingDownError,
-    Tokenizer,
-    UnknownExpertError,
-)
-from meswitch_cli.engine.expert import ExpertOpener, ServedModel, open_base
+from meswitch_cli.engine.base_model import BaseModel, load_base, served_dtype
+from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
+from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStates
 from meswitch_cli.engine.loader import Loader
-from meswitch_cli.engine.requests import check_request
 from meswitch_cli.engine.residency import HostCopies, Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
-from meswitch_cli.engine.settings import EngineSettings, check_name
+from meswitch_cli.engine.settings import EngineSettings
+from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
 from meswitch_cli.engine.version import check_transformers
-from meswitch_cli.errors import MeswitchError, UsageError
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.batching import Manager, Processor
 
-logger = logging.getLogger(__name__)
 
-MAX_MODEL_LEN = 8192
-#: How long `stop` waits for the loop to take notice.
-STOP_SECONDS = 30.0
-
-
-class TransformersEngine:
-    """Implements `contract.Engine`.
-
-    Attributes:
-        failed: experts that could not be served at the start, and why.
-    """
+class TransformersEngine(SlottedEngine["Processor"]):
+    """Implements `contract.Engine`."""
 
     def __init__(self, settings: EngineSettings) -> None:
         """Read the base's headers; nothing is loaded yet.
@@ -64,37 +34,12 @@ class TransformersEngine:
         Raises:
             EngineError: transformers is of a version that the engine does not know.
             CheckpointError: there is no such base.
-            UsageError: `max_model_len` is more than the base was made for.
         """
         check_transformers()
-        self.settings = settings
-        self.failed: dict[str, str] = {}
-        self._checkpoint = Checkpoint.open(settings.base)
-        self.base_id = self._checkpoint.source.id
-        longest = self._checkpoint.config.get("max_position_embeddings")
-        if longest and settings.max_model_len and settings.max_model_len > longest:
-            raise UsageError(
-                f"max_model_len: {settings.max_model_len} is more than the {longest} positions of "
-                f"{settings.base} (max_position_embeddings in its config.json)"
-            )
-        self.max_model_len = settings.max_model_len or min(int(longest or MAX_MODEL_LEN), MAX_MODEL_LEN)
-        self.max_requests = settings.max_running + settings.max_queue
-        self._opener = ExpertOpener(self._checkpoint)
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._random = random.Random(settings.seed)
+        super().__init__(settings)
         self._grammars = Grammars()
-        self._active: dict[str, Generation] = {}
-        self._cancelled: set[str] = set()
-        self._commands: deque[Callable[[Processor], None]] = deque()
-        self._closed: str | None = "the engine has not been started"
-        self._prompt_tokens = self._generated_tokens = 0
         self._base: BaseModel | None = None
         self._manager: Manager | None = None
-
-    @property
-    def closed(self) -> str | None:
-        return self._closed
 
     def start(self) -> None:
         """As the contract says.
@@ -107,18 +52,16 @@ class TransformersEngine:
         if self._manager is not None:
             raise EngineError("the engine has been started already")
         settings = self.settings
-        device, dtype = settings.torch_device, model_dtype(self._checkpoint, settings.dtype)
-        if settings.dtype == "auto" and device.type == "cpu" and dtype == torch.float16:
-            dtype = torch.float32  # the CPU's kernels know no float16
-        self._base = base = load_base(self._checkpoint, device, dtype)
-        models = [open_base(self._checkpoint, base.vocabulary), *self._open_experts(base)]
+        dtype = served_dtype(self._checkpoint, settings)
+        self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
+        opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
+        models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
         slots = settings.slots or max(1, len(settings.experts))
         layout = bank_layout(base, [model.artifact.manifest for model in experts if model.artifact])
-        host_bytes = settings.host_bytes if settings.host_bytes is not None else 0 if device.type == "cpu" else None
         banks = Banks(base, layout, slots)
         banks.install()
-        self._copies = HostCopies(host_bytes)
+        self._copies = HostCopies(settings.copies_nbytes)
         self._loader = Loader(banks, self._copies, self._on_loaded)
         self._hidden = HiddenStates(base)
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)
@@ -131,95 +74,6 @@ class TransformersEngine:
         self._loader.start()
         self._manager.start()
         self._closed = None
-
-    def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None:
-        with self._lock:
-            self._refuse_if_closed()
-            model = self._model(request.expert)
-        check_request(request, model, self.max_model_len)
-        grammar = self._grammars.grammar(request.sampling, model)
-        with self._lock:
-            self._refuse_if_closed()
-            if self._model(request.expert) is not model:
-                raise UnknownExpertError(f"no expert {request.expert!r} is served any more")
-            if request.id in self._active:
-                raise InvalidRequestError(f"id {request.id!r} is in use by a request that runs", "id")
-            if len(self._active) >= self.max_requests:
-                raise QueueFullError(f"{len(self._active)} requests run or wait; try again later")
-            seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(62)
-            generation = Generation(request, model, Sampler(request, model, seed, grammar), on_chunk)
-            self._active[request.id] = generation
-            self._table.enqueue(generation)
-            self._prompt_tokens += len(request.prompt_tokens)
-        self._wake()
-
-    def cancel(self, request_id: str) -> None:
-        with self._lock:
-            generation = self._active.get(request_id)
-            if generation is None:
-                return
-            if not self._withdraw(generation):  # it runs; the loop takes it out between two steps
-                self._cancelled.add(request_id)
-                generation = None
-        if generation is not None:
-            generation.end("cancelled")
-        self._wake()
-
-    def tokenizer(self, expert: str) -> Tokenizer:
-        with self._lock:
-            return self._model(expert).tokenizer
-
-    def experts(self) -> tuple[ExpertStatus, ...]:
-        with self._lock:
-            if self._base is None:
-                return ()
-            copies = {name for name, item in self._table.experts.items() if item.model.identity in self._copies}
-            return tuple(
-                ExpertStatus(
-                    name=name,
-                    path=item.model.path,
-                    artifact=item.model.identity,
-                    nbytes=item.model.nbytes,
-                    residency=self._table.residency(item, copies),
-                    slot=item.slot,
-                    pinned=item.pinned,
-                    running=item.running,
-                    waiting=len(item.waiting),
-                )
-                for name, item in self._table.experts.items()
-                if name != BASE and not item.leaving
-            )
-
-    def load_expert(self, name: str, path: Path) -> None:
-        check_name(name)
-        with self._lock:
-            self._refuse_if_closed()
-            if name in self._table.experts:
-                raise EngineError(f"expert {name!r} is served already; unload it first")
-        model = self._opener.open(name, Path(path))
-        self._in_loop(lambda processor: self._admit_expert(model, processor))
-
-    def unload_expert(self, name: str) -> None:
-        with self._changed:
-            self._refuse_if_closed()
-            item = self._table.experts[self._model(name).name]
-            if name == BASE:
-                raise EngineError("the base cannot be unloaded")
-            item.leaving = True
-            self._changed.wait_for(lambda: self._closed_for_good or not self._table.is_busy(item))
-        self._in_loop(lambda processor: self._drop_expert(name, processor))
-
-    def pin_expert(self, name: str, pinned: bool = True) -> None:
-        with self._lock:
-            self._refuse_if_closed()
-            item = self._table.experts[self._model(name).name]
-            if name == BASE:
-                raise EngineError("the base is always on the device")
-            others = sum(other.pinned for other in self._table.experts.values() if other is not item)
-            if pinned and others >= len(self._table.slots):
-                raise EngineError(f"expert {name!r} cannot be pinned: every slot is pinned already")
-            item.pinned = pinned
-        self._wake()
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
         if self._base is None:
@@ -247,19 +101,11 @@ class TransformersEngine:
                 generated_tokens=self._generated_tokens,
             )
 
-    def drain(self, timeout: float | None = None) -> bool:
-        with self._changed:
-            self._closed = self._closed or "the engine is shutting down"
-            return self._changed.wait_for(lambda: not self._active, timeout)
-
     def stop(self) -> None:
         manager = self._manager
         if manager is None:
             return
-        with self._lock:
-            self._closed = self._closed or "the engine is shutting down"
-            self._cancelled.update(self._active)
-        self._wake()
+        self._cancel_all()
         if manager.is_running():
             with self._changed:
                 self._changed.wait_for(lambda: not self._active, STOP_SECONDS)
@@ -270,91 +116,23 @@ class TransformersEngine:
             self._table = SlotTable(1, 1, 0)
             self._closed = "the engine has been stopped"
 
-    # What the loop calls, in its own thread.
-
-    def before_step(self, processor: Processor) -> None:
+    def _continuation(self, request: GenerationRequest, model: ServedModel) -> Sampler:
+        grammar = self._grammars.grammar(request.sampling, model)
         with self._lock:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command(processor)
-        for generation in self._take_cancelled():
-            generation.end("cancelled")
-            if not self._withdraw(generation):
-                processor.cancel(generation.id)
-                self.on_end(generation)
-        with self._changed:
-            hopeless = self._table.hopeless()
-            for generation in hopeless:
-                self._active.pop(generation.id, None)
-            self._changed.notify_all()
-        for generation in hopeless:
-            generation.end("error", f"expert {generation.model.name!r} finds no slot: others are pinned in all of them")
-        with self._lock:
-            for load in self._table.loads_to_start():
-                self._loader.load(load, self._table.experts[load.expert].model)
-            for name in self._table.prefetches():
-                self._loader.prefetch(self._table.experts[name].model)
-            admitted = self._table.admissions()
-        for generation in admitted:
-            generation.queued_seconds = time.monotonic() - generation.since
-            processor.admit(generation)
+            seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(62)
+        return Sampler(request, model, seed, grammar)
 
-    def on_end(self, generation: Generation) -> None:
-        with self._changed:
-            if self._active.pop(generation.id, None) is None:
-                return
-            self._cancelled.discard(generation.id)
-            self._generated_tokens += len(generation.sampler.generated)
-            self._table.release(generation)
-            self._changed.notify_all()
+    def _begin(self, loop: Processor, generation: Generation) -> None:
+        loop.admit(generation)
 
-    def on_failure(self, generation: Generation, error: Exception) -> None:
-        generation.end("error", str(error))
-        self.on_end(generation)
+    def _abort(self, loop: Processor, generation: Generation) -> None:
+        loop.cancel(generation.id)
 
-    def on_stop(self, error: Exception | None) -> None:
-        """The loop has ended: by `stop`, or by an error that leaves nothing to go on with."""
-        with self._changed:
-            self._closed = f"the engine has failed: {error}" if error else "the engine has been stopped"
-            left = list(self._active.values())
-            self._active.clear()
-            self._changed.notify_all()
-        for generation in left:
-            generation.end("error" if error else "cancelled", str(error) if error else None)
+    def _start_load(self, loop: Processor, load: Load, model: ServedModel) -> None:
+        self._loader.load(load, model)
 
-    def _on_loaded(self, load: Load, problem: str | None) -> None:
-        with self._changed:
-            if problem is None:
-                self._table.loaded(load)
-            else:
-                logger.error("expert %s: %s", load.expert, problem)
-                for generation in self._table.load_failed(load):
-                    self._active.pop(generation.id, None)
-                    generation.end("error", problem)
-            self._changed.notify_all()
-        self._wake()
-
-    # Parts of the above.
-
-    @property
-    def _closed_for_good(self) -> bool:
-        return self._manager is None or not self._manager.is_running()
-
-    def _open_experts(self, base: BaseModel) -> list[ServedModel]:
-        models = []
-        for name, path in self.settings.experts.items():
-            try:
-                model = self._opener.open(name, Path(path))
-                if model.artifact:
-                    bank_layout(base, [model.artifact.manifest])
-                models.append(model)
-            except MeswitchError as error:
-                if self.settings.strict:
-                    raise
-                self.failed[name] = str(error)
-        if self.failed and not models:
-            raise EngineError("no expert can be served: " + "; ".join(self.failed.values()))
-        return models
+    def _prefetch(self, model: ServedModel) -> None:
+        self._loader.prefetch(model)
 
     def _fill(self, model: ServedModel, slot: int) -> None:
         """Put an expert into an empty slot before the loop begins."""
@@ -363,17 +141,16 @@ class TransformersEngine:
             self._loader.copy(model, load.slot)
         self._table.loaded(load)
 
-    def _admit_expert(self, model: ServedModel, processor: Processor) -> None:
+    def _admit_expert(self, loop: Processor, model: ServedModel) -> None:
         with self._lock:
-            if model.name in self._table.experts:
-                raise EngineError(f"expert {model.name!r} is served already; unload it first")
+            self._refuse_if_served(model.name)
             resident = [item for item in self._table.experts.values() if item.slot is not None]
             served = [item.model.artifact for item in self._table.experts.values()]
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
         banks, base = self._loader.banks, self._loader.banks.base
         layout = bank_layout(base, everyone)
         if not banks.layout.holds(layout):
-            if processor.model_runner.pad_inputs:
+            if loop.model_runner.pad_inputs:
                 raise EngineError(
                     f"expert {model.name!r} needs more room than the slots have, and captured graphs cannot follow "
                     "them elsewhere: start the engine with it"
@@ -389,7 +166,7 @@ class TransformersEngine:
         with self._lock:
             self._table.add(model)
 
-    def _drop_expert(self, name: str, processor: Processor) -> None:
+    def _drop_expert(self, loop: Processor, name: str) -> None:
         with self._lock:
             item = self._table.experts[name]
             slot = self._table.remove(name)
@@ -398,54 +175,16 @@ class TransformersEngine:
         if slot is not None:
             with self._loader.lock, torch.no_grad():
                 self._loader.banks.clear(slot)
-        processor.cache.evict_cached_blocks()
+        loop.cache.evict_cached_blocks()
 
-    def _in_loop(self, work: Callable[[Processor], None]) -> None:
-        """Run something between two steps; return when it is done, raise what it raises."""
-        done = threading.Event()
-        problems: list[Exception] = []
+    def _on_host(self) -> Collection[str]:
+        if self._base is None:
+            return ()
+        return {name for name, item in self._table.experts.items() if item.model.identity in self._copies}
 
-        def command(processor: Processor) -> None:
-            try:
-                work(processor)
-            except Exception as error:
-                problems.append(error)
-            finally:
-                done.set()
-
-        with self._lock:
-            self._refuse_if_closed()
-            self._commands.append(command)
-        self._wake()
-        while not done.wait(0.1):
-            if self._closed_for_good:
-                raise ShuttingDownError("the engine has stopped")
-        if problems:
-            raise problems[0]
-
-    def _take_cancelled(self) -> list[Generation]:
-        with self._lock:
-            taken = [self._active[request_id] for request_id in self._cancelled if request_id in self._active]
-            self._cancelled.clear()
-            return taken
-
-    def _withdraw(self, generation: Generation) -> bool:
-        with self._changed:
-            if not self._table.withdraw(generation):
-                return False
-            self._active.pop(generation.id, None)
-            self._changed.notify_all()
-            return True
-
-    def _model(self, name: str) -> ServedModel:
-        item = self._table.experts.get(name) if self._base is not None else None
-        if item is None or item.leaving:
-            raise UnknownExpertError(f"no expert {name!r} is served")
-        return item.model
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise ShuttingDownError(self._closed)
+    @property
+    def _running(self) -> bool:
+        return self._manager is not None and self._manager.is_running()
 
     def _wake(self) -> None:
         if self._manager is not None:

@@ -134,7 +134,8 @@ def test_banks_hold_the_artifacts_delta(family: Family) -> None:
         assert banks.load(slot, artifact.manifest, read_parts(artifact)) > 0
     ids = torch.tensor([[5, 6, 7, 8]])
     for slot, name in enumerate(EXPERTS):
-        base.steps.current = Step(torch.full((4,), slot, dtype=torch.int32), torch.tensor([3]), 3)
+        slots = torch.full((4,), slot, dtype=torch.int32)
+        base.steps.current = Step(slots, slots[3:], 3)
         with torch.inference_mode():
             ours = base.model(ids, use_cache=False).logits[0]
             theirs = family.references[name](ids).logits[0]

@@ -12,6 +12,7 @@ import torch
 
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.engine.contract import Engine
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
 from meswitch_cli.server.app import create_app
@@ -71,10 +72,15 @@ class Running:
 
 
 def start(family: Family, *, router: Any = None, settings: ServerSettings | None = None, **engine: Any) -> Running:
-    """Serve the family; `engine` overrides the engine's settings."""
+    """Serve the family over the embedded engine; `engine` overrides its settings."""
     options = {"base": str(family.base), "experts": family.artifacts, "device": "cpu", "dtype": "float32"}
     made = TransformersEngine(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
     made.start()
+    return serve_engine(made, settings, router)
+
+
+def serve_engine(made: Engine, settings: ServerSettings | None = None, router: Any = None) -> Running:
+    """Serve over an engine that has been started."""
     service = Service(made, settings or ServerSettings(), router)
     bound = listen("127.0.0.1", 0)
     started = threading.Event()

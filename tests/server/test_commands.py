@@ -186,7 +186,7 @@ def _ignore(url: str, body: dict[str, Any]) -> None:
         (["--expert", "auto=x"], 2, ["auto"]),
         (["--expert", "a=x", "--expert", "a=y"], 2, ["twice"]),
         (["--experts-dir", "/nowhere"], 2, ["/nowhere"]),
-        (["--engine", "vllm"], 2, ["vllm", "--engine transformers"]),
+        (["--engine", "vllm"], 1, ["not installed", "pip install 'meswitch[vllm]'"]),
         (["--api-key-file", "/nowhere"], 1, ["/nowhere"]),
         (["--host", "192.0.2.1"], 1, ["192.0.2.1"]),
         (["--router", "/nowhere"], 1, ["/nowhere"]),

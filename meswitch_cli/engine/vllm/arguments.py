@@ -1,0 +1,110 @@
+"""The engine's settings as vLLM's arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from meswitch_cli.checkpoint.architecture import Architecture
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.engine.banks import Layout
+from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
+from meswitch_cli.engine.requests import MAX_TOP_LOGPROBS
+from meswitch_cli.engine.settings import EngineSettings
+from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
+
+#: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.
+MAX_ADAPTERS = 4096
+#: Prompts whose hidden states are computed at once, beside the requests.
+PROBES = 8
+#: What vLLM reads from the environment alone. One process, so that a request's chunks and its worker's slots are
+#: at hand; the model runner that calls logits processors; nobody is told what is served here; logs go where ours go.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CONFIGURE_LOGGING": "0",
+}
+
+
+def set_environment() -> None:
+    """Set `ENVIRONMENT`, before vLLM is first imported."""
+    os.environ.update(ENVIRONMENT)
+
+
+def engine_arguments(
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    described: Architecture,
+    names: BaseNames,
+    layout: Layout,
+    *,
+    slots: int,
+    dtype: torch.dtype,
+    max_model_len: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The arguments of `vllm.EngineArgs`.
+
+    No CUDA graphs and no compilation: whether a batch holds experts is decided in Python, once per step.
+    """
+    added = max((room.added_rows for room in layout.rooms.values()), default=0)
+    vocabulary = names.vocabulary + added
+    stored = described.stored_names(checkpoint)
+    rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]
+    options: dict[str, Any] = {
+        "model": str(checkpoint.source.path),
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "generation_config": "vllm",
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "max_model_len": max_model_len,
+        "max_num_seqs": settings.max_running + PROBES,
+        "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + PROBES),
+        "max_logprobs": MAX_TOP_LOGPROBS,
+        "enable_prefix_caching": settings.prefix_sharing,
+        "enforce_eager": True,
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "enable_lora": True,
+        "max_loras": slots,
+        "max_cpu_loras": max(MAX_ADAPTERS, slots),
+        "max_lora_rank": 1,
+        "load_format": "meswitch",
+        "use_tqdm_on_load": False,
+        "model_loader_extra_config": {
+            "vocabulary": vocabulary,
+            "names": sorted(stored[name] for name in rows if name in stored),
+        },
+        "additional_config": {CONFIG_KEY: worker_config(layout) | {"host_bytes": settings.copies_nbytes}},
+        "worker_extension_cls": "meswitch_cli.engine.vllm.worker.WorkerExtension",
+        "logits_processors": ["meswitch_cli.engine.vllm.grammar:GrammarProcessor"],
+    }
+    if added:
+        options["hf_overrides"] = {"vocab_size": vocabulary}
+    if settings.page_size is not None:
+        options["block_size"] = settings.page_size
+    return options | _cache_arguments(settings, checkpoint, dtype, max_model_len)
+
+
+def _cache_arguments(
+    settings: EngineSettings, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
+) -> dict[str, Any]:
+    """How much cache: as many tokens as were asked for; else on a GPU what vLLM finds free."""
+    from transformers import AutoConfig
+
+    tokens = settings.cache_tokens
+    if tokens is None and settings.torch_device.type != "cpu":
+        return {}
+    plain = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    each = token_bytes(AutoConfig.for_model(**plain), dtype.itemsize)
+    if tokens is None:
+        tokens = CPU_CACHE_BYTES // each
+    page = settings.page_size or 128
+    # One page more, because vLLM keeps one for itself.
+    pages = math.ceil(max(tokens, max_model_len) / page) + 1
+    return {"kv_cache_memory_bytes": pages * page * each}

@@ -1,0 +1,87 @@
+"""Texts that must be JSON, inside vLLM's worker.
+
+vLLM's own structured output knows one tokenizer, the base's. Experts have their own, so our grammars are used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from meswitch_cli.engine.contract import Sampling
+from meswitch_cli.engine.expert import ServedModel, load_tokenizer
+from meswitch_cli.engine.grammar import Grammar, Grammars
+from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY
+
+
+class _Constraint:
+    """A request's grammar, and how far into its tokens it has come."""
+
+    def __init__(self, grammar: Grammar, tokens: list[int]) -> None:
+        self._grammar, self._tokens, self._taken = grammar, tokens, 0
+
+    def mask(self, logits: torch.Tensor) -> None:
+        for token in self._tokens[self._taken :]:
+            self._grammar.take(token)
+        self._taken = len(self._tokens)
+        if not self._grammar.complete:
+            self._grammar.mask(logits)
+
+
+class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Masks the rows of the requests that ask for JSON."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._grammars = Grammars()
+        self._models: dict[str, ServedModel] = {}
+        self._constraints: dict[int, _Constraint] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests from row to row; vLLM says to heed removals, then additions, then moves."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._constraints.pop(row, None)
+        for row, params, _, tokens in batch_update.added:
+            self._constraints.pop(row, None)
+            asked = _asked(params)
+            if asked is not None:
+                self._constraints[row] = _Constraint(self._grammar(asked), tokens)
+        for source, target, direction in batch_update.moved:
+            moving, other = self._constraints.pop(source, None), self._constraints.pop(target, None)
+            if moving is not None:
+                self._constraints[target] = moving
+            if other is not None and direction == MoveDirectionality.SWAP:
+                self._constraints[source] = other
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for row, constraint in self._constraints.items():
+            constraint.mask(logits[row])
+        return logits
+
+    def _grammar(self, asked: Mapping[str, Any]) -> Grammar:
+        identity = asked["identity"]
+        if identity not in self._models:
+            path = Path(asked["path"])
+            self._models[identity] = ServedModel(
+                "", path, identity, load_tokenizer(path), asked["vocabulary"], frozenset(asked["end_ids"])
+            )
+        schema = asked["schema"]
+        sampling = Sampling(json_object=True) if schema is None else Sampling(json_schema=json.loads(schema))
+        grammar = self._grammars.grammar(sampling, self._models[identity])
+        assert grammar is not None
+        return grammar
+
+
+def _asked(params: SamplingParams) -> Mapping[str, Any] | None:
+    asked: Mapping[str, Any] | None = (params.extra_args or {}).get(GRAMMAR_KEY)
+    return asked

@@ -1,0 +1,44 @@
+"""What the engine asks of vLLM's workers beyond vLLM's own calls; mixed into their class by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from meswitch_cli.engine.vllm.manager import ExpertManager
+from meswitch_cli.engine.vllm.probes import Probes
+
+
+class WorkerExtension:
+    """Called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def meswitch_loads(self) -> tuple[float, int]:
+        """Seconds and bytes of all copies into slots."""
+        manager = self._manager()
+        return manager.seconds, manager.nbytes
+
+    def meswitch_grow(self, config: Mapping[str, Any]) -> None:
+        """Make the slots larger, for a layout as `names.worker_config` writes it."""
+        self._manager().grow(config)
+
+    def meswitch_unpin(self, lora_id: int) -> None:
+        """Let vLLM evict an expert again."""
+        self._manager().unpin_adapter(lora_id)
+
+    def meswitch_watch(self, request_id: str, layers_prefix: str, layer: int) -> None:
+        """As `Probes.watch`."""
+        runner = self.model_runner
+        if not hasattr(runner, "meswitch_probes"):
+            runner.meswitch_probes = Probes(runner, layers_prefix)
+        runner.meswitch_probes.watch(request_id, layer)
+
+    def meswitch_take_probe(self, request_id: str) -> list[float]:
+        """As `Probes.take`."""
+        found: list[float] = self.model_runner.meswitch_probes.take(request_id)
+        return found
+
+    def _manager(self) -> ExpertManager:
+        manager: ExpertManager = self.model_runner.lora_manager._adapter_manager
+        return manager

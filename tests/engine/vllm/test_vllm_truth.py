@@ -1,0 +1,63 @@
+"""The black-box tests of the truth, over vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engine.family import make_family, requests
+from engine.test_truth import (
+    check,
+    test_full_cache_begins_requests_again,
+    test_mixed_batches_equal_plain_models,
+    test_random_arrivals,
+)
+from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM
+
+from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.vllm.engine import VllmEngine
+
+__all__ = [
+    "test_full_cache_begins_requests_again",
+    "test_mixed_batches_equal_plain_models",
+    "test_random_arrivals",
+]
+
+pytestmark = NEEDS_VLLM
+Start = Callable[..., VllmEngine]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("gemma", {}),
+        ("gemma2", {"sliding_window": 16}),
+        ("gemma3", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": 8}),
+        ("phi", {}),
+        ("phi3", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_families(name: str, config: dict[str, object], tmp_path: Path, start: Start) -> None:
+    # Families without a width of heads of their own have as few heads as make them 32 wide.
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3} if name in ("qwen2", "phi", "phi3") else {}
+    own = make_family(tmp_path, name, **{"head_dim": HEAD_DIM, **sizes, **config})
+    engine = start(own, slots=2, max_wait=0.05)
+    check(engine, own, requests(own, 12, seed=1))
+
+
+def test_a_family_whose_rows_vllm_rearranges_is_refused(tmp_path: Path, start: Start) -> None:
+    own = make_family(tmp_path, "gpt_neox", num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(EngineError, match="vLLM cannot serve"):
+        start(own)
+
+
+def test_expert_with_a_head_of_its_own_on_a_tied_base(tmp_path: Path, start: Start) -> None:
+    own = make_family(tmp_path, "llama", head_dim=HEAD_DIM, tie_word_embeddings=True, untie=("beta",))
+    engine = start(own)
+    check(engine, own, requests(own, 12, seed=2))
