@@ -30,11 +30,12 @@ BATCH_TOKENS = 4096
 class _Collector:
     """Sums of second moments for the linears below a module, filled by forward hooks."""
 
-    def __init__(self, prefix: str, module: nn.Module, gram: bool) -> None:
-        self._gram = gram
+    def __init__(self, prefix: str, module: nn.Module, gram: bool, keep: bool) -> None:
+        self._gram, self._keep = gram, keep
         self._energy: dict[str, torch.Tensor] = {}
         self._grams: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._inputs: dict[str, list[torch.Tensor]] = {}
         self._last: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
         self._handles = [
             child.register_forward_pre_hook(self._hook(f"{prefix}.{name}.weight"))
@@ -53,6 +54,8 @@ class _Collector:
         energy, gram = self._moments(inputs)
         self._tokens[name] = self._tokens.get(name, 0) + inputs.numel() // inputs.shape[-1]
         self._energy[name] = self._energy[name] + energy if name in self._energy else energy
+        if self._keep:
+            self._inputs.setdefault(name, []).append(inputs.detach().reshape(-1, inputs.shape[-1]).float())
         if gram is not None:
             self._grams[name] = self._grams[name] + gram if name in self._grams else gram
 
@@ -72,7 +75,12 @@ class _Collector:
             handle.remove()
         self._last = (None, None, None)
         return {
-            name: InputStatistics(energy.float(), self._grams.get(name), self._tokens[name])
+            name: InputStatistics(
+                energy.float(),
+                self._grams.get(name),
+                self._tokens[name],
+                torch.cat(self._inputs[name]) if self._keep else None,
+            )
             for name, energy in self._energy.items()
         }
 
@@ -115,10 +123,11 @@ class _Stream:
         dtype: torch.dtype,
         on_layer: OnLayer,
         gram: bool,
+        keep: bool,
         read: Callable[[str], torch.Tensor],
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.on_layer, self.gram, self.read = on_layer, gram, read
+        self.on_layer, self.gram, self.keep, self.read = on_layer, gram, keep, read
         self.stored = model.stored_names(expert)
 
     @contextmanager
@@ -140,7 +149,7 @@ class _Stream:
     ) -> Any:
         prefix = f"{self.model.layers_prefix}.{index}"
         with self.loaded(prefix, layer):
-            collector = _Collector(prefix, layer, self.gram)
+            collector = _Collector(prefix, layer, self.gram, self.keep)
             outputs = run_in_batches(layer, hidden, args, kwargs)
             statistics = collector.finish()
         self.on_layer(index, statistics)
@@ -155,6 +164,7 @@ def stream_statistics(
     on_layer: OnLayer,
     *,
     gram: bool = False,
+    keep: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
@@ -167,6 +177,7 @@ def stream_statistics(
         windows: int64 token ids.
         on_layer: gets every decoder layer's statistics, in order; free to take its time.
         gram: also sum x x^T, `[in, in]` for every linear of one layer.
+        keep: also keep the inputs, `[tokens, in]` for every linear of one layer: for few tokens.
         device: where layers run.
         dtype: in what; None is fp32 on a CPU, the checkpoint's own precision elsewhere.
         read: gives a tensor by its stored name; None reads the expert's files.
@@ -178,7 +189,7 @@ def stream_statistics(
     own = next(iter(expert.tensors.values())).dtype
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     root: Any = skeleton(expert.config, str(expert.source.path))
-    stream = _Stream(expert, model, device, dtype, on_layer, gram, read or expert.read)
+    stream = _Stream(expert, model, device, dtype, on_layer, gram, keep, read or expert.read)
     materialise_buffers(root, device)
     layers = root.get_submodule(model.layers_prefix)
     for index in range(len(layers)):
@@ -187,7 +198,7 @@ def stream_statistics(
     with stream.loaded(root.base_model_prefix, body):
         hidden = body(input_ids=windows.to(device), use_cache=False).last_hidden_state
     head = next((name for name, item in model.parameters.items() if item.kind == "head"), None)
-    collector = _Collector("", nn.Module(), gram)
+    collector = _Collector("", nn.Module(), gram, keep)
     if head is not None:
         collector.add(head, hidden)
     gc.collect()  # the wrapped layers and the model refer to each other

@@ -33,11 +33,11 @@ def run(
         typer.Option(help="feedback passes rounding errors on (GPTQ); needs calibration data."),
     ] = "nearest",
     steps: Annotated[
-        Literal["least-squares", "unbiased", "layerwise", "distill"] | None,
+        Literal["least-squares", "unbiased", "output-unbiased", "layerwise", "distill"] | None,
         typer.Option(
-            help="How steps are fitted. unbiased keeps the delta's length; layerwise and distill need "
-            "calibration data, distill also holds both models in memory.",
-            show_default="unbiased; layerwise at 2 and 4 bits with calibration data",
+            help="How steps are fitted. unbiased keeps the delta's length, output-unbiased that of its outputs; "
+            "layerwise and distill need calibration data, distill also holds both models in memory.",
+            show_default="output-unbiased",
         ),
     ] = None,
     embedding_bits: Annotated[
@@ -68,20 +68,22 @@ def run(
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import RANDOM, CompressionSettings, default_channel_scale, default_steps
+    from meswitch_cli.compression.settings import DEFAULT_STEPS, RANDOM, CompressionSettings, default_channel_scale
     from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
     data = None if calibration in (RANDOM, "none") else read_calibration(Path(calibration))
+    rule = steps or DEFAULT_STEPS
+    of_use = salient or rule == "output-unbiased"
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
         group_size=group_size,
         channel_scale=channel_scale or default_channel_scale(int(bits)),
         rounding=rounding,
-        steps=steps or default_steps(int(bits), calibrated=data is not None),
+        steps=rule,
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
-        calibration=data.sha256 if data else RANDOM if calibration == RANDOM and salient else None,
+        calibration=data.sha256 if data else RANDOM if calibration == RANDOM and of_use else None,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

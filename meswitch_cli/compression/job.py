@@ -212,7 +212,8 @@ def _statistics(
         job.plan.architecture,
         calibration_windows(job),
         on_layer,
-        gram=job.settings.linears().needs_gram,
+        gram=job.settings.takes_gram,
+        keep=random,
         device=device,
         dtype=torch.bfloat16 if random and common == "bfloat16" else None,  # few tokens: reading weights is the cost
         read=read,

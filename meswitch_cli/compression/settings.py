@@ -11,16 +11,16 @@ from meswitch_cli.errors import UsageError
 #: Calibration by random tokens.
 RANDOM = "random"
 
-StepMethod = Literal["least-squares", "unbiased", "layerwise", "distill"]
+StepMethod = Literal["least-squares", "unbiased", "output-unbiased", "layerwise", "distill"]
 
 
-def default_steps(bits: int, *, calibrated: bool) -> StepMethod:
-    """The step rule with the lowest KL to the full experts, on the choice items of docs/results/compression.md."""
-    return "layerwise" if calibrated and bits > 1 else "unbiased"
+#: The step rule with the lowest KL to the full experts of those that stream, on the choice items of
+#: docs/results/compression.md, with calibration data and without.
+DEFAULT_STEPS: StepMethod = "output-unbiased"
 
 
 def default_channel_scale(bits: int) -> ChannelScale:
-    """Likewise: at 1 bit the scale lowers the mean KL of the three experts, above it does not."""
+    """By the same items: at 1 bit the scale lowers the mean KL of the three experts, above it does not."""
     return "rms" if bits == 1 else "none"
 
 
@@ -71,6 +71,12 @@ class CompressionSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
         return QuantizerSettings(self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule)
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether the inputs' second moments are summed; random tokens are so few that they are kept themselves."""
+        linears = self.linears()
+        return linears.needs_gram or (linears.steps == "output-unbiased" and self.calibration not in (None, RANDOM))
 
     def head(self) -> QuantizerSettings:
         """Settings of an untied head."""

@@ -34,6 +34,8 @@ from meswitch_cli.delta.statistics import InputStatistics
 BLOCK_ELEMENTS = 1 << 18
 #: The same for error feedback, which goes column by column: few tall blocks, so that a column is worth a call.
 FEEDBACK_BLOCK_ELEMENTS = 1 << 22
+#: Blocks of a tensor that decide how much its outputs' projection is off: one number does not need all of them.
+OUTPUT_BLOCKS = 16
 _Result = TypeVar("_Result")
 _FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
@@ -98,11 +100,9 @@ def quantize(
     columns = expert.shape[1]
     if settings.salient > columns:
         raise ValueError(f"{settings.salient} salient channels asked for, the tensor has {columns} input channels")
-    gram = None
-    if settings.needs_gram:
-        if statistics is None or statistics.gram is None:
-            raise ValueError(f"rounding={settings.rounding!r}, steps={settings.steps!r} need calibration data")
-        gram = statistics.gram.to(device)
+    gram = None if statistics is None or statistics.gram is None else statistics.gram.to(device)
+    if settings.needs_gram and gram is None:
+        raise ValueError(f"rounding={settings.rounding!r}, steps={settings.steps!r} need calibration data")
     work = _Work(base, expert, settings, device, statistics)
     salient = work.select_salient(settings.salient)
     quantized = work.run(salient, gram)
@@ -156,6 +156,9 @@ class _Work:
         self.inverse_scale = None
         if self.scale32 is not None:
             self.inverse_scale = torch.where(self.scale32 > 0, 1 / self.scale32, torch.zeros_like(self.scale32))
+        self.inputs = None if statistics is None or statistics.inputs is None else statistics.inputs.to(device)
+        if self.inputs is not None and self.scale32 is not None:  # the codes see the delta divided by t
+            self.inputs = self.inputs * self.scale32
         self.input_energy = None if statistics is None else statistics.energy.to(device)
         self.energy = torch.zeros(self.columns, dtype=torch.float64, device=device)
         self.residual_energy = torch.zeros(self.columns, dtype=torch.float64, device=device)
@@ -173,17 +176,23 @@ class _Work:
         rms = energy.sqrt()
         return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
 
-    def _sweep(self, work: Callable[[torch.Tensor], _Result], elements: int = BLOCK_ELEMENTS) -> Iterator[_Result]:
-        """Apply a function to `expert - base` in fp32, block of rows by block of rows; results come in order."""
+    def _sweep(
+        self, work: Callable[[torch.Tensor], _Result], elements: int = BLOCK_ELEMENTS, most: int = 0
+    ) -> Iterator[_Result]:
+        """Apply a function to `expert - base` in fp32, block of rows by block of rows; results come in order.
+
+        `most` blocks, evenly spread, or all of them.
+        """
         step = max(1, elements // self.columns)
+        rows = range(0, self.expert.shape[0], step)
+        if most and len(rows) > most:
+            rows = rows[:: -(-len(rows) // most)]
 
         def on_block(row: int) -> _Result:
             block = self.expert[row : row + step].to(device=self.device, dtype=torch.float32, copy=True)
             return work(block.sub_(self.base[row : row + step].to(device=self.device, dtype=torch.float32)))
 
-        return in_order(
-            on_block, range(0, self.expert.shape[0], step), parallel=torch.device(self.device).type == "cpu"
-        )
+        return in_order(on_block, rows, parallel=torch.device(self.device).type == "cpu")
 
     def select_salient(self, count: int) -> torch.Tensor:
         """Indices `[count]` of the channels whose reconstruction error costs most, ascending."""
@@ -205,7 +214,6 @@ class _Work:
     def run(self, salient: torch.Tensor, gram: torch.Tensor | None) -> QuantizedDelta:
         """Quantise with these salient channels; the energies of delta and error are gathered on the way."""
         settings = self.settings
-        exact = torch.zeros(self.columns, device=self.device).index_fill_(0, salient, 1.0)
         factor = None
         if gram is not None:
             if self.scale32 is not None:  # the codes see the delta divided by t, so their inputs are x * t
@@ -213,16 +221,14 @@ class _Work:
             if settings.rounding == "feedback":
                 factor = inverse_factor(gram)
 
+        output_factor = self._output_factor(salient, gram, factor) if settings.steps == "output-unbiased" else 1.0
+
         def quantise(block: torch.Tensor) -> _Block:
             squares = block.square()
             energy = squares.sum(0)
             scaled = self._scaled(block)
-            fit = self._fit(scaled, salient, FIT_ROUNDS, squares if scaled is block else None)
-            if factor is not None:
-                spread = per_channel(fit.least_squares, self.columns, settings.group_size)
-                multiples = feedback_multiples(scaled, spread, settings.bits, factor, exact)
-                fit = self._measured(scaled, multiples, salient, self._row_sums(scaled.square(), salient))
-            steps = self._final_steps(scaled, fit, salient, gram)
+            fit = self._rounded(scaled, salient, factor, squares if scaled is block else None)
+            steps = self._final_steps(scaled, fit, salient, gram, output_factor)
             packed = pack(codes_of(fit.multiples, settings.bits), settings.bits)
             block -= self._values(fit.multiples, steps)
             residual = _sixteen_bit(block[:, salient])
@@ -252,6 +258,22 @@ class _Work:
     def _values(self, multiples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         values = multiples * per_channel(steps, self.columns, self.settings.group_size)
         return values if self.scale32 is None else values.mul_(self.scale32)
+
+    def _rounded(
+        self,
+        block: torch.Tensor,
+        salient: torch.Tensor,
+        factor: torch.Tensor | None,
+        squares: torch.Tensor | None = None,
+    ) -> _Fit:
+        """The codes that are kept, by error feedback where there is a factor for it, and steps for them."""
+        fit = self._fit(block, salient, FIT_ROUNDS, squares)
+        if factor is None:
+            return fit
+        exact = torch.zeros(self.columns, device=self.device).index_fill_(0, salient, 1.0)
+        spread = per_channel(fit.least_squares, self.columns, self.settings.group_size)
+        multiples = feedback_multiples(block, spread, self.settings.bits, factor, exact)
+        return self._measured(block, multiples, salient, self._row_sums(block.square(), salient))
 
     def _fit(
         self, block: torch.Tensor, salient: torch.Tensor, rounds: int, squares: torch.Tensor | None = None
@@ -284,9 +306,11 @@ class _Work:
         return grouped(products, self.settings.group_size).sum(-1)
 
     def _final_steps(
-        self, block: torch.Tensor, fit: _Fit, salient: torch.Tensor, gram: torch.Tensor | None
+        self, block: torch.Tensor, fit: _Fit, salient: torch.Tensor, gram: torch.Tensor | None, output_factor: float
     ) -> torch.Tensor:
-        steps = fit.unbiased if self.settings.steps == "unbiased" else fit.least_squares
+        steps = fit.unbiased if self.settings.steps in ("unbiased", "output-unbiased") else fit.least_squares
+        if self.settings.steps == "output-unbiased":
+            steps = steps * output_factor
         if self.settings.steps == "layerwise" and gram is not None:
             # One factor a row: groups keep the proportions that least squares gave them.
             rest = _without(block, salient)
@@ -298,6 +322,35 @@ class _Work:
             return steps
         # Grouped steps are stored in fp16 where they fit: rounded here, so that residuals are taken after it.
         return steps.half().float() if _fits_half(steps) else steps
+
+    def _output_factor(self, salient: torch.Tensor, gram: torch.Tensor | None, factor: torch.Tensor | None) -> float:
+        """What to multiply unbiased steps by so that <D_hat, D> = <D, D> holds for the outputs: summed over all rows,
+        in the metric H = sum x x^T, `gram` or by the inputs themselves; 1 where the inputs are unknown.
+
+        One factor for the tensor: a row's own is too uncertain with few tokens (docs/results/compression.md). Of a
+        large tensor every so many blocks are asked.
+        """
+        inputs = self.inputs
+        if gram is None and inputs is None:
+            return 1.0
+
+        def projections(block: torch.Tensor) -> torch.Tensor:
+            scaled = self._scaled(block)
+            fit = self._rounded(scaled, salient, factor)
+            rest = _without(scaled, salient)
+            values = _without(
+                fit.multiples * per_channel(fit.unbiased, self.columns, self.settings.group_size), salient
+            )
+            if gram is not None:
+                seen = rest @ gram
+                return torch.stack([(seen * rest).sum(), (seen * values).sum()]).double()
+            assert inputs is not None
+            seen = rest @ inputs.T
+            return torch.stack([seen.square().sum(), (seen * (values @ inputs.T)).sum()]).double()
+
+        elements = BLOCK_ELEMENTS if factor is None else FEEDBACK_BLOCK_ELEMENTS
+        own, kept = torch.stack(list(self._sweep(projections, elements, OUTPUT_BLOCKS))).sum(0).tolist()
+        return float(own / kept) if own > 0 and kept > 0 else 1.0
 
     def _result(self, blocks: list[_Block], salient: torch.Tensor) -> QuantizedDelta:
         joined = torch.cat([block.steps for block in blocks])

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 ChannelScale = Literal["none", "rms"]
 Rounding = Literal["nearest", "feedback"]
-StepRule = Literal["least-squares", "unbiased", "layerwise"]
+StepRule = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"]
 
 BITS = (1, 2, 4)
 GROUP_MULTIPLE = 32
@@ -24,7 +24,8 @@ class QuantizerSettings:
         group_size: input channels that share a step, a multiple of 32; 0 is one step per output channel.
         channel_scale: `rms` scales each input channel by the root mean square of the delta's column.
         rounding: `nearest`, or `feedback` of each column's error to the columns not yet rounded (GPTQ).
-        steps: `least-squares` fits the delta, `unbiased` keeps its projection on itself, `layerwise` fits the outputs.
+        steps: `least-squares` fits the delta, `unbiased` keeps its projection on itself, `output-unbiased` keeps that
+            of its outputs on calibration inputs, `layerwise` fits the outputs.
 
     Raises:
         ValueError: a value is outside what is listed here.

@@ -15,8 +15,10 @@ class InputStatistics:
         energy: `[in]` fp32, the sum over tokens of x_i squared.
         gram: `[in, in]` fp32, the sum over tokens of x x^T, where a setting needs it.
         tokens: how many tokens were seen.
+        inputs: `[tokens, in]` fp32, the inputs themselves, where there are so few that they say it shorter.
     """
 
     energy: torch.Tensor
     gram: torch.Tensor | None
     tokens: int
+    inputs: torch.Tensor | None = None

@@ -183,12 +183,16 @@ class Activations:
             CalibrationError: the file cannot be used.
         """
         if source == "auto":
-            source = "random" if self.path is None else "file"
+            source = "file" if self.is_data(source) else "random"
         if source == "none":
             return {}
         if (source, gram) not in self._known:
             self._known[source, gram] = self.measure(source, gram=gram)
         return self._known[source, gram]
+
+    def is_data(self, source: str) -> bool:
+        """Whether this source is the calibration file."""
+        return source == "file" or (source == "auto" and self.path is not None)
 
     def measure(self, source: str, *, gram: bool) -> Mapping[str, InputStatistics]:
         """Run the expert over the file's windows, or over the random tokens that `meswitch compress` would use."""
@@ -201,6 +205,7 @@ class Activations:
             random_window(vocabulary_size(weights), self.seed) if random else self.windows(),
             lambda _, layer: found.update(layer),
             gram=gram,
+            keep=random,
             dtype=torch.bfloat16 if random and stored == torch.bfloat16 else None,
         )
         return found | head
@@ -249,10 +254,11 @@ class BaselineWeights:
 
     def _statistics(self) -> Mapping[str, InputStatistics]:
         options = self.method.options
-        layerwise = options.get("steps") == "layerwise"
-        if not (options.get("salient") or layerwise):
+        steps, source = options.get("steps"), str(options.get("activations"))
+        if not (options.get("salient") or steps in ("layerwise", "output-unbiased")):
             return {}
-        return self._activations.statistics(str(options["activations"]), gram=layerwise)
+        whole = steps == "layerwise" or (steps == "output-unbiased" and self._activations.is_data(source))
+        return self._activations.statistics(source, gram=whole)
 
     def _distilled(self) -> dict[str, torch.Tensor]:
         """The linears' deltas with trained scales; student and teacher are in memory while they are trained."""

@@ -78,4 +78,5 @@ def _part(statistics: InputStatistics | None, rest: torch.Tensor) -> InputStatis
     if statistics is None:
         return None
     gram = None if statistics.gram is None else statistics.gram[rest][:, rest]
-    return InputStatistics(statistics.energy[rest], gram, statistics.tokens)
+    inputs = None if statistics.inputs is None else statistics.inputs[:, rest]
+    return InputStatistics(statistics.energy[rest], gram, statistics.tokens, inputs)

@@ -97,6 +97,23 @@ ROWS = (
     _row("2 bits, unbiased, 16 salient, random tokens", RANDOM, salient=16),
     _row("2 bits, unbiased, 8 salient, random tokens, embedding 4 bits", RANDOM, embedding_bits=4),
     _row("1 bit, unbiased, 8 salient, channel scale, random tokens", RANDOM, bits=1, channel_scale="rms"),
+    # Added last: the unbiased step in the inputs' metric, chosen on the choice items.
+    _row("2 bits, output-unbiased, 8 salient, random tokens", RANDOM, steps="output-unbiased"),
+    _row("2 bits, output-unbiased, 8 salient, calibrated", True, steps="output-unbiased"),
+    _row(
+        "1 bit, output-unbiased, 8 salient, channel scale, random tokens",
+        RANDOM,
+        bits=1,
+        channel_scale="rms",
+        steps="output-unbiased",
+    ),
+    _row(
+        "1 bit, output-unbiased, 8 salient, channel scale, calibrated",
+        True,
+        bits=1,
+        channel_scale="rms",
+        steps="output-unbiased",
+    ),
 )
 
 
@@ -136,7 +153,14 @@ class Bench:
         if calibration not in self._statistics:
             layers: dict[int, dict[str, InputStatistics]] = {}
             windows = calibration_windows(job)
-            stream_statistics(job.expert, job.plan.architecture, windows, layers.__setitem__, gram=calibration is True)
+            stream_statistics(
+                job.expert,
+                job.plan.architecture,
+                windows,
+                layers.__setitem__,
+                gram=calibration is True,
+                keep=calibration == RANDOM,
+            )
             self._statistics[calibration] = layers
         return self._statistics[calibration]
 

@@ -57,13 +57,20 @@ class StoredActivations(Activations):
             parts = {}
             for name, item in super().measure(source, gram=gram).items():
                 parts |= {f"{name}|energy": item.energy, f"{name}|tokens": torch.tensor([item.tokens])}
+                if item.inputs is not None:
+                    parts[f"{name}|inputs"] = item.inputs.clone()
                 if item.gram is not None:
-                    parts[f"{name}|gram"] = item.gram
+                    parts[f"{name}|gram"] = item.gram.clone()  # projections of one input share theirs
             safetensors.torch.save_file(parts, file)
         stored = safetensors.torch.load_file(file)
         names = {key.partition("|")[0] for key in stored}
         return {
-            name: InputStatistics(stored[f"{name}|energy"], stored.get(f"{name}|gram"), int(stored[f"{name}|tokens"]))
+            name: InputStatistics(
+                stored[f"{name}|energy"],
+                stored.get(f"{name}|gram"),
+                int(stored[f"{name}|tokens"]),
+                stored.get(f"{name}|inputs"),
+            )
             for name in names
         }
 

@@ -42,6 +42,8 @@ FRONTIER = {
         "meswitch:bits=1,salient=8,channel_scale=rms,activations=none",
         "meswitch:bits=1,salient=8,channel_scale=rms",
         "meswitch:bits=1,salient=8,steps=layerwise",
+        "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased,activations=random",
+        "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased",
         "meswitch compress --bits 1 --steps distill",
     ),
     "about 2 bits": (
@@ -58,6 +60,8 @@ FRONTIER = {
         "meswitch:bits=2,salient=8,activations=none",
         "meswitch:bits=2,salient=8",
         "meswitch:bits=2,salient=8,steps=layerwise",
+        "meswitch:bits=2,salient=8,steps=output-unbiased,activations=random",
+        "meswitch:bits=2,salient=8,steps=output-unbiased",
         "meswitch:bits=2,salient=0,group=64",
         "meswitch compress --bits 2 --steps distill",
     ),

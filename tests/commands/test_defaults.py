@@ -8,7 +8,11 @@ import pytest
 
 @pytest.mark.parametrize(
     ("bits", "calibrated", "steps", "scale"),
-    [("2", False, "unbiased", "none"), ("2", True, "layerwise", "none"), ("1", True, "unbiased", "rms")],
+    [
+        ("2", False, "output-unbiased", "none"),
+        ("2", True, "output-unbiased", "none"),
+        ("1", True, "output-unbiased", "rms"),
+    ],
 )
 def test_defaults_follow_bits_and_calibration(
     pair: tuple[Path, Path], tmp_path: Path, calibration_file: Path, bits: str, calibrated: bool, steps: str, scale: str

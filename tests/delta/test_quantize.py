@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ CASES = list(itertools.product((1, 2, 4), (0, 8), (0, 64), ("none", "rms"), ("ne
 
 
 @pytest.mark.parametrize(("bits", "salient", "group_size", "scale", "rounding"), CASES)
-@pytest.mark.parametrize("steps", ["least-squares", "unbiased", "layerwise"])
+@pytest.mark.parametrize("steps", ["least-squares", "unbiased", "output-unbiased", "layerwise"])
 def test_reported_error_is_the_error_of_what_is_stored(bits, salient, group_size, scale, rounding, steps) -> None:
     base, expert, delta = _weights()
     settings = QuantizerSettings(bits, salient, group_size, scale, rounding, steps)
@@ -89,6 +90,54 @@ def test_unbiased_delta_keeps_its_length_along_the_delta() -> None:
     for bits in (1, 2, 4):
         quantized, _ = quantize(base, expert, QuantizerSettings(bits, 0))
         torch.testing.assert_close((dequantize(quantized) * delta).sum(1), delta.square().sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("known", ["gram", "inputs"])
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+@pytest.mark.parametrize(("salient", "group_size", "scale"), [(0, 0, "none"), (8, 0, "rms"), (8, 64, "none")])
+def test_output_unbiased_delta_keeps_its_outputs_projection(
+    known: str, rounding: str, salient: int, group_size: int, scale: str
+) -> None:
+    """<d_hat, d> = <d, d> of the outputs on the inputs, over the channels that are not salient."""
+    base, expert, delta = _weights()
+    inputs = torch.randn(40, 96, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.2, 4, 96)
+    gram = inputs.T @ inputs
+    whole = InputStatistics(inputs.square().sum(0), gram if known == "gram" or rounding == "feedback" else None, 40)
+    statistics = replace(whole, inputs=inputs) if known == "inputs" else whole
+    for bits in (1, 2, 4):
+        settings = QuantizerSettings(bits, salient, group_size, scale, rounding, "output-unbiased")
+        quantized, _ = quantize(base, expert, settings, statistics)
+        rest = torch.ones(96).index_fill(0, quantized.salient_index.long(), 0.0)
+        seen = (delta * rest) @ gram
+        wanted, kept = (seen * delta * rest).sum(), (seen * dequantize(quantized) * rest).sum()
+        torch.testing.assert_close(kept, wanted, rtol=2e-3, atol=0)
+        plain, _ = quantize(base, expert, replace(settings, steps="unbiased"), statistics)
+        assert not torch.equal(plain.steps, quantized.steps) and torch.equal(plain.codes, quantized.codes)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [None, InputStatistics(torch.zeros(96), None, 1), InputStatistics(torch.zeros(96), torch.zeros(96, 96), 1)],
+)
+def test_where_inputs_are_unknown_or_zero_output_unbiased_is_unbiased(statistics: InputStatistics | None) -> None:
+    base, expert, _ = _weights()
+    found, plain = (
+        quantize(base, expert, QuantizerSettings(2, 8, steps=steps), statistics)[0]
+        for steps in ("output-unbiased", "unbiased")
+    )
+    assert torch.equal(found.steps, plain.steps) and torch.equal(found.codes, plain.codes)
+
+
+def test_blocks_of_a_large_tensor_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, expert, _ = _weights(rows=200)
+    settings, statistics = QuantizerSettings(2, 8, steps="output-unbiased"), _statistics()
+    whole, _ = quantize(base, expert, settings, statistics)
+    monkeypatch.setattr("meswitch_cli.delta.quantize.BLOCK_ELEMENTS", 96 * 3)
+    sampled, _ = quantize(base, expert, settings, statistics)
+    ratios = sampled.steps / whole.steps
+    assert torch.equal(sampled.codes, whole.codes)
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+    assert 0.95 < float(ratios[0]) < 1.05 and float(ratios[0]) != 1
 
 
 def test_layerwise_beats_other_steps_on_the_output() -> None:

@@ -159,7 +159,7 @@ def test_sparse_quantised_rounds_the_survivors_of_each_group(delta: torch.Tensor
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("steps", ["least-squares", "unbiased", "layerwise"])
+@pytest.mark.parametrize("steps", ["least-squares", "unbiased", "output-unbiased", "layerwise"])
 def test_chosen_channels_equal_the_artifact_s_where_the_choice_is_the_same(
     delta: torch.Tensor, statistics: InputStatistics, bits: int, steps: str
 ) -> None:
