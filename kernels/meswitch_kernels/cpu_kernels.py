@@ -11,11 +11,12 @@ from pathlib import Path
 
 from numba import carray, cfunc, njit, types
 
-from . import cpu_tiles, cpu_vector
+from . import cpu_attention_tiles, cpu_tiles, cpu_vector
 from .cpu_tiles import base_tile, delta_tile, finish_tile, merge_tile
 from .cpu_vector import (
     ROWS,
     bits_of,
+    copy,
     fetch_add,
     prefetch,
     read_bf16,
@@ -46,7 +47,11 @@ CHUNK_ROWS = 32
 
 MERGE_ROWS = 8
 
-_SOURCES = f"{zlib.crc32(b''.join(Path(str(m.__file__)).read_bytes() for m in (cpu_tiles, cpu_vector))):08x}"
+_ONE = 0x3C00
+"""1 as float16, the scale of most channels."""
+
+_INLINED = (cpu_attention_tiles, cpu_tiles, cpu_vector)
+_SOURCES = f"{zlib.crc32(b''.join(Path(str(module.__file__)).read_bytes() for module in _INLINED)):08x}"
 
 _base_bf16_1, _base_bf16_4 = base_tile(1, True), base_tile(4, True)
 _base_f32_1, _base_f32_4 = base_tile(1, False), base_tile(4, False)
@@ -55,17 +60,23 @@ _delta_bf16_4_1, _delta_bf16_4_2, _delta_bf16_4_4 = (delta_tile(4, bits, False, 
 _group_bf16_1_1, _group_bf16_1_2, _group_bf16_1_4 = (delta_tile(1, bits, True, True) for bits in (1, 2, 4))
 _delta_f32_1_1, _delta_f32_1_2, _delta_f32_1_4 = (delta_tile(1, bits, False, False) for bits in (1, 2, 4))
 _group_f32_1_1, _group_f32_1_2, _group_f32_1_4 = (delta_tile(1, bits, True, False) for bits in (1, 2, 4))
-_finish_bf16_bf16, _finish_bf16_f16, _finish_bf16_f32 = (
-    finish_tile(kind, True) for kind in ("bfloat16", "float16", "float32")
+_finish_bf16_bf16_1, _finish_bf16_f16_1, _finish_bf16_f32_1 = (
+    finish_tile(1, kind, True) for kind in ("bfloat16", "float16", "float32")
 )
-_finish_f32_bf16, _finish_f32_f16, _finish_f32_f32 = (
-    finish_tile(kind, False) for kind in ("bfloat16", "float16", "float32")
+_finish_bf16_bf16_4, _finish_bf16_f16_4, _finish_bf16_f32_4 = (
+    finish_tile(4, kind, True) for kind in ("bfloat16", "float16", "float32")
+)
+_finish_f32_bf16_1, _finish_f32_f16_1, _finish_f32_f32_1 = (
+    finish_tile(1, kind, False) for kind in ("bfloat16", "float16", "float32")
+)
+_finish_f32_bf16_4, _finish_f32_f16_4, _finish_f32_f32_4 = (
+    finish_tile(4, kind, False) for kind in ("bfloat16", "float16", "float32")
 )
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
 
 
-def _versioned(task):
+def versioned(task):
     """Rename a task after the code it inlines: Numba's disk cache looks only at the file of the task itself."""
     task.__qualname__ = f"{task.__qualname__}_{_SOURCES}"
     return task
@@ -132,6 +143,16 @@ def _delta(bf16, bits, grouped, four, codes, stride, valid, x, x_stride, words, 
             _group_f32_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
 
 
+@njit(inline="always")
+def _scaled_bf16(x, scale, channel, in_features):
+    """x times the channel's scale as bfloat16 bits; 0 past the last channel."""
+    if channel >= in_features:
+        return 0
+    if read_i16(scale + 2 * channel) == _ONE:
+        return read_i16(x + 2 * channel)
+    return _to_bf16(read_bf16(x + 2 * channel) * read_f16(scale + 2 * channel))
+
+
 @njit
 def _spread_to_codes(x, target, bf16, in_features, bits, scale):
     """x times its channel scales, permuted so that each vector meets the codes unpacked beside it."""
@@ -139,21 +160,20 @@ def _spread_to_codes(x, target, bf16, in_features, bits, scale):
     half = per_word // 2
     blocks = (in_features * bits + 511) // 512
     for word in range(16 * blocks):
-        block, lane = word // 16, word % 16
-        for s in range(per_word):
-            channel = word * per_word + s
-            inside = channel < in_features
-            if bf16:
-                value = 0
-                if inside:
-                    value = _to_bf16(read_bf16(x + 2 * channel) * read_f16(scale + 2 * channel))
-                place = (block * half + s % half) * 32 + lane * 2 + s // half
-                write_i16(target + 2 * place, value)
-            else:
-                value = 0
-                if inside:
+        block, lane, first = word >> 4, word & 15, word * per_word
+        if bf16:
+            place = target + 64 * block * half + 4 * lane
+            for s in range(half):
+                low = _scaled_bf16(x, scale, first + s, in_features)
+                high = _scaled_bf16(x, scale, first + s + half, in_features)
+                write_i32(place + 64 * s, low | (high << 16))
+        else:
+            place = target + 64 * block * per_word + 4 * lane
+            for s in range(per_word):
+                value, channel = 0, first + s
+                if channel < in_features:
                     value = bits_of(read_f32(x + 4 * channel) * read_f16(scale + 2 * channel))
-                write_i32(target + 4 * ((block * per_word + s) * 16 + lane), value)
+                write_i32(place + 64 * s, value)
 
 
 @njit
@@ -170,7 +190,7 @@ def _name_groups(f, g):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
+@versioned
 def spread(fields):
     """Lay out each token's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
     f = carray(fields, DECODE)
@@ -184,11 +204,7 @@ def spread(fields):
             _name_groups(f, t)
         x = f[X] + read_i32(f[ORDER] + 4 * t) * f[X_STRIDE]
         plain = f[PLAIN] + t * f[PLAIN_STRIDE]
-        for i in range(in_features):
-            if bf16:
-                write_i16(plain + 2 * i, read_i16(x + 2 * i))
-            else:
-                write_i32(plain + 4 * i, read_i32(x + 4 * i))
+        copy(x, plain, in_features * size)
         for i in range(in_features * size, f[PLAIN_STRIDE], 2):
             write_i16(plain + i, 0)
         slot = read_i32(f[SLOT_OF] + 4 * t)
@@ -232,14 +248,44 @@ def _add_group(f, bf16, g, row, valid, acc):
 
 
 @njit
-def _finish(f, bf16, t, row, valid, acc):
-    """Write y of token t for rows `row` and up."""
+def _finish_tokens(bf16, kind, four, acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid):
+    if bf16:
+        if kind == 0 and four:
+            _finish_bf16_bf16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 0:
+            _finish_bf16_bf16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 1 and four:
+            _finish_bf16_f16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 1:
+            _finish_bf16_f16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif four:
+            _finish_bf16_f32_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        else:
+            _finish_bf16_f32_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+    else:
+        if kind == 0 and four:
+            _finish_f32_bf16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 0:
+            _finish_f32_bf16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 1 and four:
+            _finish_f32_f16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif kind == 1:
+            _finish_f32_f16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        elif four:
+            _finish_f32_f32_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+        else:
+            _finish_f32_f32_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
+
+
+@njit
+def _finish(f, bf16, g, row, valid, acc):
+    """Write y of group g's tokens for rows `row` and up."""
     out_features, k, kind = f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
     size = 2 if bf16 else 4
-    slot = read_i32(f[SLOT_OF] + 4 * t)
-    y = f[Y] + read_i32(f[ORDER] + 4 * t) * f[Y_STRIDE] + size * row
+    entry = f[GROUPS] + 12 * g
+    slot, first, count = read_i32(entry), read_i32(entry + 4), read_i32(entry + 8)
+    y = f[Y] + size * row
     bias = f[BIAS] + size * row if f[BIAS] else 0
-    x = f[SALIENT] + t * f[SALIENT_STRIDE]
     shift, values = 0, 0
     if slot < 0:
         k = 0
@@ -247,19 +293,14 @@ def _finish(f, bf16, t, row, valid, acc):
         place = slot * out_features + row
         shift = f[BIAS_DELTA] + 4 * place
         values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * place
-    if bf16:
-        if kind == 0:
-            _finish_bf16_bf16(acc, values, x, k, bias, shift, y, valid)
-        elif kind == 1:
-            _finish_bf16_f16(acc, values, x, k, bias, shift, y, valid)
-        else:
-            _finish_bf16_f32(acc, values, x, k, bias, shift, y, valid)
-    elif kind == 0:
-        _finish_f32_bf16(acc, values, x, k, bias, shift, y, valid)
-    elif kind == 1:
-        _finish_f32_f16(acc, values, x, k, bias, shift, y, valid)
-    else:
-        _finish_f32_f32(acc, values, x, k, bias, shift, y, valid)
+    t = first
+    while t < first + count:
+        four = t + 4 <= first + count
+        _finish_tokens(
+            bf16, kind, four, acc + t * ROWS * 64, values, f[SALIENT] + t * f[SALIENT_STRIDE], f[SALIENT_STRIDE], k,
+            bias, shift, y, f[Y_STRIDE], f[ORDER] + 4 * t, valid,
+        )  # fmt: skip
+        t += 4 if four else 1
 
 
 @njit
@@ -284,7 +325,7 @@ def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
+@versioned
 def rows(fields):
     """y for every token, a few weight rows at a time: each weight and code is read from memory once."""
     f = carray(fields, DECODE)
@@ -308,8 +349,8 @@ def rows(fields):
                 t += 4 if four else 1
             for g in range(f[GROUP_COUNT]):
                 _add_group(f, bf16, g, row, valid, acc)
-            for t in range(tokens):
-                _finish(f, bf16, t, row, valid, acc + t * ROWS * 64)
+            for g in range(f[GROUP_COUNT]):
+                _finish(f, bf16, g, row, valid, acc)
 
 
 @njit
@@ -329,7 +370,7 @@ def _merge(bf16, bits, weight, codes, step, scale, merged, first, last):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
+@versioned
 def merge(fields):
     """W + Δ̂ of one slot for `ROW_COUNT` rows from `FIRST_ROW` on, salient channels included."""
     f = carray(fields, MERGE)

@@ -176,36 +176,31 @@ def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return total
 
 
-def code_pairs(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
-    """The values of 16 words' codes as `16 // bits` vectors of bfloat16 pairs (32 x i16).
+def code_pairs(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
+    """The values of codes s and s + 16 // bits of each of 16 words, as bfloat16 pairs (32 x i16).
 
-    Vector s holds codes s and s + 16 // bits of each word: one from either half, so that 16-bit shifts do.
+    One is from either half of a word, so that 16-bit shifts do.
     """
     halves = builder.bitcast(words, V32H)
-    result = []
     per_lookup = 4 // bits if HAS_BF16 else 1
-    for s in range(16 // bits):
-        shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
-        if HAS_BF16:
-            # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
-            place = s % per_lookup * bits
-            table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
-            name = "llvm.x86.avx512.permvar.hi.512"
-            function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
-            result.append(builder.call(function, [constants(table, I16), shifted]))
-        else:
-            codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
-            wide = builder.uitofp(codes, ir.VectorType(F32, 32))
-            exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
-            as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
-            result.append(builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H))
-    return result
+    shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
+    if HAS_BF16:
+        # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
+        place = s % per_lookup * bits
+        table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
+        name = "llvm.x86.avx512.permvar.hi.512"
+        function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
+        return builder.call(function, [constants(table, I16), shifted])
+    codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
+    wide = builder.uitofp(codes, ir.VectorType(F32, 32))
+    exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
+    as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
+    return builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H)
 
 
-def code_values(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
-    """The values of 16 words' codes as `32 // bits` float32 vectors; vector s holds code s of each word."""
-    shifted = [builder.lshr(words, splat(s * bits, I32)) for s in range(32 // bits)]
-    return [code_lanes(builder, codes, bits) for codes in shifted]
+def code_values(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
+    """The float32 values of code s of each of 16 words."""
+    return code_lanes(builder, builder.lshr(words, splat(s * bits, I32)), bits)
 
 
 def code_lanes(builder: ir.IRBuilder, shifted: Any, bits: int) -> Any:
@@ -254,11 +249,13 @@ def _widen_one_f16(builder: ir.IRBuilder, half: Any) -> Any:
 
 
 read_i32 = emitted(1, _scalar(I32, lambda b, v: b.sext(v, I64)), types.int64)
+read_i64 = emitted(1, _scalar(I64, lambda b, v: v), types.int64)
 read_f32 = emitted(1, _scalar(F32, lambda b, v: v), types.float32)
 read_f16 = emitted(1, _scalar(I16, _widen_one_f16), types.float32)
 read_bf16 = emitted(1, _scalar(I16, _widen_one_bf16), types.float32)
 read_i16 = emitted(1, _scalar(I16, lambda b, v: b.zext(v, I64)), types.int64)
 write_i16 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I16), a[0]))
+write_i64 = emitted(2, lambda b, a: store(b, a[1], a[0]))
 write_i32 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I32), a[0]))
 
 
@@ -272,6 +269,18 @@ def _prefetch(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
 
 prefetch = emitted(2, _prefetch)
 """f(address, bytes): bring memory into the second-level cache."""
+
+
+def _copy(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(1)
+    function = _declare(builder, "llvm.memcpy.p0.p0.i64", ir.FunctionType(ir.VoidType(), [byte, byte, I64, flag]))
+    source, target, size = args
+    given, taken = (pointer(builder, address, ir.IntType(8)) for address in (source, target))
+    builder.call(function, [taken, given, size, flag(0)])
+
+
+copy = emitted(3, _copy)
+"""f(source, target, bytes)."""
 
 
 def _fetch_add(builder: ir.IRBuilder, args: Sequence[Any]) -> Any:

@@ -26,6 +26,7 @@ from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.memory import cache_pages
+from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
 from meswitch_cli.engine.sampler import choose
 from meswitch_cli.engine.settings import EngineSettings
@@ -85,6 +86,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
     def __init__(self, steps: Steps, slots: int, **options: Any) -> None:
         super().__init__(**options)
         self._steps, self._slots = steps, slots
+        self._backend = kernels(self.inputs_and_outputs.device, self.cache.dtype)
         self._logits: dict[tuple[int, ...] | None, torch.Tensor] = {}
         io = self.inputs_and_outputs
         self.slot_of_token = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32, device=io.device)
@@ -112,7 +114,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
     ) -> None:
         indices = batch_data["logits_indices"]
         tokens = batch_data["input_ids"].shape[1]
-        self._steps.current = Step(self.slot_of_token[:tokens], indices, self._slots) if self.mixed else None
+        self._steps.current = (
+            Step(self.slot_of_token[:tokens], indices, self._slots, self._backend) if self.mixed else None
+        )
         try:
             logits: torch.Tensor = model(**batch_data).logits
         finally:
@@ -148,6 +152,19 @@ class Runner(ModelRunner):  # type: ignore[misc]
         io = self.inputs_and_outputs
         graphed = self.use_cuda_graph_decode if io.use_block_table else self.use_cuda_graph_varlen
         return (int(io.use_block_table), *io._get_graph_key()) if graphed else None
+
+
+class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
+    """transformers' first in, first out; a batch is then put in the order of slots.
+
+    Tokens of one expert then lie together, and its product reads and writes them where they are.
+    """
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
+        batch, *rest = super().schedule_batch(token_budget, cache_budget)
+        if batch:
+            batch.sort(key=lambda item: item.state.generation.slot)
+        return (batch, *rest)
 
 
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
@@ -277,7 +294,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
             background_thread_status=self.background_thread_status,
             model_device=model.device,
             model_dtype=model.dtype,
-            scheduler=FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
+            scheduler=SlotOrderScheduler(cache, config.safety_margin, config.max_requests_per_batch),
             distributed_helper=self.distributed_helper,
         )
 

@@ -6,8 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import torch
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import BaseModel, load_base, model_dtype
+from meswitch_cli.engine.between_steps import BetweenSteps
 from meswitch_cli.engine.contract import (
     BASE,
     EngineError,
@@ -79,7 +79,7 @@ class TransformersEngine:
         self._grammars = Grammars()
         self._active: dict[str, Generation] = {}
         self._cancelled: set[str] = set()
-        self._commands: deque[Callable[[Processor], None]] = deque()
+        self._between_steps = BetweenSteps(self._wake, lambda: self._closed_for_good)
         self._closed: str | None = "the engine has not been started"
         self._prompt_tokens = self._generated_tokens = 0
         self._base: BaseModel | None = None
@@ -180,7 +180,7 @@ class TransformersEngine:
             if name in self._table.experts:
                 raise EngineError(f"expert {name!r} is served already; unload it first")
         model = self._opener.open(name, Path(path))
-        self._in_loop(lambda processor: self._admit_expert(model, processor))
+        self._between_steps.run(lambda processor: self._admit_expert(model, processor))
 
     def unload_expert(self, name: str) -> None:
         with self._changed:
@@ -190,7 +190,7 @@ class TransformersEngine:
                 raise EngineError("the base cannot be unloaded")
             item.leaving = True
             self._changed.wait_for(lambda: self._closed_for_good or not self._table.is_busy(item))
-        self._in_loop(lambda processor: self._drop_expert(name, processor))
+        self._between_steps.run(lambda processor: self._drop_expert(name, processor))
 
     def pin_expert(self, name: str, pinned: bool = True) -> None:
         with self._lock:
@@ -256,10 +256,7 @@ class TransformersEngine:
     # What the loop calls, in its own thread.
 
     def before_step(self, processor: Processor) -> None:
-        with self._lock:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command(processor)
+        self._between_steps.do(processor)
         for generation in self._take_cancelled():
             generation.end("cancelled")
             if not self._withdraw(generation):
@@ -353,22 +350,13 @@ class TransformersEngine:
             resident = [item for item in self._table.experts.values() if item.slot is not None]
             served = [item.model.artifact for item in self._table.experts.values()]
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
-        banks, base = self._loader.banks, self._loader.banks.base
-        layout = bank_layout(base, everyone)
-        if not banks.layout.holds(layout):
+        if not self._loader.has_room(everyone):
             if processor.model_runner.pad_inputs:
                 raise EngineError(
                     f"expert {model.name!r} needs more room than the slots have, and captured graphs cannot follow "
                     "them elsewhere: start the engine with it"
                 )
-            # The loop runs in inference mode, whose tensors the loader's thread could not write to.
-            with self._loader.lock, torch.inference_mode(False), torch.no_grad():
-                grown = Banks(base, layout.joined(banks.layout), banks.slots)
-                self._loader.banks = grown
-                for item in resident:
-                    if item.slot is not None:  # one that is being loaded is copied twice, harmlessly
-                        self._loader.copy(item.model, item.slot)
-                grown.install()
+            self._loader.make_room(everyone, {item.slot: item.model for item in resident if item.slot is not None})
         with self._lock:
             self._table.add(model)
 
@@ -379,32 +367,8 @@ class TransformersEngine:
             self._copies.forget(item.model.identity)
             self._grammars.forget(item.model)
         if slot is not None:
-            with self._loader.lock, torch.no_grad():
-                self._loader.banks.clear(slot)
+            self._loader.clear(slot)
         processor.cache.evict_cached_blocks()
-
-    def _in_loop(self, work: Callable[[Processor], None]) -> None:
-        """Run something between two steps; return when it is done, raise what it raises."""
-        done = threading.Event()
-        problems: list[Exception] = []
-
-        def command(processor: Processor) -> None:
-            try:
-                work(processor)
-            except Exception as error:
-                problems.append(error)
-            finally:
-                done.set()
-
-        with self._lock:
-            self._refuse_if_closed()
-            self._commands.append(command)
-        self._wake()
-        while not done.wait(0.1):
-            if self._closed_for_good:
-                raise ShuttingDownError("the engine has stopped")
-        if problems:
-            raise problems[0]
 
     def _take_cancelled(self) -> list[Generation]:
         with self._lock:
