@@ -68,13 +68,14 @@ added_logits = naive.added_logits
 
 @dataclass(frozen=True)
 class _Layout:
-    """Strides and places, in bytes, of what `spread` prepares for `rows`."""
+    """Strides and places, in bytes, of what `spread` prepares for `rows`, and how many weight rows are worked on."""
 
     plain: int
     spread: int
     salient: int
     of_word: int
     acc: int
+    rows: int
     places: tuple[int, ...]
     size: int
 
@@ -89,10 +90,11 @@ def _layout(
     spread = max(words * (32 // width) for width, words in padded.items()) * size
     salient = -(-max_salient // 16) * 64
     of_word = padded[bits] * 4 if grouped else 0
-    acc = tokens * ROWS * 64
+    acc = 4 * ROWS * 64
     sizes = (plain * tokens, spread * tokens, salient * tokens, of_word * groups, acc * threads)
     ends = tuple(itertools.accumulate(sizes, initial=0))
-    return _Layout(plain, spread, salient, of_word, acc, ends[:5], ends[5])
+    rows = max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS))
+    return _Layout(plain, spread, salient, of_word, acc, rows, ends[:5], ends[5])
 
 
 def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
@@ -163,6 +165,7 @@ def _decode(
             layout.of_word,
             base + layout.places[4],
             layout.acc,
+            layout.rows,
         ),
     )
     spread_task, rows_task, _ = _tasks()

@@ -6,8 +6,6 @@ A unit of work is one request and one key head. Its queries share that head, and
 
 from __future__ import annotations
 
-import functools
-import struct
 from array import array
 
 import torch
@@ -23,6 +21,7 @@ from .cpu_vector import (
     bits_of,
     copy,
     fetch_add,
+    float_bits,
     read_bf16,
     read_f32,
     read_i32,
@@ -123,11 +122,6 @@ def _attend_all(fields):
         _attend(f, unit // f[KEY_HEADS], unit % f[KEY_HEADS], memory)
 
 
-@functools.cache
-def _float_bits(value: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
-
-
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -183,8 +177,8 @@ def decode_attention(
             out.data_ptr(),
             width * size,
             heads * width * size,
-            _float_bits(scale),
-            _float_bits(softcap or 0.0),
+            float_bits(scale),
+            float_bits(softcap or 0.0),
             scratch.take(memory * threads),
             memory,
             padded,

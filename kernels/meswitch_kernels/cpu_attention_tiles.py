@@ -8,7 +8,7 @@ offsets in a cache, in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -17,25 +17,23 @@ from numba.core import cgutils
 
 from .cpu_vector import (
     F32,
-    I16,
     I32,
     I64,
     LANES,
     V16F,
     V16I,
     broadcast,
+    chunks,
     constants,
     emitted,
     fma,
     lanes_below,
     load,
-    load_masked,
-    round_bf16,
+    load_elements,
     splat,
     store,
-    store_masked,
+    store_elements,
     sum_rows,
-    widen_bf16,
 )
 
 _ZERO = ir.Constant(V16F, None)
@@ -55,10 +53,10 @@ def score_tile(bf16: bool) -> Any:
         def chunk(first: Any, mask: Any) -> None:
             given = load(builder, builder.add(query, builder.mul(first, I64(4))), V16F)
             for key, total in zip(keys, sums, strict=True):
-                values = _elements(builder, key, first, mask, bf16)
+                values = load_elements(builder, key, first, mask, bf16)
                 builder.store(fma(builder, given, values, builder.load(total)), total)
 
-        _chunks(builder, width, chunk)
+        chunks(builder, width, chunk)
         result = cgutils.alloca_once_value(builder, sum_rows(builder, [builder.load(total) for total in sums]))
         with cgutils.if_unlikely(builder, builder.icmp_signed("!=", cap, I64(0))):
             limit = _broadcast_bits(builder, cap)
@@ -106,10 +104,10 @@ def mix_tile(bf16: bool) -> Any:
             address = builder.add(total, builder.mul(first, I64(4)))
             mixed = load(builder, address, V16F)
             for value, factor in zip(values, factors, strict=True):
-                mixed = fma(builder, factor, _elements(builder, value, first, mask, bf16), mixed)
+                mixed = fma(builder, factor, load_elements(builder, value, first, mask, bf16), mixed)
             store(builder, mixed, address)
 
-        _chunks(builder, width, chunk)
+        chunks(builder, width, chunk)
 
     return emitted(5, emit)
 
@@ -122,38 +120,16 @@ def store_tile(bf16: bool) -> Any:
         scale = _broadcast_bits(builder, factor)
 
         def chunk(first: Any, mask: Any) -> None:
-            result = builder.fmul(scale, load(builder, builder.add(total, builder.mul(first, I64(4))), V16F))
-            stored = round_bf16(builder, result) if bf16 else result
-            address = builder.add(target, builder.mul(first, I64(2 if bf16 else 4)))
-            if mask is None:
-                store(builder, stored, address)
-            else:
-                store_masked(builder, stored, address, mask)
+            result = builder.fmul(scale, load_elements(builder, total, first, None, False))
+            store_elements(builder, result, target, first, mask, bf16)
 
-        _chunks(builder, width, chunk)
+        chunks(builder, width, chunk)
 
     return emitted(4, emit)
 
 
 def _keys(builder: ir.IRBuilder, places: Any, cache: Any) -> list[Any]:
     return [builder.add(cache, load(builder, builder.add(places, I64(8 * lane)), I64)) for lane in range(LANES)]
-
-
-def _chunks(builder: ir.IRBuilder, width: Any, chunk: Callable[[Any, Any], None]) -> None:
-    """Call `chunk(first, mask)` for every 16 of `width` elements; the mask is None but for the last few."""
-    with cgutils.for_range(builder, builder.sdiv(width, I64(LANES))) as loop:
-        chunk(builder.mul(loop.index, I64(LANES)), None)
-    tail = builder.srem(width, I64(LANES))
-    with cgutils.if_unlikely(builder, builder.icmp_signed(">", tail, I64(0))):
-        chunk(builder.sub(width, tail), lanes_below(builder, tail))
-
-
-def _elements(builder: ir.IRBuilder, row: Any, first: Any, mask: Any, bf16: bool) -> Any:
-    """16 elements of a row in memory from element `first` on, as float32."""
-    kind = ir.VectorType(I16, LANES) if bf16 else V16F
-    address = builder.add(row, builder.mul(first, I64(2 if bf16 else 4)))
-    values = load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
-    return widen_bf16(builder, values) if bf16 else values
 
 
 def _broadcast_bits(builder: ir.IRBuilder, bits: Any) -> Any:

@@ -12,10 +12,11 @@ from pathlib import Path
 from numba import carray, cfunc, njit, types
 
 from . import cpu_attention_tiles, cpu_tiles, cpu_vector
-from .cpu_tiles import base_tile, delta_tile, finish_tile, merge_tile
+from .cpu_tiles import finish_tile, merge_tile, product_tile
 from .cpu_vector import (
     ROWS,
     bits_of,
+    chosen,
     copy,
     fetch_add,
     prefetch,
@@ -37,13 +38,17 @@ from .cpu_vector import (
 # Fields of `spread` and `rows`: tokens are in the order of their slots, group by group.
 (
     X, X_STRIDE, Y, Y_STRIDE, BIAS, TOKENS, ORDER, SLOT_OF, GROUPS, GROUP_COUNT, PLAIN, PLAIN_STRIDE,
-    SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE, DECODE,
-) = range(COMMON, COMMON + 21)  # fmt: skip
+    SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE,
+    ROWS_TOGETHER, DECODE,
+) = range(COMMON, COMMON + 22)  # fmt: skip
 # Fields of `merge`.
 MERGED, MERGED_STRIDE, FIRST_ROW, ROW_COUNT, SLOT, SCALE, MERGE = range(COMMON, COMMON + 7)
 
 CHUNK_ROWS = 32
 """Rows a thread takes at a time: long enough to stream, short enough that two threads end together."""
+
+CACHED_ROWS = 12 << 10
+"""Bytes of weight rows that stay in a core's first-level cache while the tokens pass, four at a time."""
 
 MERGE_ROWS = 8
 
@@ -53,24 +58,28 @@ _ONE = 0x3C00
 _INLINED = (cpu_attention_tiles, cpu_tiles, cpu_vector)
 _SOURCES = f"{zlib.crc32(b''.join(Path(str(module.__file__)).read_bytes() for module in _INLINED)):08x}"
 
-_base_bf16_1, _base_bf16_4 = base_tile(1, True), base_tile(4, True)
-_base_f32_1, _base_f32_4 = base_tile(1, False), base_tile(4, False)
-_delta_bf16_1_1, _delta_bf16_1_2, _delta_bf16_1_4 = (delta_tile(1, bits, False, True) for bits in (1, 2, 4))
-_delta_bf16_4_1, _delta_bf16_4_2, _delta_bf16_4_4 = (delta_tile(4, bits, False, True) for bits in (1, 2, 4))
-_group_bf16_1_1, _group_bf16_1_2, _group_bf16_1_4 = (delta_tile(1, bits, True, True) for bits in (1, 2, 4))
-_delta_f32_1_1, _delta_f32_1_2, _delta_f32_1_4 = (delta_tile(1, bits, False, False) for bits in (1, 2, 4))
-_group_f32_1_1, _group_f32_1_2, _group_f32_1_4 = (delta_tile(1, bits, True, False) for bits in (1, 2, 4))
-_finish_bf16_bf16_1, _finish_bf16_f16_1, _finish_bf16_f32_1 = (
-    finish_tile(1, kind, True) for kind in ("bfloat16", "float16", "float32")
+# Variants by number: tokens and, for products, bits, groups and dtype; for `_finish`, the dtype of salient values.
+_TOGETHER = (4, 2, 1)
+_product = chosen(
+    15,
+    {
+        64 * tokens + 8 * bits + 2 * grouped + bf16: product_tile(tokens, bits, grouped, bf16)
+        for tokens in _TOGETHER
+        for bits in (0, 1, 2, 4)
+        for grouped in (False, True)
+        for bf16 in (False, True)
+        # Two sets of sums for groups of channels: four tokens would not fit the registers.
+        if not grouped or (bits and tokens < 4)
+    },
 )
-_finish_bf16_bf16_4, _finish_bf16_f16_4, _finish_bf16_f32_4 = (
-    finish_tile(4, kind, True) for kind in ("bfloat16", "float16", "float32")
-)
-_finish_f32_bf16_1, _finish_f32_f16_1, _finish_f32_f32_1 = (
-    finish_tile(1, kind, False) for kind in ("bfloat16", "float16", "float32")
-)
-_finish_f32_bf16_4, _finish_f32_f16_4, _finish_f32_f32_4 = (
-    finish_tile(4, kind, False) for kind in ("bfloat16", "float16", "float32")
+_finish = chosen(
+    11,
+    {
+        64 * tokens + 8 * kind + bf16: finish_tile(tokens, name, bf16)
+        for tokens in _TOGETHER
+        for kind, name in enumerate(("bfloat16", "float16", "float32"))
+        for bf16 in (False, True)
+    },
 )
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
@@ -102,45 +111,6 @@ def _write(address, value, bf16):
         write_i16(address, _to_bf16(value))
     else:
         write_i32(address, bits_of(value))
-
-
-@njit
-def _delta(bf16, bits, grouped, four, codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc):
-    if bf16 and not grouped and four:
-        if bits == 1:
-            _delta_bf16_4_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_bf16_4_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_bf16_4_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif bf16 and not grouped:
-        if bits == 1:
-            _delta_bf16_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_bf16_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_bf16_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif bf16:
-        if bits == 1:
-            _group_bf16_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _group_bf16_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _group_bf16_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif not grouped:
-        if bits == 1:
-            _delta_f32_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_f32_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_f32_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    else:
-        if bits == 1:
-            _group_f32_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _group_f32_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _group_f32_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
 
 
 @njit(inline="always")
@@ -223,105 +193,45 @@ def spread(fields):
 
 
 @njit
-def _add_group(f, bf16, g, row, valid, acc):
-    """Add the delta products of group g's tokens to the accumulators of rows `row` and up."""
-    entry = f[GROUPS] + 12 * g
-    slot, first, count = read_i32(entry), read_i32(entry + 4), read_i32(entry + 8)
-    if slot < 0:
-        return
-    in_features = f[IN_FEATURES]
-    bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
-    grouped = group_size > 0
-    words = (in_features * bits + 31) // 32
-    steps_stride = 4 * ((in_features + group_size - 1) // group_size if grouped else 1)
-    codes = f[CODES] + slot * f[CODES_SLOT] + row * words * 4
-    steps = f[STEPS] + slot * f[STEPS_SLOT] + row * steps_stride
-    of_word = f[WORD_GROUP] + g * f[WORD_GROUP_STRIDE]
-    t = first
-    while t < first + count:
-        four = bf16 and not grouped and t + 4 <= first + count
-        _delta(
-            bf16, bits, grouped, four, codes, 4 * words, valid, f[SPREAD] + t * f[SPREAD_STRIDE],
-            f[SPREAD_STRIDE], words, steps, steps_stride, of_word, acc + t * 64 * ROWS,
-        )  # fmt: skip
-        t += 4 if four else 1
-
-
-@njit
-def _finish_tokens(bf16, kind, four, acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid):
-    if bf16:
-        if kind == 0 and four:
-            _finish_bf16_bf16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 0:
-            _finish_bf16_bf16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 1 and four:
-            _finish_bf16_f16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 1:
-            _finish_bf16_f16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif four:
-            _finish_bf16_f32_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        else:
-            _finish_bf16_f32_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-    else:
-        if kind == 0 and four:
-            _finish_f32_bf16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 0:
-            _finish_f32_bf16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 1 and four:
-            _finish_f32_f16_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif kind == 1:
-            _finish_f32_f16_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        elif four:
-            _finish_f32_f32_4(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-        else:
-            _finish_f32_f32_1(acc, values, x, x_stride, k, bias, shift, y, y_stride, order, valid)
-
-
-@njit
-def _finish(f, bf16, g, row, valid, acc):
-    """Write y of group g's tokens for rows `row` and up."""
-    out_features, k, kind = f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
-    size = 2 if bf16 else 4
-    entry = f[GROUPS] + 12 * g
-    slot, first, count = read_i32(entry), read_i32(entry + 4), read_i32(entry + 8)
-    y = f[Y] + size * row
-    bias = f[BIAS] + size * row if f[BIAS] else 0
-    shift, values = 0, 0
+def _multiply(f, slot, g, t, count, first_row, last_row, acc):
+    """y of tokens `t` to `t + count`, which share group g and its slot, for some rows."""
+    bf16, in_features, out_features, k, kind = f[BF16], f[IN_FEATURES], f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
+    size = 4 - 2 * bf16
+    bits, group_size, words, groups = 0, 0, 0, 1
+    codes, steps, shifts, values = 0, 0, 0, 0
     if slot < 0:
         k = 0
     else:
-        place = slot * out_features + row
-        shift = f[BIAS_DELTA] + 4 * place
-        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * place
-    t = first
-    while t < first + count:
-        four = t + 4 <= first + count
-        _finish_tokens(
-            bf16, kind, four, acc + t * ROWS * 64, values, f[SALIENT] + t * f[SALIENT_STRIDE], f[SALIENT_STRIDE], k,
-            bias, shift, y, f[Y_STRIDE], f[ORDER] + 4 * t, valid,
+        bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
+        words = (in_features * bits + 31) // 32
+        if group_size > 0:
+            groups = (in_features + group_size - 1) // group_size
+        codes, steps = f[CODES] + slot * f[CODES_SLOT], f[STEPS] + slot * f[STEPS_SLOT]
+        shifts = f[BIAS_DELTA] + 4 * slot * out_features
+        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * slot * out_features
+    product = 64 * count + 8 * bits + (2 if group_size > 0 else 0) + bf16
+    finish = 64 * count + 8 * kind + bf16
+    for row in range(first_row, last_row, ROWS):
+        valid = min(ROWS, last_row - row)
+        _product(
+            product, f[WEIGHT] + row * f[WEIGHT_STRIDE], f[WEIGHT_STRIDE], valid, f[PLAIN] + t * f[PLAIN_STRIDE],
+            f[PLAIN_STRIDE], in_features, codes + 4 * row * words, 4 * words, f[SPREAD] + t * f[SPREAD_STRIDE],
+            f[SPREAD_STRIDE], words, steps + 4 * row * groups, 4 * groups, f[WORD_GROUP] + g * f[WORD_GROUP_STRIDE],
+            acc,
         )  # fmt: skip
-        t += 4 if four else 1
+        _finish(
+            finish, acc, values + (4 if kind == 2 else 2) * k * row, f[SALIENT] + t * f[SALIENT_STRIDE],
+            f[SALIENT_STRIDE], k, f[BIAS] + size * row if f[BIAS] else 0, shifts + 4 * row if slot >= 0 else 0,
+            f[Y] + size * row, f[Y_STRIDE], f[ORDER] + 4 * t, valid,
+        )  # fmt: skip
 
 
 @njit
-def _prefetch_group(f, g, row, valid):
-    """Ask for the codes that `_add_group` will read; they arrive while the base product runs."""
-    slot = read_i32(f[GROUPS] + 12 * g)
+def _prefetch_group(f, slot, row, count):
+    """Ask for the codes of some rows; they arrive while other slots' products run."""
     if slot >= 0:
         row_bytes = (f[IN_FEATURES] * read_i32(f[SLOT_BITS] + 4 * slot) + 31) // 32 * 4
-        prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, valid * row_bytes)
-
-
-@njit
-def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
-    if bf16 and four:
-        _base_bf16_4(weight, stride, valid, x, x_stride, in_features, acc)
-    elif bf16:
-        _base_bf16_1(weight, stride, valid, x, x_stride, in_features, acc)
-    elif four:
-        _base_f32_4(weight, stride, valid, x, x_stride, in_features, acc)
-    else:
-        _base_f32_1(weight, stride, valid, x, x_stride, in_features, acc)
+        prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, count * row_bytes)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
@@ -329,28 +239,30 @@ def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
 def rows(fields):
     """y for every token, a few weight rows at a time: each weight and code is read from memory once."""
     f = carray(fields, DECODE)
-    bf16, tokens, out_features = f[BF16] != 0, f[TOKENS], f[OUT_FEATURES]
+    out_features, together, groups = f[OUT_FEATURES], f[ROWS_TOGETHER], f[GROUP_COUNT]
     acc = f[ACC] + fetch_add(f[SELF] + 8 * THREAD, 1) * f[ACC_STRIDE]
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * CHUNK_ROWS
         if start >= out_features:
             return
-        for row in range(start, min(start + CHUNK_ROWS, out_features), ROWS):
-            valid = min(ROWS, out_features - row)
-            for g in range(f[GROUP_COUNT]):
-                _prefetch_group(f, g, row, valid)
-            t = 0
-            while t < tokens:
-                four = t + 4 <= tokens
-                _base(
-                    bf16, four, f[WEIGHT] + row * f[WEIGHT_STRIDE], f[WEIGHT_STRIDE], valid,
-                    f[PLAIN] + t * f[PLAIN_STRIDE], f[PLAIN_STRIDE], f[IN_FEATURES], acc + t * 64 * ROWS,
-                )  # fmt: skip
-                t += 4 if four else 1
-            for g in range(f[GROUP_COUNT]):
-                _add_group(f, bf16, g, row, valid, acc)
-            for g in range(f[GROUP_COUNT]):
-                _finish(f, bf16, g, row, valid, acc)
+        end = min(start + CHUNK_ROWS, out_features)
+        for row in range(start, end, together):
+            last_row = min(row + together, end)
+            for g in range(groups):
+                _prefetch_group(f, read_i32(f[GROUPS] + 12 * g), row, last_row - row)
+            for g in range(groups):
+                entry = f[GROUPS] + 12 * g
+                slot, t = read_i32(entry), read_i32(entry + 4)
+                last = t + read_i32(entry + 8)
+                most = 2 if slot >= 0 and read_i32(f[SLOT_GROUP] + 4 * slot) > 0 else 4
+                while t < last:
+                    count = 1
+                    if most == 4 and last - t >= 4:
+                        count = 4
+                    elif last - t >= 2:
+                        count = 2
+                    _multiply(f, slot, g, t, count, row, last_row, acc)
+                    t += count
 
 
 @njit

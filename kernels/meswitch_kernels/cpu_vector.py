@@ -8,8 +8,9 @@ any other machine gets the same results from shifts and float32 multiply-adds.
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -43,6 +44,24 @@ def emitted(arguments: int, emit: Emit, returns: Any = types.void) -> Any:
     return intrinsic(scope["typer"])
 
 
+def chosen(arguments: int, variants: Mapping[int, Emit]) -> Any:
+    """A Numba function of a number and `arguments` int64 arguments, which does what the variant of that number does."""
+
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+        number, *rest = args
+        end = builder.append_basic_block("chosen.end")
+        switch = builder.switch(number, end)
+        for value, variant in variants.items():
+            block = builder.append_basic_block(f"chosen.{value}")
+            switch.add_case(I64(value), block)
+            builder.position_at_end(block)
+            variant(builder, rest)
+            builder.branch(end)
+        builder.position_at_end(end)
+
+    return emitted(arguments + 1, emit)
+
+
 def splat(value: Any, element: ir.Type, lanes: int = LANES) -> ir.Constant:
     """A constant vector with `value` in every lane."""
     return constants([value] * lanes, element)
@@ -73,6 +92,33 @@ def load(builder: ir.IRBuilder, address: Any, kind: ir.Type, align: int = 1) -> 
 def store(builder: ir.IRBuilder, value: Any, address: Any, align: int = 1) -> None:
     """Store a value to any address."""
     builder.store(value, pointer(builder, address, value.type), align=align)
+
+
+def chunks(builder: ir.IRBuilder, width: Any, chunk: Callable[[Any, Any], None]) -> None:
+    """Call `chunk(first, mask)` for every 16 of `width` elements; the mask is None but for the last few."""
+    with cgutils.for_range(builder, builder.sdiv(width, I64(LANES))) as loop:
+        chunk(builder.mul(loop.index, I64(LANES)), None)
+    tail = builder.srem(width, I64(LANES))
+    with cgutils.if_unlikely(builder, builder.icmp_signed(">", tail, I64(0))):
+        chunk(builder.sub(width, tail), lanes_below(builder, tail))
+
+
+def load_elements(builder: ir.IRBuilder, row: Any, first: Any, mask: Any, bf16: bool) -> Any:
+    """16 elements of a row in memory from element `first` on, as float32; with a mask, those it names."""
+    kind = ir.VectorType(I16, LANES) if bf16 else V16F
+    address = builder.add(row, builder.mul(first, I64(2 if bf16 else 4)))
+    values = load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
+    return widen_bf16(builder, values) if bf16 else values
+
+
+def store_elements(builder: ir.IRBuilder, values: Any, row: Any, first: Any, mask: Any, bf16: bool) -> None:
+    """Store 16 float32 as elements of a row from element `first` on; with a mask, those it names."""
+    stored = round_bf16(builder, values) if bf16 else values
+    address = builder.add(row, builder.mul(first, I64(2 if bf16 else 4)))
+    if mask is None:
+        store(builder, stored, address)
+    else:
+        store_masked(builder, stored, address, mask)
 
 
 def lanes_below(builder: ir.IRBuilder, count: Any, lanes: int = LANES) -> Any:
@@ -108,6 +154,11 @@ def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once."""
     function = _declare(builder, "llvm.fma.v16f32", ir.FunctionType(V16F, [V16F, V16F, V16F]))
     return builder.call(function, [a, b, c])
+
+
+def square_root(builder: ir.IRBuilder, value: Any) -> Any:
+    """The root of a float32."""
+    return builder.call(_declare(builder, "llvm.sqrt.f32", ir.FunctionType(F32, [F32])), [value])
 
 
 def sum_rows(builder: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
@@ -227,9 +278,15 @@ def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> An
     return builder.call(function, [pointers, I32(4), mask, ir.Constant(V16F, None)])
 
 
+@functools.cache
+def float_bits(value: float) -> int:
+    """The bits of a number as float32, as an unsigned integer."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
 def bf16_bits(value: float) -> int:
     """The bfloat16 of a number that it holds exactly, as an unsigned 16-bit integer."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+    return float_bits(value) >> 16
 
 
 def _declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:

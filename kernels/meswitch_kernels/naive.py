@@ -74,6 +74,16 @@ def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_to
     return y.to(x.dtype)
 
 
+def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
+    """x `[rows, width]` over its root mean square, then times the gains: row t's are `table[gain_rows[t]]` (int64).
+
+    The quotient is rounded to the type of x before, as the families' own norms do.
+    """
+    wide = x.to(accumulation_dtype(x))
+    normed = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)).to(x.dtype)
+    return (normed * table[gain_rows]).to(x.dtype)
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
