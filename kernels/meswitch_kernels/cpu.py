@@ -15,6 +15,7 @@ from . import naive
 from .bank import BankTensors
 from .cpu_attention import decode_attention as decode_attention
 from .cpu_groups import CpuGroups, Few, group_tokens
+from .cpu_norm import rms_norm as rms_norm
 from .cpu_threads import run_task
 from .cpu_vector import ROWS
 from .groups import TokenGroups
@@ -166,11 +167,11 @@ def _decode(
             base + layout.places[4],
             layout.acc,
             layout.rows,
+            0,
+            0,
         ),
     )
-    spread_task, rows_task, _ = _tasks()
-    _run(spread_task, fields, count)
-    _run(rows_task, fields, -(-out_features // kernels.CHUNK_ROWS))
+    _run(_tasks()[0], fields, -(-out_features // kernels.CHUNK_ROWS))
 
 
 def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int, y: Tensor) -> None:
@@ -200,7 +201,7 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
             scale.data_ptr(),
         ),
     )
-    merge_task = _tasks()[2]
+    merge_task = _tasks()[1]
     for first in range(0, out_features, rows):
         last = min(first + rows, out_features)
         fields[kernels.FIRST_ROW], fields[kernels.ROW_COUNT] = first, last - first
@@ -221,6 +222,6 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None
 
 
 @functools.cache
-def _tasks() -> tuple[int, int, int]:
-    """Addresses of the compiled `spread`, `rows` and `merge`."""
-    return kernels.spread.address, kernels.rows.address, kernels.merge.address
+def _tasks() -> tuple[int, int]:
+    """Addresses of the compiled `rows` and `merge`."""
+    return kernels.rows.address, kernels.merge.address

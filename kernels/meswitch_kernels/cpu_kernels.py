@@ -35,12 +35,12 @@ from .cpu_vector import (
     CODES, CODES_SLOT, STEPS, STEPS_SLOT, SALIENT_INDEX, SALIENT_VALUE, MAX_SALIENT, SALIENT_KIND,
     CHANNEL_SCALE, BIAS_DELTA, SLOT_BITS, SLOT_GROUP, COMMON,
 ) = range(21)  # fmt: skip
-# Fields of `spread` and `rows`: tokens are in the order of their slots, group by group.
+# Fields of `rows`: tokens are in the order of their slots, group by group.
 (
     X, X_STRIDE, Y, Y_STRIDE, BIAS, TOKENS, ORDER, SLOT_OF, GROUPS, GROUP_COUNT, PLAIN, PLAIN_STRIDE,
     SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE,
-    ROWS_TOGETHER, DECODE,
-) = range(COMMON, COMMON + 22)  # fmt: skip
+    ROWS_TOGETHER, SPREAD_NEXT, SPREAD_DONE, DECODE,
+) = range(COMMON, COMMON + 24)  # fmt: skip
 # Fields of `merge`.
 MERGED, MERGED_STRIDE, FIRST_ROW, ROW_COUNT, SLOT, SCALE, MERGE = range(COMMON, COMMON + 7)
 
@@ -159,37 +159,45 @@ def _name_groups(f, g):
             write_i32(table + 4 * word, word * (32 // bits) // group_size)
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@versioned
-def spread(fields):
-    """Lay out each token's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
-    f = carray(fields, DECODE)
-    bf16, in_features, k = f[BF16] != 0, f[IN_FEATURES], f[MAX_SALIENT]
+@njit
+def _spread(f, bf16, t):
+    """Lay out token t's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
+    in_features, k = f[IN_FEATURES], f[MAX_SALIENT]
     size = 2 if bf16 else 4
+    if t < f[GROUP_COUNT] and f[WORD_GROUP_STRIDE] > 0:
+        _name_groups(f, t)
+    x = f[X] + read_i32(f[ORDER] + 4 * t) * f[X_STRIDE]
+    plain = f[PLAIN] + t * f[PLAIN_STRIDE]
+    copy(x, plain, in_features * size)
+    for i in range(in_features * size, f[PLAIN_STRIDE], 2):
+        write_i16(plain + i, 0)
+    slot = read_i32(f[SLOT_OF] + 4 * t)
+    if slot < 0:
+        return
+    scale = f[CHANNEL_SCALE] + 2 * slot * in_features
+    bits = read_i32(f[SLOT_BITS] + 4 * slot)
+    _spread_to_codes(x, f[SPREAD] + t * f[SPREAD_STRIDE], bf16, in_features, bits, scale)
+    salient = f[SALIENT] + t * f[SALIENT_STRIDE]
+    for j in range(f[SALIENT_STRIDE] // 4):
+        value = 0
+        if j < k:
+            channel = read_i32(f[SALIENT_INDEX] + 4 * (slot * k + j))
+            value = bits_of(_read(x + size * channel, bf16))
+        write_i32(salient + 4 * j, value)
+
+
+@njit
+def _spread_all(f):
+    """Lay out all tokens, shared with the other threads, and return when the last is."""
     while True:
-        t = fetch_add(f[SELF] + 8 * NEXT, 1)
+        t = fetch_add(f[SELF] + 8 * SPREAD_NEXT, 1)
         if t >= f[TOKENS]:
-            return
-        if t < f[GROUP_COUNT] and f[WORD_GROUP_STRIDE] > 0:
-            _name_groups(f, t)
-        x = f[X] + read_i32(f[ORDER] + 4 * t) * f[X_STRIDE]
-        plain = f[PLAIN] + t * f[PLAIN_STRIDE]
-        copy(x, plain, in_features * size)
-        for i in range(in_features * size, f[PLAIN_STRIDE], 2):
-            write_i16(plain + i, 0)
-        slot = read_i32(f[SLOT_OF] + 4 * t)
-        if slot < 0:
-            continue
-        scale = f[CHANNEL_SCALE] + 2 * slot * in_features
-        bits = read_i32(f[SLOT_BITS] + 4 * slot)
-        _spread_to_codes(x, f[SPREAD] + t * f[SPREAD_STRIDE], bf16, in_features, bits, scale)
-        salient = f[SALIENT] + t * f[SALIENT_STRIDE]
-        for j in range(f[SALIENT_STRIDE] // 4):
-            value = 0
-            if j < k:
-                channel = read_i32(f[SALIENT_INDEX] + 4 * (slot * k + j))
-                value = bits_of(_read(x + size * channel, bf16))
-            write_i32(salient + 4 * j, value)
+            break
+        _spread(f, f[BF16] != 0, t)
+        fetch_add(f[SELF] + 8 * SPREAD_DONE, 1)
+    # Another thread may still be at its last token; a second launch would cost more than this wait.
+    while fetch_add(f[SELF] + 8 * SPREAD_DONE, 0) < f[TOKENS]:
+        pass
 
 
 @njit
@@ -241,6 +249,7 @@ def rows(fields):
     f = carray(fields, DECODE)
     out_features, together, groups = f[OUT_FEATURES], f[ROWS_TOGETHER], f[GROUP_COUNT]
     acc = f[ACC] + fetch_add(f[SELF] + 8 * THREAD, 1) * f[ACC_STRIDE]
+    _spread_all(f)
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * CHUNK_ROWS
         if start >= out_features:

@@ -341,7 +341,7 @@ copy = emitted(3, _copy)
 
 
 def _fetch_add(builder: ir.IRBuilder, args: Sequence[Any]) -> Any:
-    return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "monotonic")
+    return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "acq_rel")
 
 
 fetch_add = emitted(2, _fetch_add, types.int64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch_cli.engine.modules import kernels
+from meswitch_kernels import naive
 
 #: The name under which transformers knows `attend`. It makes no masks for names it has no mask function of.
 NAME = "meswitch_by_request"
@@ -83,7 +84,8 @@ def _attend_decode(
     """One query of each request, whose keys are read where they lie in the cache, whatever window it keeps."""
     allocator = cache.layer_to_allocator[layer]
     key_cache, value_cache = allocator._kv_token_views[layer]
-    result: Tensor = kernels(query.device, query.dtype).decode_attention(
+    backend = kernels(query.device, query.dtype)
+    result: Tensor = getattr(backend, "decode_attention", naive.decode_attention)(
         query[0],
         key[0],
         value[0],

@@ -155,9 +155,11 @@ class Runner(ModelRunner):  # type: ignore[misc]
 
 
 class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
-    """transformers' first in, first out; a batch is then put in the order of slots.
+    """transformers' first in, first out, but that requests of one expert are taken together.
 
-    Tokens of one expert then lie together, and its product reads and writes them where they are.
+    An expert whose prompts are read costs a merge of its weights in every step, however many prompts there are, so
+    those who wait for the same slot as the one who has waited longest go with it. The one who has waited longest
+    goes first in any case. Within a batch tokens of a slot lie together: their product reads and writes in place.
     """
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
@@ -165,6 +167,13 @@ class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
         if batch:
             batch.sort(key=lambda item: item.state.generation.slot)
         return (batch, *rest)
+
+    def _get_waiting_candidates(self) -> list[GenerationState]:
+        waiting: list[GenerationState] = super()._get_waiting_candidates()
+        turns: dict[int, int] = {}
+        for state in waiting:
+            turns.setdefault(state.generation.slot, len(turns))
+        return sorted(waiting, key=lambda state: turns[state.generation.slot])
 
 
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]

@@ -140,6 +140,7 @@ def main() -> None:
     if arguments.part == "memory":
         measure_memory(arguments.side, folder, 2)
         return
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "figures.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
     if arguments.part == "throughput":
