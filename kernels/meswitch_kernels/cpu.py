@@ -69,7 +69,7 @@ added_logits = naive.added_logits
 
 @dataclass(frozen=True)
 class _Layout:
-    """Strides and places, in bytes, of what `spread` prepares for `rows`, and how many weight rows are worked on."""
+    """Strides and places, in bytes, of what `rows` prepares for itself, and how many weight rows are worked on."""
 
     plain: int
     spread: int

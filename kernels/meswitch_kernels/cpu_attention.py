@@ -22,6 +22,7 @@ from .cpu_vector import (
     copy,
     fetch_add,
     float_bits,
+    prefetch,
     read_bf16,
     read_f32,
     read_i32,
@@ -73,6 +74,13 @@ def _place_rows(f, r, h, own, length, places):
 
 
 @njit
+def _prefetch_rows(cache, places, size):
+    """Ask for sixteen rows, which lie apart."""
+    for lane in range(LANES):
+        prefetch(cache + read_i64(places + 8 * lane), size)
+
+
+@njit
 def _attend(f, r, h, memory):
     """One request's queries of one key head; its own key and value go into the cache first."""
     bf16, shared, padded, width = f[BF16] != 0, f[SHARED], f[PADDED], f[WIDTH]
@@ -88,6 +96,9 @@ def _attend(f, r, h, memory):
     copy(f[VALUE] + r * f[VALUE_TOKEN] + h * f[VALUE_HEAD], f[VALUE_CACHE] + place, size)
     blocks = (length + LANES - 1) // LANES
     for b in range(blocks):
+        if b + 1 < blocks:
+            _prefetch_rows(f[KEY_CACHE], places + 8 * LANES * (b + 1), size)
+        _prefetch_rows(f[VALUE_CACHE], places + 8 * LANES * b, size)
         for g in range(shared):
             query, target = queries + 4 * g * padded, scores + g * scores_stride + 4 * LANES * b
             if bf16:

@@ -74,7 +74,7 @@ def product_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Emit:
     """f(weight, weight_stride, valid, x, x_stride, in_features, codes, codes_stride, spread, spread_stride, words,
     steps, steps_stride, word_group, acc): acc = the rows' products with x, deltas of one slot included.
 
-    `bits` 0: the base alone. `spread` is x as `spread` lays it out for codes. `word_group` int32 `[words]`, padded to
+    `bits` 0: the base alone. `spread` is x as `_spread` lays it out for codes. `word_group` int32 `[words]`, padded to
     whole blocks, names each word's step; it is read only where `grouped`. Sums stay in registers from the first
     code to the last weight.
     """
