@@ -14,7 +14,7 @@ import torch
 from common import SHAPES, commit, delta_bytes, load_experts, machine, median_times, read_bandwidth, table
 from torch.nn.functional import linear
 
-from meswitch_kernels import ExpertBank, cpu, expert_linear
+from meswitch_kernels import ExpertBank, cpu_groups, expert_linear
 
 EXPERTS = 8
 PREFILL_TOKENS = 256
@@ -71,7 +71,7 @@ def crossover(name: str, out_features: int, in_features: int, bits: int) -> list
         slots = torch.zeros(tokens, dtype=torch.int32)
         times = []
         for limit in (1 << 30, 1):
-            cpu.PREFILL_TOKENS = limit
+            cpu_groups.PREFILL_TOKENS = limit
             times += median_times([lambda x=x, slots=slots: expert_linear(x, weight, None, bank, slots)], 15)
         rows.append([name, tokens, *(f"{seconds * 1e6:.0f}" for seconds in times)])
     return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from array import array
 from dataclasses import dataclass
 
@@ -14,13 +13,15 @@ from torch import Tensor
 from . import cpu_kernels as kernels
 from . import naive
 from .bank import BankTensors
+from .cpu_attention import decode_attention as decode_attention
+from .cpu_groups import CpuGroups, Few, group_tokens
+from .cpu_norm import rms_norm as rms_norm
 from .cpu_threads import run_task
 from .cpu_vector import ROWS
 from .groups import TokenGroups
 from .packing import words_per_row
+from .scratch import scratch
 
-PREFILL_TOKENS = 16
-"""Tokens of one slot from which merging W + Δ̂ for BLAS pays; see docs/results/kernels-cpu.md."""
 MERGE_BYTES = 4 << 20
 """Merged weights held at once: what stays in a core's share of the last-level cache until BLAS reads it."""
 
@@ -31,9 +32,9 @@ def expert_linear(
     bias: Tensor | None,
     bank: BankTensors,
     slot_of_token: Tensor,
-    groups: TokenGroups | None = None,
+    groups: TokenGroups | CpuGroups | None = None,
 ) -> Tensor:
-    """As `naive.expert_linear`, for float32 and bfloat16 x. `groups` is not needed here."""
+    """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
     if x.stride(1) != 1 or x.data_ptr() % x.element_size():
@@ -42,28 +43,23 @@ def expert_linear(
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    slots, slot_bits = slot_of_token.tolist(), bank.slot_bits.tolist()
-    if len(slots) >= PREFILL_TOKENS and slots.count(slots[0]) == len(slots) and _servable(slots[0], slot_bits):
-        return _prefill(x, weight, bias, bank, slots[0])
+    parts = groups if isinstance(groups, CpuGroups) else group_tokens(slot_of_token)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    tokens_of: dict[int, list[int]] = {}
-    for token, slot in enumerate(slots):
-        tokens_of.setdefault(slot, []).append(token)
-    few = []
-    for slot, tokens in tokens_of.items():
-        if not _servable(slot, slot_bits):
-            y[tokens] = torch.nan
-        elif len(tokens) < PREFILL_TOKENS:
-            few.append((slot, tokens))
+    slot_bits = bank.slot_bits.tolist()
+    empty = {slot for slot in parts.slots if not (slot == -1 or (0 <= slot < len(slot_bits) and slot_bits[slot]))}
+    if empty:
+        parts = group_tokens(slot_of_token, left_out=empty)
+        y.fill_(torch.nan)
+    for slot, rows in parts.many:
+        if isinstance(rows, slice):
+            _prefill(x[rows], weight, bias, bank, slot, y[rows])
         else:
-            y[tokens] = _prefill(x[tokens], weight, bias, bank, slot)
-    if few:
-        _decode(y, x, weight, bias, bank, few)
+            part = y.new_empty(len(rows), y.shape[1])
+            _prefill(x[rows], weight, bias, bank, slot, part)
+            y[rows] = part
+    if parts.few:
+        _decode(y, x, weight, bias, bank, parts.few)
     return y
-
-
-def _servable(slot: int, slot_bits: list[int]) -> bool:
-    return slot == -1 or (0 <= slot < len(slot_bits) and slot_bits[slot] > 0)
 
 
 expert_embedding = naive.expert_embedding
@@ -71,38 +67,16 @@ expert_norm_gain = naive.expert_norm_gain
 added_logits = naive.added_logits
 
 
-class _Scratch(threading.local):
-    """Memory that a thread's calls reuse; it grows to the largest call."""
-
-    buffer = torch.empty(0, dtype=torch.uint8)
-    address = 0
-
-    def take(self, size: int) -> int:
-        """The address, a multiple of 64, of at least `size` bytes."""
-        if size + 64 > self.buffer.shape[0]:
-            self.buffer = torch.empty(size + 64, dtype=torch.uint8)
-            self.address = -(-self.buffer.data_ptr() // 64) * 64
-        return self.address
-
-    def tensor(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """The same memory as an uninitialised `[rows, columns]` tensor: fresh pages cost more than merging."""
-        size = rows * columns * dtype.itemsize
-        first = self.take(size) - self.buffer.data_ptr()
-        return self.buffer[first : first + size].view(dtype).view(rows, columns)
-
-
-_scratch = _Scratch()
-
-
 @dataclass(frozen=True)
 class _Layout:
-    """Strides and places, in bytes, of what `spread` prepares for `rows`."""
+    """Strides and places, in bytes, of what `rows` prepares for itself, and how many weight rows are worked on."""
 
     plain: int
     spread: int
     salient: int
     of_word: int
     acc: int
+    rows: int
     places: tuple[int, ...]
     size: int
 
@@ -117,10 +91,11 @@ def _layout(
     spread = max(words * (32 // width) for width, words in padded.items()) * size
     salient = -(-max_salient // 16) * 64
     of_word = padded[bits] * 4 if grouped else 0
-    acc = tokens * ROWS * 64
+    acc = 4 * ROWS * 64
     sizes = (plain * tokens, spread * tokens, salient * tokens, of_word * groups, acc * threads)
     ends = tuple(itertools.accumulate(sizes, initial=0))
-    return _Layout(plain, spread, salient, of_word, acc, ends[:5], ends[5])
+    rows = max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS))
+    return _Layout(plain, spread, salient, of_word, acc, rows, ends[:5], ends[5])
 
 
 def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
@@ -150,19 +125,12 @@ def _decode(
     weight: Tensor,
     bias: Tensor | None,
     bank: BankTensors,
-    tokens_of_slot: list[tuple[int, list[int]]],
+    few: Few,
 ) -> None:
     """Write the rows of y that belong to the given tokens, reading every weight and code once."""
     out_features, in_features = weight.shape
-    size = x.element_size()
-    order: list[int] = []
-    slots: list[int] = []
-    table: list[int] = []
-    for slot, tokens in tokens_of_slot:
-        table += (slot, len(order), len(tokens))
-        order += tokens
-        slots += [slot] * len(tokens)
-    count, groups = len(order), len(tokens_of_slot)
+    size, count, groups = x.element_size(), few.tokens, few.groups
+    ints_at = few.numbers.buffer_info()[0]
     layout = _layout(
         in_features,
         bank.bits,
@@ -173,9 +141,7 @@ def _decode(
         groups,
         torch.get_num_threads(),
     )
-    base = _scratch.take(layout.size)
-    ints = array("i", order + slots + table)
-    ints_at = ints.buffer_info()[0]
+    base = scratch.take(layout.size)
     fields = array(
         "q",
         (
@@ -200,17 +166,19 @@ def _decode(
             layout.of_word,
             base + layout.places[4],
             layout.acc,
+            layout.rows,
+            0,
+            0,
         ),
     )
-    spread_task, rows_task, _ = _tasks()
-    _run(spread_task, fields, count)
-    _run(rows_task, fields, -(-out_features // kernels.CHUNK_ROWS))
+    _run(_tasks()[0], fields, -(-out_features // kernels.CHUNK_ROWS))
 
 
-def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> Tensor:
-    """x·(W + Δ̂)ᵀ and biases for tokens of one slot: a block of rows of W + Δ̂ is merged, then multiplied."""
+def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int, y: Tensor) -> None:
+    """y = x·(W + Δ̂)ᵀ and biases for tokens of one slot: a block of rows of W + Δ̂ is merged, then multiplied."""
     if slot < 0:
-        return torch.nn.functional.linear(x, weight, bias)
+        _multiply(x, weight, bias, y)
+        return
     out_features, in_features = weight.shape
     scale = bank.channel_scale[slot].float()
     if in_features % 16:
@@ -220,7 +188,7 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
         delta = bank.bias_delta[slot]
         shift = (delta if bias is None else delta + bias).to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)
-    merged = _scratch.tensor(min(rows, out_features), in_features, x.dtype)
+    merged = scratch.tensor(min(rows, out_features), in_features, x.dtype)
     fields = array(
         "q",
         (
@@ -233,22 +201,27 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
             scale.data_ptr(),
         ),
     )
-    merge_task = _tasks()[2]
-    if rows >= out_features:
-        fields[kernels.ROW_COUNT] = out_features
-        _run(merge_task, fields, -(-out_features // kernels.MERGE_ROWS))
-        return torch.nn.functional.linear(x, merged, shift)
-    y = x.new_empty(x.shape[0], out_features)
+    merge_task = _tasks()[1]
     for first in range(0, out_features, rows):
         last = min(first + rows, out_features)
         fields[kernels.FIRST_ROW], fields[kernels.ROW_COUNT] = first, last - first
         _run(merge_task, fields, -(-(last - first) // kernels.MERGE_ROWS))
         part = None if shift is None else shift[first:last]
-        y[:, first:last] = torch.nn.functional.linear(x, merged[: last - first], part)
-    return y
+        _multiply(x, merged[: last - first], part, y[:, first:last])
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = x·Wᵀ + bias, into memory that is there; BLAS wants rows that lie one after another."""
+    target = y if y.is_contiguous() else y.new_empty(y.shape)
+    if bias is None:
+        torch.mm(x, weight.T, out=target)
+    else:
+        torch.addmm(bias, x, weight.T, out=target)
+    if target is not y:
+        y.copy_(target)
 
 
 @functools.cache
-def _tasks() -> tuple[int, int, int]:
-    """Addresses of the compiled `spread`, `rows` and `merge`."""
-    return kernels.spread.address, kernels.rows.address, kernels.merge.address
+def _tasks() -> tuple[int, int]:
+    """Addresses of the compiled `rows` and `merge`."""
+    return kernels.rows.address, kernels.merge.address

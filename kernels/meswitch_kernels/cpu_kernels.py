@@ -11,11 +11,13 @@ from pathlib import Path
 
 from numba import carray, cfunc, njit, types
 
-from . import cpu_tiles, cpu_vector
-from .cpu_tiles import base_tile, delta_tile, finish_tile, merge_tile
+from . import cpu_attention_tiles, cpu_tiles, cpu_vector
+from .cpu_tiles import finish_tile, merge_tile, product_tile
 from .cpu_vector import (
     ROWS,
     bits_of,
+    chosen,
+    copy,
     fetch_add,
     prefetch,
     read_bf16,
@@ -33,39 +35,57 @@ from .cpu_vector import (
     CODES, CODES_SLOT, STEPS, STEPS_SLOT, SALIENT_INDEX, SALIENT_VALUE, MAX_SALIENT, SALIENT_KIND,
     CHANNEL_SCALE, BIAS_DELTA, SLOT_BITS, SLOT_GROUP, COMMON,
 ) = range(21)  # fmt: skip
-# Fields of `spread` and `rows`: tokens are in the order of their slots, group by group.
+# Fields of `rows`: tokens are in the order of their slots, group by group.
 (
     X, X_STRIDE, Y, Y_STRIDE, BIAS, TOKENS, ORDER, SLOT_OF, GROUPS, GROUP_COUNT, PLAIN, PLAIN_STRIDE,
-    SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE, DECODE,
-) = range(COMMON, COMMON + 21)  # fmt: skip
+    SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE,
+    ROWS_TOGETHER, SPREAD_NEXT, SPREAD_DONE, DECODE,
+) = range(COMMON, COMMON + 24)  # fmt: skip
 # Fields of `merge`.
 MERGED, MERGED_STRIDE, FIRST_ROW, ROW_COUNT, SLOT, SCALE, MERGE = range(COMMON, COMMON + 7)
 
 CHUNK_ROWS = 32
 """Rows a thread takes at a time: long enough to stream, short enough that two threads end together."""
 
+CACHED_ROWS = 12 << 10
+"""Bytes of weight rows that stay in a core's first-level cache while the tokens pass, four at a time."""
+
 MERGE_ROWS = 8
 
-_SOURCES = f"{zlib.crc32(b''.join(Path(str(m.__file__)).read_bytes() for m in (cpu_tiles, cpu_vector))):08x}"
+_ONE = 0x3C00
+"""1 as float16, the scale of most channels."""
 
-_base_bf16_1, _base_bf16_4 = base_tile(1, True), base_tile(4, True)
-_base_f32_1, _base_f32_4 = base_tile(1, False), base_tile(4, False)
-_delta_bf16_1_1, _delta_bf16_1_2, _delta_bf16_1_4 = (delta_tile(1, bits, False, True) for bits in (1, 2, 4))
-_delta_bf16_4_1, _delta_bf16_4_2, _delta_bf16_4_4 = (delta_tile(4, bits, False, True) for bits in (1, 2, 4))
-_group_bf16_1_1, _group_bf16_1_2, _group_bf16_1_4 = (delta_tile(1, bits, True, True) for bits in (1, 2, 4))
-_delta_f32_1_1, _delta_f32_1_2, _delta_f32_1_4 = (delta_tile(1, bits, False, False) for bits in (1, 2, 4))
-_group_f32_1_1, _group_f32_1_2, _group_f32_1_4 = (delta_tile(1, bits, True, False) for bits in (1, 2, 4))
-_finish_bf16_bf16, _finish_bf16_f16, _finish_bf16_f32 = (
-    finish_tile(kind, True) for kind in ("bfloat16", "float16", "float32")
+_INLINED = (cpu_attention_tiles, cpu_tiles, cpu_vector)
+_SOURCES = f"{zlib.crc32(b''.join(Path(str(module.__file__)).read_bytes() for module in _INLINED)):08x}"
+
+# Variants by number: tokens and, for products, bits, groups and dtype; for `_finish`, the dtype of salient values.
+_TOGETHER = (4, 2, 1)
+_product = chosen(
+    15,
+    {
+        64 * tokens + 8 * bits + 2 * grouped + bf16: product_tile(tokens, bits, grouped, bf16)
+        for tokens in _TOGETHER
+        for bits in (0, 1, 2, 4)
+        for grouped in (False, True)
+        for bf16 in (False, True)
+        # Two sets of sums for groups of channels: four tokens would not fit the registers.
+        if not grouped or (bits and tokens < 4)
+    },
 )
-_finish_f32_bf16, _finish_f32_f16, _finish_f32_f32 = (
-    finish_tile(kind, False) for kind in ("bfloat16", "float16", "float32")
+_finish = chosen(
+    11,
+    {
+        64 * tokens + 8 * kind + bf16: finish_tile(tokens, name, bf16)
+        for tokens in _TOGETHER
+        for kind, name in enumerate(("bfloat16", "float16", "float32"))
+        for bf16 in (False, True)
+    },
 )
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
 
 
-def _versioned(task):
+def versioned(task):
     """Rename a task after the code it inlines: Numba's disk cache looks only at the file of the task itself."""
     task.__qualname__ = f"{task.__qualname__}_{_SOURCES}"
     return task
@@ -93,43 +113,14 @@ def _write(address, value, bf16):
         write_i32(address, bits_of(value))
 
 
-@njit
-def _delta(bf16, bits, grouped, four, codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc):
-    if bf16 and not grouped and four:
-        if bits == 1:
-            _delta_bf16_4_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_bf16_4_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_bf16_4_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif bf16 and not grouped:
-        if bits == 1:
-            _delta_bf16_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_bf16_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_bf16_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif bf16:
-        if bits == 1:
-            _group_bf16_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _group_bf16_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _group_bf16_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    elif not grouped:
-        if bits == 1:
-            _delta_f32_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _delta_f32_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _delta_f32_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-    else:
-        if bits == 1:
-            _group_f32_1_1(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        elif bits == 2:
-            _group_f32_1_2(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
-        else:
-            _group_f32_1_4(codes, stride, valid, x, x_stride, words, steps, steps_stride, of_word, acc)
+@njit(inline="always")
+def _scaled_bf16(x, scale, channel, in_features):
+    """x times the channel's scale as bfloat16 bits; 0 past the last channel."""
+    if channel >= in_features:
+        return 0
+    if read_i16(scale + 2 * channel) == _ONE:
+        return read_i16(x + 2 * channel)
+    return _to_bf16(read_bf16(x + 2 * channel) * read_f16(scale + 2 * channel))
 
 
 @njit
@@ -139,21 +130,20 @@ def _spread_to_codes(x, target, bf16, in_features, bits, scale):
     half = per_word // 2
     blocks = (in_features * bits + 511) // 512
     for word in range(16 * blocks):
-        block, lane = word // 16, word % 16
-        for s in range(per_word):
-            channel = word * per_word + s
-            inside = channel < in_features
-            if bf16:
-                value = 0
-                if inside:
-                    value = _to_bf16(read_bf16(x + 2 * channel) * read_f16(scale + 2 * channel))
-                place = (block * half + s % half) * 32 + lane * 2 + s // half
-                write_i16(target + 2 * place, value)
-            else:
-                value = 0
-                if inside:
+        block, lane, first = word >> 4, word & 15, word * per_word
+        if bf16:
+            place = target + 64 * block * half + 4 * lane
+            for s in range(half):
+                low = _scaled_bf16(x, scale, first + s, in_features)
+                high = _scaled_bf16(x, scale, first + s + half, in_features)
+                write_i32(place + 64 * s, low | (high << 16))
+        else:
+            place = target + 64 * block * per_word + 4 * lane
+            for s in range(per_word):
+                value, channel = 0, first + s
+                if channel < in_features:
                     value = bits_of(read_f32(x + 4 * channel) * read_f16(scale + 2 * channel))
-                write_i32(target + 4 * ((block * per_word + s) * 16 + lane), value)
+                write_i32(place + 64 * s, value)
 
 
 @njit
@@ -169,147 +159,119 @@ def _name_groups(f, g):
             write_i32(table + 4 * word, word * (32 // bits) // group_size)
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
-def spread(fields):
-    """Lay out each token's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
-    f = carray(fields, DECODE)
-    bf16, in_features, k = f[BF16] != 0, f[IN_FEATURES], f[MAX_SALIENT]
-    size = 2 if bf16 else 4
-    while True:
-        t = fetch_add(f[SELF] + 8 * NEXT, 1)
-        if t >= f[TOKENS]:
-            return
-        if t < f[GROUP_COUNT] and f[WORD_GROUP_STRIDE] > 0:
-            _name_groups(f, t)
-        x = f[X] + read_i32(f[ORDER] + 4 * t) * f[X_STRIDE]
-        plain = f[PLAIN] + t * f[PLAIN_STRIDE]
-        for i in range(in_features):
-            if bf16:
-                write_i16(plain + 2 * i, read_i16(x + 2 * i))
-            else:
-                write_i32(plain + 4 * i, read_i32(x + 4 * i))
-        for i in range(in_features * size, f[PLAIN_STRIDE], 2):
-            write_i16(plain + i, 0)
-        slot = read_i32(f[SLOT_OF] + 4 * t)
-        if slot < 0:
-            continue
-        scale = f[CHANNEL_SCALE] + 2 * slot * in_features
-        bits = read_i32(f[SLOT_BITS] + 4 * slot)
-        _spread_to_codes(x, f[SPREAD] + t * f[SPREAD_STRIDE], bf16, in_features, bits, scale)
-        salient = f[SALIENT] + t * f[SALIENT_STRIDE]
-        for j in range(f[SALIENT_STRIDE] // 4):
-            value = 0
-            if j < k:
-                channel = read_i32(f[SALIENT_INDEX] + 4 * (slot * k + j))
-                value = bits_of(_read(x + size * channel, bf16))
-            write_i32(salient + 4 * j, value)
-
-
 @njit
-def _add_group(f, bf16, g, row, valid, acc):
-    """Add the delta products of group g's tokens to the accumulators of rows `row` and up."""
-    entry = f[GROUPS] + 12 * g
-    slot, first, count = read_i32(entry), read_i32(entry + 4), read_i32(entry + 8)
+def _spread(f, bf16, t):
+    """Lay out token t's x as `rows` reads it: plain, zero-padded, and permuted to its slot's codes."""
+    in_features, k = f[IN_FEATURES], f[MAX_SALIENT]
+    size = 2 if bf16 else 4
+    if t < f[GROUP_COUNT] and f[WORD_GROUP_STRIDE] > 0:
+        _name_groups(f, t)
+    x = f[X] + read_i32(f[ORDER] + 4 * t) * f[X_STRIDE]
+    plain = f[PLAIN] + t * f[PLAIN_STRIDE]
+    copy(x, plain, in_features * size)
+    for i in range(in_features * size, f[PLAIN_STRIDE], 2):
+        write_i16(plain + i, 0)
+    slot = read_i32(f[SLOT_OF] + 4 * t)
     if slot < 0:
         return
-    in_features = f[IN_FEATURES]
-    bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
-    grouped = group_size > 0
-    words = (in_features * bits + 31) // 32
-    steps_stride = 4 * ((in_features + group_size - 1) // group_size if grouped else 1)
-    codes = f[CODES] + slot * f[CODES_SLOT] + row * words * 4
-    steps = f[STEPS] + slot * f[STEPS_SLOT] + row * steps_stride
-    of_word = f[WORD_GROUP] + g * f[WORD_GROUP_STRIDE]
-    t = first
-    while t < first + count:
-        four = bf16 and not grouped and t + 4 <= first + count
-        _delta(
-            bf16, bits, grouped, four, codes, 4 * words, valid, f[SPREAD] + t * f[SPREAD_STRIDE],
-            f[SPREAD_STRIDE], words, steps, steps_stride, of_word, acc + t * 64 * ROWS,
-        )  # fmt: skip
-        t += 4 if four else 1
+    scale = f[CHANNEL_SCALE] + 2 * slot * in_features
+    bits = read_i32(f[SLOT_BITS] + 4 * slot)
+    _spread_to_codes(x, f[SPREAD] + t * f[SPREAD_STRIDE], bf16, in_features, bits, scale)
+    salient = f[SALIENT] + t * f[SALIENT_STRIDE]
+    for j in range(f[SALIENT_STRIDE] // 4):
+        value = 0
+        if j < k:
+            channel = read_i32(f[SALIENT_INDEX] + 4 * (slot * k + j))
+            value = bits_of(_read(x + size * channel, bf16))
+        write_i32(salient + 4 * j, value)
 
 
 @njit
-def _finish(f, bf16, t, row, valid, acc):
-    """Write y of token t for rows `row` and up."""
-    out_features, k, kind = f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
-    size = 2 if bf16 else 4
-    slot = read_i32(f[SLOT_OF] + 4 * t)
-    y = f[Y] + read_i32(f[ORDER] + 4 * t) * f[Y_STRIDE] + size * row
-    bias = f[BIAS] + size * row if f[BIAS] else 0
-    x = f[SALIENT] + t * f[SALIENT_STRIDE]
-    shift, values = 0, 0
+def _spread_all(f):
+    """Lay out all tokens, shared with the other threads, and return when the last is."""
+    while True:
+        t = fetch_add(f[SELF] + 8 * SPREAD_NEXT, 1)
+        if t >= f[TOKENS]:
+            break
+        _spread(f, f[BF16] != 0, t)
+        fetch_add(f[SELF] + 8 * SPREAD_DONE, 1)
+    # Another thread may still be at its last token; a second launch would cost more than this wait.
+    while fetch_add(f[SELF] + 8 * SPREAD_DONE, 0) < f[TOKENS]:
+        pass
+
+
+@njit
+def _multiply(f, slot, g, t, count, first_row, last_row, acc):
+    """y of tokens `t` to `t + count`, which share group g and its slot, for some rows."""
+    bf16, in_features, out_features, k, kind = f[BF16], f[IN_FEATURES], f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
+    size = 4 - 2 * bf16
+    bits, group_size, words, groups = 0, 0, 0, 1
+    codes, steps, shifts, values = 0, 0, 0, 0
     if slot < 0:
         k = 0
     else:
-        place = slot * out_features + row
-        shift = f[BIAS_DELTA] + 4 * place
-        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * place
-    if bf16:
-        if kind == 0:
-            _finish_bf16_bf16(acc, values, x, k, bias, shift, y, valid)
-        elif kind == 1:
-            _finish_bf16_f16(acc, values, x, k, bias, shift, y, valid)
-        else:
-            _finish_bf16_f32(acc, values, x, k, bias, shift, y, valid)
-    elif kind == 0:
-        _finish_f32_bf16(acc, values, x, k, bias, shift, y, valid)
-    elif kind == 1:
-        _finish_f32_f16(acc, values, x, k, bias, shift, y, valid)
-    else:
-        _finish_f32_f32(acc, values, x, k, bias, shift, y, valid)
+        bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
+        words = (in_features * bits + 31) // 32
+        if group_size > 0:
+            groups = (in_features + group_size - 1) // group_size
+        codes, steps = f[CODES] + slot * f[CODES_SLOT], f[STEPS] + slot * f[STEPS_SLOT]
+        shifts = f[BIAS_DELTA] + 4 * slot * out_features
+        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * slot * out_features
+    product = 64 * count + 8 * bits + (2 if group_size > 0 else 0) + bf16
+    finish = 64 * count + 8 * kind + bf16
+    for row in range(first_row, last_row, ROWS):
+        valid = min(ROWS, last_row - row)
+        _product(
+            product, f[WEIGHT] + row * f[WEIGHT_STRIDE], f[WEIGHT_STRIDE], valid, f[PLAIN] + t * f[PLAIN_STRIDE],
+            f[PLAIN_STRIDE], in_features, codes + 4 * row * words, 4 * words, f[SPREAD] + t * f[SPREAD_STRIDE],
+            f[SPREAD_STRIDE], words, steps + 4 * row * groups, 4 * groups, f[WORD_GROUP] + g * f[WORD_GROUP_STRIDE],
+            acc,
+        )  # fmt: skip
+        _finish(
+            finish, acc, values + (4 if kind == 2 else 2) * k * row, f[SALIENT] + t * f[SALIENT_STRIDE],
+            f[SALIENT_STRIDE], k, f[BIAS] + size * row if f[BIAS] else 0, shifts + 4 * row if slot >= 0 else 0,
+            f[Y] + size * row, f[Y_STRIDE], f[ORDER] + 4 * t, valid,
+        )  # fmt: skip
 
 
 @njit
-def _prefetch_group(f, g, row, valid):
-    """Ask for the codes that `_add_group` will read; they arrive while the base product runs."""
-    slot = read_i32(f[GROUPS] + 12 * g)
+def _prefetch_group(f, slot, row, count):
+    """Ask for the codes of some rows; they arrive while other slots' products run."""
     if slot >= 0:
         row_bytes = (f[IN_FEATURES] * read_i32(f[SLOT_BITS] + 4 * slot) + 31) // 32 * 4
-        prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, valid * row_bytes)
-
-
-@njit
-def _base(bf16, four, weight, stride, valid, x, x_stride, in_features, acc):
-    if bf16 and four:
-        _base_bf16_4(weight, stride, valid, x, x_stride, in_features, acc)
-    elif bf16:
-        _base_bf16_1(weight, stride, valid, x, x_stride, in_features, acc)
-    elif four:
-        _base_f32_4(weight, stride, valid, x, x_stride, in_features, acc)
-    else:
-        _base_f32_1(weight, stride, valid, x, x_stride, in_features, acc)
+        prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, count * row_bytes)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
+@versioned
 def rows(fields):
     """y for every token, a few weight rows at a time: each weight and code is read from memory once."""
     f = carray(fields, DECODE)
-    bf16, tokens, out_features = f[BF16] != 0, f[TOKENS], f[OUT_FEATURES]
+    out_features, together, groups = f[OUT_FEATURES], f[ROWS_TOGETHER], f[GROUP_COUNT]
     acc = f[ACC] + fetch_add(f[SELF] + 8 * THREAD, 1) * f[ACC_STRIDE]
+    _spread_all(f)
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * CHUNK_ROWS
         if start >= out_features:
             return
-        for row in range(start, min(start + CHUNK_ROWS, out_features), ROWS):
-            valid = min(ROWS, out_features - row)
-            for g in range(f[GROUP_COUNT]):
-                _prefetch_group(f, g, row, valid)
-            t = 0
-            while t < tokens:
-                four = t + 4 <= tokens
-                _base(
-                    bf16, four, f[WEIGHT] + row * f[WEIGHT_STRIDE], f[WEIGHT_STRIDE], valid,
-                    f[PLAIN] + t * f[PLAIN_STRIDE], f[PLAIN_STRIDE], f[IN_FEATURES], acc + t * 64 * ROWS,
-                )  # fmt: skip
-                t += 4 if four else 1
-            for g in range(f[GROUP_COUNT]):
-                _add_group(f, bf16, g, row, valid, acc)
-            for t in range(tokens):
-                _finish(f, bf16, t, row, valid, acc + t * ROWS * 64)
+        end = min(start + CHUNK_ROWS, out_features)
+        for row in range(start, end, together):
+            last_row = min(row + together, end)
+            for g in range(groups):
+                _prefetch_group(f, read_i32(f[GROUPS] + 12 * g), row, last_row - row)
+            for g in range(groups):
+                entry = f[GROUPS] + 12 * g
+                slot, t = read_i32(entry), read_i32(entry + 4)
+                last = t + read_i32(entry + 8)
+                most = 2 if slot >= 0 and read_i32(f[SLOT_GROUP] + 4 * slot) > 0 else 4
+                while t < last:
+                    count = 1
+                    if most == 4 and last - t >= 4:
+                        count = 4
+                    elif last - t >= 2:
+                        count = 2
+                    _multiply(f, slot, g, t, count, row, last_row, acc)
+                    t += count
 
 
 @njit
@@ -329,7 +291,7 @@ def _merge(bf16, bits, weight, codes, step, scale, merged, first, last):
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-@_versioned
+@versioned
 def merge(fields):
     """W + Δ̂ of one slot for `ROW_COUNT` rows from `FIRST_ROW` on, salient channels included."""
     f = carray(fields, MERGE)

@@ -23,6 +23,7 @@ from .cpu_vector import (
     V16F,
     V16I,
     V32H,
+    Emit,
     broadcast,
     code_lanes,
     code_pairs,
@@ -44,6 +45,9 @@ from .cpu_vector import (
     widen_f16,
 )
 
+Totals = list[list[Any]]
+"""Where the sums of each token and row are kept."""
+
 
 def _rows(builder: ir.IRBuilder, base: Any, stride: Any, valid: Any) -> list[Any]:
     """Addresses of ROWS rows, the last valid one repeated."""
@@ -55,7 +59,7 @@ def _rows(builder: ir.IRBuilder, base: Any, stride: Any, valid: Any) -> list[Any
     return addresses
 
 
-def _accumulators(builder: ir.IRBuilder, tokens: int) -> list[list[Any]]:
+def _accumulators(builder: ir.IRBuilder, tokens: int) -> Totals:
     slots = [[cgutils.alloca_once(builder, V16F) for _ in range(ROWS)] for _ in range(tokens)]
     for slot in (slot for row in slots for slot in row):
         builder.store(ir.Constant(V16F, None), slot)
@@ -66,104 +70,106 @@ def _offset(builder: ir.IRBuilder, address: Any, index: Any, scale: int) -> Any:
     return builder.add(address, builder.mul(index, I64(scale)))
 
 
-def base_tile(tokens: int, bf16: bool) -> Any:
-    """f(weight, weight_stride, valid, x, x_stride, in_features, acc): acc = the rows' products with x."""
-    width, kind = (32, V32H) if bf16 else (16, V16F)
-    size = 64 // width
+def product_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Emit:
+    """f(weight, weight_stride, valid, x, x_stride, in_features, codes, codes_stride, spread, spread_stride, words,
+    steps, steps_stride, word_group, acc): acc = the rows' products with x, deltas of one slot included.
+
+    `bits` 0: the base alone. `spread` is x as `_spread` lays it out for codes. `word_group` int32 `[words]`, padded to
+    whole blocks, names each word's step; it is read only where `grouped`. Sums stay in registers from the first
+    code to the last weight.
+    """
 
     def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
-        weight, weight_stride, valid, x, x_stride, in_features, acc = args
-        rows = _rows(builder, weight, weight_stride, valid)
-        inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(tokens)]
+        weight, weight_stride, valid, x, x_stride, in_features, *delta, acc = args
         totals = _accumulators(builder, tokens)
-
-        def step(offset: Any, mask: Any) -> None:
-            weights = []
-            for row in rows:
-                address = builder.add(row, offset)
-                weights.append(
-                    load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
-                )
-            for t in range(tokens):
-                values = load(builder, builder.add(inputs[t], offset), kind)
-                for r in range(ROWS):
-                    total = builder.load(totals[t][r])
-                    product = dot_pairs if bf16 else _fma_last
-                    builder.store(product(builder, total, values, weights[r]), totals[t][r])
-
-        with cgutils.for_range(builder, builder.sdiv(in_features, I64(width))) as loop:
-            step(builder.mul(loop.index, I64(64)), None)
-        tail = builder.srem(in_features, I64(width))
-        with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
-            step(builder.mul(builder.sub(in_features, tail), I64(size)), lanes_below(builder, tail, width))
+        if bits:
+            _add_codes(builder, totals, valid, delta, bits, grouped, bf16)
+        _add_weights(builder, totals, _rows(builder, weight, weight_stride, valid), x, x_stride, in_features, bf16)
         for t in range(tokens):
             for r in range(ROWS):
                 store(builder, builder.load(totals[t][r]), builder.add(acc, I64(64 * (t * ROWS + r))), 64)
 
-    return emitted(7, emit)
+    return emit
+
+
+def _add_weights(
+    builder: ir.IRBuilder, totals: Totals, rows: list[Any], x: Any, x_stride: Any, in_features: Any, bf16: bool
+) -> None:
+    width, kind = (32, V32H) if bf16 else (16, V16F)
+    size, multiply = 64 // width, dot_pairs if bf16 else _fma_last
+    inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(len(totals))]
+
+    def step(offset: Any, mask: Any) -> None:
+        weights = []
+        for row in rows:
+            address = builder.add(row, offset)
+            weights.append(load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask))
+        for given, of_token in zip(inputs, totals, strict=True):
+            values = load(builder, builder.add(given, offset), kind)
+            for own, total in zip(weights, of_token, strict=True):
+                builder.store(multiply(builder, builder.load(total), values, own), total)
+
+    with cgutils.for_range(builder, builder.sdiv(in_features, I64(width))) as loop:
+        step(builder.mul(loop.index, I64(64)), None)
+    tail = builder.srem(in_features, I64(width))
+    with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
+        step(builder.mul(builder.sub(in_features, tail), I64(size)), lanes_below(builder, tail, width))
+
+
+def _add_codes(
+    builder: ir.IRBuilder, totals: Totals, valid: Any, args: Sequence[Any], bits: int, grouped: bool, bf16: bool
+) -> None:
+    """Add step · (code values · x) to totals that are 0."""
+    # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
+    block_bytes = LANES * (32 // bits) * (2 if bf16 else 4)
+    unpack, multiply = (code_pairs, dot_pairs) if bf16 else (code_values, _fma_last)
+    codes, codes_stride, x, x_stride, words, steps, steps_stride, word_group = args
+    rows = _rows(builder, codes, codes_stride, valid)
+    row_steps = _rows(builder, steps, steps_stride, valid)
+    tokens = range(len(totals))
+    inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in tokens]
+
+    def block(index: Any, mask: Any) -> None:
+        offset = builder.mul(index, I64(4 * LANES))
+        packed = []
+        for row in rows:
+            address = builder.add(row, offset)
+            packed.append(load(builder, address, V16I) if mask is None else load_masked(builder, address, V16I, mask))
+        before = [[builder.load(total) for total in of_token] for of_token in totals]
+        sums = [[ir.Constant(V16F, None)] * ROWS for _ in tokens] if grouped else before
+        # All rows meet an input while it is in a register.
+        for s in range((16 if bf16 else 32) // bits):
+            values = [unpack(builder, words_of_row, bits, s) for words_of_row in packed]
+            for t in tokens:
+                place = builder.add(_offset(builder, inputs[t], index, block_bytes), I64(64 * s))
+                given = load(builder, place, V32H if bf16 else V16F, 64)
+                sums[t] = [multiply(builder, sums[t][r], given, values[r]) for r in range(ROWS)]
+        if grouped:
+            of_word = load(builder, builder.add(word_group, offset), V16I)
+            every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+            for r in range(ROWS):
+                scale = gather_floats(builder, row_steps[r], of_word, every if mask is None else mask)
+                for t in tokens:
+                    sums[t][r] = fma(builder, sums[t][r], scale, before[t][r])
+        for t in tokens:
+            for r in range(ROWS):
+                builder.store(sums[t][r], totals[t][r])
+
+    whole = builder.sdiv(words, I64(LANES))
+    with cgutils.for_range(builder, whole) as loop:
+        block(loop.index, None)
+    tail = builder.srem(words, I64(LANES))
+    with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
+        block(whole, lanes_below(builder, tail))
+    if not grouped:
+        for r in range(ROWS):
+            step = broadcast(builder, load(builder, row_steps[r], F32))
+            for t in tokens:
+                builder.store(builder.fmul(step, builder.load(totals[t][r])), totals[t][r])
 
 
 def _fma_last(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return fma(builder, a, b, total)
-
-
-def delta_tile(tokens: int, bits: int, grouped: bool, bf16: bool) -> Any:
-    """f(codes, codes_stride, valid, x, x_stride, words, steps, steps_stride, word_group, acc).
-
-    acc += step · (code values · x). `x` is laid out by `spread_x`. `word_group` int32 `[words]`, padded to
-    whole blocks, names each word's step; it is read only where `grouped`.
-    """
-    # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
-    block_bytes = LANES * (32 // bits) * (2 if bf16 else 4)
-
-    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
-        codes, codes_stride, valid, x, x_stride, words, steps, steps_stride, word_group, acc = args
-        rows = _rows(builder, codes, codes_stride, valid)
-        row_steps = _rows(builder, steps, steps_stride, valid)
-        inputs = [builder.add(x, builder.mul(I64(t), x_stride)) for t in range(tokens)]
-        totals = _accumulators(builder, tokens)
-
-        def block(index: Any, mask: Any) -> None:
-            offset = builder.mul(index, I64(4 * LANES))
-            for r in range(ROWS):
-                address = builder.add(rows[r], offset)
-                packed = load(builder, address, V16I) if mask is None else load_masked(builder, address, V16I, mask)
-                values = code_pairs(builder, packed, bits) if bf16 else code_values(builder, packed, bits)
-                scale = None
-                if grouped:
-                    of_word = load(builder, builder.add(word_group, offset), V16I)
-                    every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
-                    scale = gather_floats(builder, row_steps[r], of_word, every if mask is None else mask)
-                for t in range(tokens):
-                    kept = builder.load(totals[t][r])
-                    total = ir.Constant(V16F, None) if grouped else kept
-                    for s, value in enumerate(values):
-                        place = builder.add(_offset(builder, inputs[t], index, block_bytes), I64(64 * s))
-                        given = load(builder, place, V32H if bf16 else V16F, 64)
-                        total = (dot_pairs if bf16 else _fma_last)(builder, total, given, value)
-                    if grouped:
-                        total = fma(builder, total, scale, kept)
-                    builder.store(total, totals[t][r])
-
-        whole = builder.sdiv(words, I64(LANES))
-        with cgutils.for_range(builder, whole) as loop:
-            block(loop.index, None)
-        tail = builder.srem(words, I64(LANES))
-        with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
-            block(whole, lanes_below(builder, tail))
-        for t in range(tokens):
-            for r in range(ROWS):
-                total = builder.load(totals[t][r])
-                address = builder.add(acc, I64(64 * (t * ROWS + r)))
-                before = load(builder, address, V16F, 64)
-                if grouped:
-                    after = builder.fadd(before, total)
-                else:
-                    step = broadcast(builder, load(builder, row_steps[r], F32))
-                    after = fma(builder, total, step, before)
-                store(builder, after, address, 64)
-
-    return emitted(10, emit)
 
 
 def _load_values(builder: ir.IRBuilder, address: Any, mask: Any, dtype: str) -> Any:
@@ -175,43 +181,50 @@ def _load_values(builder: ir.IRBuilder, address: Any, mask: Any, dtype: str) -> 
     return widen_f16(builder, halves)
 
 
-def finish_tile(values_dtype: str, bf16: bool) -> Any:
-    """f(acc, values, x, k, bias, bias_delta, y, valid): y of ROWS rows and one token, rounded and stored.
+def finish_tile(tokens: int, values_dtype: str, bf16: bool) -> Emit:
+    """f(acc, values, x, x_stride, k, bias, bias_delta, y, y_stride, order, valid): y of ROWS rows, rounded, stored.
 
-    Adds up the lanes, salient values `[rows, k]` times x's salient channels float32 `[k]`, padded to 16, and
-    the biases whose address is not 0.
+    Adds up the lanes, salient values `[rows, k]` times each token's salient channels float32 `[k]`, padded to 16,
+    and the biases whose address is not 0. Token t is row `order[t]` (int32) of y.
     """
-    size = 4 if values_dtype == "float32" else 2
+    size, lanes = 4 if values_dtype == "float32" else 2, tokens * ROWS
 
     def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
-        acc, values, x, k, bias, bias_delta, y, valid = args
-        totals = _accumulators(builder, 1)[0]
-        for r, total in enumerate(totals):
-            builder.store(load(builder, builder.add(acc, I64(64 * r)), V16F, 64), total)
+        acc, values, x, x_stride, k, bias, bias_delta, y, y_stride, order, valid = args
+        totals = [vector for of_token in _accumulators(builder, tokens) for vector in of_token]
+        for i, total in enumerate(totals):
+            builder.store(load(builder, builder.add(acc, I64(64 * i)), V16F, 64), total)
         rows = _rows(builder, values, builder.mul(k, I64(size)), valid)
         with cgutils.for_range(builder, builder.sdiv(builder.add(k, I64(LANES - 1)), I64(LANES))) as loop:
             first = builder.mul(loop.index, I64(LANES))
             mask = lanes_below(builder, builder.sub(k, first))
-            given = load(builder, _offset(builder, x, first, 4), V16F)
-            for row, total in zip(rows, totals, strict=True):
-                value = _load_values(builder, _offset(builder, row, first, size), mask, values_dtype)
-                builder.store(fma(builder, value, given, builder.load(total)), total)
+            salient = [_load_values(builder, _offset(builder, row, first, size), mask, values_dtype) for row in rows]
+            for t in range(tokens):
+                own = builder.add(x, builder.mul(I64(t), x_stride))
+                given = load(builder, _offset(builder, own, first, 4), V16F)
+                for value, total in zip(salient, totals[t * ROWS : (t + 1) * ROWS], strict=True):
+                    builder.store(fma(builder, value, given, builder.load(total)), total)
         result = cgutils.alloca_once_value(builder, sum_rows(builder, [builder.load(total) for total in totals]))
         mask = lanes_below(builder, valid, ROWS)
 
         def add(address: Any, halves: bool) -> None:
             with cgutils.if_unlikely(builder, builder.icmp_signed("!=", address, I64(0))):
-                kind = ir.VectorType(I16 if halves else F32, ROWS)
-                term = load_masked(builder, address, kind, mask)
+                term = load_masked(builder, address, ir.VectorType(I16 if halves else F32, ROWS), mask)
                 term = widen_bf16(builder, term) if halves else term
+                every = constants([lane % ROWS for lane in range(lanes)], I32)
+                term = builder.shuffle_vector(term, term, every)
                 builder.store(builder.fadd(builder.load(result), term), result)
 
         add(bias, bf16)
         add(bias_delta, False)
         final = builder.load(result)
-        store_masked(builder, round_bf16(builder, final) if bf16 else final, y, mask)
+        final = round_bf16(builder, final) if bf16 else final
+        for t in range(tokens):
+            index = builder.sext(load(builder, _offset(builder, order, I64(t), 4), I32), I64)
+            own = builder.shuffle_vector(final, final, constants(range(t * ROWS, (t + 1) * ROWS), I32))
+            store_masked(builder, own, builder.add(y, builder.mul(index, y_stride)), mask)
 
-    return emitted(8, emit)
+    return emit
 
 
 def merge_tile(bits: int, bf16: bool) -> Any:

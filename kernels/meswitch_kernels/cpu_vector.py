@@ -8,8 +8,9 @@ any other machine gets the same results from shifts and float32 multiply-adds.
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -43,6 +44,24 @@ def emitted(arguments: int, emit: Emit, returns: Any = types.void) -> Any:
     return intrinsic(scope["typer"])
 
 
+def chosen(arguments: int, variants: Mapping[int, Emit]) -> Any:
+    """A Numba function of a number and `arguments` int64 arguments, which does what the variant of that number does."""
+
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+        number, *rest = args
+        end = builder.append_basic_block("chosen.end")
+        switch = builder.switch(number, end)
+        for value, variant in variants.items():
+            block = builder.append_basic_block(f"chosen.{value}")
+            switch.add_case(I64(value), block)
+            builder.position_at_end(block)
+            variant(builder, rest)
+            builder.branch(end)
+        builder.position_at_end(end)
+
+    return emitted(arguments + 1, emit)
+
+
 def splat(value: Any, element: ir.Type, lanes: int = LANES) -> ir.Constant:
     """A constant vector with `value` in every lane."""
     return constants([value] * lanes, element)
@@ -73,6 +92,33 @@ def load(builder: ir.IRBuilder, address: Any, kind: ir.Type, align: int = 1) -> 
 def store(builder: ir.IRBuilder, value: Any, address: Any, align: int = 1) -> None:
     """Store a value to any address."""
     builder.store(value, pointer(builder, address, value.type), align=align)
+
+
+def chunks(builder: ir.IRBuilder, width: Any, chunk: Callable[[Any, Any], None]) -> None:
+    """Call `chunk(first, mask)` for every 16 of `width` elements; the mask is None but for the last few."""
+    with cgutils.for_range(builder, builder.sdiv(width, I64(LANES))) as loop:
+        chunk(builder.mul(loop.index, I64(LANES)), None)
+    tail = builder.srem(width, I64(LANES))
+    with cgutils.if_unlikely(builder, builder.icmp_signed(">", tail, I64(0))):
+        chunk(builder.sub(width, tail), lanes_below(builder, tail))
+
+
+def load_elements(builder: ir.IRBuilder, row: Any, first: Any, mask: Any, bf16: bool) -> Any:
+    """16 elements of a row in memory from element `first` on, as float32; with a mask, those it names."""
+    kind = ir.VectorType(I16, LANES) if bf16 else V16F
+    address = builder.add(row, builder.mul(first, I64(2 if bf16 else 4)))
+    values = load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
+    return widen_bf16(builder, values) if bf16 else values
+
+
+def store_elements(builder: ir.IRBuilder, values: Any, row: Any, first: Any, mask: Any, bf16: bool) -> None:
+    """Store 16 float32 as elements of a row from element `first` on; with a mask, those it names."""
+    stored = round_bf16(builder, values) if bf16 else values
+    address = builder.add(row, builder.mul(first, I64(2 if bf16 else 4)))
+    if mask is None:
+        store(builder, stored, address)
+    else:
+        store_masked(builder, stored, address, mask)
 
 
 def lanes_below(builder: ir.IRBuilder, count: Any, lanes: int = LANES) -> Any:
@@ -108,6 +154,11 @@ def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once."""
     function = _declare(builder, "llvm.fma.v16f32", ir.FunctionType(V16F, [V16F, V16F, V16F]))
     return builder.call(function, [a, b, c])
+
+
+def square_root(builder: ir.IRBuilder, value: Any) -> Any:
+    """The root of a float32."""
+    return builder.call(_declare(builder, "llvm.sqrt.f32", ir.FunctionType(F32, [F32])), [value])
 
 
 def sum_rows(builder: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
@@ -176,36 +227,31 @@ def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return total
 
 
-def code_pairs(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
-    """The values of 16 words' codes as `16 // bits` vectors of bfloat16 pairs (32 x i16).
+def code_pairs(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
+    """The values of codes s and s + 16 // bits of each of 16 words, as bfloat16 pairs (32 x i16).
 
-    Vector s holds codes s and s + 16 // bits of each word: one from either half, so that 16-bit shifts do.
+    One is from either half of a word, so that 16-bit shifts do.
     """
     halves = builder.bitcast(words, V32H)
-    result = []
     per_lookup = 4 // bits if HAS_BF16 else 1
-    for s in range(16 // bits):
-        shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
-        if HAS_BF16:
-            # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
-            place = s % per_lookup * bits
-            table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
-            name = "llvm.x86.avx512.permvar.hi.512"
-            function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
-            result.append(builder.call(function, [constants(table, I16), shifted]))
-        else:
-            codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
-            wide = builder.uitofp(codes, ir.VectorType(F32, 32))
-            exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
-            as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
-            result.append(builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H))
-    return result
+    shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
+    if HAS_BF16:
+        # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
+        place = s % per_lookup * bits
+        table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
+        name = "llvm.x86.avx512.permvar.hi.512"
+        function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
+        return builder.call(function, [constants(table, I16), shifted])
+    codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
+    wide = builder.uitofp(codes, ir.VectorType(F32, 32))
+    exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
+    as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
+    return builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H)
 
 
-def code_values(builder: ir.IRBuilder, words: Any, bits: int) -> list[Any]:
-    """The values of 16 words' codes as `32 // bits` float32 vectors; vector s holds code s of each word."""
-    shifted = [builder.lshr(words, splat(s * bits, I32)) for s in range(32 // bits)]
-    return [code_lanes(builder, codes, bits) for codes in shifted]
+def code_values(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
+    """The float32 values of code s of each of 16 words."""
+    return code_lanes(builder, builder.lshr(words, splat(s * bits, I32)), bits)
 
 
 def code_lanes(builder: ir.IRBuilder, shifted: Any, bits: int) -> Any:
@@ -232,9 +278,15 @@ def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> An
     return builder.call(function, [pointers, I32(4), mask, ir.Constant(V16F, None)])
 
 
+@functools.cache
+def float_bits(value: float) -> int:
+    """The bits of a number as float32, as an unsigned integer."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
 def bf16_bits(value: float) -> int:
     """The bfloat16 of a number that it holds exactly, as an unsigned 16-bit integer."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+    return float_bits(value) >> 16
 
 
 def _declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:
@@ -254,11 +306,13 @@ def _widen_one_f16(builder: ir.IRBuilder, half: Any) -> Any:
 
 
 read_i32 = emitted(1, _scalar(I32, lambda b, v: b.sext(v, I64)), types.int64)
+read_i64 = emitted(1, _scalar(I64, lambda b, v: v), types.int64)
 read_f32 = emitted(1, _scalar(F32, lambda b, v: v), types.float32)
 read_f16 = emitted(1, _scalar(I16, _widen_one_f16), types.float32)
 read_bf16 = emitted(1, _scalar(I16, _widen_one_bf16), types.float32)
 read_i16 = emitted(1, _scalar(I16, lambda b, v: b.zext(v, I64)), types.int64)
 write_i16 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I16), a[0]))
+write_i64 = emitted(2, lambda b, a: store(b, a[1], a[0]))
 write_i32 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I32), a[0]))
 
 
@@ -274,8 +328,20 @@ prefetch = emitted(2, _prefetch)
 """f(address, bytes): bring memory into the second-level cache."""
 
 
+def _copy(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(1)
+    function = _declare(builder, "llvm.memcpy.p0.p0.i64", ir.FunctionType(ir.VoidType(), [byte, byte, I64, flag]))
+    source, target, size = args
+    given, taken = (pointer(builder, address, ir.IntType(8)) for address in (source, target))
+    builder.call(function, [taken, given, size, flag(0)])
+
+
+copy = emitted(3, _copy)
+"""f(source, target, bytes)."""
+
+
 def _fetch_add(builder: ir.IRBuilder, args: Sequence[Any]) -> Any:
-    return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "monotonic")
+    return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "acq_rel")
 
 
 fetch_add = emitted(2, _fetch_add, types.int64)

@@ -6,11 +6,14 @@ comes out as NaN here as in every backend; on the CPU `ops` refuses it before it
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from .bank import BankTensors, dequantize_rows
 from .groups import TokenGroups
+from .groups import group_tokens as group_tokens
 
 
 def expert_linear(
@@ -69,6 +72,57 @@ def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_to
         count = int(added_counts[slot])
         y[tokens, :count] = x[tokens].to(wide) @ added_rows[slot, :count].to(wide).T
     return y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
+    """x `[rows, width]` over its root mean square, then times the gains: row t's are `table[gain_rows[t]]` (int64).
+
+    The quotient is rounded to the type of x before, as the families' own norms do.
+    """
+    wide = x.to(accumulation_dtype(x))
+    normed = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)).to(x.dtype)
+    return (normed * table[gain_rows]).to(x.dtype)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    rows: Tensor,
+    ends: Tensor,
+    writes: Tensor,
+    longest: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention `[requests, heads, width]` of one new token of each request to a paged cache and to itself.
+
+    Args:
+        query: `[heads, requests, width]`; heads that share a key head are neighbours.
+        key, value: the new tokens' own, `[key heads, requests, width]`; they are written to the caches first.
+        key_cache, value_cache: `[rows, key heads, width]`, with equal strides.
+        rows: int64, the cache rows of every request's keys in order, the new token's last. Its own entry
+            is not read (a cache that is a ring has another row there), nor is any if no request has others.
+        ends: int32 `[requests + 1]`, where each request's rows begin and end.
+        writes: int64 `[requests]`, the row of each new token.
+        longest: the most keys of a request.
+        softcap: scores are squashed to +-softcap, as in Gemma 2.
+    """
+    wide = accumulation_dtype(query)
+    key_cache[writes], value_cache[writes] = key.transpose(0, 1), value.transpose(0, 1)
+    shared, results = query.shape[0] // key.shape[0], []
+    for request, (first, last) in enumerate(itertools.pairwise(ends.tolist())):
+        own = torch.cat([rows[first : last - 1], writes[request : request + 1]])
+        keys, values = (
+            cache[own].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
+        )
+        scores = (keys @ (query[:, request].to(wide) * scale).unsqueeze(2)).squeeze(2)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        results.append((torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1))
+    return torch.stack(results).to(query.dtype)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -7,11 +7,13 @@ cost grows with the square of the number of requests.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from meswitch_cli.engine.modules import kernels
+from meswitch_kernels import naive
 
 #: The name under which transformers knows `attend`. It makes no masks for names it has no mask function of.
 NAME = "meswitch_by_request"
@@ -45,17 +47,17 @@ def attend(
     Returns:
         `[1, tokens, heads, width]`, and no weights.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None and _is_decode(query, kwargs):
+        return _attend_decode(module.layer_idx, query, key, value, scale, cache, softcap, kwargs), None
     if cache is None:
         ends_q, ends_k = [0, query.shape[2]], [0, key.shape[2]]
     else:
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = [end - start for start, end in itertools.pairwise(ends_q)]
     lengths = [end - start for start, end in itertools.pairwise(ends_k)]
     keys, values = torch.split(key, lengths, 2), torch.split(value, lengths, 2)
-    if len(tokens) == query.shape[2] and not softcap and (sliding_window is None or max(lengths) <= sliding_window):
-        return _attend_decode(query, keys, values, scale), None
     results = [
         _attend_one(own, own_keys, own_values, scale, sliding_window, softcap)
         for own, own_keys, own_values in zip(torch.split(query, tokens, 2), keys, values, strict=True)
@@ -64,18 +66,39 @@ def attend(
     return joined.transpose(1, 2).contiguous(), None
 
 
-def _attend_decode(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> Tensor:
-    """One query of each request, `[1, requests, heads, width]`: as few calls as there are requests.
+def _is_decode(query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether every request of the batch has one query."""
+    return bool(query.shape[2] == kwargs["cu_seq_lens_q"].shape[0] - 1)
 
-    The queries that share a key head are its tokens, so that no key is repeated.
-    """
-    heads, requests, width = query.shape[1:]
-    shared = query[0].transpose(0, 1).reshape(requests, 1, keys[0].shape[1], -1, width)
-    product = nn.functional.scaled_dot_product_attention
-    results = [
-        product(own, key, value, scale=scale) for own, key, value in zip(shared.unbind(), keys, values, strict=True)
-    ]
-    return torch.cat(results).view(1, requests, heads, width)
+
+def _attend_decode(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    cache: Any,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """One query of each request, whose keys are read where they lie in the cache, whatever window it keeps."""
+    allocator = cache.layer_to_allocator[layer]
+    key_cache, value_cache = allocator._kv_token_views[layer]
+    backend = kernels(query.device, query.dtype)
+    result: Tensor = getattr(backend, "decode_attention", naive.decode_attention)(
+        query[0],
+        key[0],
+        value[0],
+        key_cache,
+        value_cache,
+        kwargs["read_index"][allocator.index],
+        kwargs["cu_seq_lens_k"][allocator.layer_type],
+        kwargs["write_index"][allocator.index],
+        kwargs["max_length_k"][allocator.layer_type],
+        scale,
+        softcap,
+    )
+    return result.unsqueeze(0)
 
 
 def _attend_one(

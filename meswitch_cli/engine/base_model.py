@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinea
 from meswitch_cli.engine.settings import DTYPES, EngineSettings
 from meswitch_cli.engine.step import Steps
 from meswitch_cli.errors import UsageError
+
+#: What the families call the epsilon of a norm.
+EPSILONS = ("variance_epsilon", "eps")
 
 
 @dataclass
@@ -131,7 +135,8 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         elif type(module) is nn.Linear:
             replaced[name] = linears[name] = ExpertLinear(module, steps, backend)
         elif all(tensor.dim() == 1 for tensor in own.values()) and set(own) <= {"weight", "bias"}:
-            replaced[name] = norms[name] = ExpertNorm(module, without_gain(module, f"{where}: {name}"), steps)
+            plain = without_gain(module, f"{where}: {name}")
+            replaced[name] = norms[name] = ExpertNorm(module, plain, rms_epsilon(plain), steps, backend)
         else:
             raise EngineError(
                 f"{where}: {described.model_type} keeps {name}.{next(iter(own))} in a {type(module).__name__}, "
@@ -190,6 +195,22 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
     if torch.allclose(one, 2 * zero, rtol=1e-2, atol=1e-2) and torch.allclose(two, 3 * zero, rtol=1e-2, atol=1e-2):
         return 0.0
     raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
+
+
+@torch.inference_mode()
+def rms_epsilon(plain: Any) -> float | None:
+    """The epsilon of a norm of gain 1 that divides by the root mean square; None of a norm that does anything else."""
+    epsilon = next((value for name in EPSILONS if isinstance(value := getattr(plain, name, None), float)), None)
+    if epsilon is None or getattr(plain, "bias", None) is not None:
+        return None
+    weight: torch.Tensor = plain.weight
+    for size in (1.0, math.sqrt(epsilon)):  # the second shows where epsilon goes
+        x = (size * torch.linspace(-1, 2, weight.shape[0], device=weight.device)).to(weight.dtype)[None]
+        wide = x.float()
+        expected = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)
+        if not torch.allclose(plain(x).float(), expected, rtol=1e-2, atol=1e-2):
+            return None
+    return epsilon
 
 
 def effective_gain(norm: Any, weight: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.engine.banks import Banks, Parts, read_parts
+from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.engine.banks import Banks, Parts, bank_layout, read_parts
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.residency import HostCopies, Load
@@ -65,6 +66,33 @@ class Loader:
         moved = self.banks.load(slot, artifact.manifest, self._parts(model))
         self.seconds += time.perf_counter() - started
         self.nbytes += moved
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        with self.lock, torch.no_grad():
+            self.banks.clear(slot)
+
+    def has_room(self, manifests: Sequence[Manifest]) -> bool:
+        """Whether the slots hold any of these experts.
+
+        Raises:
+            EngineError: one changes a parameter that no layer serves.
+        """
+        return self.banks.layout.holds(bank_layout(self.banks.base, manifests))
+
+    def make_room(self, manifests: Sequence[Manifest], resident: Mapping[int, ServedModel]) -> None:
+        """Make banks that hold any of these experts too, and put those in slots into the same slots there.
+
+        Nobody may generate meanwhile.
+        """
+        old = self.banks
+        layout = bank_layout(old.base, manifests).joined(old.layout)
+        # The loop runs in inference mode, whose tensors the loader's thread could not write to.
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            self.banks = Banks(old.base, layout, old.slots)
+            for slot, model in resident.items():  # one that is being loaded is copied twice, harmlessly
+                self.copy(model, slot)
+            self.banks.install()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

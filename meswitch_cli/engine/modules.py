@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from meswitch_kernels import ExpertBank, GainBank
 from meswitch_kernels.dispatch import backend_module, default_backend
 
 
+@functools.cache
 def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The kernels for a model. Layers call them without the checks of `meswitch_kernels.ops`: the engine has checked
     the slots once per step, and the checks would cost as much as a small layer."""
@@ -93,12 +95,15 @@ class ExpertNorm(nn.Module):
     number rounded twice, and none where the base's gain is 0.
     """
 
-    def __init__(self, base: Any, plain: Any, steps: Steps) -> None:
-        """`plain` is `base` with gain 1 and shift 0."""
+    def __init__(self, base: Any, plain: Any, epsilon: float | None, steps: Steps, backend: ModuleType) -> None:
+        """`plain` is `base` with gain 1 and shift 0; `epsilon` that of a root mean square norm, None of any other."""
         super().__init__()
         self.base: Any = base
         self.plain: Any = plain
         self.steps = steps
+        #: Both steps at once, where the kernels do that.
+        self.rms_norm = getattr(backend, "rms_norm", None) if epsilon is not None else None
+        self.epsilon = epsilon
         self.gains: GainBank | None = None
         self.shifts: GainBank | None = None
         #: Which dimension of the input is the tokens; norms of heads are given `[1, heads, tokens, width]` or not.
@@ -109,6 +114,9 @@ class ExpertNorm(nn.Module):
         if step is None or (self.gains is None and self.shifts is None):
             y: Tensor = self.base(x)
             return y
+        if self.rms_norm and self.gains and not self.shifts and x.dim() == 3 and self.token_dimension == 1:
+            rows: Tensor = self.rms_norm(x[0], self.epsilon, self.gains.table, step.gain_rows)
+            return rows.unsqueeze(0)
         shape = [1] * (x.dim() - 1) + [x.shape[-1]]
         shape[self.token_dimension] = x.shape[self.token_dimension]
         y = self.plain(x)

@@ -7,14 +7,14 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.engine.between_steps import BetweenSteps, Loop
 from meswitch_cli.engine.contract import (
     BASE,
     EngineError,
@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 MAX_MODEL_LEN = 8192
 #: How long `stop` waits for the loop to take notice.
 STOP_SECONDS = 30.0
-
-#: What runs the steps, in a thread of its own.
-Loop = TypeVar("Loop")
 
 
 class SlottedEngine(ABC, Generic[Loop]):
@@ -77,7 +74,7 @@ class SlottedEngine(ABC, Generic[Loop]):
         self._random = random.Random(settings.seed)
         self._active: dict[str, Generation] = {}
         self._cancelled: set[str] = set()
-        self._commands: deque[Callable[[Loop], None]] = deque()
+        self._between_steps: BetweenSteps[Loop] = BetweenSteps(self._wake, lambda: not self._running)
         self._closed: str | None = "the engine has not been started"
         self._prompt_tokens = self._generated_tokens = 0
         self._table = SlotTable(1, 1, 0)
@@ -237,10 +234,7 @@ class SlottedEngine(ABC, Generic[Loop]):
     # What the loop calls, in its own thread.
 
     def before_step(self, loop: Loop) -> None:
-        with self._lock:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command(loop)
+        self._between_steps.do(loop)
         for generation in self._take_cancelled():
             generation.end("cancelled")
             if not self._withdraw(generation):
@@ -328,26 +322,9 @@ class SlottedEngine(ABC, Generic[Loop]):
 
     def _in_loop(self, work: Callable[[Loop], None]) -> None:
         """Run something between two steps; return when it is done, raise what it raises."""
-        done = threading.Event()
-        problems: list[Exception] = []
-
-        def command(loop: Loop) -> None:
-            try:
-                work(loop)
-            except Exception as error:
-                problems.append(error)
-            finally:
-                done.set()
-
         with self._lock:
             self._refuse_if_closed()
-            self._commands.append(command)
-        self._wake()
-        while not done.wait(0.1):
-            if not self._running:
-                raise ShuttingDownError("the engine has stopped")
-        if problems:
-            raise problems[0]
+        self._between_steps.run(work)
 
     def _take_cancelled(self) -> list[Generation]:
         with self._lock:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
-
-from meswitch_kernels import TokenGroups, group_tokens
 
 
 class Step:
@@ -14,23 +14,21 @@ class Step:
 
     Attributes:
         slot_of_token: `[tokens]` int32, -1 for the base and for padding.
-        groups: the same, by slot.
+        groups: the same, by slot, as the kernels take it.
         gain_rows: `[tokens]` int64, slot + 1: rows of the tables of gains, whose first is the base's.
         slot_of_row: `[rows]` int32, of the rows that reach the head.
     """
 
     __slots__ = ("gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
 
-    def __init__(self, slot_of_token: Tensor, slot_of_row: Tensor, slots: int) -> None:
+    def __init__(self, slot_of_token: Tensor, slot_of_row: Tensor, slots: int, backend: ModuleType) -> None:
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
         self.slot_of_row = slot_of_row
-        device = slot_of_token.device
-        # The CPU kernels group tokens by themselves.
-        self.groups: TokenGroups | None = None if device.type == "cpu" else group_tokens(slot_of_token, slots)
-        self.row_groups = None if device.type == "cpu" else group_tokens(self.slot_of_row, slots)
+        self.groups = backend.group_tokens(slot_of_token, slots)
+        self.row_groups = backend.group_tokens(slot_of_row, slots)
 
-    def of_rows(self, rows: int) -> tuple[Tensor, TokenGroups | None]:
+    def of_rows(self, rows: int) -> tuple[Tensor, Any]:
         """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict."""
         if rows == self.slot_of_row.shape[0]:
             return self.slot_of_row, self.row_groups

@@ -147,22 +147,13 @@ class TransformersEngine(SlottedEngine["Processor"]):
             resident = [item for item in self._table.experts.values() if item.slot is not None]
             served = [item.model.artifact for item in self._table.experts.values()]
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
-        banks, base = self._loader.banks, self._loader.banks.base
-        layout = bank_layout(base, everyone)
-        if not banks.layout.holds(layout):
+        if not self._loader.has_room(everyone):
             if loop.model_runner.pad_inputs:
                 raise EngineError(
                     f"expert {model.name!r} needs more room than the slots have, and captured graphs cannot follow "
                     "them elsewhere: start the engine with it"
                 )
-            # The loop runs in inference mode, whose tensors the loader's thread could not write to.
-            with self._loader.lock, torch.inference_mode(False), torch.no_grad():
-                grown = Banks(base, layout.joined(banks.layout), banks.slots)
-                self._loader.banks = grown
-                for item in resident:
-                    if item.slot is not None:  # one that is being loaded is copied twice, harmlessly
-                        self._loader.copy(item.model, item.slot)
-                grown.install()
+            self._loader.make_room(everyone, {item.slot: item.model for item in resident if item.slot is not None})
         with self._lock:
             self._table.add(model)
 
@@ -173,8 +164,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
             self._copies.forget(item.model.identity)
             self._grammars.forget(item.model)
         if slot is not None:
-            with self._loader.lock, torch.no_grad():
-                self._loader.banks.clear(slot)
+            self._loader.clear(slot)
         loop.cache.evict_cached_blocks()
 
     def _on_host(self) -> Collection[str]:

@@ -1,9 +1,11 @@
 """Throughput and memory of the embedded engine on a CPU: writes docs/results/engine.md.
 
-    PYTHONPATH=tests python -m benchmarks.engine [--artifacts DIR] [--repeats 3] [--new-tokens 64]
+    PYTHONPATH=tests python -m benchmarks.engine throughput --artifacts DIR --new-tokens 32 [--repeats 3]
+    PYTHONPATH=tests python -m benchmarks.engine rest --artifacts DIR [--repeats 3]
 
 One base and three experts in one engine are set against the same requests on four full models, one after another in
-the same engine. Everything is measured in one run, interleaved; the memory of each side in a process of its own.
+the same engine, in one run, interleaved; the memory of each side in a process of its own. The artifacts are compressed
+into DIR once, and the figures of each part are kept beside them, so that no part holds the machine for long.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 import zoo
+from benchmarks.engine_report import write_report
 from benchmarks.machine import describe
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
@@ -101,18 +104,18 @@ def measure_memory(side: str, folder: Path, new: int) -> None:
         engines = [(start(path, {}, CACHE_TOKENS // 4), [name]) for name, path in models.items()]
     for engine, names in engines:
         batch = requests(names, texts, REQUESTS // len(engines), new)
-        generate(engine, [_for(request, engine, BASE) for request in batch] if side != "mixed" else batch)
+        generate(engine, [_for(request, BASE) for request in batch] if side != "mixed" else batch)
     print(json.dumps({"before": before, "after": resident_bytes()}))
     for engine, _ in engines:
         engine.stop()
 
 
-def _for(request: GenerationRequest, engine: TransformersEngine, name: str) -> GenerationRequest:
+def _for(request: GenerationRequest, name: str) -> GenerationRequest:
     return GenerationRequest(request.id, name, request.prompt_tokens, request.sampling)
 
 
 def memory_of(side: str, folder: Path) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.engine", "--memory", side, "--artifacts", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.engine", "memory", "--side", side, "--artifacts", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
@@ -127,21 +130,29 @@ def copy_bandwidth() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--artifacts", type=Path)
+    parser.add_argument("part", choices=["throughput", "rest", "report", "memory"])
+    parser.add_argument("--artifacts", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--memory", choices=["mixed", "separate"])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--side", choices=["mixed", "separate"], default="mixed")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.artifacts or Path(scratch)
-        if arguments.memory:
-            measure_memory(arguments.memory, folder, 2)
-            return
-        RESULTS.write_text(report(folder, arguments.repeats, arguments.new_tokens))
-    print(RESULTS.read_text())
+    folder, new, repeats = arguments.artifacts, arguments.new_tokens, arguments.repeats
+    if arguments.part == "memory":
+        measure_memory(arguments.side, folder, 2)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "figures.json"
+    figures = json.loads(file.read_text()) if file.exists() else {}
+    if arguments.part == "throughput":
+        figures[f"throughput {new}"] = throughput(folder, repeats, new)
+    elif arguments.part == "rest":
+        figures["rest"] = rest(folder, repeats)
+    file.write_text(json.dumps(figures, indent=1))
+    write_report(figures, RESULTS)
 
 
-def report(folder: Path, repeats: int, new: int) -> str:
+def throughput(folder: Path, repeats: int, new: int) -> dict[str, Any]:
+    """Seconds of each measure, in interleaved runs, for `new` tokens a request."""
     family = zoo.paths()
     texts, experts = prompts(family), artifacts(family, folder)
     mixed = start(family.base, experts, CACHE_TOKENS)
@@ -160,7 +171,7 @@ def report(folder: Path, repeats: int, new: int) -> str:
         def one_after_another() -> None:
             for name in everyone:
                 engine = plain if name == BASE else full[name]
-                generate(engine, [_for(request, engine, BASE) for request in batch if request.expert == name])
+                generate(engine, [_for(request, BASE) for request in batch if request.expert == name])
 
         return seconds(one_after_another)
 
@@ -177,15 +188,29 @@ def report(folder: Path, repeats: int, new: int) -> str:
     for _ in range(repeats):
         for name, measure in measures.items():
             taken[name].append(measure())
-    for engine in (*full.values(), plain):
+    for engine in (*full.values(), plain, mixed):
         engine.stop()
+    lengths = [len(request.prompt_tokens) for request in requests(everyone, texts, REQUESTS, new)]
+    return {"machine": describe(), "seconds": taken, "prompt": sum(lengths) / len(lengths), "requests": REQUESTS}
+
+
+def rest(folder: Path, repeats: int) -> dict[str, Any]:
+    """Memory of either side, sharing of a system prompt, and loads into slots."""
+    family = zoo.paths()
+    texts, experts = prompts(family), artifacts(family, folder)
+    mixed = start(family.base, experts, CACHE_TOKENS)
     prefix = prefix_sharing(family, mixed, experts, texts, repeats)
     loads = mixed.statistics()
-    bandwidth = loads.slot_load_bytes / loads.slot_load_seconds
     mixed.stop()
-    copies = copy_bandwidth()
-    memory = {side: memory_of(side, folder) for side in ("mixed", "separate")}
-    return _write(taken, prefix, memory, (bandwidth, copies, loads.slot_load_bytes), new, repeats)
+    return {
+        "machine": describe(),
+        "prefix": prefix,
+        "system tokens": SYSTEM_TOKENS,
+        "load bytes": loads.slot_load_bytes,
+        "load bandwidth": loads.slot_load_bytes / loads.slot_load_seconds,
+        "copy bandwidth": copy_bandwidth(),
+        "memory": {side: memory_of(side, folder) for side in ("mixed", "separate")},
+    }
 
 
 def prefix_sharing(
@@ -212,49 +237,6 @@ def prefix_sharing(
             taken[label].append(seconds(lambda engine=engine, batch=batch: generate(engine, batch)))
     shared.stop()
     return {label: statistics.median(values) for label, values in taken.items()}
-
-
-def _write(
-    taken: dict[str, list[float]],
-    prefix: dict[str, float],
-    memory: dict[str, dict[str, int]],
-    load: tuple[float, float, int],
-    new: int,
-    repeats: int,
-) -> str:
-    middle = {name: statistics.median(values) for name, values in taken.items()}
-    counts = {name: 1 if name.endswith(", 1") else REQUESTS for name in middle}
-    rate = {name: counts[name] * new / value for name, value in middle.items()}
-    megabytes = {side: (value["after"] - value["before"]) / 1e6 for side, value in memory.items()}
-    many = f", {REQUESTS}"
-    return f"""# The embedded engine on a CPU
-
-{describe()}
-
-`PYTHONPATH=tests python -m benchmarks.engine --repeats {repeats} --new-tokens {new}`: SmolLM2-135M-Instruct and three
-fine-tunes of it (the zoo's full family) at 2 bits, weights and cache in {DTYPE}, greedy, {new} tokens each after a
-question of the expert's domain. Medians of {repeats} interleaved runs; prefill is included.
-
-| {REQUESTS} requests, 4 for each of base and experts | tokens/s | memory beyond the interpreter's |
-|---|---|---|
-| mixed, in one engine | {rate["mixed"]:.1f} | {megabytes["mixed"]:,.0f} MB |
-| four full models, one after another | {rate["separate"]:.1f} | {megabytes["separate"]:,.0f} MB |
-| ratio | {rate["mixed"] / rate["separate"]:.2f} | {megabytes["mixed"] / megabytes["separate"]:.2f} |
-
-| one model alone, in the same engine | base, tokens/s | expert, tokens/s | ratio |
-|---|---|---|---|
-| 1 request | {rate["base, 1"]:.1f} | {rate["expert, 1"]:.1f} | {rate["expert, 1"] / rate["base, 1"]:.2f} |
-| {REQUESTS} requests | {rate[f"base{many}"]:.1f} | {rate[f"expert{many}"]:.1f} | \
-{rate[f"expert{many}"] / rate[f"base{many}"]:.2f} |
-
-Twelve requests to base and experts after one system prompt of {SYSTEM_TOKENS} tokens, 2 tokens each, keys of the cache
-salted by artifact: {prefix["sharing"]:.2f} s with prefix sharing, {prefix["not sharing"]:.2f} s without \
-({prefix["not sharing"] / prefix["sharing"]:.1f} times).
-
-An expert is put into a slot, read from disk (the page cache) and checked, at {load[0] / 1e9:.2f} GB/s; memory
-is copied at {load[1] / 1e9:.2f} GB/s here, so that is {100 * load[0] / load[1]:.0f} % of it
-({load[2] / 1e6:.0f} MB moved).
-"""
 
 
 if __name__ == "__main__":

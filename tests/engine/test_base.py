@@ -15,14 +15,17 @@ import safetensors.torch
 import torch
 from engine.family import EXPERTS, Family, compress_experts, copy_artifact, make_family, requests
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout, read_parts
-from meswitch_cli.engine.base_model import gain_weight, load_base
+from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.expert import computing_differences, end_ids
+from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.step import Step
 from meswitch_cli.engine.version import check_transformers
 from meswitch_cli.errors import CheckpointError, UsageError
@@ -135,7 +138,7 @@ def test_banks_hold_the_artifacts_delta(family: Family) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     for slot, name in enumerate(EXPERTS):
         slots = torch.full((4,), slot, dtype=torch.int32)
-        base.steps.current = Step(slots, slots[3:], 3)
+        base.steps.current = Step(slots, slots[3:], 3, kernels(base.device, base.dtype))
         with torch.inference_mode():
             ours = base.model(ids, use_cache=False).logits[0]
             theirs = family.references[name](ids).logits[0]
@@ -192,6 +195,27 @@ def test_a_norm_of_another_formula_is_refused() -> None:
 
     with pytest.raises(EngineError, match="Odd"):
         gain_weight(Odd())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_root_mean_square_norms_are_found_by_trying(dtype: torch.dtype) -> None:
+    def found(norm: torch.nn.Module) -> float | None:
+        return rms_epsilon(without_gain(norm.to(dtype), "norm"))
+
+    class Elsewhere(LlamaRMSNorm):
+        """Epsilon is added to the root, not under it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            root = x.float().pow(2).mean(-1, keepdim=True).sqrt()
+            return self.weight * (x.float() / (root + self.variance_epsilon)).to(x.dtype)
+
+    assert found(LlamaRMSNorm(64, 1e-6)) == 1e-6
+    assert found(GemmaRMSNorm(64, 1e-5)) == 1e-5
+    assert found(torch.nn.RMSNorm(64, 1e-5)) == 1e-5
+    assert found(torch.nn.RMSNorm(64)) is None
+    assert found(torch.nn.LayerNorm(64)) is None
+    assert found(torch.nn.LayerNorm(64, bias=False)) is None
+    assert found(Elsewhere(64, 1e-4)) is None
 
 
 @pytest.mark.parametrize("version", ["5.22.4", "5.24.0", "4.57.1", "6.0", "unknown"])

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine.family import Family, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
+from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import Chunk, GenerationRequest
 
 Start = Callable[..., TransformersEngine]
@@ -54,6 +56,20 @@ def test_random_arrivals(family: Family, start: Start) -> None:
         assert done.acquire(timeout=30)
     for request in batch:
         assert tuple(got[request.id]) == family.greedy(request)
+
+
+def test_tokens_of_a_slot_lie_together(family: Family, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    set_slots = Runner.set_slots
+
+    def noted(self: Runner, batch: list[Any]) -> None:
+        set_slots(self, batch)
+        seen.append(self.slot_of_token[: sum(item.query_length for item in batch)].tolist())
+
+    monkeypatch.setattr(Runner, "set_slots", noted)
+    check(start(family), family, requests(family, 24, seed=11))
+    assert any(len(set(slots)) == 4 for slots in seen)
+    assert all(slots == sorted(slots) for slots in seen)
 
 
 def test_full_cache_begins_requests_again(family: Family, start: Start) -> None:

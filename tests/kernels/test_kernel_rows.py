@@ -11,6 +11,7 @@ from meswitch_kernels import (
     expert_head,
     expert_norm_gain,
 )
+from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import ERROR_BOUND, random_expert, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,3 +148,23 @@ def test_empty_batches(backend):
     assert expert_embedding(none, weight, bank, nobody, backend).shape == (0, HIDDEN)
     assert expert_norm_gain(x, GainBank(1, HIDDEN, device=device), nobody, backend).shape == (0, HIDDEN)
     assert expert_head(x, weight, None, bank, nobody, backend=backend).shape == (0, VOCAB + ADDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 96), (3, 7), (300, 576)])
+def test_rms_norm_with_each_rows_own_gain(dtype, table_dtype, rows, width):
+    """The cpu backend against plain PyTorch: equal but for sums, which may turn a rounding the other way."""
+    if available_backends()["cpu"]:
+        pytest.skip("needs numba")
+    rng = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 2 * width, generator=rng).to(dtype)[:, :width]
+    x[0] *= 1e-4  # as small as the root of epsilon
+    table = torch.randn(SLOTS + 1, width, generator=rng).to(table_dtype)
+    gain_rows = torch.arange(rows) % (SLOTS + 1)
+    expected = backend_module("naive").rms_norm(x, 1e-6, table, gain_rows)
+    y = backend_module("cpu").rms_norm(x, 1e-6, table, gain_rows)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=2e-6 if dtype == torch.float32 else 2**-6, atol=1e-6)
+    exact = backend_module("naive").rms_norm(x.double(), 1e-6, table.double(), gain_rows)
+    assert relative_error(y, exact) < (2e-6 if dtype == torch.float32 else 6e-3)

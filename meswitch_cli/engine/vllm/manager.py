@@ -18,6 +18,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, Parts, read_parts
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
+from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.residency import HostCopies
 from meswitch_cli.engine.step import Step, Steps
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, layout_of
@@ -55,6 +56,7 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def _create_lora_modules(self) -> None:
         config = self._vllm_config.additional_config[CONFIG_KEY]
         self.steps = Steps()
+        self._backend = kernels(self.device, self._vllm_config.model_config.dtype)
         self._base = Checkpoint.open(self._vllm_config.model_config.model)
         layers = serve_layers(self.model, self._base, self.steps, self.lora_slots)
         self.banks = Banks(layers, layout_of(config), self.lora_slots)
@@ -118,7 +120,7 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             return
         rows = [slots[item] if item else -1 for item in mapping.prompt_mapping]
         of_token, of_row = (torch.tensor(item, dtype=torch.int32, device=self.device) for item in (tokens, rows))
-        self.steps.current = Step(of_token, of_row, self.lora_slots)
+        self.steps.current = Step(of_token, of_row, self.lora_slots, self._backend)
 
     def _copy(self, adapter: ExpertAdapter, slot: int) -> None:
         if adapter.artifact is None:
