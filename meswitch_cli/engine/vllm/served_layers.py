@@ -32,6 +32,8 @@ from meswitch_cli.engine.vllm.layers import (
 )
 from meswitch_cli.engine.vllm.names import BaseNames, base_names
 
+#: Where vLLM keeps what runs the families that it has no code for. Its layers see tokens in another dimension.
+TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
 #: Rows of each weight that are compared with the checkpoint's.
 COMPARED_ROWS = 8
 
@@ -64,6 +66,11 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
         EngineError: a layer is not found, or vLLM keeps its weights otherwise than the checkpoint.
     """
     described = architecture(base.config, str(base.source.path))
+    if type(model).__module__.startswith(TRANSFORMERS_BACKEND):
+        raise EngineError(
+            f"vLLM has no code of its own for {described.model_type} and would run transformers'; "
+            "use --engine transformers"
+        )
     names = base_names(described)
     model.requires_grad_(False)
     embedding_module, head_module = _vocabulary_modules(model, base)

@@ -38,22 +38,25 @@ Start = Callable[..., VllmEngine]
         ("gemma2", {"sliding_window": 16}),
         ("gemma3", {"sliding_window": 16}),
         ("mistral", {"sliding_window": 8}),
-        ("phi", {}),
         ("phi3", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_families(name: str, config: dict[str, object], tmp_path: Path, start: Start) -> None:
     # Families without a width of heads of their own have as few heads as make them 32 wide.
-    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3} if name in ("qwen2", "phi", "phi3") else {}
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3} if name in ("qwen2", "phi3") else {}
     own = make_family(tmp_path, name, **{"head_dim": HEAD_DIM, **sizes, **config})
+    if name == "gemma2":  # transformers leaves its soft cap out of attention unless it computes that itself
+        for model in own.references.values():
+            model.set_attn_implementation("eager")
     engine = start(own, slots=2, max_wait=0.05)
     check(engine, own, requests(own, 12, seed=1))
 
 
-def test_a_family_whose_rows_vllm_rearranges_is_refused(tmp_path: Path, start: Start) -> None:
-    own = make_family(tmp_path, "gpt_neox", num_attention_heads=3, num_key_value_heads=3)
-    with pytest.raises(EngineError, match="vLLM cannot serve"):
+@pytest.mark.parametrize("name", ["phi", "gpt_neox"])
+def test_a_family_that_vllm_has_no_code_for_is_refused(name: str, tmp_path: Path, start: Start) -> None:
+    own = make_family(tmp_path, name, num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(EngineError, match="use --engine transformers"):
         start(own)
 
 
