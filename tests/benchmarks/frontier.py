@@ -2,8 +2,9 @@
 
     PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
 
-Rows are written one by one to a JSON file an expert; a second run continues where the first stopped, and the page is
-made from what is there. `--minutes` stops after the row during which they ran out.
+Rows are written one by one to a JSON file an expert, which is part of the repository: a later run continues where the
+last stopped, as long as the zoo is the same, and the page is made from what is there. `--minutes` stops after the row
+during which they ran out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from meswitch_cli.evaluation.subjects import Expert, open_experts
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights, parameter_count
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
+ACTIVATIONS = Path.home() / ".cache" / "meswitch-zoo" / "activations"
 ARITHMETIC = Arithmetic(torch.device("cpu"), torch.float32, "resident")
 CALIBRATION_WINDOWS = 32
 #: Documents of each expert's task; code has 30.
@@ -118,7 +120,7 @@ def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> 
     expert = open_experts([f"{name}={family.experts[name]}"], base)[0]
     items = encoded(expert, "report", count)
     questions = documents(name, DOCUMENTS)
-    activations = StoredActivations(expert, family.calibration[name], path.parent)
+    activations = StoredActivations(expert, family.calibration[name], ACTIVATIONS)
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(expert.weights, items, ARITHMETIC, Path(folder))
         for spec in todo:
@@ -147,9 +149,10 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=16, help="items of the report part; nothing is chosen on them")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
-    parser.add_argument("--results", type=Path, default=Path.home() / ".cache" / "meswitch-zoo" / "frontier")
+    parser.add_argument("--results", type=Path, default=PAGE.parent / "data" / "frontier")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.results, ACTIVATIONS):
+        folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     for name in arguments.experts.split(","):
         path = arguments.results / f"{name}-{arguments.items}.json"

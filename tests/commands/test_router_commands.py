@@ -199,7 +199,7 @@ def test_mistakes_end_in_one_line(router: Path, base: Path, data: Path, tmp_path
 @pytest.mark.zoo
 def test_a_probe_of_the_real_base(tmp_path: Path) -> None:
     """Held-out items of held-out templates, through the quick family's base."""
-    family = zoo.paths(quick=True)
+    family = zoo.build(quick=True)
 
     def items(part: str, count: int) -> list[dict[str, str]]:
         return [

@@ -14,7 +14,7 @@ from meswitch_cli.app import main
 def test_methods_are_in_the_order_that_the_tables_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    family = zoo.paths(quick=True)
+    family = zoo.build(quick=True)
     held_out = tmp_path / "maths.jsonl"
     held_out.write_text("\n".join(json.dumps(item) for item in zoo.items("maths", "choice", quick=True)[:3]))
     words = ["--base", family.base, "--expert", family.experts["maths"], "--text", held_out, "--out", tmp_path / "out"]
