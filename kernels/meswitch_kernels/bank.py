@@ -27,10 +27,16 @@ class _BankTensors(NamedTuple):
     """float16 `[slots, in]`, ones where an expert has none."""
     bias_delta: Tensor
     """float32 `[slots, out]`, zeros where an expert has none."""
+    left: Tensor
+    """`[slots, out, max_rank]`: L of the low-rank part L·R, padded with zeros."""
+    right: Tensor
+    """`[slots, max_rank, in]`: its R, padded with zeros."""
     slot_bits: Tensor
     """int32 `[slots]`; 0 marks an empty slot."""
     slot_group: Tensor
     """int32 `[slots]`: group size, 0 for one step per row."""
+    slot_rank: Tensor
+    """int32 `[slots]`: rank of the low-rank part, 0 where an expert has none. `[0]` in a bank without room for any."""
     bits: int
     """The widest code any slot may hold."""
     group_size: int
@@ -59,13 +65,17 @@ class BankTensors(_BankTensors):
             self.bias_delta.data_ptr(),
             self.slot_bits.data_ptr(),
             self.slot_group.data_ptr(),
+            self.left.data_ptr(),
+            self.right.data_ptr(),
+            self.slot_rank.data_ptr(),
+            self.left.shape[2],
         )
 
 
 def dequantize_rows(
     tensors: BankTensors, slot: int, rows: Tensor | slice, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Output rows `rows` of a loaded slot's delta `[rows, in]`, salient residuals included, in `dtype`."""
+    """Output rows `rows` of a loaded slot's delta `[rows, in]`, in `dtype`: codes, salient residuals and L·R."""
     out, in_features = tensors.bias_delta.shape[1], tensors.channel_scale.shape[1]
     bits, group_size = int(tensors.slot_bits[slot]), int(tensors.slot_group[slot])
     words, groups = words_per_row(in_features, bits), group_count(in_features, group_size)
@@ -76,16 +86,21 @@ def dequantize_rows(
     levels = unpack_codes(codes, bits, in_features).to(dtype) - (2**bits - 1) / 2
     delta: Tensor = levels * steps * tensors.channel_scale[slot].to(dtype)
     index = tensors.salient_index[slot].long().expand(len(delta), -1)
-    return delta.scatter_add_(1, index, tensors.salient_value[slot][rows].to(dtype))
+    delta.scatter_add_(1, index, tensors.salient_value[slot][rows].to(dtype))
+    if tensors.left.shape[2]:
+        rank = int(tensors.slot_rank[slot])
+        delta += tensors.left[slot, :, :rank][rows].to(dtype) @ tensors.right[slot, :rank].to(dtype)
+    return delta
 
 
 class ExpertBank:
     """The low-bit deltas of up to `slots` experts for one weight `[out_features, in_features]`.
 
     All memory is allocated here, once. `bits` is the widest code the bank holds, `group_size` the finest
-    group (0: one step per row), `max_salient` and `max_added_rows` the most salient channels and added
-    vocabulary rows of an expert. `dtype` is how salient values and added rows are stored: float32 holds
-    either 16-bit type exactly. Raises ValueError or TypeError for settings it cannot hold.
+    group (0: one step per row), `max_salient`, `max_added_rows` and `max_rank` the most salient channels,
+    added vocabulary rows and rank of the low-rank part of an expert. `dtype` is how salient values, added
+    rows and the low-rank part are stored: float32 holds either 16-bit type exactly. Raises ValueError or
+    TypeError for settings it cannot hold.
     """
 
     def __init__(
@@ -100,11 +115,13 @@ class ExpertBank:
         device: torch.device | str = "cpu",
         *,
         max_added_rows: int = 0,
+        max_rank: int = 0,
     ) -> None:
         for name, value in (("slots", slots), ("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name, value in (("max_salient", max_salient), ("max_added_rows", max_added_rows)):
+        most = (("max_salient", max_salient), ("max_added_rows", max_added_rows), ("max_rank", max_rank))
+        for name, value in most:
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
         if max_salient > in_features:
@@ -115,7 +132,7 @@ class ExpertBank:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
         self.slots, self.in_features, self.out_features = slots, in_features, out_features
         self.bits, self.group_size, self.max_salient = check_bits(bits), group_size, max_salient
-        self.max_added_rows, self.dtype = max_added_rows, dtype
+        self.max_added_rows, self.max_rank, self.dtype = max_added_rows, max_rank, dtype
 
         def empty(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=of, device=device)
@@ -128,8 +145,11 @@ class ExpertBank:
             salient_value=empty(slots, out_features, max_salient, of=dtype),
             channel_scale=empty(slots, in_features, of=torch.float16),
             bias_delta=empty(slots, out_features, of=torch.float32),
+            left=empty(slots, out_features, max_rank, of=dtype),
+            right=empty(slots, max_rank, in_features, of=dtype),
             slot_bits=empty(slots, of=torch.int32),
             slot_group=empty(slots, of=torch.int32),
+            slot_rank=empty(slots if max_rank else 0, of=torch.int32),
             bits=bits,
             group_size=group_size,
         )
@@ -168,14 +188,17 @@ class ExpertBank:
         *,
         group_size: int | None = None,
         added_rows: Tensor | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> None:
         """Put an expert into `slot`, from tensors as an artifact stores them.
 
         `codes` int32 `[out, ceil(in*bits/32)]`; `steps` `[out, groups]`; `salient_index` int32 `[k]` and
         `salient_value` `[out, k]` (the residual to the code's value); `channel_scale` `[in]`; `bias_delta`
-        `[out]`; `added_rows` `[n, in]`. `bits` defaults to the bank's. `group_size` is needed only where
-        `steps` has neither one column nor as many as the bank's own group size gives. Everything is
-        checked before anything is written: ValueError, TypeError or IndexError leaves the slot as it was.
+        `[out]`; `added_rows` `[n, in]`; `left` `[out, rank]` and `right` `[rank, in]`, whose product is added
+        to the delta. `bits` defaults to the bank's. `group_size` is needed only where `steps` has neither one
+        column nor as many as the bank's own group size gives. Everything is checked before anything is
+        written: ValueError, TypeError or IndexError leaves the slot as it was.
         """
         slot = self._slot(slot)
         bits = self.bits if bits is None else check_bits(bits)
@@ -197,6 +220,7 @@ class ExpertBank:
                     f"added_rows {tuple(added_rows.shape)} do not fit a bank of {self.max_added_rows} rows"
                 )
             self._check("added_rows", added_rows, (added_rows.shape[0], self.in_features), VALUE_DTYPES)
+        rank = self._check_low_rank(left, right)
 
         self.clear(slot)
         to = self.tensors
@@ -213,6 +237,10 @@ class ExpertBank:
             self._added_of_slot[slot] = added_rows.shape[0]
             self.added_rows[slot, : added_rows.shape[0]].copy_(added_rows, non_blocking=True)
             self.added_counts[slot] = added_rows.shape[0]
+        if rank and left is not None and right is not None:
+            to.left[slot, :, :rank].copy_(left, non_blocking=True)
+            to.right[slot, :rank].copy_(right, non_blocking=True)
+            to.slot_rank[slot] = rank
         self._group_of_slot[slot], self._bits_of_slot[slot] = group_size, bits
         to.slot_group[slot] = group_size
         to.slot_bits[slot] = bits
@@ -224,11 +252,14 @@ class ExpertBank:
         to = self.tensors
         for tensor in (to.slot_bits, to.slot_group, to.salient_index, to.salient_value, to.bias_delta):
             tensor[slot] = 0
+        if self.max_rank:
+            for tensor in (to.slot_rank, to.left, to.right):
+                tensor[slot] = 0
         to.channel_scale[slot] = 1
         self.added_counts[slot] = 0
 
     def dequantize(self, slot: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The delta `[out, in]` that `slot` adds to the base weight, salient residuals included.
+        """The delta `[out, in]` that `slot` adds to the base weight: codes, salient residuals and low-rank part.
 
         Computed in `dtype`. Raises ValueError where the slot is empty.
         """
@@ -279,6 +310,18 @@ class ExpertBank:
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.in_features:
             raise IndexError(f"salient_index reaches outside the {self.in_features} input channels")
         return len(index)
+
+    def _check_low_rank(self, left: Tensor | None, right: Tensor | None) -> int:
+        if left is None and right is None:
+            return 0
+        if left is None or right is None:
+            raise ValueError("left and right come together")
+        rank = left.shape[-1] if left.ndim else 0
+        if rank > self.max_rank:
+            raise ValueError(f"left {tuple(left.shape)} does not fit a bank of max_rank {self.max_rank}")
+        self._check("left", left, (self.out_features, rank), VALUE_DTYPES)
+        self._check("right", right, (rank, self.in_features), VALUE_DTYPES)
+        return rank
 
     @staticmethod
     def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -35,7 +35,7 @@ def expert_linear(
     groups: TokenGroups | CpuGroups | None = None,
 ) -> Tensor:
     """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.bfloat16) or bank.left.shape[2]:
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
     if x.stride(1) != 1 or x.data_ptr() % x.element_size():
         x = x.contiguous()

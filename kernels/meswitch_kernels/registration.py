@@ -14,7 +14,8 @@ from .groups import TokenGroups
 
 _BANK = (
     "Tensor codes, Tensor steps, Tensor salient_index, Tensor salient_value, Tensor channel_scale, "
-    "Tensor bias_delta, Tensor slot_bits, Tensor slot_group, int bits, int group_size"
+    "Tensor bias_delta, Tensor left, Tensor right, Tensor slot_bits, Tensor slot_group, Tensor slot_rank, "
+    "int bits, int group_size"
 )
 
 
@@ -28,7 +29,8 @@ def _unpack_groups(packed: Sequence[Tensor], tile_size: int, slot_of_token: Tens
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None,
     codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
-    bias_delta: Tensor, slot_bits: Tensor, slot_group: Tensor, bits: int, group_size: int,
+    bias_delta: Tensor, left: Tensor, right: Tensor, slot_bits: Tensor, slot_group: Tensor, slot_rank: Tensor,
+    bits: int, group_size: int,
     slot_of_token: Tensor, groups: Sequence[Tensor], tile_size: int, backend: str,
 ) -> Tensor:  # fmt: skip
     bank = BankTensors(
@@ -38,8 +40,11 @@ def _linear_op(
         salient_value,
         channel_scale,
         bias_delta,
+        left,
+        right,
         slot_bits,
         slot_group,
+        slot_rank,
         bits,
         group_size,
     )
@@ -51,7 +56,8 @@ def _linear_op(
 def _embedding_op(
     ids: Tensor, weight: Tensor,
     codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
-    bias_delta: Tensor, slot_bits: Tensor, slot_group: Tensor, bits: int, group_size: int,
+    bias_delta: Tensor, left: Tensor, right: Tensor, slot_bits: Tensor, slot_group: Tensor, slot_rank: Tensor,
+    bits: int, group_size: int,
     added_rows: Tensor, slot_of_token: Tensor, backend: str,
 ) -> Tensor:  # fmt: skip
     bank = BankTensors(
@@ -61,8 +67,11 @@ def _embedding_op(
         salient_value,
         channel_scale,
         bias_delta,
+        left,
+        right,
         slot_bits,
         slot_group,
+        slot_rank,
         bits,
         group_size,
     )

@@ -33,6 +33,8 @@ class Expert:
     bits: int
     group_size: int
     added_rows: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     def load_into(self, bank: ExpertBank, slot: int) -> None:
         """Load this expert into a slot of a bank."""
@@ -47,6 +49,8 @@ class Expert:
             self.bits,
             group_size=self.group_size,
             added_rows=self.added_rows,
+            left=self.left,
+            right=self.right,
         )
 
 
@@ -60,8 +64,12 @@ def random_expert(
     channel_scale: bool = False,
     bias: bool = False,
     added: int = 0,
+    rank: int = 0,
 ) -> Expert:
-    """An expert whose delta is about as large as a base weight of variance 1 / in_features."""
+    """An expert whose delta is about as large as a base weight of variance 1 / in_features.
+
+    So is its low-rank part, where it has one.
+    """
     rng = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (out_features, in_features), generator=rng)
     scale = in_features**-0.5
@@ -69,6 +77,7 @@ def random_expert(
     index = torch.randperm(in_features, generator=rng)[:k].sort().values.to(torch.int32)
     value = torch.randn(out_features, k, generator=rng).mul(4 * scale).to(torch.bfloat16)
     channel = (torch.rand(in_features, generator=rng) + 0.5).to(torch.float16) if channel_scale else None
+    factors = random_low_rank(seed, in_features, out_features, rank) if rank else (None, None)
     return Expert(
         codes=pack_codes(codes, bits),
         steps=steps.to(torch.float16),
@@ -79,7 +88,17 @@ def random_expert(
         bits=bits,
         group_size=group_size,
         added_rows=torch.randn(added, in_features, generator=rng).to(torch.bfloat16) if added else None,
+        left=factors[0],
+        right=factors[1],
     )
+
+
+def random_low_rank(seed: int, in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
+    """L `[out, rank]` and R `[rank, in]` in bfloat16, whose product has elements of variance 1 / in_features."""
+    rng = torch.Generator().manual_seed(seed)
+    left = torch.randn(out_features, rank, generator=rng) * rank**-0.5
+    right = torch.randn(rank, in_features, generator=rng) * in_features**-0.5
+    return left.to(torch.bfloat16), right.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -136,16 +155,28 @@ def random_call(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     seed: int = 0,
+    rank: int | tuple[int, ...] = 0,
 ) -> Call:
-    """A call with random operands. Several `bits` go to the slots in turn, in a bank of the widest."""
+    """A call with random operands. Several `bits` or ranks go to the slots in turn, in a bank of the largest."""
     rng = torch.Generator().manual_seed(seed)
     widths = (bits,) if isinstance(bits, int) else bits
-    bank = ExpertBank(slots, in_features, out_features, max(widths), group_size, max(k, 1), dtype, device)
+    ranks = (rank,) if isinstance(rank, int) else rank
+    bank = ExpertBank(
+        slots, in_features, out_features, max(widths), group_size, max(k, 1), dtype, device, max_rank=max(ranks)
+    )
     for slot in range(slots):
-        width = widths[slot % len(widths)]
-        random_expert(seed + slot + 1, in_features, out_features, width, group_size, k, channel_scale, bias).load_into(
-            bank, slot
+        expert = random_expert(
+            seed + slot + 1,
+            in_features,
+            out_features,
+            widths[slot % len(widths)],
+            group_size,
+            k,
+            channel_scale,
+            bias,
+            rank=ranks[slot % len(ranks)],
         )
+        expert.load_into(bank, slot)
     weight = torch.randn(out_features, in_features, generator=rng) * in_features**-0.5
     return Call(
         x=torch.randn(tokens, in_features, generator=rng).to(device, dtype),

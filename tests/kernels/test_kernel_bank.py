@@ -19,6 +19,9 @@ def dense(expert):
             delta[o, i] = (codes[o, i].float() - (2**expert.bits - 1) / 2) * step * scale
         for j, i in enumerate(expert.salient_index.tolist()):
             delta[o, i] += expert.salient_value[o, j].float()
+        if expert.left is not None:
+            for left, right in zip(expert.left[o].float(), expert.right.float(), strict=True):
+                delta[o] += left * right
     return delta
 
 
@@ -33,15 +36,29 @@ def test_dequantize_follows_the_definition(bits, group_size, k, scale):
     torch.testing.assert_close(bank.dequantize(1), dense(expert), rtol=1e-6, atol=1e-7)
 
 
-def test_reloading_a_slot_leaves_nothing_of_the_expert_before():
-    first = random_expert(1, IN, OUT, 4, 32, 8, channel_scale=True, bias=True)
-    second = random_expert(2, IN, OUT, 1, 0, 1)
-    used, fresh = (ExpertBank(1, IN, OUT, 4, group_size=32) for _ in range(2))
+@pytest.mark.parametrize("rank", [1, 5, 8])
+@pytest.mark.parametrize("k", [0, 8])
+def test_the_low_rank_part_is_added(rank, k):
+    bank = ExpertBank(2, IN, OUT, 2, max_rank=8)
+    expert = random_expert(1, IN, OUT, k=k, rank=rank)
+    expert.load_into(bank, 1)
+    expected = dense(expert)
+    torch.testing.assert_close(bank.dequantize(1), expected, rtol=1e-5, atol=1e-6)
+    rows = torch.tensor([4, 0, 4])
+    torch.testing.assert_close(bank.dequantize_rows(1, rows), expected[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_reloading_a_slot_leaves_nothing_of_the_expert_before(rank):
+    first = random_expert(1, IN, OUT, 4, 32, 8, channel_scale=True, bias=True, rank=8)
+    second = random_expert(2, IN, OUT, 1, 0, 1, rank=rank)
+    used, fresh = (ExpertBank(1, IN, OUT, 4, group_size=32, max_rank=8) for _ in range(2))
     first.load_into(used, 0)
     second.load_into(used, 0)
     second.load_into(fresh, 0)
     assert torch.equal(used.dequantize(0), fresh.dequantize(0))
-    assert torch.equal(used.tensors.bias_delta, fresh.tensors.bias_delta)
+    for name in ("bias_delta", "left", "right", "slot_rank"):
+        assert torch.equal(getattr(used.tensors, name), getattr(fresh.tensors, name))
 
 
 def test_loading_one_slot_leaves_the_others_alone():
@@ -61,6 +78,7 @@ def test_nbytes_counts_every_byte_and_does_not_move_with_loading():
     words, groups = 7, 4
     per_slot = OUT * words * 4 + OUT * groups * 4 + 4 * 4 + OUT * 4 * 2 + IN * 2 + OUT * 4 + 3 * 4
     assert bank.nbytes == 3 * per_slot
+    assert ExpertBank(3, IN, OUT, 2, 32, 4, max_rank=5).nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4)
     random_expert(1, IN, OUT, k=4).load_into(bank, 0)
     assert bank.nbytes == 3 * per_slot
 
@@ -109,14 +127,23 @@ BAD_LOADS = {
     "scale dtype": ({"channel_scale": torch.ones(IN)}, TypeError, "channel_scale"),
     "bias shape": ({"bias_delta": torch.ones(OUT + 1)}, ValueError, "bias_delta"),
     "added rows": ({"added_rows": torch.ones(1, IN)}, ValueError, "added_rows"),
+    "left without right": ({"left": torch.ones(OUT, 2)}, ValueError, "together"),
+    "right without left": ({"right": torch.ones(2, IN)}, ValueError, "together"),
+    "rank too large": ({"left": torch.ones(OUT, 5), "right": torch.ones(5, IN)}, ValueError, "max_rank 4"),
+    "ranks differ": ({"left": torch.ones(OUT, 2), "right": torch.ones(3, IN)}, ValueError, "right"),
+    "left shape": ({"left": torch.ones(OUT + 1, 2), "right": torch.ones(2, IN)}, ValueError, "left"),
+    "left rank": ({"left": torch.ones(4), "right": torch.ones(4, IN)}, ValueError, "left"),
+    "right shape": ({"left": torch.ones(OUT, 2), "right": torch.ones(2, IN - 1)}, ValueError, "right"),
+    "left dtype": ({"left": torch.ones(OUT, 2, dtype=torch.int32), "right": torch.ones(2, IN)}, TypeError, "left"),
+    "right dtype": ({"left": torch.ones(OUT, 2), "right": torch.ones(2, IN).double()}, TypeError, "right"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_LOADS)
 def test_a_bad_load_is_refused_and_changes_nothing(case):
     changes, error, message = BAD_LOADS[case]
-    bank = ExpertBank(2, IN, OUT, 2)
-    random_expert(5, IN, OUT).load_into(bank, 0)
+    bank = ExpertBank(2, IN, OUT, 2, max_rank=4)
+    random_expert(5, IN, OUT, rank=3).load_into(bank, 0)
     before = bank.dequantize(0)
     with pytest.raises(error, match=message):
         load(bank, **changes)
@@ -133,6 +160,7 @@ def test_a_bad_load_is_refused_and_changes_nothing(case):
         ({"max_salient": IN + 1}, ValueError),
         ({"dtype": torch.float64}, TypeError),
         ({"max_added_rows": -1}, ValueError),
+        ({"max_rank": -1}, ValueError),
     ],
 )
 def test_bad_settings_are_refused(arguments, error):

@@ -48,7 +48,9 @@ def check(call, backend, groups=None):
 
 
 def test_naive_equals_a_dense_model_per_token():
-    call = random_call(9, 40, 12, bits=(1, 2, 4), group_size=32, channel_scale=True, bias=True, dtype=torch.float32)
+    call = random_call(
+        9, 40, 12, bits=(1, 2, 4), group_size=32, channel_scale=True, bias=True, dtype=torch.float32, rank=(5, 0, 8)
+    )
     y = call.truth()
     for t, slot in enumerate(call.slot_of_token.tolist()):
         weight, bias = call.weight.double(), call.bias.double()

@@ -21,7 +21,7 @@ def fresh_dispatch():
 
 
 def test_the_operators_pass_torchs_own_checks():
-    call = random_call(5, 64, 24, bits=(1, 2), bias=True, channel_scale=True, dtype=torch.float32)
+    call = random_call(5, 64, 24, bits=(1, 2), bias=True, channel_scale=True, dtype=torch.float32, rank=(3, 0))
     groups = group_tokens(call.slot_of_token, 4)
     packed = [groups.order, groups.tile_slot, groups.tile_start, groups.tile_count]
     arguments = (call.x, call.weight, call.bias, *call.bank.tensors, call.slot_of_token, packed, 16, "naive")
@@ -35,8 +35,9 @@ def test_the_operators_pass_torchs_own_checks():
     torch.library.opcheck(torch.ops.meswitch.expert_norm_gain.default, arguments, test_utils=tests)
 
 
-def test_torch_compile_traces_a_layer_in_one_graph():
-    call = random_call(5, 64, 24, bits=2, dtype=torch.float32)
+@pytest.mark.parametrize("rank", [0, (8, 0, 3)], ids=str)
+def test_torch_compile_traces_a_layer_in_one_graph(rank):
+    call = random_call(5, 64, 24, bits=2, dtype=torch.float32, rank=rank)
     groups = group_tokens(call.slot_of_token, 4)
 
     def layer(x, slots):

@@ -82,6 +82,15 @@ def test_an_id_outside_its_experts_vocabulary_is_refused():
         expert_embedding(torch.tensor([0.0]), weight, bank, torch.tensor([0], dtype=torch.int32))
 
 
+def test_an_embedding_with_a_low_rank_part_is_refused(backend):
+    device = device_of(backend)
+    bank = ExpertBank(1, HIDDEN, VOCAB, 2, device=device, max_rank=4)
+    random_expert(1, HIDDEN, VOCAB, rank=4).load_into(bank, 0)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="max_rank 4"):
+        expert_embedding(none, weights(torch.bfloat16).to(device), bank, none, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_gain(backend, dtype):
     skip_unsupported(backend, dtype)
