@@ -35,7 +35,7 @@ def expert_linear(
     groups: TokenGroups | CpuGroups | None = None,
 ) -> Tensor:
     """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or bank.left.shape[2]:
+    if x.dtype not in (torch.float32, torch.bfloat16):
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
     if x.stride(1) != 1 or x.data_ptr() % x.element_size():
         x = x.contiguous()
@@ -74,6 +74,7 @@ class _Layout:
     plain: int
     spread: int
     salient: int
+    z: int
     of_word: int
     acc: int
     rows: int
@@ -83,19 +84,27 @@ class _Layout:
 
 @functools.lru_cache(256)
 def _layout(
-    in_features: int, bits: int, grouped: bool, size: int, max_salient: int, tokens: int, groups: int, threads: int
+    in_features: int,
+    bits: int,
+    grouped: bool,
+    size: int,
+    max_salient: int,
+    max_rank: int,
+    tokens: int,
+    groups: int,
+    threads: int,
 ) -> _Layout:
     # A slot of fewer bits packs more channels into the words that are padded to 16, so both widths count.
     padded = {width: -(-words_per_row(in_features, width) // 16) * 16 for width in (1, bits)}
     plain = -(-in_features * size // 64) * 64
     spread = max(words * (32 // width) for width, words in padded.items()) * size
-    salient = -(-max_salient // 16) * 64
+    salient, z = -(-max_salient // 16) * 64, -(-max_rank // 16) * 64
     of_word = padded[bits] * 4 if grouped else 0
     acc = 4 * ROWS * 64
-    sizes = (plain * tokens, spread * tokens, salient * tokens, of_word * groups, acc * threads)
+    sizes = (plain * tokens, spread * tokens, salient * tokens, z * tokens, of_word * groups, acc * threads)
     ends = tuple(itertools.accumulate(sizes, initial=0))
     rows = max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS))
-    return _Layout(plain, spread, salient, of_word, acc, rows, ends[:5], ends[5])
+    return _Layout(plain, spread, salient, z, of_word, acc, rows, ends[:-1], ends[-1])
 
 
 def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
@@ -137,6 +146,7 @@ def _decode(
         bank.group_size > 0,
         size,
         bank.salient_index.shape[1],
+        bank.left.shape[2],
         count,
         groups,
         torch.get_num_threads(),
@@ -162,11 +172,15 @@ def _decode(
             layout.spread,
             base + layout.places[2],
             layout.salient,
-            base + layout.places[3],
-            layout.of_word,
             base + layout.places[4],
+            layout.of_word,
+            base + layout.places[5],
             layout.acc,
             layout.rows,
+            0,
+            0,
+            base + layout.places[3],
+            layout.z,
             0,
             0,
         ),
@@ -175,7 +189,11 @@ def _decode(
 
 
 def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int, y: Tensor) -> None:
-    """y = x·(W + Δ̂)ᵀ and biases for tokens of one slot: a block of rows of W + Δ̂ is merged, then multiplied."""
+    """y = x·(W + Δ̂)ᵀ and biases for tokens of one slot: a block of rows of W + Δ̂ is merged, then multiplied.
+
+    A low-rank part is so many more input channels, x·Rᵀ with weights L: merging it would cost what that many
+    more tokens do.
+    """
     if slot < 0:
         _multiply(x, weight, bias, y)
         return
@@ -188,13 +206,16 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
         delta = bank.bias_delta[slot]
         shift = (delta if bias is None else delta + bias).to(x.dtype)
     rows = max(64, MERGE_BYTES // (in_features * x.element_size()) // 64 * 64)
-    merged = scratch.tensor(min(rows, out_features), in_features, x.dtype)
+    rank = int(bank.slot_rank[slot]) if bank.left.shape[2] else 0
+    if rank:
+        x = torch.cat([x, x @ bank.right[slot, :rank].to(x.dtype).T], 1)
+    merged = scratch.tensor(min(rows, out_features), in_features + rank, x.dtype)
     fields = array(
         "q",
         (
             *_fields(x, weight, bank),
             merged.data_ptr(),
-            in_features * x.element_size(),
+            merged.stride(0) * x.element_size(),
             0,
             0,
             slot,
@@ -206,6 +227,8 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
         last = min(first + rows, out_features)
         fields[kernels.FIRST_ROW], fields[kernels.ROW_COUNT] = first, last - first
         _run(merge_task, fields, -(-(last - first) // kernels.MERGE_ROWS))
+        if rank:
+            merged[: last - first, in_features:] = bank.left[slot, first:last, :rank]
         part = None if shift is None else shift[first:last]
         _multiply(x, merged[: last - first], part, y[:, first:last])
 

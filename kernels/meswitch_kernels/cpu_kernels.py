@@ -12,7 +12,7 @@ from pathlib import Path
 from numba import carray, cfunc, njit, types
 
 from . import cpu_attention_tiles, cpu_tiles, cpu_vector
-from .cpu_tiles import finish_tile, merge_tile, product_tile
+from .cpu_tiles import finish_tile, merge_tile, product_tile, project_tile
 from .cpu_vector import (
     ROWS,
     bits_of,
@@ -39,8 +39,8 @@ from .cpu_vector import (
 (
     X, X_STRIDE, Y, Y_STRIDE, BIAS, TOKENS, ORDER, SLOT_OF, GROUPS, GROUP_COUNT, PLAIN, PLAIN_STRIDE,
     SPREAD, SPREAD_STRIDE, SALIENT, SALIENT_STRIDE, WORD_GROUP, WORD_GROUP_STRIDE, ACC, ACC_STRIDE,
-    ROWS_TOGETHER, SPREAD_NEXT, SPREAD_DONE, DECODE,
-) = range(COMMON, COMMON + 24)  # fmt: skip
+    ROWS_TOGETHER, SPREAD_NEXT, SPREAD_DONE, Z, Z_STRIDE, PROJECT_NEXT, PROJECT_DONE, DECODE,
+) = range(COMMON, COMMON + 28)  # fmt: skip
 # Fields of `merge`.
 MERGED, MERGED_STRIDE, FIRST_ROW, ROW_COUNT, SLOT, SCALE, MERGE = range(COMMON, COMMON + 7)
 
@@ -58,7 +58,7 @@ _ONE = 0x3C00
 _INLINED = (cpu_attention_tiles, cpu_tiles, cpu_vector)
 _SOURCES = f"{zlib.crc32(b''.join(Path(str(module.__file__)).read_bytes() for module in _INLINED)):08x}"
 
-# Variants by number: tokens and, for products, bits, groups and dtype; for `_finish`, the dtype of salient values.
+# Variants by number: tokens and, for products, bits, groups and dtype; for the others, the bank's dtype and x's.
 _TOGETHER = (4, 2, 1)
 _product = chosen(
     15,
@@ -72,14 +72,17 @@ _product = chosen(
         if not grouped or (bits and tokens < 4)
     },
 )
-_finish = chosen(
-    11,
-    {
-        64 * tokens + 8 * kind + bf16: finish_tile(tokens, name, bf16)
-        for tokens in _TOGETHER
-        for kind, name in enumerate(("bfloat16", "float16", "float32"))
-        for bf16 in (False, True)
-    },
+_finish, _project_rows = (
+    chosen(
+        arguments,
+        {
+            64 * tokens + 8 * kind + bf16: tile(tokens, name, bf16)
+            for tokens in _TOGETHER
+            for kind, name in enumerate(("bfloat16", "float16", "float32"))
+            for bf16 in (False, True)
+        },
+    )
+    for arguments, tile in ((16, finish_tile), (8, project_tile))
 )
 _merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
 _merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
@@ -201,12 +204,48 @@ def _spread_all(f):
 
 
 @njit
+def _project(f, g, row):
+    """z = x·Rᵀ of group g's tokens, for the ROWS rows of R from `row` on that its slot has."""
+    entry = f[GROUPS] + 12 * g
+    slot, t = read_i32(entry), read_i32(entry + 4)
+    if slot < 0 or row >= read_i32(f[SLOT_RANK] + 4 * slot):
+        return
+    valid = min(ROWS, read_i32(f[SLOT_RANK] + 4 * slot) - row)
+    stride = (4 if f[SALIENT_KIND] == 2 else 2) * f[IN_FEATURES]
+    right, last = f[RIGHT] + (slot * f[MAX_RANK] + row) * stride, t + read_i32(entry + 8)
+    while t < last:
+        count = 4 if last - t >= 4 else min(2, last - t)
+        _project_rows(
+            64 * count + 8 * f[SALIENT_KIND] + f[BF16], right, stride, valid, f[PLAIN] + t * f[PLAIN_STRIDE],
+            f[PLAIN_STRIDE], f[IN_FEATURES], f[Z] + t * f[Z_STRIDE] + 4 * row, f[Z_STRIDE],
+        )  # fmt: skip
+        t += count
+
+
+@njit
+def _project_all(f):
+    """z of all tokens, shared with the other threads, and return when the last is there."""
+    blocks = (f[MAX_RANK] + ROWS - 1) // ROWS
+    units = f[GROUP_COUNT] * blocks
+    while True:
+        unit = fetch_add(f[SELF] + 8 * PROJECT_NEXT, 1)
+        if unit >= units:
+            break
+        _project(f, unit // blocks, unit % blocks * ROWS)
+        fetch_add(f[SELF] + 8 * PROJECT_DONE, 1)
+    while fetch_add(f[SELF] + 8 * PROJECT_DONE, 0) < units:
+        pass
+
+
+@njit
 def _multiply(f, slot, g, t, count, first_row, last_row, acc):
     """y of tokens `t` to `t + count`, which share group g and its slot, for some rows."""
     bf16, in_features, out_features, k, kind = f[BF16], f[IN_FEATURES], f[OUT_FEATURES], f[MAX_SALIENT], f[SALIENT_KIND]
     size = 4 - 2 * bf16
     bits, group_size, words, groups = 0, 0, 0, 1
-    codes, steps, shifts, values = 0, 0, 0, 0
+    codes, steps, shifts, values, left, rank = 0, 0, 0, 0, 0, 0
+    value_size = 4 if kind == 2 else 2
+    left_stride = value_size * f[MAX_RANK]
     if slot < 0:
         k = 0
     else:
@@ -216,7 +255,9 @@ def _multiply(f, slot, g, t, count, first_row, last_row, acc):
             groups = (in_features + group_size - 1) // group_size
         codes, steps = f[CODES] + slot * f[CODES_SLOT], f[STEPS] + slot * f[STEPS_SLOT]
         shifts = f[BIAS_DELTA] + 4 * slot * out_features
-        values = f[SALIENT_VALUE] + (4 if kind == 2 else 2) * k * slot * out_features
+        values = f[SALIENT_VALUE] + value_size * k * slot * out_features
+        if left_stride > 0:
+            left, rank = f[LEFT] + left_stride * slot * out_features, read_i32(f[SLOT_RANK] + 4 * slot)
     product = 64 * count + 8 * bits + (2 if group_size > 0 else 0) + bf16
     finish = 64 * count + 8 * kind + bf16
     for row in range(first_row, last_row, ROWS):
@@ -228,8 +269,9 @@ def _multiply(f, slot, g, t, count, first_row, last_row, acc):
             acc,
         )  # fmt: skip
         _finish(
-            finish, acc, values + (4 if kind == 2 else 2) * k * row, f[SALIENT] + t * f[SALIENT_STRIDE],
-            f[SALIENT_STRIDE], k, f[BIAS] + size * row if f[BIAS] else 0, shifts + 4 * row if slot >= 0 else 0,
+            finish, acc, values + value_size * k * row, f[SALIENT] + t * f[SALIENT_STRIDE], f[SALIENT_STRIDE], k,
+            left + left_stride * row, left_stride, f[Z] + t * f[Z_STRIDE], f[Z_STRIDE], rank,
+            f[BIAS] + size * row if f[BIAS] else 0, shifts + 4 * row if slot >= 0 else 0,
             f[Y] + size * row, f[Y_STRIDE], f[ORDER] + 4 * t, valid,
         )  # fmt: skip
 
@@ -250,6 +292,8 @@ def rows(fields):
     out_features, together, groups = f[OUT_FEATURES], f[ROWS_TOGETHER], f[GROUP_COUNT]
     acc = f[ACC] + fetch_add(f[SELF] + 8 * THREAD, 1) * f[ACC_STRIDE]
     _spread_all(f)
+    if f[MAX_RANK] > 0:
+        _project_all(f)
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * CHUNK_ROWS
         if start >= out_features:

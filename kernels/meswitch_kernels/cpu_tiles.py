@@ -25,6 +25,7 @@ from .cpu_vector import (
     V32H,
     Emit,
     broadcast,
+    chunks,
     code_lanes,
     code_pairs,
     code_values,
@@ -35,6 +36,7 @@ from .cpu_vector import (
     gather_floats,
     lanes_below,
     load,
+    load_elements,
     load_masked,
     narrow_bf16,
     round_bf16,
@@ -173,37 +175,86 @@ def _fma_last(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
 
 
 def _load_values(builder: ir.IRBuilder, address: Any, mask: Any, dtype: str) -> Any:
+    kind = V16F if dtype == "float32" else ir.VectorType(I16, LANES)
+    values = load(builder, address, kind) if mask is None else load_masked(builder, address, kind, mask)
     if dtype == "float32":
-        return load_masked(builder, address, V16F, mask)
-    halves = load_masked(builder, address, ir.VectorType(I16, LANES), mask)
+        return values
     if dtype == "bfloat16":
-        return widen_bf16(builder, halves)
-    return widen_f16(builder, halves)
+        return widen_bf16(builder, values)
+    return widen_f16(builder, values)
+
+
+def project_tile(tokens: int, values_dtype: str, bf16: bool) -> Emit:
+    """f(right, right_stride, valid, x, x_stride, in_features, z, z_stride): z = x·Rᵀ float32 of ROWS rows of R.
+
+    R is of the bank's type, x of the call's, so both are widened: few bytes are read here, whatever they are.
+    """
+    size = 4 if values_dtype == "float32" else 2
+
+    def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
+        right, right_stride, valid, x, x_stride, in_features, z, z_stride = args
+        totals = _accumulators(builder, tokens)
+        rows = _rows(builder, right, right_stride, valid)
+
+        def chunk(first: Any, mask: Any) -> None:
+            values = [_load_values(builder, _offset(builder, row, first, size), mask, values_dtype) for row in rows]
+            for t in range(tokens):
+                own = builder.add(x, builder.mul(I64(t), x_stride))
+                given = load_elements(builder, own, first, mask, bf16)
+                for value, total in zip(values, totals[t], strict=True):
+                    builder.store(fma(builder, value, given, builder.load(total)), total)
+
+        chunks(builder, in_features, chunk)
+        sums = sum_rows(builder, [builder.load(total) for of_token in totals for total in of_token])
+        mask = lanes_below(builder, valid, ROWS)
+        for t in range(tokens):
+            own = builder.shuffle_vector(sums, sums, constants(range(t * ROWS, (t + 1) * ROWS), I32))
+            store_masked(builder, own, builder.add(z, builder.mul(I64(t), z_stride)), mask)
+
+    return emit
 
 
 def finish_tile(tokens: int, values_dtype: str, bf16: bool) -> Emit:
-    """f(acc, values, x, x_stride, k, bias, bias_delta, y, y_stride, order, valid): y of ROWS rows, rounded, stored.
+    """f(acc, values, x, x_stride, k, left, left_stride, z, z_stride, rank, bias, bias_delta, y, y_stride, order,
+    valid): y of ROWS rows, rounded, stored.
 
-    Adds up the lanes, salient values `[rows, k]` times each token's salient channels float32 `[k]`, padded to 16,
-    and the biases whose address is not 0. Token t is row `order[t]` (int32) of y.
+    Adds up the lanes, salient values `[rows, k]` times each token's salient channels float32 `[k]`, L `[rows, rank]`
+    times each token's z float32 `[rank]`, and the biases whose address is not 0. Token t is row `order[t]` (int32)
+    of y.
     """
     size, lanes = 4 if values_dtype == "float32" else 2, tokens * ROWS
 
     def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
-        acc, values, x, x_stride, k, bias, bias_delta, y, y_stride, order, valid = args
+        acc, values, x, x_stride, k, left, left_stride, z, z_stride, rank, *rest = args
+        bias, bias_delta, y, y_stride, order, valid = rest
         totals = [vector for of_token in _accumulators(builder, tokens) for vector in of_token]
         for i, total in enumerate(totals):
             builder.store(load(builder, builder.add(acc, I64(64 * i)), V16F, 64), total)
-        rows = _rows(builder, values, builder.mul(k, I64(size)), valid)
-        with cgutils.for_range(builder, builder.sdiv(builder.add(k, I64(LANES - 1)), I64(LANES))) as loop:
-            first = builder.mul(loop.index, I64(LANES))
-            mask = lanes_below(builder, builder.sub(k, first))
-            salient = [_load_values(builder, _offset(builder, row, first, size), mask, values_dtype) for row in rows]
-            for t in range(tokens):
-                own = builder.add(x, builder.mul(I64(t), x_stride))
-                given = load(builder, _offset(builder, own, first, 4), V16F)
-                for value, total in zip(salient, totals[t * ROWS : (t + 1) * ROWS], strict=True):
-                    builder.store(fma(builder, value, given, builder.load(total)), total)
+
+        # Once for the salient channels and, where the slot has one, once for its low-rank part.
+        with cgutils.for_range(builder, builder.select(builder.icmp_signed(">", rank, I64(0)), I64(2), I64(1))) as part:
+            second = builder.icmp_signed("==", part.index, I64(1))
+            factors, stride, inputs, inputs_stride, width = (
+                builder.select(second, low_rank, salient)
+                for low_rank, salient in (
+                    (left, values),
+                    (left_stride, builder.mul(k, I64(size))),
+                    (z, x),
+                    (z_stride, x_stride),
+                    (rank, k),
+                )
+            )
+            rows = _rows(builder, factors, stride, valid)
+            with cgutils.for_range(builder, builder.sdiv(builder.add(width, I64(LANES - 1)), I64(LANES))) as loop:
+                first = builder.mul(loop.index, I64(LANES))
+                mask = lanes_below(builder, builder.sub(width, first))
+                own = [_load_values(builder, _offset(builder, row, first, size), mask, values_dtype) for row in rows]
+                for t in range(tokens):
+                    of_token = builder.add(inputs, builder.mul(I64(t), inputs_stride))
+                    given = load_masked(builder, _offset(builder, of_token, first, 4), V16F, mask)
+                    for value, total in zip(own, totals[t * ROWS : (t + 1) * ROWS], strict=True):
+                        builder.store(fma(builder, value, given, builder.load(total)), total)
+
         result = cgutils.alloca_once_value(builder, sum_rows(builder, [builder.load(total) for total in totals]))
         mask = lanes_below(builder, valid, ROWS)
 
