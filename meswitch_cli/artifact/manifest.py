@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meswitch_cli.delta.low_rank import FACTOR_BITS
 from meswitch_cli.delta.packing import packed_width
 from meswitch_cli.errors import ArtifactError
 
-FORMAT_VERSION = 1
+#: Version 2 has low-rank parts; what has none is written as version 1, which older readers know.
+FORMAT_VERSIONS = (1, 2)
 MANIFEST_FILE = "meswitch.json"
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DIMENSION = 1 << 26
@@ -59,6 +61,7 @@ class TensorEntry:
     salient: int = 0
     group_size: int = 0
     channel_scale: bool = False
+    rank: int = 0
     added_rows: int = 0
     delta_energy: float | None = None
     weight_error: float | None = None
@@ -85,6 +88,10 @@ class TensorEntry:
                 shapes[f"{self.name}.salient_value"] = (rows, self.salient)
             if self.channel_scale:
                 shapes[f"{self.name}.channel_scale"] = (columns,)
+            if self.rank:
+                for side, length in (("left", rows), ("right", columns)):
+                    shapes[f"{self.name}.{side}_codes"] = (self.rank, packed_width(length, FACTOR_BITS))
+                    shapes[f"{self.name}.{side}_steps"] = (self.rank, 1)
         if self.added_rows:
             shapes[f"{self.name}.added_rows"] = (self.added_rows, columns)
         return shapes
@@ -119,15 +126,22 @@ class Manifest:
     files: tuple[FileEntry, ...]
     config_differences: Mapping[str, Any]
     created_with: str
-    format_version: int = FORMAT_VERSION
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor shards."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def format_version(self) -> int:
+        return 2 if any(entry.rank for entry in self.tensors) else 1
+
     def to_json(self) -> str:
+        """The manifest's file."""
         value = {"format_version": self.format_version} | dataclasses.asdict(self)
+        if self.format_version == 1:
+            for entry in value["tensors"]:
+                del entry["rank"]
         return json.dumps(value, indent=1, sort_keys=False) + "\n"
 
 
@@ -145,10 +159,10 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         raise ArtifactError(f"{where}: not valid JSON: {error}") from error
     fields = _Fields(value, where)
     version = fields.size("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise ArtifactError(
-            f"{where}: format version {version}; this meswitch reads version {FORMAT_VERSION}"
-            + ("; upgrade meswitch" if version > FORMAT_VERSION else "")
+            f"{where}: format version {version}; this meswitch reads versions {FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
+            + ("; upgrade meswitch" if version > FORMAT_VERSIONS[-1] else "")
         )
     manifest = Manifest(
         base=_model_reference(fields.object("base")),
@@ -157,7 +171,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         num_layers=fields.size("num_layers"),
         dtype=fields.choice("dtype", ("bfloat16", "float16", "float32")),
         settings=fields.object("settings").value,
-        tensors=tuple(_tensor_entry(item) for item in fields.objects("tensors")),
+        tensors=tuple(_tensor_entry(item, version) for item in fields.objects("tensors")),
         unchanged=tuple(fields.strings("unchanged")),
         shards=tuple(_file_entry(item, _SHARD_NAME) for item in fields.objects("shards")),
         files=tuple(_file_entry(item, _SIDE_FILE_NAME) for item in fields.objects("files")),
@@ -200,7 +214,7 @@ def _file_entry(fields: _Fields, pattern: re.Pattern[str]) -> FileEntry:
     )
 
 
-def _tensor_entry(fields: _Fields) -> TensorEntry:
+def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
     kind = fields.choice("kind", KINDS)
     layer = None if fields.value.get("layer") is None else fields.size("layer")
     entry = TensorEntry(
@@ -216,6 +230,7 @@ def _tensor_entry(fields: _Fields) -> TensorEntry:
         salient=fields.size("salient"),
         group_size=fields.size("group_size"),
         channel_scale=fields.boolean("channel_scale"),
+        rank=fields.size("rank") if version > 1 else 0,
         added_rows=fields.size("added_rows"),
         delta_energy=fields.optional_number("delta_energy"),
         weight_error=fields.optional_number("weight_error"),
@@ -229,7 +244,9 @@ def _tensor_entry(fields: _Fields) -> TensorEntry:
 
 def _entry_problem(entry: TensorEntry) -> str | None:
     if entry.kind == "dense":
-        quantised = entry.bits or entry.salient or entry.group_size or entry.channel_scale or entry.added_rows
+        quantised = (
+            entry.bits or entry.salient or entry.group_size or entry.channel_scale or entry.rank or entry.added_rows
+        )
         return "a dense tensor cannot have quantisation settings" if quantised else None
     if len(entry.shape) != 2 or len(entry.base_shape) != 2 or entry.shape[1] != entry.base_shape[1]:
         return f"shape {list(entry.shape)} does not go with base shape {list(entry.base_shape)}"
@@ -237,6 +254,8 @@ def _entry_problem(entry: TensorEntry) -> str | None:
         return f"bits must be 1, 2 or 4, not {entry.bits}"
     if entry.salient > entry.shape[1] or entry.group_size % 32:
         return f"salient {entry.salient} or group size {entry.group_size} is impossible"
+    if entry.rank and (entry.kind != "linear" or not entry.bits or entry.rank > min(*entry.shape, *entry.base_shape)):
+        return f"rank {entry.rank} is impossible"
     if entry.added_rows != max(0, entry.shape[0] - entry.base_shape[0]):
         return f"{entry.added_rows} added rows do not go with the shapes"
     return None

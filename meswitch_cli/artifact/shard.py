@@ -10,9 +10,12 @@ import torch
 
 from meswitch_cli.artifact.manifest import TensorEntry
 from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, read_header, read_tensor, read_tensors
+from meswitch_cli.delta.low_rank import LowRank
 from meswitch_cli.delta.quantize import QuantizedDelta
 from meswitch_cli.errors import ArtifactError
 
+#: The parts of a tensor that its low-rank part is stored as.
+LOW_RANK_PARTS = ("left_codes", "left_steps", "right_codes", "right_steps")
 _STEP_DTYPES = (torch.float16, torch.float32)
 _DTYPES = {
     "codes": (torch.int32,),
@@ -20,6 +23,10 @@ _DTYPES = {
     "salient_index": (torch.int32,),
     "salient_value": (torch.float16, torch.bfloat16),
     "channel_scale": (torch.float16,),
+    "left_codes": (torch.int32,),
+    "left_steps": (torch.float32,),
+    "right_codes": (torch.int32,),
+    "right_steps": (torch.float32,),
     "added_rows": (torch.bfloat16, torch.float16, torch.float32),
     "value": (torch.bfloat16, torch.float16, torch.float32),
 }
@@ -33,6 +40,8 @@ def delta_tensors(name: str, delta: QuantizedDelta) -> dict[str, torch.Tensor]:
         tensors[f"{name}.salient_value"] = delta.salient_value
     if delta.channel_scale is not None:
         tensors[f"{name}.channel_scale"] = delta.channel_scale
+    if delta.low_rank is not None:
+        tensors |= {f"{name}.{part}": getattr(delta.low_rank, part) for part in LOW_RANK_PARTS}
     return tensors
 
 
@@ -103,13 +112,15 @@ class Shard:
             self.read(name, "salient_index") if entry.salient else torch.empty(0, dtype=torch.int32),
             self.read(name, "salient_value") if entry.salient else torch.empty(rows, 0, dtype=torch.float16),
             self.read(name, "channel_scale") if entry.channel_scale else None,
+            LowRank(rows, entry.shape[1], *(self.read(name, part) for part in LOW_RANK_PARTS)) if entry.rank else None,
         )
         index = delta.salient_index
         if index.numel() and not (
             int(index[0]) >= 0 and int(index[-1]) < entry.shape[1] and bool((index[1:] > index[:-1]).all())
         ):
             raise ArtifactError(f"tensor {name!r}: salient channels are not ascending and below {entry.shape[1]}")
-        for tensor in (delta.steps, delta.salient_value, delta.channel_scale):
+        factors = (delta.low_rank.left_steps, delta.low_rank.right_steps) if delta.low_rank else ()
+        for tensor in (delta.steps, delta.salient_value, delta.channel_scale, *factors):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ArtifactError(f"tensor {name!r}: a stored number is not finite")
         return delta

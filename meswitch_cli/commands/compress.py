@@ -19,6 +19,9 @@ def run(
     salient: Annotated[
         int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.")
     ] = 8,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Leading singular directions of a tensor kept beside its codes, at 4 bits.")
+    ] = 0,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
@@ -78,6 +81,7 @@ def run(
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
+        rank=rank,
         group_size=group_size,
         channel_scale=channel_scale or default_channel_scale(int(bits)),
         rounding=rounding,

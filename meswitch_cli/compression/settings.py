@@ -29,7 +29,7 @@ class CompressionSettings:
     """Everything that decides an artifact's bytes besides the two checkpoints.
 
     Attributes:
-        bits, salient, group_size, channel_scale, rounding: as in `QuantizerSettings`, for the decoder's linears.
+        bits, salient, rank, group_size, channel_scale, rounding: as in `QuantizerSettings`, for the decoder's linears.
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
         embedding_bits: code width of embedding and head.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
@@ -42,6 +42,7 @@ class CompressionSettings:
 
     bits: int = 2
     salient: int = 8
+    rank: int = 0
     group_size: int = 0
     channel_scale: ChannelScale = "none"
     rounding: Rounding = "nearest"
@@ -70,7 +71,9 @@ class CompressionSettings:
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
-        return QuantizerSettings(self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule)
+        return QuantizerSettings(
+            self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule, self.rank
+        )
 
     @property
     def takes_gram(self) -> bool:
@@ -79,7 +82,7 @@ class CompressionSettings:
         return linears.needs_gram or (linears.steps == "output-unbiased" and self.calibration not in (None, RANDOM))
 
     def head(self) -> QuantizerSettings:
-        """Settings of an untied head."""
+        """Settings of an untied head: without a low-rank part, which would be as wide as the vocabulary."""
         base = self.linears()
         return QuantizerSettings(
             self.embedding_bits, base.salient, base.group_size, base.channel_scale, base.rounding, base.steps

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from meswitch_cli.artifact.shard import LOW_RANK_PARTS
 from meswitch_cli.compression.unit import planned_entry, tensor_settings
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.job import Job
 
-_ITEM_BYTES = {"codes": 4, "steps": 4, "salient_index": 4, "salient_value": 2, "channel_scale": 2}
+_ITEM_BYTES = {"codes": 4, "steps": 4, "salient_index": 4, "salient_value": 2, "channel_scale": 2} | dict.fromkeys(
+    LOW_RANK_PARTS, 4
+)
 
 
 def expected_bytes(job: Job) -> int:
@@ -30,6 +33,7 @@ def expected_bytes(job: Job) -> int:
             salient=settings.salient,
             group_size=settings.group_size,
             channel_scale=settings.channel_scale == "rms",
+            rank=min(settings.rank, item.shared_rows, item.shape[1]),
         )
         for name, shape in entry.stored_shapes().items():
             part = name.rpartition(".")[2]

@@ -7,7 +7,7 @@ Rows are independent, so everything runs on blocks of rows that stay in the proc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from meswitch_cli.delta.codes import (
     step_ratio,
 )
 from meswitch_cli.delta.feedback import feedback_multiples, inverse_factor
+from meswitch_cli.delta.low_rank import Directions, LowRank, leading_directions, orthonormal, rounded
 from meswitch_cli.delta.packing import pack, unpack
 from meswitch_cli.delta.parallel import in_order
 from meswitch_cli.delta.settings import QuantizerSettings
@@ -52,8 +53,9 @@ class QuantizedDelta:
         codes: `[out, ceil(in * bits / 32)]` int32.
         steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
         salient_index: `[k]` int32, ascending.
-        salient_value: `[out, k]` fp16, what to add to the code's value in those channels.
+        salient_value: `[out, k]` fp16, what to add to the rest in those channels.
         channel_scale: `[in]` fp16, or None for all ones.
+        low_rank: what is added to the codes' values everywhere, or None.
     """
 
     bits: int
@@ -64,6 +66,7 @@ class QuantizedDelta:
     salient_index: torch.Tensor
     salient_value: torch.Tensor
     channel_scale: torch.Tensor | None
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def quantize(
     """Compress `expert - base`, both `[out, in]` of any floating dtype; None where the two are equal.
 
     Salient channels are the k with the largest E_i = a_i * sum_o (d_oi - d_hat_oi)^2, a_i the input's energy (1
-    without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1).
+    without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1). With a low-rank
+    part all this is done on the delta without its leading directions, see `low_rank`.
 
     Raises:
         ValueError: settings that need calibration without statistics, or more salient channels than inputs.
@@ -115,6 +119,8 @@ def dequantize(delta: QuantizedDelta) -> torch.Tensor:
     values *= per_channel(delta.steps.float(), delta.in_features, delta.group_size)
     if delta.channel_scale is not None:
         values *= delta.channel_scale.float()
+    if delta.low_rank is not None:
+        values += delta.low_rank.left() @ delta.low_rank.right()
     if delta.salient_index.numel():
         values[:, delta.salient_index.long()] += delta.salient_value.float()
     return values
@@ -129,11 +135,15 @@ class _Fit(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What quantising a block of rows gives; the energies are sums over its rows, by column."""
+    """What quantising a block of rows gives; the energies are sums over its rows, by column.
+
+    With a low-rank part to come there are no salient residuals yet: `rest` is the image `[rows, rank]` of the delta
+    without the codes' values, else the residuals `[rows, k]`.
+    """
 
     codes: torch.Tensor
     steps: torch.Tensor
-    residual: torch.Tensor
+    rest: torch.Tensor
     energy: torch.Tensor
     residual_energy: torch.Tensor
 
@@ -151,6 +161,10 @@ class _Work:
     ) -> None:
         self.base, self.expert, self.settings, self.device = base, expert, settings, device
         self.columns = expert.shape[1]
+        self.directions: Directions | None = None
+        if settings.rank:
+            rank, shape = min(settings.rank, *expert.shape), (expert.shape[0], expert.shape[1])
+            self.directions = leading_directions(self._sweep, shape, rank, device)
         self.scale = self._channel_scale() if settings.channel_scale == "rms" else None
         self.scale32 = None if self.scale is None else self.scale.float()
         self.inverse_scale = None
@@ -171,26 +185,37 @@ class _Work:
     def _channel_scale(self) -> torch.Tensor:
         """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
         energy = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-        for part in self._sweep(column_energy):
+        for part in self._sweep(lambda block, _: column_energy(block)):
             energy += part
         rms = energy.sqrt()
         return torch.nan_to_num(rms / rms.mean(), nan=0.0).clamp(max=_FP16_MAX).half()
 
     def _sweep(
-        self, work: Callable[[torch.Tensor], _Result], elements: int = BLOCK_ELEMENTS, most: int = 0
+        self,
+        work: Callable[[torch.Tensor, slice], _Result],
+        elements: int = BLOCK_ELEMENTS,
+        most: int = 0,
+        *,
+        whole: bool = False,
     ) -> Iterator[_Result]:
-        """Apply a function to `expert - base` in fp32, block of rows by block of rows; results come in order.
+        """Apply a function to what the codes are for, in fp32, block of rows by block of rows; results come in order.
 
-        `most` blocks, evenly spread, or all of them.
+        That is `expert - base` without its leading directions once they are known, or with them: `whole`. The function
+        is also given the block's place. `most` blocks, evenly spread, or all of them.
         """
+        directions = None if whole else self.directions
         step = max(1, elements // self.columns)
         rows = range(0, self.expert.shape[0], step)
         if most and len(rows) > most:
             rows = rows[:: -(-len(rows) // most)]
 
         def on_block(row: int) -> _Result:
-            block = self.expert[row : row + step].to(device=self.device, dtype=torch.float32, copy=True)
-            return work(block.sub_(self.base[row : row + step].to(device=self.device, dtype=torch.float32)))
+            place = slice(row, row + step)
+            block = self.expert[place].to(device=self.device, dtype=torch.float32, copy=True)
+            block.sub_(self.base[place].to(device=self.device, dtype=torch.float32))
+            if directions is not None:
+                block.addmm_(directions.left[place], directions.right, alpha=-1)
+            return work(block, place)
 
         return in_order(on_block, rows, parallel=torch.device(self.device).type == "cpu")
 
@@ -201,7 +226,7 @@ class _Work:
             return nothing
         error = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
 
-        def column_error(block: torch.Tensor) -> torch.Tensor:
+        def column_error(block: torch.Tensor, _: slice) -> torch.Tensor:
             fit = self._fit(self._scaled(block), nothing, rounds=1)
             return column_energy(block.sub_(self._values(fit.multiples, fit.least_squares)))
 
@@ -223,7 +248,12 @@ class _Work:
 
         output_factor = self._output_factor(salient, gram, factor) if settings.steps == "output-unbiased" else 1.0
 
-        def quantise(block: torch.Tensor) -> _Block:
+        directions = self.directions
+        if directions is not None:
+            seen = _without(directions.right, salient)  # salient channels will be exact: no vector need reach for them
+            of_directions = directions.right @ seen.T
+
+        def quantise(block: torch.Tensor, place: slice) -> _Block:
             squares = block.square()
             energy = squares.sum(0)
             scaled = self._scaled(block)
@@ -231,6 +261,9 @@ class _Work:
             steps = self._final_steps(scaled, fit, salient, gram, output_factor)
             packed = pack(codes_of(fit.multiples, settings.bits), settings.bits)
             block -= self._values(fit.multiples, steps)
+            if directions is not None:
+                image = block @ seen.T + directions.left[place] @ of_directions
+                return _Block(packed.cpu(), steps.cpu(), image, energy, energy)
             residual = _sixteen_bit(block[:, salient])
             block[:, salient] -= residual.float()
             return _Block(packed.cpu(), steps.cpu(), residual.cpu(), energy, column_energy(block))
@@ -241,7 +274,40 @@ class _Work:
             self.residual_energy += done.residual_energy
         if not torch.isfinite(self.energy).all():
             raise FloatingPointError("NaN or infinity")
-        return self._result(blocks, salient)
+        result = self._result(blocks, salient)
+        return result if directions is None else self._with_low_rank(result, directions, salient)
+
+    def _with_low_rank(self, coded: QuantizedDelta, directions: Directions, salient: torch.Tensor) -> QuantizedDelta:
+        """Fit the factors to the delta without the codes' values, then the salient channels to what is left.
+
+        `coded.salient_value` holds the images under the right directions.
+        """
+        bits, basis = self.settings.bits, orthonormal(coded.salient_value).T.contiguous()
+        left = rounded(basis)
+        both = torch.cat([basis, left.values])
+
+        def rest(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            codes = unpack(coded.codes[place].to(self.device), bits, self.columns)
+            block -= self._values(multiples_of(codes, bits), coded.steps[place].to(self.device).float())
+            return both[:, place] @ block, column_energy(block), block[:, salient]
+
+        products = torch.zeros(len(both), self.columns, device=self.device)
+        self.energy, self.residual_energy = directions.energy, torch.zeros_like(directions.energy)
+        kept = []
+        for product, energy, channels in self._sweep(rest, whole=True):
+            products += product
+            self.residual_energy += energy
+            kept.append(channels)
+        wanted, seen = products.chunk(2)
+        right = rounded(_without(wanted, salient))
+        self.residual_energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
+        exact = torch.cat(kept) - left.values.T @ right.values[:, salient]
+        residual = _sixteen_bit(exact)
+        self.residual_energy[salient] = column_energy(exact - residual.float()).double()
+        self.residual_energy.clamp_(min=0)
+        stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
+        low_rank = LowRank(self.expert.shape[0], self.columns, *stored)
+        return replace(coded, salient_value=residual.cpu(), low_rank=low_rank)
 
     def error(self) -> DeltaError:
         """How far the result of `run` is from the delta."""
@@ -334,7 +400,7 @@ class _Work:
         if gram is None and inputs is None:
             return 1.0
 
-        def projections(block: torch.Tensor) -> torch.Tensor:
+        def projections(block: torch.Tensor, _: slice) -> torch.Tensor:
             scaled = self._scaled(block)
             fit = self._rounded(scaled, salient, factor)
             rest = _without(scaled, salient)
@@ -363,7 +429,7 @@ class _Work:
             torch.cat([block.codes for block in blocks]),
             joined,
             salient.to(dtype=torch.int32, device="cpu"),
-            torch.cat([block.residual for block in blocks]),
+            torch.cat([block.rest for block in blocks]),
             None if self.scale is None else self.scale.cpu(),
         )
 

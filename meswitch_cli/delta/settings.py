@@ -12,6 +12,7 @@ StepRule = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"]
 BITS = (1, 2, 4)
 GROUP_MULTIPLE = 32
 MAX_SALIENT = 4096
+MAX_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class QuantizerSettings:
         rounding: `nearest`, or `feedback` of each column's error to the columns not yet rounded (GPTQ).
         steps: `least-squares` fits the delta, `unbiased` keeps its projection on itself, `output-unbiased` keeps that
             of its outputs on calibration inputs, `layerwise` fits the outputs.
+        rank: leading directions of a tensor that are kept beside the codes.
 
     Raises:
         ValueError: a value is outside what is listed here.
@@ -37,12 +39,15 @@ class QuantizerSettings:
     channel_scale: ChannelScale = "none"
     rounding: Rounding = "nearest"
     steps: StepRule = "unbiased"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits must be 1, 2 or 4, not {self.bits}")
         if not 0 <= self.salient <= MAX_SALIENT:
             raise ValueError(f"salient must lie between 0 and {MAX_SALIENT}, not {self.salient}")
+        if not 0 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must lie between 0 and {MAX_RANK}, not {self.rank}")
         if self.group_size < 0 or self.group_size % GROUP_MULTIPLE:
             raise ValueError(f"group size must be 0 or a multiple of {GROUP_MULTIPLE}, not {self.group_size}")
         for name, allowed in (("channel_scale", ChannelScale), ("rounding", Rounding), ("steps", StepRule)):

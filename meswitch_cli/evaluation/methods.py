@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Value]] = {
         "group": 0,
         "channel_scale": "none",
         "steps": "unbiased",
+        "rank": 0,
         "saliency": "error",
         "activations": "auto",
     },
@@ -103,6 +104,7 @@ class Method:
             get("channel_scale"),  # type: ignore[arg-type]
             "nearest",
             get("steps"),  # type: ignore[arg-type]
+            int(get("rank")),
         )
 
 
@@ -282,7 +284,7 @@ class BaselineWeights:
         settings = QuantizerSettings(int(self.method.options["embedding"]), 0)
         if item.kind != "head" or self.method.name != "meswitch":
             return salient_delta(delta, settings, "error", None, torch.Generator())
-        settings = replace(self.method.quantizer(), bits=settings.bits)
+        settings = replace(self.method.quantizer(), bits=settings.bits, rank=0)
         return salient_delta(delta, settings, "error", self._statistics().get(item.name), torch.Generator())
 
     def _made(self, item: PlannedTensor) -> tuple[torch.Tensor, int]:

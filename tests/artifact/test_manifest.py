@@ -80,7 +80,7 @@ def test_written_manifest_is_read_back(pair: tuple[Path, Path], make_artifact: C
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", 2, "format version 2.*upgrade meswitch"),
+        ("format_version", 3, "format version 3.*upgrade meswitch"),
         ("format_version", 0, "format version 0"),
         ("format_version", "1", "'format_version' is not a whole number"),
         ("base", ..., "'base' is missing"),

@@ -1,0 +1,149 @@
+"""A delta's largest singular directions, kept as two factors L·R beside the codes of what they leave.
+
+A fine-tune's few largest directions hold much of its effect; they take few bytes, and a coarse code serves them badly:
+its errors point against them (zeros of the delta, half of a short bf16 fine-tune, round to the side that is not theirs)
+and add up. So the delta without its directions is what is coded, and the factors are fitted last, to the delta without
+the codes' values. KL on 12 choice items of the code expert, 1 bit, rank 16: 0.28 % of the base's with the factors
+fitted first and then left alone, 0.19 with codes of the whole delta, **0.024** as here; without a low-rank part, and 8
+salient channels for the same bytes, 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from meswitch_cli.delta.codes import (
+    FIT_ROUNDS,
+    codes_of,
+    column_energy,
+    dots,
+    initial_steps,
+    multiples_of,
+    nearest_multiples,
+    step_ratio,
+)
+from meswitch_cli.delta.packing import pack, unpack
+
+#: Code width of the factors: 32 vectors at 2 bits gave four times the KL of 16 at 4, 32 at 16 bits two thirds.
+FACTOR_BITS = 4
+#: More directions than asked for are looked at, and how often the delta is applied to them (Halko, Martinsson and
+#: Tropp 2011, section 4.5).
+OVERSAMPLING, POWER_ITERATIONS = 8, 1
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors of a low-rank part `[out, in]`, in codes of `FACTOR_BITS`, a step for every vector.
+
+    Attributes:
+        out_features, in_features: lengths of the vectors.
+        left_codes: `[rank, ceil(out * 4 / 32)]` int32, the columns of L.
+        left_steps: `[rank, 1]` fp32.
+        right_codes: `[rank, ceil(in * 4 / 32)]` int32, the rows of R.
+        right_steps: `[rank, 1]` fp32.
+    """
+
+    out_features: int
+    in_features: int
+    left_codes: torch.Tensor
+    left_steps: torch.Tensor
+    right_codes: torch.Tensor
+    right_steps: torch.Tensor
+
+    def left(self) -> torch.Tensor:
+        """L, fp32 `[out, rank]`."""
+        return vectors_of(self.left_codes, self.left_steps, self.out_features).T
+
+    def right(self) -> torch.Tensor:
+        """R, fp32 `[rank, in]`."""
+        return vectors_of(self.right_codes, self.right_steps, self.in_features)
+
+
+def vectors_of(codes: torch.Tensor, steps: torch.Tensor, length: int) -> torch.Tensor:
+    """The vectors, fp32 `[rank, length]`, that a factor's stored codes and steps stand for."""
+    return multiples_of(unpack(codes, FACTOR_BITS, length), FACTOR_BITS) * steps.float()
+
+
+class Rounded(NamedTuple):
+    """Vectors in codes: codes `[rank, ceil(length * 4 / 32)]` int32, steps `[rank, 1]`, their values `[rank, length]`."""
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    values: torch.Tensor
+
+
+class Directions(NamedTuple):
+    """Leading singular directions of a delta, left `[out, rank]` and right `[rank, in]`, rounded as factors are stored.
+
+    `energy` `[in]` are the squared norms of the delta's columns, float64.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    energy: torch.Tensor
+
+
+class Sweep(Protocol):
+    """Applies a function to the delta's blocks of rows, `[rows, in]` fp32, and their places; results come in order."""
+
+    def __call__(self, work: Callable[[torch.Tensor, slice], _Result]) -> Iterator[_Result]: ...
+
+
+def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: torch.device | str) -> Directions:
+    """Randomised singular value decomposition of a delta `[out, in]` that is only seen block by block.
+
+    Raises:
+        FloatingPointError: a weight is NaN or infinite.
+    """
+    width = min(rank + OVERSAMPLING, *shape)
+    energy = torch.zeros(shape[1], dtype=torch.float64, device=device)
+    drawn = torch.randn(shape[1], width, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = []
+    for image, part in sweep(lambda block, _: (block @ drawn, column_energy(block))):
+        parts.append(image)
+        energy += part
+    if not torch.isfinite(energy).all():
+        raise FloatingPointError("NaN or infinity")
+    basis = orthonormal(torch.cat(parts))
+    for _ in range(POWER_ITERATIONS):
+        across = orthonormal(_applied_across(sweep, basis).T)
+        basis = orthonormal(torch.cat(list(sweep(lambda block, _, across=across: block @ across))))  # type: ignore[misc]
+    seen = _applied_across(sweep, basis)
+    turn = torch.linalg.eigh((seen @ seen.T).double()).eigenvectors.flip(1)[:, :rank].float()
+    return Directions(rounded((basis @ turn).T.contiguous()).values.T, rounded(turn.T @ seen).values, energy)
+
+
+def rounded(vectors: torch.Tensor) -> Rounded:
+    """Quantise vectors `[rank, length]` with unbiased steps.
+
+    Not least squares, here above all: its shrinkage, 1 % at 4 bits, is a hundredth of the largest directions' effect.
+    """
+    energy = dots(vectors, vectors, 0)
+    steps = initial_steps(energy, FACTOR_BITS, torch.full_like(energy, vectors.shape[1]))
+    for _ in range(FIT_ROUNDS):
+        multiples = nearest_multiples(vectors, steps, FACTOR_BITS)
+        projection = dots(multiples, vectors, 0)
+        steps = step_ratio(projection, dots(multiples, multiples, 0))
+    steps = step_ratio(energy, projection)
+    return Rounded(pack(codes_of(multiples, FACTOR_BITS), FACTOR_BITS), steps, multiples * steps)
+
+
+def orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis `[out, width]` of the columns' span, in their order."""
+    basis: torch.Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def _applied_across(sweep: Sweep, basis: torch.Tensor) -> torch.Tensor:
+    """basisᵀ·delta `[width, in]`."""
+    total = None
+    for part in sweep(lambda block, rows: basis[rows].T @ block):
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
