@@ -16,6 +16,7 @@ def run(
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
     salient: Annotated[int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.")] = 8,
+    rank: Annotated[int, typer.Option(min=0, help="Leading singular directions a tensor keeps beside its codes.")] = 0,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
     embedding_bits: Annotated[
         Literal["1", "2", "4"] | None,
@@ -35,6 +36,7 @@ def run(
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
+        rank=rank,
         group_size=group_size,
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest, TensorEntry
+from meswitch_cli.delta.low_rank import vectors_of
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
 from meswitch_kernels import ExpertBank, GainBank
@@ -61,6 +62,7 @@ class Room:
     group_size: int = 0
     salient: int = 0
     added_rows: int = 0
+    rank: int = 0
 
     def joined(self, other: Room) -> Room:
         return Room(
@@ -68,6 +70,7 @@ class Room:
             min((size for size in (self.group_size, other.group_size) if size), default=0),
             max(self.salient, other.salient),
             max(self.added_rows, other.added_rows),
+            max(self.rank, other.rank),
         )
 
 
@@ -109,7 +112,7 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
                     raise EngineError(f"{manifest.expert.id}: {entry.name} cannot be served from the base")
                 rooms.setdefault(module, Room())
             elif module in base.linears or module in (base.head_name, base.embedding_name):
-                own = Room(entry.bits, entry.group_size, entry.salient, entry.added_rows)
+                own = Room(entry.bits, entry.group_size, entry.salient, entry.added_rows, entry.rank)
                 rooms[module] = rooms.get(module, Room()).joined(own)
             else:
                 raise EngineError(f"{manifest.expert.id}: {entry.name} is in no layer of the base")
@@ -224,6 +227,7 @@ class Banks:
             self.base.dtype,
             self.base.device,
             max_added_rows=room.added_rows,
+            max_rank=room.rank,
         )
 
     def _ties_head(self, manifest: Manifest) -> bool:
@@ -252,7 +256,9 @@ class Banks:
             bias_value = _resized(bias_value, bank.out_features)
             own = self.base.layer(bias.removesuffix(".bias")).bias
             bias_value = bias_value.float() - own.float().to(bias_value.device)
+        left, right = self._factor(part, "left", bank.out_features), self._factor(part, "right", bank.in_features)
         loaded = [codes, steps, part("salient_index"), salient_value, part("channel_scale"), bias_value]
+        loaded += [part(f"{side}_{kind}") for side in ("left", "right") for kind in ("codes", "steps")]
         bank.load(
             slot,
             codes,
@@ -264,9 +270,19 @@ class Banks:
             bits,
             group_size=entry.group_size if entry and entry.bits and steps.shape[1] > 1 else 0,
             added_rows=part("added_rows"),
+            left=None if left is None else left.T,
+            right=right,
         )
         loaded.append(part("added_rows"))
         return sum(tensor.nbytes for tensor in loaded if tensor is not None)
+
+    def _factor(self, part: Callable[[str], Tensor | None], side: str, length: int) -> Tensor | None:
+        """The vectors `[rank, length]` of one side of a low-rank part: they travel, and wait on host, as codes."""
+        codes, steps = part(f"{side}_codes"), part(f"{side}_steps")
+        if codes is None or steps is None:
+            return None
+        device = self.base.device
+        return vectors_of(codes.to(device, non_blocking=True), steps.to(device, non_blocking=True), length)
 
 
 def _resized(bias: Tensor, rows: int) -> Tensor:

@@ -116,7 +116,8 @@ def expected_rooms(parameters: Mapping[str, Any], settings: CompressionSettings,
     for name, item in parameters.items():
         module = name.rpartition(".")[0]
         if item.kind == "linear":
-            rooms[module] = Room(settings.bits, settings.group_size, settings.salient)
+            rank = min(settings.rank, *item.shape)
+            rooms[module] = Room(settings.bits, settings.group_size, settings.salient, rank=rank)
         elif item.kind == "embedding":
             rooms[module] = embedding
         elif item.kind == "head" and not item.tied_to:
@@ -130,6 +131,8 @@ def bank_nbytes(slots: int, in_features: int, out_features: int, room: Room, ite
     per_row = 4 * words_per_row(in_features, room.bits) + 4 * group_count(in_features, room.group_size)
     per_row += itemsize * room.salient + 4  # salient values, bias
     per_slot = out_features * per_row + 4 * room.salient + 2 * in_features + 4 * 3
+    if room.rank:
+        per_slot += itemsize * room.rank * (out_features + in_features) + 4
     return slots * (per_slot + itemsize * room.added_rows * in_features)
 
 

@@ -23,12 +23,13 @@ from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
 
-#: Bits, salient channels, group size and relative size of each expert's delta; large enough to change the tokens.
+#: How each expert is compressed: other widths, channels and ranks, one without a low-rank part.
 EXPERTS: Mapping[str, Mapping[str, Any]] = {
     "alpha": {"bits": 2, "salient": 4},
-    "beta": {"bits": 4, "salient": 0, "group_size": 32},
-    "gamma": {"bits": 1, "salient": 8},
+    "beta": {"bits": 4, "salient": 0, "group_size": 32, "rank": 5},
+    "gamma": {"bits": 1, "salient": 8, "rank": 12},
 }
+#: Norm of each expert's delta over its weight's; large enough to change the tokens.
 RELATIVE_DELTA = 0.2
 ADDED_ROWS = 3
 

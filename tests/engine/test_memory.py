@@ -30,8 +30,8 @@ from zoo.tiny import make_pair
     [
         ("llama", {}, {}),
         ("llama", {"tie_word_embeddings": True, "added_rows": 3}, {"bits": 4, "group_size": 32, "embedding_bits": 4}),
-        ("llama", {"added_rows": 2, "dtype": torch.float32}, {"bits": 1, "salient": 0}),
-        ("qwen2", {}, {"salient": 3}),
+        ("llama", {"added_rows": 2, "dtype": torch.float32}, {"bits": 1, "salient": 0, "rank": 3}),
+        ("qwen2", {}, {"salient": 3, "rank": 60}),  # more than the 48 rows of k and v
         ("gemma3", {}, {"bits": 1}),
         ("phi", {"added_rows": 1}, {}),
     ],
@@ -143,6 +143,10 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert 1 <= plan["slot_bytes"] / (7_241_732_096 / 4) < 1.05
     assert plan["base_bytes"] + plan["slots_bytes"] < 45e9
     assert plan["requests"] == int(0.9 * (80e9 - plan["base_bytes"] - plan["slots_bytes"])) // 131072 // 4096
+    # Rows and columns of a layer's seven linears, sixteen times in 16 bit; each bank notes its slots' rank.
+    factors = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
+    low_rank = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"}, "--rank", "16")[1]
+    assert low_rank["slot_bytes"] - plan["slot_bytes"] == 32 * factors
     assert plan_of(tmp_path, MISTRAL_7B, "--dtype", "float32")[1]["base_bytes"] == 4 * 7_241_732_096
     status, error = plan_of(tmp_path, MISTRAL_7B)
     assert isinstance(error, UsageError) and "give --dtype" in str(error)

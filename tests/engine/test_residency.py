@@ -230,7 +230,7 @@ def test_cancelling_frees_everything(family: Family, start: Start) -> None:
 
 
 def test_load_and_unload_under_traffic(family: Family, start: Start, tmp_path: Path) -> None:
-    """The new expert needs wider codes, more channels and rows than the slots had."""
+    """The new experts need wider codes, more channels and rows than the slots had, and a rank."""
     engine = start(family, experts={"alpha": family.artifacts["alpha"]}, slots=2)
     traffic = Traffic(engine)
     for index in range(10):

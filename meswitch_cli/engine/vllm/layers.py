@@ -54,7 +54,7 @@ class _ExpertMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 class ExpertLinearMethod(_ExpertMethod):
-    """A linear of one or several parts, each with its own bank: bits, salient channels and groups may differ."""
+    """A linear of one or several parts, each with its own bank: bits, channels, groups and rank may differ."""
 
     def __init__(self, plain: Any, parts: Sequence[Rows], steps: Steps, backend: ModuleType) -> None:
         super().__init__(plain, steps, backend)
