@@ -78,20 +78,26 @@ def commit() -> str:
 
 
 def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: int) -> None:
-    """Fill a bank with random codes and small steps, made on its own device."""
+    """Fill a bank with random codes, small steps and a low-rank part of its full rank, made on its own device."""
     words = words_per_row(in_features, bits)
     for slot in range(slots):
         codes = torch.randint(-(1 << 31), 1 << 31, (out_features, words), device=bank.device, dtype=torch.int64)
         steps = torch.full((out_features, 1), 0.1 * in_features**-0.5, device=bank.device)
         index = torch.arange(bank.max_salient, dtype=torch.int32) * (in_features // bank.max_salient)
         value = torch.randn(out_features, bank.max_salient, device=bank.device).mul(in_features**-0.5)
-        bank.load(slot, codes.to(torch.int32), steps, index, value.to(torch.bfloat16), bits=bits)
+        left = right = None
+        if rank := bank.max_rank:
+            left = torch.randn(out_features, rank, device=bank.device).mul(rank**-0.5)
+            right = torch.randn(rank, in_features, device=bank.device).mul(0.1 * in_features**-0.5)
+        bank.load(
+            slot, codes.to(torch.int32), steps, index, value.to(torch.bfloat16), bits=bits, left=left, right=right
+        )
 
 
-def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8) -> int:
-    """Bytes of one expert's delta that a product must read: codes, steps, salient values, channel scales."""
+def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank: int = 0) -> int:
+    """Bytes of one expert's delta that a product must read: codes, steps, salient values, scales, low-rank part."""
     words = -(-in_features * bits // 32)
-    return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features
+    return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features + 2 * rank * (in_features + out_features)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

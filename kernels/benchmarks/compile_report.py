@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meswitch_kernels import triton_decode, triton_prefill, triton_rows
+from meswitch_kernels import triton_decode, triton_low_rank, triton_ops, triton_prefill, triton_rows
+from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -32,16 +33,19 @@ POINTERS = {
     "bias_delta": "fp32",
     "channel_scale": "fp16",
     "table": "fp32",
+    "z": "fp32",
 }
-VALUES = {"x", "weight", "y", "bias", "salient_value", "added_rows"}
+VALUES = {"x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows"}
 INTEGER_POINTERS = {
-    "codes", "salient_index", "slot_bits", "slot_group", "slot_of_token", "order", "tile_slot", "tile_start",
-    "tile_count", "added_counts",
+    "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
+    "tile_start", "tile_count", "added_counts",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
     "in_features", "out_features", "hidden", "x_stride", "weight_stride", "codes_stride", "steps_stride",
-    "channels_per_split", "max_salient",
+    "channels_per_split", "max_salient", "max_rank",
 }  # fmt: skip
+RANK = 32
+"""Room for a low-rank part, beside none. Any multiple of 16 compiles to the same."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Row:
     dtype: str
     bits: int
     steps: str
+    rank: int
     tokens: int
     registers: int
     spilled_bytes: int
@@ -98,28 +103,36 @@ def measure(
 def rows(quick: bool) -> Iterator[Row]:
     """Compile and report, one launch at a time."""
     formats = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
-    for arch, (dtype, bits), grouped in product([80, 90], formats, [False, True]):
+    for arch, (dtype, bits), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
-        common = {"BANK_BITS": bits, "GROUPED": grouped}
+        common = {"BANK_BITS": bits, "GROUPED": grouped, "BLOCK_RANK": triton_ops.RANK_BLOCK}
         steps = "grouped" if grouped else "per row"
         for tokens in (16,) if quick else (16, 32, 64):
             settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32")
             constants = {
                 **common, "BASE_TOKENS": tokens, "TILE_TOKENS": 16, "BLOCK_OUT": settings.block_out,
                 "BLOCK_K": settings.block_k, "DELTA_BLOCK_K": settings.delta_block_k,
+                "Z_SPLITS": triton_ops.PROJECT_SPLITS if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             used = measure(triton_decode.decode_partials, dtype, arch, constants, options)
-            yield Row("decode_partials", arch, dtype, bits, steps, tokens, *used)
-        for tokens, tile in ((128, 64), (1024, 128)):
+            yield Row("decode_partials", arch, dtype, bits, steps, rank, tokens, *used)
+        for tokens in (128, 1024):
             settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32")
             constants = {
-                **common, "HAS_BIAS": True, "TILE_TOKENS": tile, "BLOCK_OUT": settings.block_out,
-                "BLOCK_K": settings.block_k, "TILES_TOGETHER": 8,
+                **common, "HAS_BIAS": True, "TILE_TOKENS": tile_size_for(tokens), "BLOCK_OUT": settings.block_out,
+                "BLOCK_K": settings.block_k, "TILES_TOGETHER": 8, "Z_SPLITS": 1 if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             used = measure(triton_prefill.prefill, dtype, arch, constants, options)
-            yield Row("prefill", arch, dtype, bits, steps, tokens, *used)
+            yield Row("prefill", arch, dtype, bits, steps, rank, tokens, *used)
+    for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 128, 1024]):
+        tile = tile_size_for(tokens)
+        constants = {
+            "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.RANK_BLOCK, "BLOCK_K": triton_ops.project_block(tile),
+        }  # fmt: skip
+        used = measure(triton_low_rank.project, dtype, arch, constants, triton_ops.PROJECT_OPTIONS)
+        yield Row("project", arch, dtype, 0, "-", RANK, tokens, *used)
     rows_alone = [
         (triton_decode.reduce_partials, {"HAS_BIAS": True, "BLOCK": 256}),
         (triton_rows.embedding_rows, {"BLOCK": 1024}),
@@ -128,7 +141,7 @@ def rows(quick: bool) -> Iterator[Row]:
     ]
     for arch, (kernel, constants) in product([80, 90], rows_alone):
         used = measure(kernel, "bf16", arch, constants, {"num_warps": 4})
-        yield Row(kernel.__name__, arch, "bf16", 0, "-", 0, *used)
+        yield Row(kernel.__name__, arch, "bf16", 0, "-", 0, 0, *used)
 
 
 def main() -> int:
@@ -141,12 +154,12 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in found]))
     else:
         print(f"triton {triton.__version__}\n")
-        print("| kernel | arch | dtype | bits | steps | tokens | registers | spilled bytes | shared bytes |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| kernel | arch | dtype | bits | steps | rank | tokens | registers | spilled bytes | shared bytes |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for row in found:
             bits, tokens = row.bits or "any", row.tokens or "any"
             print(
-                f"| {row.kernel} | sm_{row.arch} | {row.dtype} | {bits} | {row.steps} | {tokens} "
+                f"| {row.kernel} | sm_{row.arch} | {row.dtype} | {bits} | {row.steps} | {row.rank} | {tokens} "
                 f"| {row.registers} | {row.spilled_bytes} | {row.shared_bytes} |"
             )
     return int(any(row.spilled_bytes for row in found))

@@ -1,6 +1,6 @@
 """CPU figures of `expert_linear` against PyTorch's own dense linear, all in one run.
 
-    python kernels/benchmarks/cpu_linear.py [--model Mistral-7B] [--bits 2]
+    python kernels/benchmarks/cpu_linear.py [--model Mistral-7B] [--bits 2] [--rank 32]
 
 Prints the tables of docs/results/kernels-cpu.md. The floor of a row is the bytes it must read over the read
 bandwidth measured at the start; weights that fit the last-level cache can beat it.
@@ -20,11 +20,13 @@ EXPERTS = 8
 PREFILL_TOKENS = 256
 
 
-def measure(name: str, out_features: int, in_features: int, bits: int, bandwidth: float) -> list[list[object]]:
+def measure(
+    name: str, out_features: int, in_features: int, bits: int, rank: int, bandwidth: float
+) -> list[list[object]]:
     """The decode row, the mixed row and the prefill row of one layer."""
     weight = torch.randn(out_features, in_features).mul(in_features**-0.5).to(torch.bfloat16)
     delta = torch.randn_like(weight)
-    bank = ExpertBank(EXPERTS, in_features, out_features, bits)
+    bank = ExpertBank(EXPERTS, in_features, out_features, bits, max_rank=rank)
     load_experts(bank, EXPERTS, in_features, out_features, bits)
     dense = [weight] + [torch.randn_like(weight) for _ in range(EXPERTS - 1)]
     x = torch.randn(EXPERTS, in_features).to(torch.bfloat16)
@@ -49,7 +51,7 @@ def measure(name: str, out_features: int, in_features: int, bits: int, bandwidth
         [lambda: linear(many, weight), lambda: expert_linear(many, weight, None, bank, same)],
         7 if large else 40,
     )
-    own = delta_bytes(in_features, out_features, bits)
+    own = delta_bytes(in_features, out_features, bits, rank=rank)
     floor = (weight.nbytes + own) / bandwidth
     floor_mixed = (weight.nbytes + EXPERTS * own) / bandwidth
     us = 1e6
@@ -60,10 +62,10 @@ def measure(name: str, out_features: int, in_features: int, bits: int, bandwidth
     ]
 
 
-def crossover(name: str, out_features: int, in_features: int, bits: int) -> list[list[object]]:
+def crossover(name: str, out_features: int, in_features: int, bits: int, rank: int) -> list[list[object]]:
     """Both ways of the CPU backend for a growing number of tokens of one expert."""
     weight = torch.randn(out_features, in_features).mul(in_features**-0.5).to(torch.bfloat16)
-    bank = ExpertBank(1, in_features, out_features, bits)
+    bank = ExpertBank(1, in_features, out_features, bits, max_rank=rank)
     load_experts(bank, 1, in_features, out_features, bits)
     rows: list[list[object]] = []
     for tokens in (2, 4, 8, 16, 32, 64):
@@ -81,15 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=0, help="of every expert's low-rank part")
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
-    print(f"{machine()}; commit {commit()}; reads memory at {bandwidth / 1e9:.1f} GB/s; {options.bits} bits, 8 salient")
+    print(
+        f"{machine()}; commit {commit()}; reads memory at {bandwidth / 1e9:.1f} GB/s; {options.bits} bits, 8 salient, "
+        f"rank {options.rank}"
+    )
     rows = []
     for model in options.model or SHAPES:
         for layer, (out_features, in_features) in SHAPES[model].items():
             name = f"{model} {layer} {out_features}x{in_features}"
-            rows.append(measure(name, out_features, in_features, options.bits, bandwidth))
+            rows.append(measure(name, out_features, in_features, options.bits, options.rank, bandwidth))
     decode, mixed, prefill = zip(*rows, strict=True)
     print("\nOne token on one expert, microseconds (goal: ratio 1.5, and faster than base and dense delta)\n")
     print(table(["layer", "dense base", "base + dense delta", "expert_linear", "floor", "ratio to base"], decode))
@@ -100,7 +106,7 @@ def main() -> None:
     rows = [
         row
         for model in options.model or SHAPES
-        for row in crossover(f"{model} q, o", *SHAPES[model]["q, o"], options.bits)
+        for row in crossover(f"{model} q, o", *SHAPES[model]["q, o"], options.bits, options.rank)
     ]
     print("\nTokens of one expert, microseconds: kernels on codes, or merged weights through BLAS\n")
     print(table(["layer", "tokens", "codes", "merged"], rows))

@@ -1,6 +1,6 @@
 """GPU figures of `expert_linear` on Mistral-7B's linears, against the card's own bandwidth and matrix rate.
 
-    python kernels/benchmarks/gpu_linear.py
+    python kernels/benchmarks/gpu_linear.py [--rank 32]
 
 Decode: one layer's four kinds of linear for 1 to 64 tokens spread over 1 to 16 experts, replayed from a CUDA
 graph and over weights too many for the cache. Prefill: 128 to 8192 tokens of one expert against cuBLAS on
@@ -9,6 +9,7 @@ merged weights.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -42,11 +43,11 @@ def copies_of(nbytes: int) -> int:
     return max(2, -(-2 * CACHE_BYTES // nbytes))
 
 
-def decode(name: str, out_features: int, in_features: int, bandwidth: float) -> list[list[object]]:
+def decode(name: str, out_features: int, in_features: int, rank: int, bandwidth: float) -> list[list[object]]:
     """Rows of the decode table of one layer."""
     copies = min(16, copies_of(out_features * in_features * 2))
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    banks = [ExpertBank(EXPERTS, in_features, out_features, BITS, device="cuda") for _ in range(2)]
+    banks = [ExpertBank(EXPERTS, in_features, out_features, BITS, device="cuda", max_rank=rank) for _ in range(2)]
     for bank in banks:
         load_experts(bank, EXPERTS, in_features, out_features, BITS)
     rows = []
@@ -68,7 +69,7 @@ def decode(name: str, out_features: int, in_features: int, bandwidth: float) -> 
                 return lambda: [linear(x[e::experts], weights[(i + e) % copies]) for e in range(experts)]
 
             dense, fused, models = (graph_seconds(rotating(make, copies)) for make in (base, ours, separate))
-            moved = weights[0].nbytes + experts * delta_bytes(in_features, out_features, BITS)
+            moved = weights[0].nbytes + experts * delta_bytes(in_features, out_features, BITS, rank=rank)
             rows.append(
                 [
                     name,
@@ -84,10 +85,10 @@ def decode(name: str, out_features: int, in_features: int, bandwidth: float) -> 
     return rows
 
 
-def prefill(name: str, out_features: int, in_features: int, rate: float) -> list[list[object]]:
+def prefill(name: str, out_features: int, in_features: int, rank: int, rate: float) -> list[list[object]]:
     """Rows of the prefill table of one layer."""
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    bank = ExpertBank(1, in_features, out_features, BITS, device="cuda")
+    bank = ExpertBank(1, in_features, out_features, BITS, device="cuda", max_rank=rank)
     load_experts(bank, 1, in_features, out_features, BITS)
     merged = (weight.float() + bank.dequantize(0)).to(torch.bfloat16)
     rows = []
@@ -105,18 +106,24 @@ def prefill(name: str, out_features: int, in_features: int, rate: float) -> list
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", type=int, default=0, help="of every expert's low-rank part")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_linear needs a CUDA device", file=sys.stderr)
         return 1
     torch.manual_seed(0)
     bandwidth, rate = copy_bandwidth(), matrix_rate()
-    print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}; commit {commit()}; {BITS} bits, 8 salient")
+    print(
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}; commit {commit()}; {BITS} bits, 8 salient, "
+        f"rank {options.rank}"
+    )
     print(f"copies at {bandwidth / 1e9:.0f} GB/s; cuBLAS bfloat16 at {rate / 1e12:.0f} TFLOP/s")
-    rows = [row for layer, shape in LAYERS.items() for row in decode(layer, *shape, bandwidth)]
+    rows = [row for layer, shape in LAYERS.items() for row in decode(layer, *shape, options.rank, bandwidth)]
     print("\nDecode (goals: 75 % of bandwidth; one expert 1.2 of base; 16 experts 4 of base)\n")
     header = ["layer", "experts", "tokens", "MB moved", "us", "of bandwidth", "of base alone", "of one model each"]
     print(table(header, rows))
-    rows = [row for layer, shape in LAYERS.items() for row in prefill(layer, *shape, rate)]
+    rows = [row for layer, shape in LAYERS.items() for row in prefill(layer, *shape, options.rank, rate)]
     print("\nPrefill of one expert (goal: 85 % of cuBLAS on merged weights)\n")
     print(table(["layer", "tokens", "us", "of matrix rate", "of cuBLAS on merged weights"], rows))
     return 0

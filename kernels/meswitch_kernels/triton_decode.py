@@ -5,7 +5,7 @@ One launch holds programs for the base product of all tokens and programs for th
 of tokens that share a slot, so every weight and every code is read from device memory once however the
 tokens mix. Programs also split the input channels, since few tokens leave the chip idle otherwise. Each
 writes its partial sums to a place of its own; `reduce_partials` adds them in a fixed order, so that two runs
-give the same bytes.
+give the same bytes. The programs of a slot's first channels add its low-rank part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_low_rank import add_low_rank
 from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable, slot_rows
 
 
@@ -79,8 +80,11 @@ def decode_partials(
     codes,
     steps,
     channel_scale,
+    z,
+    left,
     slot_bits,
     slot_group,
+    slot_rank,
     order,
     tile_slot,
     tile_start,
@@ -95,6 +99,7 @@ def decode_partials(
     codes_stride,
     steps_stride,
     channels_per_split,
+    max_rank,
     BANK_BITS: tl.constexpr,
     GROUPED: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
@@ -102,6 +107,8 @@ def decode_partials(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DELTA_BLOCK_K: tl.constexpr,
+    Z_SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
 ):
     """Partial sums `[2 * splits, tokens, out]`: the base's in the first half, the deltas' in the second."""
     HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
@@ -154,6 +161,11 @@ def decode_partials(
                 acc = _delta_sum(
                     x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
                     in_features, group_size, 1, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
+                )  # fmt: skip
+            if Z_SPLITS > 0 and split == 0:
+                acc = add_low_rank(
+                    acc, z, left + slot_rows(slot, out_features * max_rank, row, max_rank), rows, token, token_mask,
+                    tokens, tl.load(slot_rank + slot), max_rank, x.dtype.element_ty, Z_SPLITS, BLOCK_RANK,
                 )  # fmt: skip
             partials += ((splits + split) * tokens).to(tl.int64) * out_features + row
             place = partials + (token[:, None] * out_features + rows[None, :])

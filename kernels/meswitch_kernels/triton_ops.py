@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import naive
 from .bank import BankTensors
-from .groups import PREFILL_TOKENS, TokenGroups, group_tokens
+from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
 from .triton_decode import decode_partials, reduce_partials
+from .triton_low_rank import project
 from .triton_prefill import prefill
 from .triton_rows import added_row_logits, embedding_rows, norm_gain
 from .tuning import launch_settings, token_bucket
@@ -17,6 +17,13 @@ from .tuning import launch_settings, token_bucket
 _REDUCE_BLOCK = 256
 _ROW_BLOCK = 1024
 _TILES_TOGETHER = 8
+RANK_BLOCK = 32
+"""Rows of R, and columns of L, that a program multiplies at once."""
+_PROJECT_CHANNELS = 512
+"""Input channels that one program of x·Rᵀ takes at least; not measured on a card yet."""
+PROJECT_SPLITS = 8
+"""The most programs that share the input channels of one tile."""
+PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 def expert_linear(
@@ -28,8 +35,6 @@ def expert_linear(
     groups: TokenGroups | None = None,
 ) -> Tensor:
     """As `naive.expert_linear`, for float32, bfloat16 and float16 x."""
-    if bank.left.shape[2]:
-        return naive.expert_linear(x, weight, bias, bank, slot_of_token)
     x = x if x.stride(1) == 1 else x.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -42,6 +47,43 @@ def expert_linear(
     else:
         _decode(y, x, weight, bias, bank, slot_of_token, groups)
     return y
+
+
+def project_block(tile_size: int) -> int:
+    """Input channels that a program of x·Rᵀ multiplies at once."""
+    return 128 if tile_size == DECODE_TILE else 64
+
+
+def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, int]:
+    """z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`; 0, and no launch, without a low-rank part."""
+    (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
+    if not max_rank:
+        return bank.steps, 0
+    block_k = project_block(groups.tile_size)
+    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
+    splits = triton.cdiv(in_features, per_split)
+    z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
+    project[(groups.tile_slot.shape[0], triton.cdiv(max_rank, RANK_BLOCK), splits)](
+        x,
+        bank.right,
+        z,
+        bank.slot_rank,
+        groups.order,
+        groups.tile_slot,
+        groups.tile_start,
+        groups.tile_count,
+        tokens,
+        bank.slot_bits.shape[0],
+        in_features,
+        max_rank,
+        x.stride(0),
+        per_split,
+        TILE_TOKENS=groups.tile_size,
+        BLOCK_RANK=RANK_BLOCK,
+        BLOCK_K=block_k,
+        **PROJECT_OPTIONS,
+    )
+    return z, splits
 
 
 def _decode(
@@ -60,6 +102,7 @@ def _decode(
     unit = max(settings.block_k, settings.delta_block_k)
     per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), unit) * unit
     splits = triton.cdiv(in_features, per_split)
+    z, z_splits = _project(x, bank, groups)
     partials = torch.empty(2 * splits, tokens, out_features, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(out_features, settings.block_out), splits, base_tiles + groups.tile_slot.shape[0])
     decode_partials[grid](
@@ -69,8 +112,11 @@ def _decode(
         bank.codes,
         bank.steps,
         bank.channel_scale,
+        z,
+        bank.left,
         bank.slot_bits,
         bank.slot_group,
+        bank.slot_rank,
         groups.order,
         groups.tile_slot,
         groups.tile_start,
@@ -85,6 +131,7 @@ def _decode(
         bank.codes.stride(0),
         bank.steps.stride(0),
         per_split,
+        bank.left.shape[2],
         BANK_BITS=bank.bits,
         GROUPED=bank.group_size > 0,
         BASE_TOKENS=base_tokens,
@@ -92,6 +139,8 @@ def _decode(
         BLOCK_OUT=settings.block_out,
         BLOCK_K=settings.block_k,
         DELTA_BLOCK_K=settings.delta_block_k,
+        Z_SPLITS=z_splits,
+        BLOCK_RANK=RANK_BLOCK,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )
@@ -130,6 +179,10 @@ def _prefill(
     out_features, in_features = weight.shape
     settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device)
     tiles = groups.tile_slot.shape[0]
+    z, z_splits = _project(x, bank, groups)
+    if z_splits > 1:
+        # Summed in the kernel, as decode does, the splits of a large tile would not fit its registers.
+        z, z_splits = z.sum(0), 1
     prefill[(tiles * triton.cdiv(out_features, settings.block_out),)](
         x,
         weight,
@@ -141,8 +194,11 @@ def _prefill(
         bank.bias_delta,
         bank.salient_index,
         bank.salient_value,
+        z,
+        bank.left,
         bank.slot_bits,
         bank.slot_group,
+        bank.slot_rank,
         slot_of_token,
         groups.order,
         groups.tile_slot,
@@ -158,6 +214,7 @@ def _prefill(
         bank.codes.stride(0),
         bank.steps.stride(0),
         bank.salient_index.shape[1],
+        bank.left.shape[2],
         BANK_BITS=bank.bits,
         GROUPED=bank.group_size > 0,
         HAS_BIAS=bias is not None,
@@ -165,6 +222,8 @@ def _prefill(
         BLOCK_OUT=settings.block_out,
         BLOCK_K=settings.block_k,
         TILES_TOGETHER=_TILES_TOGETHER,
+        Z_SPLITS=z_splits,
+        BLOCK_RANK=RANK_BLOCK,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )

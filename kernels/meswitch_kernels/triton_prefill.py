@@ -6,11 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_low_rank import add_low_rank
 from .triton_tiles import code_values, load_codes, load_steps, slot_rows
 
 
 @triton.jit
 def _merged_product(
+    acc,
     x,
     x_stride,
     token,
@@ -26,13 +28,10 @@ def _merged_product(
     MERGE: tl.constexpr,
     BITS: tl.constexpr,
     GROUPED: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_OUT, BLOCK_TOKENS] float32: (W + Δ̂) times the tokens' x, or W alone where not MERGE."""
-    acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
-    row_step = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+    """`acc` [BLOCK_OUT, BLOCK_TOKENS] plus (W + Δ̂) times the tokens' x, or W alone where not MERGE."""
+    row_step = tl.zeros((rows.shape[0],), dtype=tl.float32)
     if MERGE and not GROUPED:
         row_step = tl.load(steps + rows)
     for k_start in range(0, in_features, BLOCK_K):
@@ -68,8 +67,11 @@ def prefill(
     bias_delta,
     salient_index,
     salient_value,
+    z,
+    left,
     slot_bits,
     slot_group,
+    slot_rank,
     slot_of_token,
     order,
     tile_slot,
@@ -85,6 +87,7 @@ def prefill(
     codes_stride,
     steps_stride,
     max_salient,
+    max_rank,
     BANK_BITS: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -92,6 +95,8 @@ def prefill(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES_TOGETHER: tl.constexpr,
+    Z_SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
 ):
     """y `[tokens, out]` of one tile of tokens that share a slot and one block of output rows."""
     HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
@@ -121,21 +126,27 @@ def prefill(
     groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
     slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
     scale = channel_scale + slot * in_features
+    acc = tl.zeros((BLOCK_OUT, TILE_TOKENS), dtype=tl.float32)
     if is_expert:
+        if Z_SPLITS > 0:
+            acc = add_low_rank(
+                acc, z, left + slot_rows(slot, out_features * max_rank, row, max_rank), rows, token, token_mask,
+                tokens, tl.load(slot_rank + slot), max_rank, x.dtype.element_ty, Z_SPLITS, BLOCK_RANK,
+            )  # fmt: skip
         if bits == BANK_BITS:
             acc = _merged_product(
-                x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+                in_features, group_size, True, BANK_BITS, GROUPED, BLOCK_K,
             )  # fmt: skip
         elif bits * 2 == BANK_BITS:
             acc = _merged_product(
-                x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, HALF_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+                in_features, group_size, True, HALF_BITS, GROUPED, BLOCK_K,
             )  # fmt: skip
         else:
             acc = _merged_product(
-                x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, 1, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+                in_features, group_size, True, 1, GROUPED, BLOCK_K,
             )  # fmt: skip
         acc += tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)[:, None]
         for j in range(0, max_salient):
@@ -145,8 +156,8 @@ def prefill(
             acc += tl.load(place + rows * max_salient).to(tl.float32)[:, None] * given[None, :]
     else:
         acc = _merged_product(
-            x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-            in_features, group_size, False, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+            acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+            in_features, group_size, False, BANK_BITS, GROUPED, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + row + rows).to(tl.float32)[:, None]

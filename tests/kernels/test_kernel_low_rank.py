@@ -96,6 +96,12 @@ def test_a_bank_of_another_dtype(backend, tokens, held, dtype):
     check(type(call)(call.x, call.weight, None, bank, call.slot_of_token), backend)
 
 
+@pytest.mark.parametrize("tokens", [2, 20, 140])
+def test_many_input_channels(backend, tokens):
+    """Enough that Triton's programs share them, the last with fewer than the others."""
+    check(random_call(tokens, 1300, 40, rank=(33, 0, 5), dtype=torch.float32, device=device_of(backend)), backend)
+
+
 @pytest.mark.parametrize("tokens", [3, 40, 150])
 def test_non_contiguous_x(backend, tokens):
     call = random_call(tokens, 96, 20, rank=(8, 5), device=device_of(backend))

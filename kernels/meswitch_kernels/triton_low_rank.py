@@ -1,0 +1,84 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
+"""The low-rank part: z = x·Rᵀ in a small launch of its own, and its product with L, which decode and prefill add."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def project(
+    x,
+    right,
+    z,
+    slot_rank,
+    order,
+    tile_slot,
+    tile_start,
+    tile_count,
+    tokens,
+    slots,
+    in_features,
+    max_rank,
+    x_stride,
+    channels_per_split,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Partial sums z `[splits, tokens, max_rank]`: x·Rᵀ of one tile of tokens that share a slot, for some rows of R.
+
+    What lies past a slot's own rank, and the tokens of slots without one, are not written; nobody reads them.
+    """
+    tile, first_row, split = tl.program_id(0), tl.program_id(1) * BLOCK_RANK, tl.program_id(2)
+    count, slot = tl.load(tile_count + tile), tl.load(tile_slot + tile)
+    if (count > 0) & (slot >= 0) & (slot < slots):
+        rank = tl.load(slot_rank + slot)
+        if first_row < rank:
+            within = tl.arange(0, TILE_TOKENS)
+            token_mask = within < count
+            token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0)
+            rows = first_row + tl.arange(0, BLOCK_RANK)
+            row_mask = rows < rank
+            right += slot.to(tl.int64) * max_rank * in_features
+            first = split * channels_per_split
+            acc = tl.zeros((TILE_TOKENS, BLOCK_RANK), dtype=tl.float32)
+            for k_start in range(first, tl.minimum(first + channels_per_split, in_features), BLOCK_K):
+                k = k_start + tl.arange(0, BLOCK_K)
+                inside = (k < in_features)[None, :]
+                place = x + (token[:, None] * x_stride + k[None, :])
+                given = tl.load(place, mask=token_mask[:, None] & inside, other=0.0)
+                place = right + (rows[:, None] * in_features + k[None, :])
+                own = tl.load(place, mask=row_mask[:, None] & inside, other=0.0).to(x.dtype.element_ty)
+                acc = tl.dot(given, tl.trans(own), acc, input_precision="ieee")
+            place = z + ((split * tokens + token[:, None]) * max_rank + rows[None, :])
+            tl.store(place, acc, mask=token_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    z,
+    left,  # pointer to L's first row
+    rows,  # rows counted from there, [BLOCK_OUT]
+    token,
+    token_mask,
+    tokens,
+    rank,
+    max_rank,
+    DTYPE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """`acc` [BLOCK_OUT, BLOCK_TOKENS] plus L·zᵀ, z summed over its splits; both are multiplied as `DTYPE`."""
+    for start in tl.range(0, rank, BLOCK_RANK, num_stages=1):
+        r = start + tl.arange(0, BLOCK_RANK)
+        inside = (r < rank)[None, :]
+        total = tl.zeros((token.shape[0], BLOCK_RANK), dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            place = z + ((split * tokens + token[:, None]) * max_rank + r[None, :])
+            total += tl.load(place, mask=token_mask[:, None] & inside, other=0.0)
+        own = tl.load(left + (rows[:, None] * max_rank + r[None, :]), mask=inside, other=0.0).to(DTYPE)
+        acc = tl.dot(own, tl.trans(total.to(DTYPE)), acc, input_precision="ieee")
+    return acc
