@@ -20,8 +20,13 @@ def run(
         int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.")
     ] = 8,
     rank: Annotated[
-        int, typer.Option(min=0, help="Leading singular directions of a tensor kept beside its codes, at 4 bits.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Leading singular directions of a tensor kept beside its codes, at 4 bits.",
+            show_default="16 at 1 bit, else 0",
+        ),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
@@ -71,7 +76,13 @@ def run(
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import DEFAULT_STEPS, RANDOM, CompressionSettings, default_channel_scale
+    from meswitch_cli.compression.settings import (
+        DEFAULT_STEPS,
+        RANDOM,
+        CompressionSettings,
+        default_channel_scale,
+        default_rank,
+    )
     from meswitch_cli.errors import Interrupted
 
     chosen = choose_device(device)
@@ -81,7 +92,7 @@ def run(
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
-        rank=rank,
+        rank=default_rank(int(bits)) if rank is None else rank,
         group_size=group_size,
         channel_scale=channel_scale or default_channel_scale(int(bits)),
         rounding=rounding,

@@ -24,6 +24,11 @@ def default_channel_scale(bits: int) -> ChannelScale:
     return "rms" if bits == 1 else "none"
 
 
+def default_rank(bits: int) -> int:
+    """At 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
+    return 16 if bits == 1 else 0
+
+
 @dataclass(frozen=True)
 class CompressionSettings:
     """Everything that decides an artifact's bytes besides the two checkpoints.

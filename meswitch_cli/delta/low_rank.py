@@ -119,6 +119,44 @@ def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: 
     return Directions(rounded((basis @ turn).T.contiguous()).values.T, rounded(turn.T @ seen).values, energy)
 
 
+class Fit(NamedTuple):
+    """Factors, what they leave of the channels that are kept exactly, `[out, k]`, and of each column: its energy `[in]`,
+    float64."""
+
+    factors: LowRank
+    left_over: torch.Tensor
+    energy: torch.Tensor
+
+
+def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: tuple[int, int]) -> Fit:
+    """The factors of what a sweep shows, `[out, in]`.
+
+    Args:
+        images: `[out, rank]`, its products with vectors near its right directions.
+        exact: `[k]`, columns that need no approximation; their energy is as if they had none.
+    """
+    basis = orthonormal(images).T.contiguous()
+    left = rounded(basis)
+    both = torch.cat([basis, left.values])
+
+    def products_of(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return both[:, place] @ block, column_energy(block), block[:, exact]
+
+    products = torch.zeros(len(both), shape[1], device=images.device)
+    energy = torch.zeros(shape[1], dtype=torch.float64, device=images.device)
+    channels = []
+    for product, part, some in sweep(products_of):
+        products += product
+        energy += part
+        channels.append(some)
+    wanted, seen = products.chunk(2)
+    right = rounded(wanted.index_fill(1, exact, 0.0))
+    energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
+    left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
+    stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
+    return Fit(LowRank(*shape, *stored), left_over, energy.clamp_(min=0))
+
+
 def rounded(vectors: torch.Tensor) -> Rounded:
     """Quantise vectors `[rank, length]` with unbiased steps.
 

@@ -25,7 +25,7 @@ from meswitch_cli.delta.codes import (
     step_ratio,
 )
 from meswitch_cli.delta.feedback import feedback_multiples, inverse_factor
-from meswitch_cli.delta.low_rank import Directions, LowRank, leading_directions, orthonormal, rounded
+from meswitch_cli.delta.low_rank import Directions, LowRank, fit_factors, leading_directions
 from meswitch_cli.delta.packing import pack, unpack
 from meswitch_cli.delta.parallel import in_order
 from meswitch_cli.delta.settings import QuantizerSettings
@@ -274,40 +274,29 @@ class _Work:
             self.residual_energy += done.residual_energy
         if not torch.isfinite(self.energy).all():
             raise FloatingPointError("NaN or infinity")
-        result = self._result(blocks, salient)
-        return result if directions is None else self._with_low_rank(result, directions, salient)
+        rest = torch.cat([block.rest for block in blocks])
+        if directions is None:
+            return self._result(blocks, salient, rest)
+        return self._with_low_rank(self._result(blocks, salient, rest[:, :0]), directions, salient, rest)
 
-    def _with_low_rank(self, coded: QuantizedDelta, directions: Directions, salient: torch.Tensor) -> QuantizedDelta:
-        """Fit the factors to the delta without the codes' values, then the salient channels to what is left.
+    def _with_low_rank(
+        self, coded: QuantizedDelta, directions: Directions, salient: torch.Tensor, images: torch.Tensor
+    ) -> QuantizedDelta:
+        """Fit the factors to the delta without the codes' values, then the salient channels to what is left."""
 
-        `coded.salient_value` holds the images under the right directions.
-        """
-        bits, basis = self.settings.bits, orthonormal(coded.salient_value).T.contiguous()
-        left = rounded(basis)
-        both = torch.cat([basis, left.values])
+        def without_codes(work: Callable[[torch.Tensor, slice], _Result]) -> Iterator[_Result]:
+            def on_block(block: torch.Tensor, place: slice) -> _Result:
+                codes = unpack(coded.codes[place].to(self.device), coded.bits, self.columns)
+                steps = coded.steps[place].to(self.device).float()
+                return work(block.sub_(self._values(multiples_of(codes, coded.bits), steps)), place)
 
-        def rest(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            codes = unpack(coded.codes[place].to(self.device), bits, self.columns)
-            block -= self._values(multiples_of(codes, bits), coded.steps[place].to(self.device).float())
-            return both[:, place] @ block, column_energy(block), block[:, salient]
+            return self._sweep(on_block, whole=True)
 
-        products = torch.zeros(len(both), self.columns, device=self.device)
-        self.energy, self.residual_energy = directions.energy, torch.zeros_like(directions.energy)
-        kept = []
-        for product, energy, channels in self._sweep(rest, whole=True):
-            products += product
-            self.residual_energy += energy
-            kept.append(channels)
-        wanted, seen = products.chunk(2)
-        right = rounded(_without(wanted, salient))
-        self.residual_energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
-        exact = torch.cat(kept) - left.values.T @ right.values[:, salient]
-        residual = _sixteen_bit(exact)
-        self.residual_energy[salient] = column_energy(exact - residual.float()).double()
-        self.residual_energy.clamp_(min=0)
-        stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
-        low_rank = LowRank(self.expert.shape[0], self.columns, *stored)
-        return replace(coded, salient_value=residual.cpu(), low_rank=low_rank)
+        fit = fit_factors(without_codes, images, salient, (self.expert.shape[0], self.columns))
+        residual = _sixteen_bit(fit.left_over)
+        self.energy, self.residual_energy = directions.energy, fit.energy
+        self.residual_energy[salient] = column_energy(fit.left_over - residual.float()).double()
+        return replace(coded, salient_value=residual.cpu(), low_rank=fit.factors)
 
     def error(self) -> DeltaError:
         """How far the result of `run` is from the delta."""
@@ -418,7 +407,7 @@ class _Work:
         own, kept = torch.stack(list(self._sweep(projections, elements, OUTPUT_BLOCKS))).sum(0).tolist()
         return float(own / kept) if own > 0 and kept > 0 else 1.0
 
-    def _result(self, blocks: list[_Block], salient: torch.Tensor) -> QuantizedDelta:
+    def _result(self, blocks: list[_Block], salient: torch.Tensor, salient_value: torch.Tensor) -> QuantizedDelta:
         joined = torch.cat([block.steps for block in blocks])
         if self.settings.group_size and torch.equal(joined.half().float(), joined):
             joined = joined.half()
@@ -429,7 +418,7 @@ class _Work:
             torch.cat([block.codes for block in blocks]),
             joined,
             salient.to(dtype=torch.int32, device="cpu"),
-            torch.cat([block.rest for block in blocks]),
+            salient_value,
             None if self.scale is None else self.scale.cpu(),
         )
 

@@ -1,0 +1,145 @@
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from meswitch_cli.delta.low_rank import leading_directions, rounded, vectors_of
+from meswitch_cli.delta.quantize import dequantize, quantize
+from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.statistics import InputStatistics
+
+
+def _delta(rows: int = 60, columns: int = 96, strong: int = 3, loud: int = 0) -> torch.Tensor:
+    """Noise with a few strong directions, and a few loud columns from the seventh on."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(rows, columns, generator=generator)
+    scale = torch.tensor([6.0, 4.0, 3.0])[:strong, None]
+    delta += torch.randn(rows, strong, generator=generator) @ (scale * torch.randn(strong, columns, generator=generator))
+    delta[:, 7 : 7 + loud] *= 6
+    return delta * 1e-3
+
+
+def _statistics(columns: int = 96) -> InputStatistics:
+    inputs = torch.randn(400, columns, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 4, columns)
+    return InputStatistics(inputs.square().sum(0), inputs.T @ inputs, 400)
+
+
+@pytest.mark.parametrize(
+    ("bits", "salient", "group_size", "scale", "rounding"),
+    itertools.product((1, 2, 4), (0, 8), (0, 64), ("none", "rms"), ("nearest", "feedback")),
+)
+@pytest.mark.parametrize("steps", ["unbiased", "output-unbiased", "layerwise"])
+def test_reported_error_is_the_error_of_what_is_stored(bits, salient, group_size, scale, rounding, steps) -> None:
+    delta = _delta()
+    settings = QuantizerSettings(bits, salient, group_size, scale, rounding, steps, rank=5)
+    quantized, error = quantize(torch.zeros_like(delta), delta, settings, _statistics())
+    difference, energy = delta - dequantize(quantized), _statistics().energy
+    assert error.delta_energy == pytest.approx(float(delta.square().sum()), rel=1e-5)
+    assert error.weight_error == pytest.approx(float(difference.square().sum() / delta.square().sum()), rel=1e-3)
+    expected = float((difference.square() * energy).sum() / (delta.square() * energy).sum())
+    assert error.output_error == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_directions_are_those_of_the_singular_value_decomposition(rank: int) -> None:
+    delta = _delta()
+
+    def sweep(work):
+        return iter([work(delta[:25], slice(0, 25)), work(delta[25:], slice(25, 60))])
+
+    found = leading_directions(sweep, (60, 96), rank, "cpu")
+    left, values, right = torch.linalg.svd(delta)
+    best = (left[:, :rank] * values[:rank]) @ right[:rank]
+    missed = float((delta - found.left @ found.right).norm() ** 2 - (delta - best).norm() ** 2)
+    assert 0 < missed / float(best.norm() ** 2) < 0.04  # two factors at 4 bits: 1.15 % each, and directions of noise
+    torch.testing.assert_close(found.energy, delta.double().square().sum(0))
+
+
+def test_strong_directions_are_kept_to_a_percent_where_codes_alone_lose_a_tenth() -> None:
+    """Along the strongest direction, what is stored is as long as the delta: nothing of it may shrink."""
+    delta = _delta()
+    delta[torch.rand(delta.shape, generator=torch.Generator().manual_seed(2)) < 0.45] = 0.0  # as a short bf16 fine-tune
+    left, values, right = torch.linalg.svd(delta)
+
+    def kept(rank: int) -> list[float]:
+        quantized, _ = quantize(torch.zeros_like(delta), delta, QuantizerSettings(1, 0, rank=rank))
+        along = left.T @ dequantize(quantized) @ right.T
+        return [float(along[i, i] / values[i]) for i in range(3)]
+
+    assert all(abs(length - 1) < 0.02 for length in kept(8))
+    assert max(abs(length - 1) for length in kept(0)) > 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_salient_channels_stay_exact_and_the_rest_gets_better(bits: int) -> None:
+    delta = _delta(loud=2)
+    quantized, error = quantize(torch.zeros_like(delta), delta, QuantizerSettings(bits, 4, rank=4))
+    index = quantized.salient_index.long()
+    assert {7, 8} <= set(index.tolist())
+    torch.testing.assert_close(dequantize(quantized)[:, index], delta[:, index], rtol=2e-3, atol=1e-5)
+    without, plain = quantize(torch.zeros_like(delta), delta, QuantizerSettings(bits, 4))
+    assert without.low_rank is None
+    assert error.weight_error < 0.75 * plain.weight_error
+
+
+def test_rounding_keeps_the_length_along_each_vector() -> None:
+    vectors = torch.randn(5, 333, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 5)[:, None]
+    found = rounded(vectors)
+    torch.testing.assert_close((found.values * vectors).sum(1), vectors.square().sum(1), rtol=1e-4, atol=0)
+    assert torch.equal(vectors_of(found.codes, found.steps, 333), found.values)
+    assert float((found.values - vectors).norm(dim=1).div(vectors.norm(dim=1)).max()) < 0.15  # 0.107 for a Gaussian
+
+
+def test_factors_give_the_part_that_is_added() -> None:
+    delta = _delta()
+    quantized, _ = quantize(torch.zeros_like(delta), delta, QuantizerSettings(2, 0, rank=4))
+    part = quantized.low_rank
+    assert part.left().shape == (60, 4)
+    assert part.right().shape == (4, 96)
+    without = dequantize(replace(quantized, low_rank=None))
+    torch.testing.assert_close(dequantize(quantized), without + part.left() @ part.right())
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (5, 33), (7, 1), (64, 100), (2, 2)])
+def test_rank_is_at_most_what_the_shape_allows(shape: tuple[int, int]) -> None:
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    quantized, error = quantize(torch.zeros(shape), delta, QuantizerSettings(2, 0, rank=16))
+    assert len(quantized.low_rank.left_steps) == min(16, *shape)
+    assert torch.isfinite(dequantize(quantized)).all()
+    assert error.weight_error < 0.1
+
+
+def test_a_delta_of_few_directions_is_all_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(40, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    quantized, error = quantize(torch.zeros_like(delta), delta, QuantizerSettings(1, 0, rank=8))
+    assert torch.isfinite(dequantize(quantized)).all()
+    assert error.weight_error < 0.02
+
+
+def test_blocks_and_repetition_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta, settings = _delta(), QuantizerSettings(1, 4, channel_scale="rms", rank=4)
+    first, _ = quantize(torch.zeros_like(delta), delta, settings)
+    second, _ = quantize(torch.zeros_like(delta), delta, settings)
+    for name in ("left_codes", "left_steps", "right_codes", "right_steps"):
+        assert torch.equal(getattr(first.low_rank, name), getattr(second.low_rank, name)), name
+    monkeypatch.setattr("meswitch_cli.delta.quantize.BLOCK_ELEMENTS", 96 * 7)
+    blocked, _ = quantize(torch.zeros_like(delta), delta, settings)
+    torch.testing.assert_close(dequantize(blocked), dequantize(first), rtol=0, atol=2e-4)
+
+
+def test_equal_weights_have_no_delta_and_damaged_ones_are_refused() -> None:
+    weight = _delta()
+    assert quantize(weight, weight.clone(), QuantizerSettings(rank=4)) is None
+    for bad in (float("nan"), float("inf")):
+        damaged = weight.clone()
+        damaged[3, 4] = bad
+        with pytest.raises(FloatingPointError):
+            quantize(weight, damaged, QuantizerSettings(rank=4))
+
+
+@pytest.mark.parametrize("rank", [-1, 1025])
+def test_impossible_ranks_are_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=str(rank)):
+        QuantizerSettings(rank=rank)
