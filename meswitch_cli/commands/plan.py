@@ -16,7 +16,14 @@ def run(
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
     salient: Annotated[int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.")] = 8,
-    rank: Annotated[int, typer.Option(min=0, help="Leading singular directions a tensor keeps beside its codes.")] = 0,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Leading singular directions a tensor keeps beside its codes.",
+            show_default="16 at 1 bit, else 0",
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
     embedding_bits: Annotated[
         Literal["1", "2", "4"] | None,
@@ -30,13 +37,13 @@ def run(
 ) -> None:
     """From metadata alone: no weight is read. Exit status 1 where the experts do not fit."""
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
-    from meswitch_cli.compression.settings import CompressionSettings
+    from meswitch_cli.compression.settings import CompressionSettings, default_rank
     from meswitch_cli.engine.memory import parse_bytes, plan_memory
 
     settings = CompressionSettings(
         bits=int(bits),
         salient=salient,
-        rank=rank,
+        rank=default_rank(int(bits)) if rank is None else rank,
         group_size=group_size,
         embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
     )

@@ -143,13 +143,20 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert 1 <= plan["slot_bytes"] / (7_241_732_096 / 4) < 1.05
     assert plan["base_bytes"] + plan["slots_bytes"] < 45e9
     assert plan["requests"] == int(0.9 * (80e9 - plan["base_bytes"] - plan["slots_bytes"])) // 131072 // 4096
-    # Rows and columns of a layer's seven linears, sixteen times in 16 bit; each bank notes its slots' rank.
-    factors = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
-    low_rank = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"}, "--rank", "16")[1]
-    assert low_rank["slot_bytes"] - plan["slot_bytes"] == 32 * factors
     assert plan_of(tmp_path, MISTRAL_7B, "--dtype", "float32")[1]["base_bytes"] == 4 * 7_241_732_096
     status, error = plan_of(tmp_path, MISTRAL_7B)
     assert isinstance(error, UsageError) and "give --dtype" in str(error)
+
+
+@pytest.mark.parametrize(("bits", "usual"), [("1", 16), ("2", 0)])
+def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
+    config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
+    said = plan_of(tmp_path, config, "--bits", bits)[1]["slot_bytes"]
+    without, with_16 = (plan_of(tmp_path, config, "--bits", bits, "--rank", n)[1]["slot_bytes"] for n in ("0", "16"))
+    # Rows and columns of a layer's seven linears, sixteen times in 16 bit; a slot's rank in each bank.
+    layer = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
+    assert with_16 - without == 32 * layer
+    assert said == (with_16 if usual else without)
 
 
 def test_command(family: Family) -> None:
