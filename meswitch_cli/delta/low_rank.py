@@ -120,8 +120,8 @@ def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: 
 
 
 class Fit(NamedTuple):
-    """Factors, what they leave of the channels that are kept exactly, `[out, k]`, and of each column: its energy `[in]`,
-    float64."""
+    """Factors, and what they leave: of the channels that are kept exactly all of it, `[out, k]`, of each column the
+    energy, float64 `[in]`."""
 
     factors: LowRank
     left_over: torch.Tensor

@@ -94,8 +94,8 @@ def quantize(
     """Compress `expert - base`, both `[out, in]` of any floating dtype; None where the two are equal.
 
     Salient channels are the k with the largest E_i = a_i * sum_o (d_oi - d_hat_oi)^2, a_i the input's energy (1
-    without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1). With a low-rank
-    part all this is done on the delta without its leading directions, see `low_rank`.
+    without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1). With a
+    low-rank part all this is done on the delta without its leading directions, see `low_rank`.
 
     Raises:
         ValueError: settings that need calibration without statistics, or more salient channels than inputs.

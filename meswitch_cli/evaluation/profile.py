@@ -31,6 +31,7 @@ def tensor_rows(candidate: Candidate) -> list[dict[str, Any]]:
             "projection": projection(entry.name),
             "bits": entry.bits,
             "salient": entry.salient,
+            "rank": entry.rank,
             "nbytes": entry.nbytes,
             "delta_energy": entry.delta_energy,
             "weight_error": entry.weight_error,

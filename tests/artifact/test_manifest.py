@@ -72,9 +72,37 @@ def test_round_trip() -> None:
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
 
 
-def test_written_manifest_is_read_back(pair: tuple[Path, Path], make_artifact: Callable[..., Artifact]) -> None:
-    manifest = make_artifact(pair).manifest
+@pytest.mark.parametrize("rank", [0, 3])
+def test_written_manifest_is_read_back(
+    pair: tuple[Path, Path], make_artifact: Callable[..., Artifact], rank: int
+) -> None:
+    manifest = make_artifact(pair, rank=rank).manifest
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+    assert manifest.format_version == (2 if rank else 1)
+    assert {entry.rank for entry in manifest.tensors if entry.kind == "linear"} == {rank}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("tensors.0.rank", ..., "'rank' is missing"),
+        ("tensors.0.rank", 9, "rank 9 is impossible"),
+        ("tensors.0.rank", -1, "whole number"),
+        ("tensors.0.kind", "head", "rank 8 is impossible"),
+        ("tensors.0.kind", "dense", "cannot have quantisation"),
+    ],
+)
+def test_a_low_rank_part_that_cannot_be_is_refused(path: str, value: Any, message: str) -> None:
+    valid = _changed("format_version", 2)
+    valid["tensors"][0]["rank"] = 8
+    assert _parse(valid).tensors[0].stored_shapes()["a.weight.right_codes"] == (8, 4)
+    *_, last = path.split(".")
+    if value is ...:
+        del valid["tensors"][0][last]
+    else:
+        valid["tensors"][0][last] = value
+    with pytest.raises(ArtifactError, match=message):
+        _parse(valid)
 
 
 @pytest.mark.parametrize(

@@ -168,12 +168,15 @@ def test_sizes_that_are_claimed_are_not_allocated(pair: Pair, make_artifact: Mak
         ("steps", lambda t: t.double(), "has type"),
         ("codes", lambda t: t[:, :-1].contiguous(), "the manifest says"),
         ("salient_value", lambda t: t + float("inf"), "not finite"),
+        ("left_steps", lambda t: t * float("nan"), "not finite"),
+        ("right_steps", lambda t: t.half(), "has type"),
+        ("left_codes", lambda t: t[:-1].contiguous(), "the manifest says"),
     ],
 )
 def test_forged_tensors_are_found(
     pair: Pair, make_artifact: Make, part: str, value: Callable[[torch.Tensor], torch.Tensor], message: str
 ) -> None:
-    artifact = make_artifact(pair)
+    artifact = make_artifact(pair, rank=3)
     shard = artifact.path / artifact.manifest.shards[0].name
     tensors = safetensors.torch.load_file(shard)
     name = next(name for name in tensors if name.endswith(f".{part}"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier_rows import ABLATION, BASE, EXPERT, FRONTIER, SWEEP, rows
+from benchmarks.frontier_rows import ABLATION, BASE, EXPERT, FRONTIER, RANKS, SWEEP, rows
 from meswitch_cli.evaluation.paired import compare_paired
 from meswitch_cli.evaluation.statistics import Estimate, ratio_of_sums
 
@@ -44,9 +44,10 @@ def _expert(name: str, value: dict[str, Any]) -> str:
         lines += _table(f"### Frontier, {title}", "method", specs, measured, weights)
     for title, specs in ABLATION.items():
         lines += _table(f"### Which channels stay, {title}", "meswitch setting", specs, measured, weights)
-    for bits, specs in SWEEP.items():
-        title = f"### How many channels stay, {bits} {'bit' if bits == 1 else 'bits'}"
-        lines += _table(title, "meswitch setting", specs, measured, weights)
+    for what, sweep in (("channels stay", SWEEP), ("directions stay, without salient channels", RANKS)):
+        for bits, specs in sweep.items():
+            title = f"### How many {what}, {bits} {'bit' if bits == 1 else 'bits'}"
+            lines += _table(title, "meswitch setting", specs, measured, weights)
     machines = list(dict.fromkeys(row["machine"] for row in measured.values()))
     lines.append("On " + "; ".join(machines) + ".\n")
     if missing:

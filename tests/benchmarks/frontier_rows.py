@@ -31,6 +31,9 @@ FRONTIER = {
         "meswitch:bits=1,salient=0,steps=least-squares,embedding=1",
         "meswitch:bits=1,salient=0,embedding=1",
         "meswitch:bits=1,salient=0,channel_scale=rms,embedding=1",
+        "meswitch:bits=1,salient=0,channel_scale=rms,steps=output-unbiased,activations=random,embedding=1",
+        "meswitch:bits=1,salient=0,channel_scale=rms,steps=output-unbiased,activations=random,rank=4,embedding=1",
+        "meswitch:bits=1,salient=0,channel_scale=rms,steps=output-unbiased,activations=random,rank=16,embedding=1",
     ),
     "about 1.5 bits": (
         "bitdelta:embedding=2",
@@ -45,6 +48,9 @@ FRONTIER = {
         "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased,activations=random",
         "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased",
         "meswitch compress --bits 1 --steps distill",
+        "meswitch:bits=1,salient=0,channel_scale=rms,steps=output-unbiased,activations=random,rank=16",
+        "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased,activations=random,rank=16",
+        "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased,rank=16",
     ),
     "about 2 bits": (
         "bitdelta:masks=2",
@@ -64,6 +70,10 @@ FRONTIER = {
         "meswitch:bits=2,salient=8,steps=output-unbiased",
         "meswitch:bits=2,salient=0,group=64",
         "meswitch compress --bits 2 --steps distill",
+        "meswitch:bits=1,salient=8,channel_scale=rms,steps=output-unbiased,activations=random,rank=64",
+        "meswitch:bits=2,salient=0,steps=output-unbiased,activations=random,rank=16",
+        "meswitch:bits=2,salient=8,steps=output-unbiased,activations=random,rank=16",
+        "meswitch:bits=2,salient=8,steps=output-unbiased,rank=16",
     ),
     "about 4 bits": (
         "bitdelta:masks=4,embedding=4",
@@ -75,6 +85,8 @@ FRONTIER = {
         "meswitch:bits=4,salient=0,embedding=4",
         "meswitch:bits=4,salient=8,embedding=4",
         "meswitch:bits=4,salient=8,activations=none,embedding=4",
+        "meswitch:bits=2,salient=8,steps=output-unbiased,activations=random,rank=16,embedding=4",
+        "meswitch:bits=4,salient=0,steps=output-unbiased,activations=random,rank=16,embedding=4",
     ),
     "as its authors store it": ("bitdelta:embedding=16",),
 }
@@ -100,6 +112,17 @@ ABLATION = {
 
 SWEEP_SALIENT = (0, 1, 2, 4, 8, 16, 32, 64)
 SWEEP = {bits: tuple(f"meswitch:bits={bits},salient={salient}" for salient in SWEEP_SALIENT) for bits in (1, 2)}
+
+SWEEP_RANK = (0, 1, 2, 4, 8, 16, 32, 64)
+#: How many directions, and how they compare with salient channels of the same bytes (8 channels, 16 directions).
+RANKS = {
+    bits: tuple(
+        f"meswitch:bits={bits},salient=0,{scale}steps=output-unbiased,activations=random"
+        + (f",rank={rank}" if rank else "")
+        for rank in SWEEP_RANK
+    )
+    for bits, scale in ((1, "channel_scale=rms,"), (2, ""))
+}
 
 
 #: Measured first: every method once at every size where it is at home, and which channels stay.
@@ -133,5 +156,5 @@ FIRST = (
 
 def rows() -> list[str]:
     """Every row once, in the order of measuring."""
-    groups = (FIRST, *FRONTIER.values(), SWEEP[1])
+    groups = (FIRST, *FRONTIER.values(), SWEEP[1], *RANKS.values())
     return list(dict.fromkeys(spec for group in groups for spec in group))

@@ -22,7 +22,7 @@ def _problem(**settings: object) -> tuple[torch.Tensor, DistilledLinear, torch.T
     return weight, DistilledLinear(weight, None, quantized), torch.randn(5, 7, 96, generator=generator)
 
 
-@pytest.mark.parametrize("settings", [{}, {"bits": 1, "channel_scale": "rms"}, {"group_size": 64}])
+@pytest.mark.parametrize("settings", [{}, {"bits": 1, "channel_scale": "rms"}, {"group_size": 64}, {"rank": 4}])
 def test_starts_as_the_compressed_weight(settings: dict) -> None:
     weight, module, x = _problem(**settings)
     torch.testing.assert_close(module(x), x @ weight.T, rtol=1e-4, atol=1e-4)
@@ -41,9 +41,10 @@ def test_gradients_are_those_of_autograd(settings: dict) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_only_steps_move(pair: Pair, make_artifact: Callable[..., Artifact]) -> None:
-    before = make_artifact(pair, out="before", calibrated=True, steps="unbiased")
-    after = make_artifact(pair, out="after", calibrated=True, steps="distill")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_only_steps_move(pair: Pair, make_artifact: Callable[..., Artifact], rank: int) -> None:
+    before = make_artifact(pair, out="before", calibrated=True, steps="unbiased", rank=rank)
+    after = make_artifact(pair, out="after", calibrated=True, steps="distill", rank=rank)
     assert [entry.name for entry in before.manifest.tensors] == [entry.name for entry in after.manifest.tensors]
     moved = 0
     for old, new in zip(before.manifest.tensors, after.manifest.tensors, strict=True):
@@ -57,6 +58,9 @@ def test_only_steps_move(pair: Pair, make_artifact: Callable[..., Artifact]) -> 
         if old.kind != "linear":
             assert torch.equal(first.steps, second.steps)
             continue
+        if rank:
+            assert torch.equal(first.low_rank.left(), second.low_rank.left())
+            assert torch.equal(first.low_rank.right(), second.low_rank.right())
         moved += not torch.equal(first.steps, second.steps)
         index = first.salient_index.long()
         kept = dequantize(first)[:, index]

@@ -55,6 +55,7 @@ def _interrupted(pair: Pair, out: Path, after_units: int, **settings: Any) -> No
     [
         {},
         {"bits": 1, "channel_scale": "rms"},
+        {"bits": 1, "rank": 4, "calibration": RANDOM, "steps": "output-unbiased"},
         {"bits": 4, "group_size": 32},
         {"calibration": RANDOM},
         {"calibrated": True},
@@ -79,8 +80,9 @@ def test_artifact_holds_what_the_manifest_lists_and_nothing_else(pair: Pair, mak
     assert not list(artifact.path.parent.glob(".*"))  # no partial work, no lock
 
 
-def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path) -> None:
-    settings = CompressionSettings(salient=4, group_size=32, channel_scale="rms")
+@pytest.mark.parametrize("rank", [0, 8])
+def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path, rank: int) -> None:
+    settings = CompressionSettings(salient=4, rank=rank, group_size=32, channel_scale="rms")
     job = prepare(str(pair[0]), str(pair[1]), tmp_path / "a", settings, None)
     manifest = compress(job)
     assert sum(entry.nbytes for entry in manifest.tensors) == pytest.approx(expected_bytes(job), rel=0.02)
@@ -112,14 +114,14 @@ def test_identical_expert_is_compressed_to_nothing(pair: Pair, tmp_path: Path) -
     assert len(manifest.unchanged) == len(Checkpoint.open(str(pair[0])).tensors)
 
 
-@pytest.mark.parametrize("calibration", [None, RANDOM])
+@pytest.mark.parametrize(("calibration", "rank"), [(None, 0), (RANDOM, 0), (RANDOM, 4)])
 @pytest.mark.parametrize("units", [0, 1, 2])
 def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    pair: Pair, tmp_path: Path, units: int, calibration: str | None
+    pair: Pair, tmp_path: Path, units: int, calibration: str | None, rank: int
 ) -> None:
-    _compress(pair, tmp_path / "whole", calibration=calibration)
-    _interrupted(pair, tmp_path / "cut", units, calibration=calibration)
-    settings = CompressionSettings(salient=4, calibration=calibration)
+    _compress(pair, tmp_path / "whole", calibration=calibration, rank=rank)
+    _interrupted(pair, tmp_path / "cut", units, calibration=calibration, rank=rank)
+    settings = CompressionSettings(salient=4, calibration=calibration, rank=rank)
     job = prepare(str(pair[0]), str(pair[1]), tmp_path / "cut", settings, None)
     done: list[str] = []
     compress(job, on_progress=lambda what, nbytes, count: done.append(what))
@@ -286,6 +288,7 @@ def test_more_salient_channels_than_inputs(pair: Pair, tmp_path: Path) -> None:
         ({"steps": "distill"}, "--steps distill needs calibration"),
         ({"rounding": "feedback"}, "--rounding feedback needs calibration"),
         ({"group_size": 7}, "multiple of 32"),
+        ({"rank": -1}, "rank must lie"),
         ({"embedding_bits": 8}, "--embedding-bits"),
         ({"samples": 0}, "--samples"),
         ({"steps": "magic"}, "--steps must be one of"),

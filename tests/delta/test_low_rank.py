@@ -15,7 +15,9 @@ def _delta(rows: int = 60, columns: int = 96, strong: int = 3, loud: int = 0) ->
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(rows, columns, generator=generator)
     scale = torch.tensor([6.0, 4.0, 3.0])[:strong, None]
-    delta += torch.randn(rows, strong, generator=generator) @ (scale * torch.randn(strong, columns, generator=generator))
+    delta += torch.randn(rows, strong, generator=generator) @ (
+        scale * torch.randn(strong, columns, generator=generator)
+    )
     delta[:, 7 : 7 + loud] *= 6
     return delta * 1e-3
 

@@ -49,18 +49,20 @@ def test_every_tensor_is_the_base_s_plus_the_method_s_delta_and_is_counted(tmp_p
     assert weights.nbytes == nbytes
 
 
-@pytest.mark.parametrize("activations", ["none", "random", "file"])
+@pytest.mark.parametrize(("activations", "rank"), [("none", 0), ("random", 0), ("random", 3), ("file", 0)])
 def test_the_meswitch_method_is_what_compress_writes(
-    pair: Pair, tmp_path: Path, calibration_file: Path, activations: str
+    pair: Pair, tmp_path: Path, calibration_file: Path, activations: str, rank: int
 ) -> None:
     """The same tensors and the same bytes as the artifact, so the frontier compares what is really stored."""
     data = read_calibration(calibration_file) if activations == "file" else None
     source = {"none": None, "random": RANDOM, "file": data.sha256 if data else None}[activations]
-    settings = CompressionSettings(bits=2, salient=4, calibration=source, samples=32, sequence_length=512)
+    settings = CompressionSettings(bits=2, salient=4, rank=rank, calibration=source, samples=32, sequence_length=512)
     job = prepare(str(pair[0]), str(pair[1]), tmp_path / "art", settings, data)
     compress(job)
     artifact = Artifact.open(tmp_path / "art")
-    weights = made(pair, f"meswitch:bits=2,salient=4,activations={activations}", data.path if data else None)
+    weights = made(
+        pair, f"meswitch:bits=2,salient=4,rank={rank},activations={activations}", data.path if data else None
+    )
     ours = read_all(weights)
     theirs = read_all(ArtifactWeights(artifact, weights.base))
     for name, value in theirs.items():
