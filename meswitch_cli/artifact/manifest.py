@@ -161,7 +161,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     version = fields.size("format_version")
     if version not in FORMAT_VERSIONS:
         raise ArtifactError(
-            f"{where}: format version {version}; this meswitch reads versions {FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
+            f"{where}: format version {version}; this meswitch reads 1 to {FORMAT_VERSIONS[-1]}"
             + ("; upgrade meswitch" if version > FORMAT_VERSIONS[-1] else "")
         )
     manifest = Manifest(

@@ -71,7 +71,7 @@ def vectors_of(codes: torch.Tensor, steps: torch.Tensor, length: int) -> torch.T
 
 
 class Rounded(NamedTuple):
-    """Vectors in codes: codes `[rank, ceil(length * 4 / 32)]` int32, steps `[rank, 1]`, their values `[rank, length]`."""
+    """Vectors in codes `[rank, ceil(length * 4 / 32)]` int32, their steps `[rank, 1]` and values `[rank, length]`."""
 
     codes: torch.Tensor
     steps: torch.Tensor
