@@ -47,8 +47,8 @@ CONFIG = {
 }
 SHARD_BYTES = 2_000_000_000
 POOL = 1 << 26
-#: (bits, calibration) of the rows.
-RUNS = ((2, "random"), (2, "none"), (1, "random"))
+#: (bits, rank, calibration) of the rows.
+RUNS = ((2, 0, "random"), (2, 0, "none"), (1, 0, "random"), (1, 16, "random"))
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.md"
 
 
@@ -175,6 +175,7 @@ class Run:
     """One compression beside one reading: seconds, peak resident bytes, bytes of the artifact's shards."""
 
     bits: int
+    rank: int
     calibration: str
     read_seconds: float
     seconds: float
@@ -186,18 +187,18 @@ class Run:
         """A line of the table; `model` is a checkpoint's bytes."""
         ratio = 3 * model / (model + 3 * self.nbytes)
         return (
-            f"| {self.bits} | {self.calibration} | {self.nbytes / 1e9:.3f} | {model / self.nbytes:.2f} | {ratio:.3f} | "
+            f"| {self.bits} | {self.rank} | {self.calibration} | {self.nbytes / 1e9:.3f} | {model / self.nbytes:.2f} | {ratio:.3f} | "
             f"{self.read_seconds:.1f} | {self.seconds:.1f} | {self.processor_seconds:.0f} | "
             f"{self.seconds / self.read_seconds:.2f} | {self.peak / 1e9:.2f} |"
         )
 
 
-def measure(base: Path, expert: Path, out: Path, bits: int, calibration: str) -> Run:
+def measure(base: Path, expert: Path, out: Path, bits: int, rank: int, calibration: str) -> Run:
     """Read both checkpoints, then run the command in a process of its own."""
     read_seconds = read_all([base, expert])
     forget([base, expert])
     arguments = ["compress", "--base", str(base), "--expert", str(expert), "--out", str(out)]
-    arguments += ["--bits", str(bits), "--calibration", calibration]
+    arguments += ["--bits", str(bits), "--rank", str(rank), "--calibration", calibration]
     started = time.perf_counter()
     child = os.posix_spawn(sys.executable, [sys.executable, "-m", "meswitch_cli", *arguments], dict(os.environ))
     _, status, usage = os.wait4(child, 0)
@@ -206,7 +207,7 @@ def measure(base: Path, expert: Path, out: Path, bits: int, calibration: str) ->
         raise SystemExit(f"meswitch compress failed with status {status}")
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     processor = usage.ru_utime + usage.ru_stime
-    return Run(bits, calibration, read_seconds, seconds, processor, usage.ru_maxrss * 1024, nbytes)
+    return Run(bits, rank, calibration, read_seconds, seconds, processor, usage.ru_maxrss * 1024, nbytes)
 
 
 def write_report(runs: list[Run], model: int, layers: int) -> None:
@@ -223,8 +224,8 @@ def write_report(runs: list[Run], model: int, layers: int) -> None:
         "choose the salient channels.\n\n"
         f"`PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER`, {describe()}, "
         f"{resource.getpagesize()}-byte pages.\n\n"
-        "| bits | calibration | artifact, GB | times smaller | three-model ratio | read, s | compress, s "
-        "| processor, s | compress / read | peak memory, GB |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "| bits | rank | calibration | artifact, GB | times smaller | three-model ratio | read, s | compress, s "
+        "| processor, s | compress / read | peak memory, GB |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
         + "\n".join(run.row(model) for run in runs)
         + "\n"
         + (heading + notes)
@@ -251,8 +252,9 @@ def main() -> None:
         return
     runs = []
     try:
-        for bits, calibration in RUNS:
-            runs.append(measure(base, expert, folder / f"artifact-{bits}-{calibration}", bits, calibration))
+        for bits, rank, calibration in RUNS:
+            out = folder / f"artifact-{bits}-{rank}-{calibration}"
+            runs.append(measure(base, expert, out, bits, rank, calibration))
             print(runs[-1], flush=True)
     finally:
         for path in folder.iterdir():
