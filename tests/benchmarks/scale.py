@@ -187,7 +187,8 @@ class Run:
         """A line of the table; `model` is a checkpoint's bytes."""
         ratio = 3 * model / (model + 3 * self.nbytes)
         return (
-            f"| {self.bits} | {self.rank} | {self.calibration} | {self.nbytes / 1e9:.3f} | {model / self.nbytes:.2f} | {ratio:.3f} | "
+            f"| {self.bits} | {self.rank} | {self.calibration} | {self.nbytes / 1e9:.3f} "
+            f"| {model / self.nbytes:.2f} | {ratio:.3f} | "
             f"{self.read_seconds:.1f} | {self.seconds:.1f} | {self.processor_seconds:.0f} | "
             f"{self.seconds / self.read_seconds:.2f} | {self.peak / 1e9:.2f} |"
         )
