@@ -20,17 +20,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Code i of a row lies at bits (i * bits) % 32 and up of word (i * bits) // 32.
     """
-    columns = codes.shape[1]
+    rows, columns = codes.shape
     width = packed_width(columns, bits)
     padding = width * WORD_BITS // bits - columns
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
-    lanes = codes.contiguous().view(_SPREAD[bits])
+    lanes = codes.contiguous().flatten().view(_SPREAD[bits])  # flat: a single row may have any stride
     joined = 1  # codes that lie side by side, without a gap, at the bottom of each byte
     while joined < 8 // bits:
         lanes = lanes | lanes >> (joined * (8 - bits))
         joined *= 2
-    return (lanes & 0xFF).to(torch.uint8).view(torch.int32)
+    return (lanes & 0xFF).to(torch.uint8).view(torch.int32).view(rows, width)
 
 
 def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:

@@ -112,6 +112,15 @@ def test_rank_is_at_most_what_the_shape_allows(shape: tuple[int, int]) -> None:
     assert error.weight_error < 0.1
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_few_directions(rank: int) -> None:
+    """A single vector is contiguous whatever its stride says."""
+    delta = _delta(rows=64)
+    quantized, _ = quantize(torch.zeros_like(delta), delta, QuantizerSettings(2, 0, rank=rank))
+    assert quantized.low_rank.left_codes.shape == (rank, 8)
+    assert quantized.low_rank.right_codes.shape == (rank, 12)
+
+
 def test_a_delta_of_few_directions_is_all_there() -> None:
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(40, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
