@@ -49,7 +49,7 @@ def codes_of(multiples: torch.Tensor, bits: int) -> torch.Tensor:
 
 def multiples_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes as multiples of the step, fp32."""
-    return codes.float() - ((1 << bits) - 1) / 2
+    return codes.float().sub_(((1 << bits) - 1) / 2)
 
 
 def initial_steps(energy: torch.Tensor, bits: int, counts: torch.Tensor) -> torch.Tensor:

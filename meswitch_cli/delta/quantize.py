@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ from meswitch_cli.delta.statistics import InputStatistics
 BLOCK_ELEMENTS = 1 << 18
 #: The same for error feedback, which goes column by column: few tall blocks, so that a column is worth a call.
 FEEDBACK_BLOCK_ELEMENTS = 1 << 22
+#: The same for products with a low-rank part's vectors: their sums over rows are as wide as the tensor, block by block.
+FACTOR_BLOCK_ELEMENTS = 1 << 20
 #: Blocks of a tensor that decide how much its outputs' projection is off: one number does not need all of them.
 OUTPUT_BLOCKS = 16
 _Result = TypeVar("_Result")
@@ -164,7 +167,8 @@ class _Work:
         self.directions: Directions | None = None
         if settings.rank:
             rank, shape = min(settings.rank, *expert.shape), (expert.shape[0], expert.shape[1])
-            self.directions = leading_directions(self._sweep, shape, rank, device)
+            tall = partial(self._sweep, elements=FACTOR_BLOCK_ELEMENTS)
+            self.directions = leading_directions(tall, shape, rank, device)
         self.scale = self._channel_scale() if settings.channel_scale == "rms" else None
         self.scale32 = None if self.scale is None else self.scale.float()
         self.inverse_scale = None
@@ -290,7 +294,7 @@ class _Work:
                 steps = coded.steps[place].to(self.device).float()
                 return work(block.sub_(self._values(multiples_of(codes, coded.bits), steps)), place)
 
-            return self._sweep(on_block, whole=True)
+            return self._sweep(on_block, FACTOR_BLOCK_ELEMENTS, whole=True)
 
         fit = fit_factors(without_codes, images, salient, (self.expert.shape[0], self.columns))
         residual = _sixteen_bit(fit.left_over)

@@ -25,12 +25,24 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import DEFAULT_STEPS, RANDOM, CompressionSettings
+from meswitch_cli.compression.settings import (
+    DEFAULT_STEPS,
+    RANDOM,
+    CompressionSettings,
+    default_channel_scale,
+    default_rank,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
 SETTINGS: dict[str, dict[str, Any]] = {
     "2 bits, default": {"calibration": RANDOM, "steps": DEFAULT_STEPS},
-    "1 bit, default": {"calibration": RANDOM, "bits": 1, "channel_scale": "rms", "steps": DEFAULT_STEPS},
+    "1 bit, default": {
+        "calibration": RANDOM,
+        "bits": 1,
+        "rank": default_rank(1),
+        "channel_scale": default_channel_scale(1),
+        "steps": DEFAULT_STEPS,
+    },
 }
 BATCH = 16
 MAX_NEW_TOKENS = 160

@@ -135,7 +135,8 @@ def test_blocks_and_repetition_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     second, _ = quantize(torch.zeros_like(delta), delta, settings)
     for name in ("left_codes", "left_steps", "right_codes", "right_steps"):
         assert torch.equal(getattr(first.low_rank, name), getattr(second.low_rank, name)), name
-    monkeypatch.setattr("meswitch_cli.delta.quantize.BLOCK_ELEMENTS", 96 * 7)
+    for name in ("BLOCK_ELEMENTS", "FACTOR_BLOCK_ELEMENTS"):
+        monkeypatch.setattr(f"meswitch_cli.delta.quantize.{name}", 96 * 7)
     blocked, _ = quantize(torch.zeros_like(delta), delta, settings)
     torch.testing.assert_close(dequantize(blocked), dequantize(first), rtol=0, atol=2e-4)
 
