@@ -114,7 +114,7 @@ ROWS = (
         channel_scale="rms",
         steps="output-unbiased",
     ),
-    # The low-rank part, chosen on choice items.
+    # The low-rank part, how it is fitted chosen on the choice items.
     _row(
         "1 bit, output-unbiased, 8 salient, channel scale, rank 16, random tokens (the default at 1 bit)",
         RANDOM,
@@ -123,25 +123,7 @@ ROWS = (
         steps="output-unbiased",
         rank=16,
     ),
-    _row(
-        "1 bit, output-unbiased, channel scale, rank 16, random tokens",
-        RANDOM,
-        bits=1,
-        salient=0,
-        channel_scale="rms",
-        steps="output-unbiased",
-        rank=16,
-    ),
-    _row(
-        "1 bit, output-unbiased, 8 salient, channel scale, rank 16, calibrated",
-        True,
-        bits=1,
-        channel_scale="rms",
-        steps="output-unbiased",
-        rank=16,
-    ),
     _row("2 bits, output-unbiased, 8 salient, rank 16, random tokens", RANDOM, steps="output-unbiased", rank=16),
-    _row("2 bits, output-unbiased, rank 16, random tokens", RANDOM, salient=0, steps="output-unbiased", rank=16),
 )
 
 
