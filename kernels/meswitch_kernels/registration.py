@@ -12,11 +12,9 @@ from .bank import BankTensors
 from .dispatch import backend_module
 from .groups import TokenGroups
 
-_BANK = (
-    "Tensor codes, Tensor steps, Tensor salient_index, Tensor salient_value, Tensor channel_scale, "
-    "Tensor bias_delta, Tensor left, Tensor right, Tensor slot_bits, Tensor slot_group, Tensor slot_rank, "
-    "int bits, int group_size"
-)
+#: The bank's fields as arguments, in its order.
+_BANK = ", ".join(f"{'int' if name in ('bits', 'group_size') else 'Tensor'} {name}" for name in BankTensors._fields)
+_BANK_FIELDS = len(BankTensors._fields)
 
 
 def _unpack_groups(packed: Sequence[Tensor], tile_size: int, slot_of_token: Tensor, slots: int) -> TokenGroups | None:
@@ -26,55 +24,15 @@ def _unpack_groups(packed: Sequence[Tensor], tile_size: int, slot_of_token: Tens
     return TokenGroups(slot_of_token, order, tile_slot, tile_start, tile_count, tile_size, slots)
 
 
-def _linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
-    bias_delta: Tensor, left: Tensor, right: Tensor, slot_bits: Tensor, slot_group: Tensor, slot_rank: Tensor,
-    bits: int, group_size: int,
-    slot_of_token: Tensor, groups: Sequence[Tensor], tile_size: int, backend: str,
-) -> Tensor:  # fmt: skip
-    bank = BankTensors(
-        codes,
-        steps,
-        salient_index,
-        salient_value,
-        channel_scale,
-        bias_delta,
-        left,
-        right,
-        slot_bits,
-        slot_group,
-        slot_rank,
-        bits,
-        group_size,
-    )
-    unpacked = _unpack_groups(groups, tile_size, slot_of_token, len(slot_bits))
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    bank, (slot_of_token, groups, tile_size, backend) = BankTensors(*rest[:_BANK_FIELDS]), rest[_BANK_FIELDS:]
+    unpacked = _unpack_groups(groups, tile_size, slot_of_token, len(bank.slot_bits))
     y: Tensor = backend_module(backend).expert_linear(x, weight, bias, bank, slot_of_token, unpacked)
     return y
 
 
-def _embedding_op(
-    ids: Tensor, weight: Tensor,
-    codes: Tensor, steps: Tensor, salient_index: Tensor, salient_value: Tensor, channel_scale: Tensor,
-    bias_delta: Tensor, left: Tensor, right: Tensor, slot_bits: Tensor, slot_group: Tensor, slot_rank: Tensor,
-    bits: int, group_size: int,
-    added_rows: Tensor, slot_of_token: Tensor, backend: str,
-) -> Tensor:  # fmt: skip
-    bank = BankTensors(
-        codes,
-        steps,
-        salient_index,
-        salient_value,
-        channel_scale,
-        bias_delta,
-        left,
-        right,
-        slot_bits,
-        slot_group,
-        slot_rank,
-        bits,
-        group_size,
-    )
+def _embedding_op(ids: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    bank, (added_rows, slot_of_token, backend) = BankTensors(*rest[:_BANK_FIELDS]), rest[_BANK_FIELDS:]
     y: Tensor = backend_module(backend).expert_embedding(ids, weight, bank, added_rows, slot_of_token)
     return y
 

@@ -313,6 +313,26 @@ class SlottedEngine(ABC, Generic[Loop]):
             raise EngineError("no expert can be served: " + "; ".join(self.failed.values()))
         return models
 
+    def _statistics(
+        self, *, load_seconds: float, load_bytes: int, cache_blocks: int, cache_blocks_used: int
+    ) -> EngineStatistics:
+        """The engine's own figures, beside those that its loop knows."""
+        return EngineStatistics(
+            running=self._table.running,
+            waiting=self._table.waiting,
+            slots=len(self._table.slots),
+            slots_used=self._table.slots_used,
+            slot_hits=self._table.hits,
+            slot_loads=self._table.loads,
+            slot_evictions=self._table.evictions,
+            slot_load_seconds=load_seconds,
+            slot_load_bytes=load_bytes,
+            cache_blocks=cache_blocks,
+            cache_blocks_used=cache_blocks_used,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
     def _cancel_all(self) -> None:
         """Take no more requests, and have those that run or wait end soon."""
         with self._lock:

@@ -85,20 +85,11 @@ class TransformersEngine(SlottedEngine["Processor"]):
             if self._manager is None:
                 raise ShuttingDownError("the engine has not been started")
             processor = self._manager.batch_processor
-            return EngineStatistics(
-                running=self._table.running,
-                waiting=self._table.waiting,
-                slots=len(self._table.slots),
-                slots_used=self._table.slots_used,
-                slot_hits=self._table.hits,
-                slot_loads=self._table.loads,
-                slot_evictions=self._table.evictions,
-                slot_load_seconds=self._loader.seconds,
-                slot_load_bytes=self._loader.nbytes,
+            return self._statistics(
+                load_seconds=self._loader.seconds,
+                load_bytes=self._loader.nbytes,
                 cache_blocks=processor.cache.num_blocks if processor else 0,
                 cache_blocks_used=processor.blocks_used if processor else 0,
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
             )
 
     def stop(self) -> None:

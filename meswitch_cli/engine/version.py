@@ -18,14 +18,18 @@ def check_transformers(found: str | None = None) -> None:
         import transformers
 
         found = transformers.__version__
-    parts = found.split(".")
-    try:
-        version = (int(parts[0]), int(parts[1]))
-    except (ValueError, IndexError):
-        version = (0, 0)
-    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+    if not SUPPORTED[0] <= release_of(found) < SUPPORTED[1]:
         low, high = (".".join(map(str, item)) for item in SUPPORTED)
         raise EngineError(
             f"transformers {found} is installed; the embedded engine needs >={low},<{high}: "
             f"pip install 'transformers>={low},<{high}'"
         )
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """The first two numbers of a package's version; zeros where it does not begin with two."""
+    parts = version.split(".")
+    try:
+        return int(parts[0]), int(parts[1])
+    except (ValueError, IndexError):
+        return 0, 0

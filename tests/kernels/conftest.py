@@ -9,6 +9,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(params=["naive", "cpu", "triton"])
+def backend(request):
+    """Each backend that this machine has."""
+    from meswitch_kernels import available_backends
+
+    if reason := available_backends()[request.param]:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreter_repairs():
     """Three holes in the interpreter of Triton 3.6, mended for the tests alone.

@@ -26,12 +26,6 @@ def device_of(backend):
     return DEVICE if backend == "triton" else "cpu"
 
 
-@pytest.fixture(params=["naive", "cpu", "triton"])
-def backend(request):
-    skip_if_unavailable(request.param)
-    return request.param
-
-
 @pytest.fixture(params=[(name, dtype) for name in DTYPES for dtype in DTYPES[name]], ids=str)
 def backend_and_dtype(request):
     """The backends that are quick enough here for full cross products."""

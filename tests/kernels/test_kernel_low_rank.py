@@ -22,13 +22,6 @@ RANKS = [5, 8, 32, 128, (32, 0, 5), (0, 1, 33, 17)]
 CPU_DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["naive", "cpu", "triton"])
-def backend(request):
-    if reason := available_backends()[request.param]:
-        pytest.skip(reason)
-    return request.param
-
-
 def device_of(backend):
     return DEVICE if backend == "triton" else "cpu"
 

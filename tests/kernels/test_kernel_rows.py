@@ -19,14 +19,6 @@ VOCAB, HIDDEN, ADDED, SLOTS = 50, 96, 3, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["naive", "cpu", "triton"])
-def backend(request):
-    reason = available_backends()[request.param]
-    if reason:
-        pytest.skip(reason)
-    return request.param
-
-
 def device_of(backend):
     return DEVICE if backend == "triton" else "cpu"
 

@@ -148,20 +148,11 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
             loop = self._loop
             if loop is None:
                 raise ShuttingDownError("the engine has not been started")
-            return EngineStatistics(
-                running=self._table.running,
-                waiting=self._table.waiting,
-                slots=len(self._table.slots),
-                slots_used=self._table.slots_used,
-                slot_hits=self._table.hits,
-                slot_loads=self._table.loads,
-                slot_evictions=self._table.evictions,
-                slot_load_seconds=loop.loads[0],
-                slot_load_bytes=loop.loads[1],
+            return self._statistics(
+                load_seconds=loop.loads[0],
+                load_bytes=loop.loads[1],
                 cache_blocks=loop.blocks[0],
                 cache_blocks_used=loop.blocks[1],
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
             )
 
     def pin_expert(self, name: str, pinned: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.version import release_of
 
 #: From, and up to but not including. The plugin overrides methods that vLLM does not promise to keep.
 SUPPORTED = ((0, 32), (0, 33))
@@ -24,10 +25,5 @@ def check_vllm(found: str | None = None) -> None:
         import vllm
 
         found = str(vllm.__version__)
-    parts = found.split(".")
-    try:
-        version = (int(parts[0]), int(parts[1]))
-    except (ValueError, IndexError):
-        version = (0, 0)
-    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+    if not SUPPORTED[0] <= release_of(found) < SUPPORTED[1]:
         raise EngineError(f"vLLM {found} is installed; --engine vllm needs >={low},<{high}: {INSTALL}")
