@@ -13,10 +13,10 @@ from torch import nn
 from meswitch_cli.checkpoint.architecture import Architecture, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.attention import register
+from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import DTYPES, EngineSettings
-from meswitch_cli.engine.step import Steps
 from meswitch_cli.errors import UsageError
 
 #: What the families call the epsilon of a norm.
@@ -29,7 +29,7 @@ class BaseModel:
 
     model: Any
     architecture: Architecture
-    steps: Steps
+    current: CurrentBatch
     linears: dict[str, ExpertLinear]
     norms: dict[str, ExpertNorm]
     embedding: ExpertEmbedding
@@ -117,7 +117,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     Raises:
         EngineError: a parameter sits in a layer of unknown kind.
     """
-    steps, backend = Steps(), kernels(model.device, model.dtype)
+    current, backend = CurrentBatch(), kernels(model.device, model.dtype)
     embedding_module, head_module = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tied = head_module.weight is embedding_module.weight
@@ -129,14 +129,14 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         if not own:
             continue
         if isinstance(module, nn.Embedding):
-            replaced[name] = ExpertEmbedding(module, steps, backend)
+            replaced[name] = ExpertEmbedding(module, current, backend)
         elif module is head_module:
-            replaced[name] = ExpertHead(module, steps, backend)
+            replaced[name] = ExpertHead(module, current, backend)
         elif type(module) is nn.Linear:
-            replaced[name] = linears[name] = ExpertLinear(module, steps, backend)
+            replaced[name] = linears[name] = ExpertLinear(module, current, backend)
         elif all(tensor.dim() == 1 for tensor in own.values()) and set(own) <= {"weight", "bias"}:
             plain = without_gain(module, f"{where}: {name}")
-            replaced[name] = norms[name] = ExpertNorm(module, plain, rms_epsilon(plain), steps, backend)
+            replaced[name] = norms[name] = ExpertNorm(module, plain, rms_epsilon(plain), current, backend)
         else:
             raise EngineError(
                 f"{where}: {described.model_type} keeps {name}.{next(iter(own))} in a {type(module).__name__}, "
@@ -149,7 +149,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     base = BaseModel(
         model,
         described,
-        steps,
+        current,
         linears,
         norms,
         model.get_submodule(embedding_name),

@@ -1,4 +1,4 @@
-"""transformers' continuous batching with our sampler, our cache keys, and a hook before every step.
+"""transformers' continuous batching with our sampler, our cache keys, and a hook before every batch.
 
 The scheduler, the paged cache, the batch tensors and the loop are transformers' own. What is overridden was read in
 transformers 5.23; `version.py` refuses others.
@@ -23,6 +23,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from meswitch_cli.engine import attention
 from meswitch_cli.engine.base_model import BaseModel
+from meswitch_cli.engine.batch import Batch, CurrentBatch
 from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.memory import cache_pages
@@ -30,7 +31,6 @@ from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
 from meswitch_cli.engine.sampler import Sampler, choose
 from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.engine.step import Step, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Hooks(Protocol):
     """What the loop tells the engine, always from its own thread."""
 
-    def before_step(self, processor: Processor) -> None: ...
+    def before_batch(self, processor: Processor) -> None: ...
     def on_end(self, generation: Generation) -> None: ...
     def on_failure(self, generation: Generation, error: Exception) -> None: ...
     def on_stop(self, error: Exception | None) -> None: ...
@@ -79,13 +79,13 @@ class Runner(ModelRunner):  # type: ignore[misc]
     """Runs the model, under a graph where there is one, and then our sampler, which never is under it.
 
     Attributes:
-        slot_of_token: `[max_batch_tokens]` int32, filled before every step; at one place, so that a graph may read it.
+        slot_of_token: `[max_batch_tokens]` int32, filled before every batch; at one place, so that a graph may read it.
         mixed: whether the batch has tokens of an expert.
     """
 
-    def __init__(self, steps: Steps, slots: int, **options: Any) -> None:
+    def __init__(self, current: CurrentBatch, slots: int, **options: Any) -> None:
         super().__init__(**options)
-        self._steps, self._slots = steps, slots
+        self._current, self._slots = current, slots
         self._backend = kernels(self.inputs_and_outputs.device, self.cache.dtype)
         self._logits: dict[tuple[int, ...] | None, torch.Tensor] = {}
         io = self.inputs_and_outputs
@@ -115,11 +115,11 @@ class Runner(ModelRunner):  # type: ignore[misc]
         indices = batch_data["logits_indices"]
         tokens = batch_data["input_ids"].shape[1]
         slots = self.slot_of_token[:tokens]
-        self._steps.current = Step(slots, slots[indices.long()], self._slots, self._backend) if self.mixed else None
+        self._current.batch = Batch(slots, slots[indices.long()], self._slots, self._backend) if self.mixed else None
         try:
             logits: torch.Tensor = model(**batch_data).logits
         finally:
-            self._steps.current = None
+            self._current.batch = None
         if "logits_to_keep" not in batch_data:
             logits = logits[:, indices, :]
         self._logits[self._key()] = logits[0]
@@ -157,7 +157,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
 class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
     """transformers' first in, first out, but that requests of one expert are taken together.
 
-    An expert whose prompts are read costs a merge of its weights in every step, however many prompts there are, so
+    An expert whose prompts are read costs a merge of its weights in every batch, however many prompts there are, so
     those who wait for the same slot as the one who has waited longest go with it. The one who has waited longest
     goes first in any case. Within a batch tokens of a slot lie together: their product reads and writes in place.
     """
@@ -177,16 +177,16 @@ class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
-    """One step after the other; `before_step` runs first in each, in the engine's thread, `on_end` for each request
+    """One batch after the other; `before_batch` runs before each, in the engine's thread, `on_end` for each request
     that ended by itself."""
 
-    def __init__(self, *, steps: Steps, slots: int, hooks: Hooks, **options: Any) -> None:
+    def __init__(self, *, current: CurrentBatch, slots: int, hooks: Hooks, **options: Any) -> None:
         super().__init__(**options)
         self._hooks = hooks
         #: Blocks that running requests hold, for any thread to read.
         self.blocks_used = 0
         self.model_runner = Runner(
-            steps,
+            current,
             slots,
             logit_processor=self.logit_processor,
             cb_config=self.cb_config,
@@ -219,7 +219,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         self.blocks_used = self.cache.count_blocks_used()
 
     def prepare_next_batch(self) -> bool:
-        self._hooks.before_step(self)
+        self._hooks.before_batch(self)
         ready: bool = super().prepare_next_batch()
         if ready:
             self.model_runner.set_slots(self.inputs_and_outputs.requests_in_batch)
@@ -237,7 +237,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
                 self._hooks.on_end(generation)
 
 
-class Router:
+class OutputSink:
     """Takes the place of transformers' queue of outputs: chunks are told as they arise, failures are told here."""
 
     def __init__(self, on_failure: Callable[[Generation, Exception], None]) -> None:
@@ -257,11 +257,13 @@ class Router:
 class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
     """The loop and its thread."""
 
-    def __init__(self, model: Any, config: ContinuousBatchingConfig, steps: Steps, slots: int, hooks: Hooks) -> None:
+    def __init__(
+        self, model: Any, config: ContinuousBatchingConfig, current: CurrentBatch, slots: int, hooks: Hooks
+    ) -> None:
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
-        self.output_router = Router(hooks.on_failure)
-        self._steps, self._slots, self._hooks = steps, slots, hooks
+        self.output_router = OutputSink(hooks.on_failure)
+        self._current, self._slots, self._hooks = current, slots, hooks
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         if model.config._attn_implementation != attention.NAME:
@@ -289,7 +291,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         if not all(allocator.supports_block_table for allocator in cache.cache_allocators.values()):
             config.max_blocks_per_request = 0
         return Processor(
-            steps=self._steps,
+            current=self._current,
             slots=self._slots,
             hooks=self._hooks,
             cache=cache,
@@ -331,7 +333,7 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
         use_async_batching=False,
     )
     try:
-        manager = Manager(base.model, config, base.steps, slots, hooks)
+        manager = Manager(base.model, config, base.current, slots, hooks)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
         raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error

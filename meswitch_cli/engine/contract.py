@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from meswitch_cli.errors import MeswitchError
+
+if TYPE_CHECKING:
+    import torch
 
 #: The name under which the base itself is served.
 BASE = "base"
@@ -130,7 +131,7 @@ class ExpertStatus:
     """A served expert.
 
     Attributes:
-        artifact: SHA-256 of the artifact's manifest, hex.
+        digest: SHA-256 of the artifact's manifest, hex.
         nbytes: of the artifact's shards.
         slot: device slot, None unless resident there.
         running, waiting: its requests now.
@@ -138,7 +139,7 @@ class ExpertStatus:
 
     name: str
     path: Path
-    artifact: str
+    digest: str
     nbytes: int
     residency: Residency
     slot: int | None
@@ -207,6 +208,12 @@ class Engine(Protocol):
 
     def tokenizer(self, expert: str) -> Tokenizer:
         """The tokenizer of an expert or of the base. Raises UnknownExpertError."""
+
+    def serves(self, expert: str) -> bool:
+        """Whether requests for it are taken; they always are for the base."""
+
+    def digest(self, expert: str) -> str:
+        """SHA-256 of its artifact's manifest, hex; empty for the base. Raises UnknownExpertError."""
 
     def experts(self) -> tuple[ExpertStatus, ...]:
         """Those that take requests; one that is being unloaded is no longer among them."""

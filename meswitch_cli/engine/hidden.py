@@ -14,7 +14,7 @@ from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.contract import EngineError
 
 
-class HiddenStates:
+class HiddenStateReader:
     """Runs the first layers of a base; any thread may, beside the one that generates."""
 
     def __init__(self, base: BaseModel) -> None:

@@ -15,7 +15,8 @@ from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.engine.banks import Banks, Parts, bank_layout, read_parts
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
-from meswitch_cli.engine.residency import HostCopies, Load
+from meswitch_cli.engine.host_copies import HostCopies
+from meswitch_cli.engine.residency import Load
 from meswitch_cli.errors import MeswitchError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 OnLoaded = Callable[[Load, str | None], None]
 
 
-class Loader:
+class SlotLoader:
     """Loads one expert at a time, from host memory or from disk.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch_cli.engine.step import Steps
+from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_kernels import ExpertBank, GainBank
 from meswitch_kernels.dispatch import backend_module, default_backend
 
@@ -17,7 +17,7 @@ from meswitch_kernels.dispatch import backend_module, default_backend
 @functools.cache
 def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The kernels for a model. Layers call them without the checks of `meswitch_kernels.ops`: the engine has checked
-    the slots once per step, and the checks would cost as much as a small layer."""
+    the slots once for the batch, and the checks would cost as much as a small layer."""
     name = default_backend(device.type)
     return backend_module("naive" if name == "cpu" and dtype == torch.float16 else name)
 
@@ -25,38 +25,38 @@ def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
 class ExpertLinear(nn.Module):
     """A linear layer. `bank` None: no expert changes it."""
 
-    def __init__(self, base: nn.Linear, steps: Steps, backend: ModuleType) -> None:
+    def __init__(self, base: nn.Linear, current: CurrentBatch, backend: ModuleType) -> None:
         super().__init__()
         self.weight: Tensor = base.weight
         self.bias: Tensor | None = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.steps, self.multiply = steps, backend.expert_linear
+        self.current, self.multiply = current, backend.expert_linear
         self.bank: ExpertBank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        step, bank = self.steps.current, self.bank
-        if step is None or bank is None:
+        batch, bank = self.current.batch, self.bank
+        if batch is None or bank is None:
             return nn.functional.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, step.slot_of_token, step.groups)
+        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, batch.slot_of_token, batch.groups)
         return y.view(*x.shape[:-1], -1)
 
 
 class ExpertHead(ExpertLinear):
     """The output head: `[..., vocabulary + most added rows]`, -inf where a token's expert has no such row."""
 
-    def __init__(self, base: nn.Linear, steps: Steps, backend: ModuleType) -> None:
-        super().__init__(base, steps, backend)
+    def __init__(self, base: nn.Linear, current: CurrentBatch, backend: ModuleType) -> None:
+        super().__init__(base, current, backend)
         self.added_logits = backend.added_logits
         #: `[slots + 1, most added rows]` where the head has a bias; its first row is the base's and means nothing.
         self.added_bias: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        step, bank = self.steps.current, self.bank
-        if step is None or bank is None:
+        batch, bank = self.current.batch, self.bank
+        if batch is None or bank is None:
             return nn.functional.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        slots, groups = step.of_rows(rows.shape[0])
+        slots, groups = batch.of_rows(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
         if bank.max_added_rows:
             added = self.added_logits(rows, bank.added_rows, bank.added_counts, slots)
@@ -69,20 +69,20 @@ class ExpertHead(ExpertLinear):
 class ExpertEmbedding(nn.Module):
     """The embedding, with the rows that an expert added; `scale` is what the family multiplies it by, if it does."""
 
-    def __init__(self, base: nn.Embedding, steps: Steps, backend: ModuleType) -> None:
+    def __init__(self, base: nn.Embedding, current: CurrentBatch, backend: ModuleType) -> None:
         super().__init__()
         self.base, self.padding_idx = base, base.padding_idx
         self.weight: Tensor = base.weight
         self.scale: Tensor | None = getattr(base, "embed_scale", None)
-        self.steps, self.look_up = steps, backend.expert_embedding
+        self.current, self.look_up = current, backend.expert_embedding
         self.bank: ExpertBank | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        step, bank = self.steps.current, self.bank
-        if step is None or bank is None:
+        batch, bank = self.current.batch, self.bank
+        if batch is None or bank is None:
             y: Tensor = self.base(ids)
             return y
-        rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, step.slot_of_token)
+        rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, batch.slot_of_token)
         if self.scale is not None:
             rows = rows * self.scale.to(rows.dtype)
         return rows.view(*ids.shape, -1)
@@ -95,13 +95,15 @@ class ExpertNorm(nn.Module):
     number rounded twice, and none where the base's gain is 0.
     """
 
-    def __init__(self, base: Any, plain: Any, epsilon: float | None, steps: Steps, backend: ModuleType) -> None:
+    def __init__(
+        self, base: Any, plain: Any, epsilon: float | None, current: CurrentBatch, backend: ModuleType
+    ) -> None:
         """`plain` is `base` with gain 1 and shift 0; `epsilon` that of a root mean square norm, None of any other."""
         super().__init__()
         self.base: Any = base
         self.plain: Any = plain
-        self.steps = steps
-        #: Both steps at once, where the kernels do that.
+        self.current = current
+        #: Norm and gain at once, where the kernels do that.
         self.rms_norm = getattr(backend, "rms_norm", None) if epsilon is not None else None
         self.epsilon = epsilon
         self.gains: GainBank | None = None
@@ -110,20 +112,20 @@ class ExpertNorm(nn.Module):
         self.token_dimension = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self.steps.current
-        if step is None or (self.gains is None and self.shifts is None):
+        batch = self.current.batch
+        if batch is None or (self.gains is None and self.shifts is None):
             y: Tensor = self.base(x)
             return y
         if self.rms_norm and self.gains and not self.shifts and x.dim() == 3 and self.token_dimension == 1:
-            rows: Tensor = self.rms_norm(x[0], self.epsilon, self.gains.table, step.gain_rows)
+            rows: Tensor = self.rms_norm(x[0], self.epsilon, self.gains.table, batch.gain_rows)
             return rows.unsqueeze(0)
         shape = [1] * (x.dim() - 1) + [x.shape[-1]]
         shape[self.token_dimension] = x.shape[self.token_dimension]
         y = self.plain(x)
         if self.gains is not None:
-            y = y * self.gains.table.index_select(0, step.gain_rows).view(shape)
+            y = y * self.gains.table.index_select(0, batch.gain_rows).view(shape)
         if self.shifts is not None:
-            y = y + self.shifts.table.index_select(0, step.gain_rows).view(shape)
+            y = y + self.shifts.table.index_select(0, batch.gain_rows).view(shape)
         return y.to(x.dtype)
 
     def __getattr__(self, name: str) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from meswitch_cli.engine.banks import Parts
 from meswitch_cli.engine.contract import BASE, Residency
-from meswitch_cli.engine.expert import ServedModel
-from meswitch_cli.engine.generation import Generation
+
+if TYPE_CHECKING:
+    from meswitch_cli.engine.expert import ServedModel
+    from meswitch_cli.engine.generation import Generation
 
 
 @dataclass
@@ -93,8 +95,8 @@ class SlotTable:
             return True
         return False
 
-    def admissions(self) -> list[Generation]:
-        """The requests that run from now on, oldest first; their slots are set."""
+    def admit(self) -> list[Generation]:
+        """Set the slots of the requests that run from now on, and return them, oldest first."""
         chosen: list[Generation] = []
         now = time.monotonic()
         ready = [expert for expert in self.experts.values() if expert.waiting and self._is_ready(expert)]
@@ -123,8 +125,8 @@ class SlotTable:
             slot.running -= 1
             slot.used = time.monotonic()
 
-    def loads_to_start(self) -> list[Load]:
-        """Slots to be filled now; they are marked as loading, and what was in them is evicted."""
+    def start_loads(self) -> list[Load]:
+        """Mark the slots to be filled now as loading, evict what was in them, and return them."""
         now = time.monotonic()
         absent = [
             expert for expert in self.experts.values() if self._needs_slot(expert) and (expert.waiting or expert.pinned)
@@ -139,7 +141,7 @@ class SlotTable:
                 loads.append(self._assign(expert, index, now))
         return loads
 
-    def hopeless(self) -> list[Generation]:
+    def give_up(self) -> list[Generation]:
         """Take back the requests of experts that no slot will ever be free for, because others are pinned in all."""
         if sum(expert.pinned for expert in self.experts.values()) < len(self.slots):
             return []
@@ -154,13 +156,13 @@ class SlotTable:
         """Experts whose requests wait for a slot: they may be read into host memory meanwhile."""
         return [name for name, expert in self.experts.items() if expert.waiting and self._needs_slot(expert)]
 
-    def loaded(self, load: Load) -> None:
+    def finish_load(self, load: Load) -> None:
         slot = self.slots[load.slot]
         slot.loading = False
         slot.since = slot.used = time.monotonic()
         self.loads += 1
 
-    def load_failed(self, load: Load) -> list[Generation]:
+    def fail_load(self, load: Load) -> list[Generation]:
         """Empty the slot again; return the requests that waited for it."""
         expert = self.experts[load.expert]
         self.slots[load.slot] = Slot()
@@ -245,37 +247,3 @@ class SlotTable:
         self.slots[index] = Slot(expert.model.name, loading=True, since=now, used=now)
         expert.slot = index
         return Load(expert.model.name, index)
-
-
-class HostCopies:
-    """Experts' tensors in host memory, the least recently used given up first. `limit` bytes; None is no limit."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self._parts: OrderedDict[str, Parts] = OrderedDict()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
-
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(parts) for parts in tuple(self._parts.values()))
-
-    def get(self, name: str) -> Parts | None:
-        if name in self._parts:
-            self._parts.move_to_end(name)
-        return self._parts.get(name)
-
-    def put(self, name: str, parts: Parts) -> None:
-        if self.limit is not None and _nbytes(parts) > self.limit:
-            return
-        self._parts[name] = parts
-        while self.limit is not None and self.nbytes > self.limit:
-            self._parts.popitem(last=False)
-
-    def forget(self, name: str) -> None:
-        self._parts.pop(name, None)
-
-
-def _nbytes(parts: Parts) -> int:
-    return sum(tensor.nbytes for tensor in parts.values())

@@ -102,7 +102,7 @@ def _top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenToken:
     """A token, None where no token has a finite logit, and its log-probability where it was asked for."""
 
     token: int | None
@@ -110,7 +110,7 @@ class Choice:
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[ChosenToken]:
     """Choose the next token of each row of logits `[rows, width]` fp32, which are changed in place.
 
     Log-probabilities are of the model's own distribution, before any penalty or temperature.
@@ -126,7 +126,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     choices = []
     for row, (token, value) in enumerate(zip(tokens.tolist(), values.tolist(), strict=True)):
         logprob = _report(logprobs[row], token, wanted[row]) if row in wanted else None
-        choices.append(Choice(token if math.isfinite(value) else None, logprob))
+        choices.append(ChosenToken(token if math.isfinite(value) else None, logprob))
     return choices
 
 

@@ -14,7 +14,7 @@ from typing import Generic
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.between_steps import BetweenSteps, Loop
+from meswitch_cli.engine.between_batches import BetweenBatches, Loop
 from meswitch_cli.engine.contract import (
     BASE,
     EngineError,
@@ -43,7 +43,7 @@ STOP_SECONDS = 30.0
 
 
 class SlottedEngine(ABC, Generic[Loop]):
-    """Most of `contract.Engine`; what is left is a loop that calls `before_step` and does as it is told there.
+    """Most of `contract.Engine`; what is left is a loop that calls `before_batch` and does as it is told there.
 
     Attributes:
         failed: experts that could not be served at the start, and why.
@@ -74,7 +74,7 @@ class SlottedEngine(ABC, Generic[Loop]):
         self._random = random.Random(settings.seed)
         self._active: dict[str, Generation] = {}
         self._cancelled: set[str] = set()
-        self._between_steps: BetweenSteps[Loop] = BetweenSteps(self._wake, lambda: not self._running)
+        self._between_batches: BetweenBatches[Loop] = BetweenBatches(self._wake, lambda: not self._running)
         self._closed: str | None = "the engine has not been started"
         self._prompt_tokens = self._generated_tokens = 0
         self._table = SlotTable(1, 1, 0)
@@ -99,7 +99,7 @@ class SlottedEngine(ABC, Generic[Loop]):
 
     @abstractmethod
     def _begin(self, loop: Loop, generation: Generation) -> None:
-        """Have a request computed from the next step on; its expert is in a slot."""
+        """Have a request computed from the next batch on; its expert is in a slot."""
 
     @abstractmethod
     def _abort(self, loop: Loop, generation: Generation) -> None:
@@ -165,7 +165,7 @@ class SlottedEngine(ABC, Generic[Loop]):
             generation = self._active.get(request_id)
             if generation is None:
                 return
-            if not self._withdraw(generation):  # it runs; the loop takes it out between two steps
+            if not self._withdraw(generation):  # it runs; the loop takes it out between two batches
                 self._cancelled.add(request_id)
                 generation = None
         if generation is not None:
@@ -176,6 +176,15 @@ class SlottedEngine(ABC, Generic[Loop]):
         with self._lock:
             return self._model(expert).tokenizer
 
+    def serves(self, expert: str) -> bool:
+        with self._lock:
+            item = self._table.experts.get(expert)
+            return expert == BASE or (item is not None and not item.leaving)
+
+    def digest(self, expert: str) -> str:
+        with self._lock:
+            return self._model(expert).identity
+
     def experts(self) -> tuple[ExpertStatus, ...]:
         with self._lock:
             copies = self._on_host()
@@ -183,7 +192,7 @@ class SlottedEngine(ABC, Generic[Loop]):
                 ExpertStatus(
                     name=name,
                     path=item.model.path,
-                    artifact=item.model.identity,
+                    digest=item.model.identity,
                     nbytes=item.model.nbytes,
                     residency=self._table.residency(item, copies),
                     slot=item.slot,
@@ -233,29 +242,29 @@ class SlottedEngine(ABC, Generic[Loop]):
 
     # What the loop calls, in its own thread.
 
-    def before_step(self, loop: Loop) -> None:
-        self._between_steps.do(loop)
+    def before_batch(self, loop: Loop) -> None:
+        self._between_batches.do(loop)
         for generation in self._take_cancelled():
             generation.end("cancelled")
             if not self._withdraw(generation):
                 self._abort(loop, generation)
                 self.on_end(generation)
         with self._changed:
-            hopeless = self._table.hopeless()
-            for generation in hopeless:
+            given_up = self._table.give_up()
+            for generation in given_up:
                 self._active.pop(generation.id, None)
             self._changed.notify_all()
-        for generation in hopeless:
+        for generation in given_up:
             generation.end("error", f"expert {generation.model.name!r} finds no slot: others are pinned in all of them")
         with self._lock:
-            loads = [(load, self._table.experts[load.expert].model) for load in self._table.loads_to_start()]
+            loads = [(load, self._table.experts[load.expert].model) for load in self._table.start_loads()]
             waiting = [self._table.experts[name].model for name in self._table.prefetches()]
         for load, model in loads:
             self._start_load(loop, load, model)
         for model in waiting:
             self._prefetch(model)
         with self._lock:
-            admitted = self._table.admissions()
+            admitted = self._table.admit()
         for generation in admitted:
             generation.queued_seconds = time.monotonic() - generation.since
             self._begin(loop, generation)
@@ -286,10 +295,10 @@ class SlottedEngine(ABC, Generic[Loop]):
     def _on_loaded(self, load: Load, problem: str | None) -> None:
         with self._changed:
             if problem is None:
-                self._table.loaded(load)
+                self._table.finish_load(load)
             else:
                 logger.error("expert %s: %s", load.expert, problem)
-                for generation in self._table.load_failed(load):
+                for generation in self._table.fail_load(load):
                     self._active.pop(generation.id, None)
                     generation.end("error", problem)
             self._changed.notify_all()
@@ -341,10 +350,10 @@ class SlottedEngine(ABC, Generic[Loop]):
         self._wake()
 
     def _in_loop(self, work: Callable[[Loop], None]) -> None:
-        """Run something between two steps; return when it is done, raise what it raises."""
+        """Run something between two batches; return when it is done, raise what it raises."""
         with self._lock:
             self._refuse_if_closed()
-        self._between_steps.run(work)
+        self._between_batches.run(work)
 
     def _take_cancelled(self) -> list[Generation]:
         with self._lock:

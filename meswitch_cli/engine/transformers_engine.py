@@ -13,9 +13,10 @@ from meswitch_cli.engine.contract import EngineError, EngineStatistics, Generati
 from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammars
-from meswitch_cli.engine.hidden import HiddenStates
-from meswitch_cli.engine.loader import Loader
-from meswitch_cli.engine.residency import HostCopies, Load, SlotTable
+from meswitch_cli.engine.hidden import HiddenStateReader
+from meswitch_cli.engine.host_copies import HostCopies
+from meswitch_cli.engine.loader import SlotLoader
+from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
@@ -62,8 +63,8 @@ class TransformersEngine(SlottedEngine["Processor"]):
         banks = Banks(base, layout, slots)
         banks.install()
         self._copies = HostCopies(settings.copies_nbytes)
-        self._loader = Loader(banks, self._copies, self._on_loaded)
-        self._hidden = HiddenStates(base)
+        self._loader = SlotLoader(banks, self._copies, self._on_loaded)
+        self._hidden = HiddenStateReader(base)
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)
         for model in models:
             self._table.add(model)
@@ -130,7 +131,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
         load = self._table.assign(model.name, slot)
         with self._loader.lock:
             self._loader.copy(model, load.slot)
-        self._table.loaded(load)
+        self._table.finish_load(load)
 
     def _admit_expert(self, loop: Processor, model: ServedModel) -> None:
         with self._lock:

@@ -54,7 +54,7 @@ async def load(request: Request, body: LoadRequest) -> dict[str, Any]:
     except UsageError as error:
         raise ApiError(400, str(error), code="invalid_value", parameter="name") from error
     folder = allowed_folder(service.settings.experts_dir, body.path or body.name)
-    if body.name in service.experts():
+    if service.engine.serves(body.name):
         message = f"{body.name!r} is served already; unload it first, or choose another name"
         raise ApiError(409, message, code="already_served", parameter="name")
     await _change(lambda: service.engine.load_expert(body.name, folder))
@@ -93,7 +93,7 @@ async def _change(work: Callable[[], None]) -> None:
 def _served(service: Service, name: str) -> None:
     if name == BASE:
         raise ApiError(400, "name: the base is always served", code="invalid_value", parameter="name")
-    if name not in service.experts():
+    if not service.engine.serves(name):
         raise ApiError(404, f"expert {name!r} is not served", code="model_not_found", parameter="name")
 
 

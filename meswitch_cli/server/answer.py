@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from meswitch_cli.engine.contract import Chunk, FinishReason, TokenLogprob
-from meswitch_cli.server.generation import Generation
+from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.streaming import ClientGone, EventStream, unless_gone
@@ -51,64 +51,62 @@ class Shape(Protocol):
 async def answer(
     service: Service,
     request: Request,
-    generation: Generation,
+    group: GenerationGroup,
     shape: Shape,
     *,
     stream: bool,
     include_usage: bool,
     token_ids: bool,
 ) -> Response:
-    """Submit a generation and answer with it.
+    """Submit the choices of a request and answer with them.
 
     Raises:
         EngineError, ApiError: it was refused, or failed before anything was sent.
     """
-    record = RequestRecord.of(request)
-    expert = service.experts().get(record.expert)
     head = {
-        "id": shape.id_prefix + generation.id,
+        "id": shape.id_prefix + group.id,
         "object": shape.part_object if stream else shape.whole_object,
         "created": int(time.time()),
-        "model": record.expert,
-        "system_fingerprint": system_fingerprint(expert.artifact if expert else None),
+        "model": group.expert,
+        "system_fingerprint": system_fingerprint(service.engine.digest(group.expert)),
     }
-    await generation.submit()
+    await group.submit()
     if stream:
-        events = _events(head, generation, shape, include_usage, token_ids)
-        return EventStream(events, at_end=generation.cancel)
+        events = _events(head, group, shape, include_usage, token_ids)
+        return EventStream(events, at_end=group.cancel)
     try:
-        collected = await unless_gone(request.receive, _collect(generation))
+        collected = await unless_gone(request.receive, _collect(group))
     except ClientGone:
         return Response(status_code=499)
     finally:
-        generation.cancel()
+        group.cancel()
     choices = [shape.whole(index, one) for index, one in enumerate(collected)]
     if token_ids:
         for choice, one in zip(choices, collected, strict=True):
             choice["token_ids"] = one.tokens
-    return Response(dumps(head | {"choices": choices, "usage": _usage(record)}), media_type="application/json")
+    return Response(dumps(head | {"choices": choices, "usage": _usage(group.record)}), media_type="application/json")
 
 
-async def _collect(generation: Generation) -> Sequence[Collected]:
-    choices = [Collected() for _ in range(len(generation))]
-    async for index, chunk in generation.chunks():
+async def _collect(group: GenerationGroup) -> Sequence[Collected]:
+    choices = [Collected() for _ in range(len(group))]
+    async for index, chunk in group.chunks():
         choices[index].add(chunk)
     return choices
 
 
 async def _events(
-    head: dict[str, Any], generation: Generation, shape: Shape, include_usage: bool, token_ids: bool
+    head: dict[str, Any], group: GenerationGroup, shape: Shape, include_usage: bool, token_ids: bool
 ) -> AsyncIterator[dict[str, Any]]:
     begun: set[int] = set()
     usage = {"usage": None} if include_usage else {}
-    async for index, chunk in generation.chunks():
+    async for index, chunk in group.chunks():
         choice = shape.part(index, chunk, index not in begun)
         begun.add(index)
         if token_ids:
             choice["token_ids"] = list(chunk.tokens)
         yield head | {"choices": [choice]} | usage
     if include_usage:
-        yield head | {"choices": [], "usage": _usage(generation.record)}
+        yield head | {"choices": [], "usage": _usage(group.record)}
 
 
 def _usage(record: RequestRecord) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Request, Response
 
 from meswitch_cli.engine.contract import Chunk
 from meswitch_cli.server.answer import Collected, answer
-from meswitch_cli.server.generation import Generation
+from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.prompts import chat_tokens, token_limit
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
-from meswitch_cli.server.schemas import ChatRequest
+from meswitch_cli.server.schemas import ChatRequest, for_template
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.token_text import TokenTexts
 
@@ -57,18 +57,18 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
     service.admit()
     n, include_usage, asked = body.choices(service.settings.max_choices), body.include_usage(), body.token_limit()
-    messages = [message.for_template() for message in body.messages]
+    conversation = for_template(body.messages)
     record.user = body.user
     if service.settings.log_prompts:
-        record.prompt = messages
-    choice = await choose(service, request, body.model, messages)
-    prompt = await chat_tokens(service, choice.expert, body.messages)
+        record.prompt = conversation
+    choice = record.choice = await choose(service, request, body.model, conversation)
+    prompt = await chat_tokens(service, choice.expert, conversation)
     sampling = body.sampling(token_limit(service, prompt, asked, None, "messages"))
     texts = TokenTexts(service.engine.tokenizer(choice.expert)) if body.logprobs else None
     return await answer(
         service,
         request,
-        Generation(service, record, choice.expert, [prompt], [sampling], n),
+        GenerationGroup(service, record, choice.expert, [prompt], [sampling], n),
         ChatShape(texts),
         stream=bool(body.stream),
         include_usage=include_usage,

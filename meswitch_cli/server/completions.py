@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from meswitch_cli.engine.contract import Chunk
 from meswitch_cli.server.answer import Collected, answer
-from meswitch_cli.server.generation import Generation
+from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.prompts import decode, text_tokens, token_limit
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
@@ -61,7 +61,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     if service.settings.log_prompts:
         record.prompt = given
     subject = given[0] if len(given) == 1 and isinstance(given[0], str) else None
-    choice = await choose(service, request, body.model, subject)
+    choice = record.choice = await choose(service, request, body.model, subject)
     tokenizer = service.engine.tokenizer(choice.expert)
     prompts = [
         await text_tokens(service, choice.expert, prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -75,7 +75,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     return await answer(
         service,
         request,
-        Generation(service, record, choice.expert, prompts, samplings, n),
+        GenerationGroup(service, record, choice.expert, prompts, samplings, n),
         CompletionShape(texts, echoes, n),
         stream=bool(body.stream),
         include_usage=include_usage,

@@ -72,12 +72,13 @@ class RequestContext:
 def add_headers(headers: MutableHeaders, record: RequestRecord) -> None:
     """Say which request this was and, once that is decided, which expert answers it and why."""
     headers["x-request-id"] = record.id
-    if record.confidence is None:
+    choice = record.choice
+    if choice is None:
         return
-    headers["x-meswitch-expert"] = record.expert
-    headers["x-meswitch-confidence"] = f"{record.confidence:.4f}"
-    headers["x-meswitch-reason"] = record.reason
-    headers["x-meswitch-router-ms"] = f"{record.router_ms:.1f}"
-    if record.probabilities:
-        likeliest = sorted(record.probabilities.items(), key=lambda item: -item[1])[:MAX_PROBABILITIES]
+    headers["x-meswitch-expert"] = choice.expert
+    headers["x-meswitch-confidence"] = f"{choice.confidence:.4f}"
+    headers["x-meswitch-reason"] = choice.reason
+    headers["x-meswitch-router-ms"] = f"{choice.router_ms:.1f}"
+    if choice.probabilities:
+        likeliest = sorted(choice.probabilities.items(), key=lambda item: -item[1])[:MAX_PROBABILITIES]
         headers["x-meswitch-probabilities"] = json.dumps({name: round(value, 4) for name, value in likeliest})

@@ -50,9 +50,9 @@ def log_request(record: RequestRecord) -> None:
         "status": record.status,
         "milliseconds": round(1000 * record.seconds, 1),
     }
-    if record.confidence is not None:
-        fields |= {"expert": record.expert, "reason": record.reason, "confidence": round(record.confidence, 4)}
-        fields["router_milliseconds"] = round(record.router_ms, 1)
+    if choice := record.choice:
+        fields |= {"expert": choice.expert, "reason": choice.reason, "confidence": round(choice.confidence, 4)}
+        fields["router_milliseconds"] = round(choice.router_ms, 1)
     if record.generates:
         fields |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens}
         fields |= {"cached_tokens": record.cached_tokens, "finish_reasons": record.finish_reasons}

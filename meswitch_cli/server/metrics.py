@@ -53,13 +53,12 @@ class Metrics:
 
     def observe_request(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
-        labels = (record.expert, record.reason)
         path = record.path if record.path in PATHS else "other"
-        self.requests.labels(path, str(record.status), *labels).inc()
+        self.requests.labels(path, str(record.status), *record.labels).inc()
         if record.generates:
-            self.request.labels(*labels).observe(record.seconds)
-            self.prompt_tokens.labels(*labels).inc(record.prompt_tokens)
-            self.completion_tokens.labels(*labels).inc(record.completion_tokens)
+            self.request.labels(*record.labels).observe(record.seconds)
+            self.prompt_tokens.labels(*record.labels).inc(record.prompt_tokens)
+            self.completion_tokens.labels(*record.labels).inc(record.completion_tokens)
 
     def text(self) -> bytes:
         """In the text format of Prometheus."""

@@ -7,14 +7,14 @@ from typing import Any
 
 from meswitch_cli.engine.contract import Tokenizer
 from meswitch_cli.server.errors import ApiError
-from meswitch_cli.server.schemas import Message
+from meswitch_cli.server.schemas import Conversation
 from meswitch_cli.server.service import Service
 
 _MAX_REASON = 300
 
 
 async def chat_tokens(
-    service: Service, expert: str, messages: Sequence[Message], add_generation_prompt: bool = True
+    service: Service, expert: str, conversation: Conversation, add_generation_prompt: bool = True
 ) -> tuple[int, ...]:
     """The tokens of a conversation under the expert's own chat template.
 
@@ -25,7 +25,6 @@ async def chat_tokens(
     if not tokenizer.chat_template:
         message = f"model {expert!r} has no chat template: use /v1/completions"
         raise ApiError(400, message, code="no_chat_template", parameter="model")
-    conversation = [message.for_template() for message in messages]
 
     def render() -> tuple[int, ...]:
         return tuple(

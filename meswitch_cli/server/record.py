@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.types import Scope
+
+if TYPE_CHECKING:
+    from meswitch_cli.server.routing import Choice
 
 _KEY = "meswitch.record"
 
@@ -21,11 +24,9 @@ class RequestRecord:
 
     Attributes:
         started: `time.perf_counter` at its arrival.
-        expert, reason: who answers and why; `NONE` until that is decided.
-        confidence: of the router, 1 where it was not asked.
-        router_ms: milliseconds that the choice took.
-        probabilities: of the router, by expert.
-        tokens: whether this request's tokens are counted, that is, whether it generates.
+        choice: who answers and why; None until that is decided.
+        generates: whether it generates, so that its tokens are counted.
+        first_token: seconds from its arrival to its first token.
     """
 
     id: str
@@ -33,11 +34,7 @@ class RequestRecord:
     path: str
     started: float = field(default_factory=time.perf_counter)
     status: int = 0
-    expert: str = NONE
-    reason: str = NONE
-    confidence: float | None = None
-    router_ms: float = 0.0
-    probabilities: dict[str, float] = field(default_factory=dict)
+    choice: Choice | None = None
     generates: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -52,6 +49,11 @@ class RequestRecord:
     def seconds(self) -> float:
         """Since its arrival."""
         return time.perf_counter() - self.started
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Expert and reason, as `metrics.LABELS` has them."""
+        return (self.choice.expert, self.choice.reason) if self.choice else (NONE, NONE)
 
     @classmethod
     def of(cls, request: Request) -> RequestRecord:

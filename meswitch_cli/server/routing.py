@@ -16,7 +16,7 @@ from meswitch_cli.errors import MeswitchError
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.record import RequestRecord
-from meswitch_cli.server.schemas import RouteRequest
+from meswitch_cli.server.schemas import RouteRequest, Subject
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.settings import AUTO
 
@@ -29,8 +29,6 @@ _MAX_SESSION = 256
 
 logger = logging.getLogger(__name__)
 endpoints = APIRouter()
-
-Subject = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,12 @@ def check_router(router: Router, engine: Engine) -> list[str]:
     return [
         f"expert {name!r} is not the artifact that the router was trained for; routing may be off"
         for name, artifact in router.experts.items()
-        if artifact and name in served and served[name].artifact != artifact
+        if artifact and name in served and served[name].digest != artifact
     ]
 
 
 async def choose(service: Service, request: Request, model: str, subject: Subject | None) -> Choice:
-    """Decide who answers and write it into the request's record.
+    """Decide who answers.
 
     `subject` is what the router reads; None where the prompt is token ids, whose text depends on the expert.
 
@@ -83,25 +81,16 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
     """
     session = _session(request)
     if model == AUTO:
-        choice = await _routed(service, request, subject, session)
-    elif model == BASE or model in service.experts():
-        choice = Choice(model, 1.0, "pinned")
-        router = service.router
-        if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
-            await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
-    else:
+        return await _routed(service, request, subject, session)
+    if not service.engine.serves(model):
         names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, AUTO))
         raise ApiError(
             404, f"model {model!r} is not served; there are {names}", code="model_not_found", parameter="model"
         )
-    record_choice(RequestRecord.of(request), choice)
-    return choice
-
-
-def record_choice(record: RequestRecord, choice: Choice) -> None:
-    """Keep a choice for the headers, the log and the metrics."""
-    record.expert, record.reason, record.confidence = choice.expert, choice.reason, choice.confidence
-    record.router_ms, record.probabilities = choice.router_ms, dict(choice.probabilities)
+    router = service.router
+    if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
+        await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
+    return Choice(model, 1.0, "pinned")
 
 
 def _session(request: Request) -> str | None:
@@ -137,7 +126,7 @@ async def _routed(service: Service, request: Request, subject: Subject | None, s
         )
         if choice.reason == "error":
             failure = MeswitchError("the router answered with an error")
-        elif choice.expert != BASE and choice.expert not in service.experts():
+        elif not service.engine.serves(choice.expert):
             failure = MeswitchError(f"the router chose {choice.expert!r}, which is not served now")
             logger.warning("request %s: %s", RequestRecord.of(request).id, failure)
             choice = Choice(BASE, 0.0, "unavailable", probabilities=choice.probabilities)
@@ -154,7 +143,7 @@ async def _routed(service: Service, request: Request, subject: Subject | None, s
 async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
     service = Service.of(request)
     choice = await _routed(service, request, body.subject(), None)  # a dry run leaves sessions as they are
-    record_choice(RequestRecord.of(request), choice)
+    RequestRecord.of(request).choice = choice
     return {
         "object": "route",
         "expert": choice.expert,

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from meswitch_cli.engine.contract import Sampling
+from meswitch_cli.engine.sampling_ranges import MAX_STOPS, RANGES
 from meswitch_cli.server.errors import ASKS_NOTHING, ApiError
 
-MAX_STOPS = 16
 MAX_LOGIT_BIASES = 1024
-MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+#: Messages in the form of chat templates, and what a router reads: those, or a text.
+Conversation = list[dict[str, str]]
+Subject = str | Conversation
+
+
+def _in_range(name: str) -> Any:
+    """The range of a member of `Sampling`."""
+    low, high, above = RANGES[name]
+    return Field(gt=low, le=high) if above else Field(ge=low, le=high)
 
 
 class Strict(BaseModel):
@@ -55,11 +65,15 @@ class Message(Strict):
     content: str | list[TextPart]
     name: Annotated[str, Field(max_length=256)] | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """As chat templates expect it; `developer` is what OpenAI now calls the system's role."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else message | {"name": self.name}
+
+def for_template(messages: Sequence[Message]) -> Conversation:
+    """As router and chat templates expect them; `developer` is what OpenAI now calls the system's role."""
+    conversation = []
+    for message in messages:
+        text = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
+        plain = {"role": "system" if message.role == "developer" else message.role, "content": text}
+        conversation.append(plain if message.name is None else plain | {"name": message.name})
+    return conversation
 
 
 class StreamOptions(Strict):
@@ -91,16 +105,16 @@ class GenerationParameters(Strict):
     """What chat and text completions have in common. null is as good as absent."""
 
     model: Annotated[str, Field(max_length=256)]
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    temperature: Annotated[float, _in_range("temperature")] | None = None
+    top_p: Annotated[float, _in_range("top_p")] | None = None
+    top_k: Annotated[int, _in_range("top_k")] | None = None
+    min_p: Annotated[float, _in_range("min_p")] | None = None
+    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
+    frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, _in_range("logit_bias")]],
             Field(max_length=MAX_LOGIT_BIASES),
         ]
         | None
@@ -112,8 +126,8 @@ class GenerationParameters(Strict):
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
+    max_tokens: Annotated[int, _in_range("max_tokens")] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
@@ -152,9 +166,9 @@ class GenerationParameters(Strict):
 
 class ChatRequest(GenerationParameters):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, _in_range("max_tokens")] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, _in_range("logprobs")] | None = None
     response_format: ResponseFormat | None = None
 
     def token_limit(self) -> int | None:
@@ -220,10 +234,10 @@ class RouteRequest(Strict):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = None
     prompt: str | None = None
 
-    def subject(self) -> str | list[dict[str, str]]:
+    def subject(self) -> Subject:
         if (self.messages is None) == (self.prompt is None):
             raise ApiError(400, "give messages or prompt, one of them", code="invalid_value", parameter="messages")
-        return [message.for_template() for message in self.messages] if self.messages else self.prompt or ""
+        return for_template(self.messages) if self.messages else self.prompt or ""
 
 
 class TokenizeRequest(Strict):

@@ -86,9 +86,9 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def system_fingerprint(artifact: str | None) -> str | None:
-    """What OpenAI's API calls so: it changes when the weights that answer do."""
-    return f"fp_{artifact[:16]}" if artifact else None
+def system_fingerprint(digest: str) -> str | None:
+    """What OpenAI's API calls so: it changes when the weights that answer do; None for the base."""
+    return f"fp_{digest[:16]}" if digest else None
 
 
 def dumps(value: Any) -> bytes:

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request
 from meswitch_cli.engine.contract import BASE
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.prompts import chat_tokens, decode, text_tokens
+from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
-from meswitch_cli.server.schemas import DetokenizeRequest, TokenizeRequest
+from meswitch_cli.server.schemas import DetokenizeRequest, TokenizeRequest, for_template
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.settings import AUTO
 
@@ -24,7 +25,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if (body.messages is None) == (body.prompt is None):
         raise ApiError(400, "give prompt or messages, one of them", code="invalid_value", parameter="prompt")
     if body.messages is not None:
-        tokens = await chat_tokens(service, expert, body.messages, body.add_generation_prompt)
+        tokens = await chat_tokens(service, expert, for_template(body.messages), body.add_generation_prompt)
     else:
         tokens = await text_tokens(service, expert, body.prompt or "", body.add_special_tokens)
     return {"model": expert, "tokens": tokens, "count": len(tokens), "max_model_len": service.engine.max_model_len}
@@ -46,4 +47,5 @@ async def _named(service: Service, request: Request, model: str) -> str:
     if model == AUTO:
         message = f"each expert has its own tokenizer: name one, or {BASE!r}"
         raise ApiError(400, message, code="invalid_value", parameter="model")
-    return (await choose(service, request, model, None)).expert
+    choice = RequestRecord.of(request).choice = await choose(service, request, model, None)
+    return choice.expert

@@ -23,10 +23,10 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout, read_parts
 from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
+from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.expert import computing_differences, end_ids
 from meswitch_cli.engine.modules import kernels
-from meswitch_cli.engine.step import Step
 from meswitch_cli.engine.version import check_transformers
 from meswitch_cli.errors import CheckpointError, UsageError
 from zoo.tiny import make_pair
@@ -138,11 +138,11 @@ def test_banks_hold_the_artifacts_delta(family: Family) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     for slot, name in enumerate(EXPERTS):
         slots = torch.full((4,), slot, dtype=torch.int32)
-        base.steps.current = Step(slots, slots[3:], 3, kernels(base.device, base.dtype))
+        base.current.batch = Batch(slots, slots[3:], 3, kernels(base.device, base.dtype))
         with torch.inference_mode():
             ours = base.model(ids, use_cache=False).logits[0]
             theirs = family.references[name](ids).logits[0]
-        base.steps.current = None
+        base.current.batch = None
         torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, rtol=1e-4, atol=1e-4)
         assert (ours[:, theirs.shape[1] :] == -torch.inf).all()
 

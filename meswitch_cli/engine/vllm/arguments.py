@@ -12,14 +12,14 @@ from meswitch_cli.checkpoint.architecture import Architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Layout
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
-from meswitch_cli.engine.requests import MAX_TOP_LOGPROBS
+from meswitch_cli.engine.sampling_ranges import MAX_TOP_LOGPROBS
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
 
 #: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.
 MAX_ADAPTERS = 4096
 #: Prompts whose hidden states are computed at once, beside the requests.
-PROBES = 8
+POOLED_PROMPTS = 8
 #: What vLLM reads from the environment alone. One process, so that a request's chunks and its worker's slots are
 #: at hand; the model runner that calls logits processors; nobody is told what is served here; logs go where ours go.
 ENVIRONMENT = {
@@ -49,7 +49,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """The arguments of `vllm.EngineArgs`.
 
-    No CUDA graphs and no compilation: whether a batch holds experts is decided in Python, once per step.
+    No CUDA graphs and no compilation: whether a batch holds experts is decided in Python, once a batch.
     """
     added = max((room.added_rows for room in layout.rooms.values()), default=0)
     vocabulary = names.vocabulary + added
@@ -63,8 +63,8 @@ def engine_arguments(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "max_model_len": max_model_len,
-        "max_num_seqs": settings.max_running + PROBES,
-        "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + PROBES),
+        "max_num_seqs": settings.max_running + POOLED_PROMPTS,
+        "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + POOLED_PROMPTS),
         "max_logprobs": MAX_TOP_LOGPROBS,
         "enable_prefix_caching": settings.prefix_sharing,
         "enforce_eager": True,

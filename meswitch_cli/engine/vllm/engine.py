@@ -124,7 +124,7 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         self._closed = None
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
-        from meswitch_cli.engine.vllm.loop import ProbedPrompt
+        from meswitch_cli.engine.vllm.loop import PooledPrompt
 
         if self._thread is None:
             raise ShuttingDownError("the engine has not been started")
@@ -132,8 +132,8 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         longest = max(map(len, token_ids), default=0)
         if longest >= self.max_model_len:
             raise EngineError(f"a prompt of {longest} tokens; the most is {self.max_model_len - 1}")
-        prompts = [ProbedPrompt(tuple(tokens), layer) for tokens in token_ids]
-        self._in_loop(lambda loop: loop.probe(prompts))
+        prompts = [PooledPrompt(tuple(tokens), layer) for tokens in token_ids]
+        self._in_loop(lambda loop: loop.pool(prompts))
         for prompt in prompts:
             while not prompt.done.wait(0.1):
                 if not self._running:
@@ -191,7 +191,7 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
                 self._start_load(loop, self._table.assign(model.name, slot), model)
             ready.set()
             while not self._stopping:
-                self._step(loop)
+                self._advance(loop)
         except BaseException as error:
             failure = error
             if not ready.is_set():
@@ -202,12 +202,12 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
             self.on_stop(failure)
             ready.set()
 
-    def _step(self, loop: VllmLoop) -> None:
-        """Admit and compute; without work, wait for some."""
+    def _advance(self, loop: VllmLoop) -> None:
+        """Admit, and compute a batch; without work, wait for some."""
         self._work.clear()
-        self.before_step(loop)
+        self.before_batch(loop)
         if loop.busy:
-            loop.step()
+            loop.compute_batch()
         else:
             self._work.wait(0.05 if self._table.waiting else None)
 
@@ -227,7 +227,7 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         loop.abort(generation)
 
     def _start_load(self, loop: VllmLoop, load: Load, model: ServedModel) -> None:
-        """Fill a slot before the next step. vLLM's adapters come between steps, so nobody computes meanwhile."""
+        """Fill a slot before the next batch. vLLM's adapters come between batches, so nobody computes meanwhile."""
         problem = None
         try:
             loop.load(self._adapters[model.name])

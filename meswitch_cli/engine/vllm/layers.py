@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from meswitch_cli.engine.step import Step, Steps
+from meswitch_cli.engine.batch import Batch, CurrentBatch
 from meswitch_kernels import ExpertBank, GainBank
 
 
@@ -35,11 +35,11 @@ class Rows:
 
 
 class _ExpertMethod(LinearMethodBase):  # type: ignore[misc]
-    """What the methods share: the method that they stand in for, the step, the kernels."""
+    """What the methods share: the method that they stand in for, the batch, the kernels."""
 
-    def __init__(self, plain: Any, steps: Steps, backend: ModuleType) -> None:
+    def __init__(self, plain: Any, current: CurrentBatch, backend: ModuleType) -> None:
         super().__init__()
-        self.plain, self.steps, self.backend = plain, steps, backend
+        self.plain, self.current, self.backend = plain, current, backend
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
         raise NotImplementedError("the weights were created by the method that this one stands in for")
@@ -56,19 +56,19 @@ class _ExpertMethod(LinearMethodBase):  # type: ignore[misc]
 class ExpertLinearMethod(_ExpertMethod):
     """A linear of one or several parts, each with its own bank: bits, channels, groups and rank may differ."""
 
-    def __init__(self, plain: Any, parts: Sequence[Rows], steps: Steps, backend: ModuleType) -> None:
-        super().__init__(plain, steps, backend)
+    def __init__(self, plain: Any, parts: Sequence[Rows], current: CurrentBatch, backend: ModuleType) -> None:
+        super().__init__(plain, current, backend)
         self.parts = parts
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        step = self.steps.current
-        if step is None or all(part.bank is None for part in self.parts):
+        batch = self.current.batch
+        if batch is None or all(part.bank is None for part in self.parts):
             y: Tensor = self.plain.apply(layer, x, bias)
             return y
         rows = x.reshape(-1, x.shape[-1])
-        check_tokens(step, rows.shape[0])
+        check_tokens(batch, rows.shape[0])
         outputs = [
-            self.multiply(rows, part, None if bias is None else part.bias, step.slot_of_token, step.groups, part.bank)
+            self.multiply(rows, part, None if bias is None else part.bias, batch.slot_of_token, batch.groups, part.bank)
             for part in self.parts
         ]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -82,31 +82,37 @@ class ExpertVocabularyMethod(_ExpertMethod):
     """
 
     def __init__(
-        self, plain: Any, embedding: Rows | None, head: Rows | None, width: int, steps: Steps, backend: ModuleType
+        self,
+        plain: Any,
+        embedding: Rows | None,
+        head: Rows | None,
+        width: int,
+        current: CurrentBatch,
+        backend: ModuleType,
     ) -> None:
         """`width` is the length of that one vocabulary."""
-        super().__init__(plain, steps, backend)
+        super().__init__(plain, current, backend)
         self._embedding, self._head, self._width = embedding, head, width
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
-        step, rows = self.steps.current, self._embedding
-        if step is None or rows is None or rows.bank is None:
+        batch, rows = self.current.batch, self._embedding
+        if batch is None or rows is None or rows.bank is None:
             y: Tensor = self.plain.embedding(layer, ids)
             return y
         flat = ids.reshape(-1)
-        check_tokens(step, flat.shape[0])
+        check_tokens(batch, flat.shape[0])
         bank = rows.bank
         found: Tensor = self.backend.expert_embedding(
-            flat, rows.weight, bank.tensors, bank.added_rows, step.slot_of_token
+            flat, rows.weight, bank.tensors, bank.added_rows, batch.slot_of_token
         )
         return found.view(*ids.shape, -1)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        step, rows = self.steps.current, self._head
-        if step is None or rows is None or rows.bank is None:
+        batch, rows = self.current.batch, self._head
+        if batch is None or rows is None or rows.bank is None:
             y: Tensor = self.plain.apply(layer, x, bias)
             return y
-        slots, groups = step.of_rows(x.shape[0])
+        slots, groups = batch.of_rows(x.shape[0])
         if slots.shape[0] != x.shape[0]:
             raise RuntimeError(f"vLLM asks for logits of {x.shape[0]} tokens, {slots.shape[0]} were announced")
         bank = rows.bank
@@ -119,30 +125,30 @@ class ExpertVocabularyMethod(_ExpertMethod):
         return nn.functional.pad(y, (0, self._width - y.shape[1]), value=-torch.inf)
 
 
-class ExpertNorm(nn.Module):
+class ExpertResidualNorm(nn.Module):
     """A norm, with vLLM's second argument and second result: the residual that it adds first."""
 
-    def __init__(self, base: nn.Module, plain: nn.Module, steps: Steps) -> None:
+    def __init__(self, base: nn.Module, plain: nn.Module, current: CurrentBatch) -> None:
         """`plain` is `base` with gain 1 and shift 0."""
         super().__init__()
-        self.base, self.plain, self.steps = base, plain, steps
+        self.base, self.plain, self.current = base, plain, current
         self.gains: GainBank | None = None
         self.shifts: GainBank | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        step = self.steps.current
+        batch = self.current.batch
         given = (x,) if residual is None else (x, residual)
-        if step is None or (self.gains is None and self.shifts is None):
+        if batch is None or (self.gains is None and self.shifts is None):
             return self.base(*given)
-        check_tokens(step, x.shape[0])
+        check_tokens(batch, x.shape[0])
         result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
         shape = [x.shape[0]] + [1] * (x.dim() - 2) + [x.shape[-1]]
         dtype = y.dtype
         if self.gains is not None:
-            y = y * self.gains.table.index_select(0, step.gain_rows).view(shape)
+            y = y * self.gains.table.index_select(0, batch.gain_rows).view(shape)
         if self.shifts is not None:
-            y = y + self.shifts.table.index_select(0, step.gain_rows).view(shape)
+            y = y + self.shifts.table.index_select(0, batch.gain_rows).view(shape)
         y = y.to(dtype)
         return y if rest is None else (y, rest)
 
@@ -156,28 +162,28 @@ class ExpertNorm(nn.Module):
 class VocabularyLimits:
     """Each expert's own vocabulary: no later token is ever chosen. A hook on vLLM's logits processor."""
 
-    def __init__(self, vocabulary: int, slots: int, steps: Steps, device: torch.device) -> None:
-        self.steps = steps
+    def __init__(self, vocabulary: int, slots: int, current: CurrentBatch, device: torch.device) -> None:
+        self.current = current
         #: `[slots + 1]`, the base's first.
         self.limits = torch.full((slots + 1,), vocabulary, dtype=torch.long, device=device)
 
     def __call__(self, module: nn.Module, inputs: Any, logits: Tensor | None) -> Tensor | None:
         if logits is None:
             return None
-        step = self.steps.current
-        if step is None:
+        batch = self.current.batch
+        if batch is None:
             limits = self.limits[:1].expand(logits.shape[0])
         else:
-            limits = self.limits.index_select(0, step.of_rows(logits.shape[0])[0].long() + 1)
+            limits = self.limits.index_select(0, batch.of_rows(logits.shape[0])[0].long() + 1)
         places = torch.arange(logits.shape[1], device=logits.device)
         return logits.masked_fill(places >= limits[:, None], -torch.inf)
 
 
-def check_tokens(step: Step, tokens: int) -> None:
+def check_tokens(batch: Batch, tokens: int) -> None:
     """Refuse a forward pass of other tokens than were announced: kernels read as many slots as there are rows.
 
     Raises:
         RuntimeError: their number differs.
     """
-    if step.slot_of_token.shape[0] != tokens:
-        raise RuntimeError(f"vLLM computes {tokens} tokens, {step.slot_of_token.shape[0]} were announced")
+    if batch.slot_of_token.shape[0] != tokens:
+        raise RuntimeError(f"vLLM computes {tokens} tokens, {batch.slot_of_token.shape[0]} were announced")

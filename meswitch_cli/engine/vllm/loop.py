@@ -21,7 +21,7 @@ from meswitch_cli.engine.vllm.names import worker_config
 
 
 @dataclass(eq=False)
-class ProbedPrompt:
+class PooledPrompt:
     """A prompt whose hidden states after a layer are wanted, and their mean `[hidden]` when it is known."""
 
     tokens: tuple[int, ...]
@@ -48,15 +48,15 @@ class VllmLoop:
         self.blocks, self.loads = (0, 0), (0.0, 0)
         self._layers_prefix, self._on_end = layers_prefix, on_end
         self._generations: dict[str, Generation] = {}
-        self._probes: dict[str, ProbedPrompt] = {}
+        self._pooled: dict[str, PooledPrompt] = {}
         self._count_blocks()
 
     @property
     def busy(self) -> bool:
-        return bool(self._generations or self._probes)
+        return bool(self._generations or self._pooled)
 
     def begin(self, generation: Generation, params: SamplingParams, adapter: LoRARequest | None) -> None:
-        """Have a request computed from the next step on.
+        """Have a request computed from the next batch on.
 
         Raises:
             ValueError: vLLM refuses it.
@@ -71,28 +71,28 @@ class VllmLoop:
         self._generations.pop(generation.id, None)
         self._count_blocks()
 
-    def probe(self, prompts: Sequence[ProbedPrompt]) -> None:
+    def pool(self, prompts: Sequence[PooledPrompt]) -> None:
         """Submit prompts that vLLM must compute whole: their states are wanted, so no cached ones will do."""
         params = SamplingParams(
             temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=True
         )
         for prompt in prompts:
-            name = f"probe-{uuid.uuid4().hex}"
+            name = f"pooled-{uuid.uuid4().hex}"
             self.engine.collective_rpc("meswitch_watch", args=(name, self._layers_prefix, prompt.layer))
             self.engine.add_request(name, tokens_input(list(prompt.tokens)), params)
-            self._probes[name] = prompt
+            self._pooled[name] = prompt
 
-    def step(self) -> None:
-        """Compute one step, and tell what came out."""
+    def compute_batch(self) -> None:
+        """Compute one batch, and tell what came out."""
         outputs = self.engine.step()
         self._count_blocks()
         for output in outputs:
-            generation, prompt = self._generations.get(output.request_id), self._probes.get(output.request_id)
+            generation, prompt = self._generations.get(output.request_id), self._pooled.get(output.request_id)
             if generation is not None:
                 self._tell(generation, output)
             elif prompt is not None and output.finished:
-                del self._probes[output.request_id]
-                prompt.mean = self.engine.collective_rpc("meswitch_take_probe", args=(output.request_id,))[0]
+                del self._pooled[output.request_id]
+                prompt.mean = self.engine.collective_rpc("meswitch_take_mean", args=(output.request_id,))[0]
                 prompt.done.set()
 
     def load(self, adapter: LoRARequest) -> None:

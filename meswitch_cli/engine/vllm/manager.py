@@ -16,11 +16,11 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, Parts, read_parts
+from meswitch_cli.engine.batch import Batch, CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
+from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.modules import kernels
-from meswitch_cli.engine.residency import HostCopies
-from meswitch_cli.engine.step import Step, Steps
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, layout_of
 from meswitch_cli.engine.vllm.served_layers import serve_layers
 
@@ -55,10 +55,10 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def _create_lora_modules(self) -> None:
         config = self._vllm_config.additional_config[CONFIG_KEY]
-        self.steps = Steps()
+        self.current = CurrentBatch()
         self._backend = kernels(self.device, self._vllm_config.model_config.dtype)
         self._base = Checkpoint.open(self._vllm_config.model_config.model)
-        layers = serve_layers(self.model, self._base, self.steps, self.lora_slots)
+        layers = serve_layers(self.model, self._base, self.current, self.lora_slots)
         self.banks = Banks(layers, layout_of(config), self.lora_slots)
         self.banks.install()
         self._limits = layers.limits.limits
@@ -112,15 +112,15 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         return removed
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        """Note the slot of every token and of every row of logits of the step to come."""
+        """Note the slot of every token and of every row of logits of the batch to come."""
         slots = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
         tokens = [slots[item] if item else -1 for item in mapping.index_mapping]
         if max(tokens, default=-1) < 0:
-            self.steps.current = None
+            self.current.batch = None
             return
         rows = [slots[item] if item else -1 for item in mapping.prompt_mapping]
         of_token, of_row = (torch.tensor(item, dtype=torch.int32, device=self.device) for item in (tokens, rows))
-        self.steps.current = Step(of_token, of_row, self.lora_slots, self._backend)
+        self.current.batch = Batch(of_token, of_row, self.lora_slots, self._backend)
 
     def _copy(self, adapter: ExpertAdapter, slot: int) -> None:
         if adapter.artifact is None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from meswitch_cli.engine.contract import InvalidRequestError, Sampling
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.sampler import GREEDY_TEMPERATURE
+from meswitch_cli.engine.sampling_ranges import RANGES
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-#: vLLM raises lower temperatures to this one, and refuses higher ones.
-TEMPERATURES = (0.01, 2.0)
+#: vLLM raises lower temperatures to this one.
+LEAST_TEMPERATURE = 0.01
 #: Under this key of `extra_args` a request's grammar reaches vLLM's workers.
 GRAMMAR_KEY = "meswitch_grammar"
 
@@ -28,10 +29,11 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
     Raises:
         InvalidRequestError: vLLM cannot honour a parameter.
     """
-    low, high = TEMPERATURES
+    low, high, _ = RANGES["temperature"]
     temperature = 0.0 if sampling.temperature < GREEDY_TEMPERATURE else sampling.temperature
-    if temperature and not low <= temperature <= high:
-        raise InvalidRequestError(f"temperature must be 0 or from {low:g} to {high:g} with vLLM", "temperature")
+    if temperature and not LEAST_TEMPERATURE <= temperature <= high:
+        message = f"temperature must be {low} or from {LEAST_TEMPERATURE} to {high} with vLLM"
+        raise InvalidRequestError(message, "temperature")
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.end_ids)}
     options: dict[str, Any] = {
         "temperature": temperature,

@@ -20,12 +20,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.base_model import without_gain
+from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import kernels
-from meswitch_cli.engine.step import Steps
 from meswitch_cli.engine.vllm.layers import (
     ExpertLinearMethod,
-    ExpertNorm,
+    ExpertResidualNorm,
     ExpertVocabularyMethod,
     Rows,
     VocabularyLimits,
@@ -43,7 +43,7 @@ class ServedLayers:
     """The layers of a base in vLLM, by transformers' names; `banks.Layers`."""
 
     linears: dict[str, Rows]
-    norms: dict[str, ExpertNorm]
+    norms: dict[str, ExpertResidualNorm]
     embedding: Rows
     head: Rows
     embedding_name: str
@@ -59,7 +59,7 @@ class ServedLayers:
         return self.head if name == self.head_name else self.linears[name]
 
 
-def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> ServedLayers:
+def serve_layers(model: Any, base: Checkpoint, current: CurrentBatch, slots: int) -> ServedLayers:
     """Exchange the arithmetic of every layer of `model`, a model of vLLM on its device with the base's weights.
 
     Raises:
@@ -77,14 +77,14 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
     device, dtype = embedding_module.weight.device, embedding_module.weight.dtype
     backend = kernels(device, dtype)
     linears: dict[str, Rows] = {}
-    norms: dict[str, ExpertNorm] = {}
+    norms: dict[str, ExpertResidualNorm] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearBase):
             parts = _parts(model, name, module, names, described.parameters)
-            module.quant_method = ExpertLinearMethod(module.quant_method, list(parts.values()), steps, backend)
+            module.quant_method = ExpertLinearMethod(module.quant_method, list(parts.values()), current, backend)
             linears |= parts
         elif name in names.norms:
-            norms[name] = ExpertNorm(module, without_gain(module, name), steps)
+            norms[name] = ExpertResidualNorm(module, without_gain(module, name), current)
     for name, norm in norms.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, norm)
@@ -99,8 +99,8 @@ def serve_layers(model: Any, base: Checkpoint, steps: Steps, slots: int) -> Serv
     width = embedding_module.org_vocab_size
     for module in {id(item): item for item in (embedding_module, head_module)}.values():
         own = (embedding if module is embedding_module else None, head if module is head_module else None)
-        module.quant_method = ExpertVocabularyMethod(module.quant_method, *own, width, steps, backend)
-    limits = VocabularyLimits(names.vocabulary, slots, steps, device)
+        module.quant_method = ExpertVocabularyMethod(module.quant_method, *own, width, current, backend)
+    limits = VocabularyLimits(names.vocabulary, slots, current, device)
     _logits_processor(model).register_forward_hook(limits)
     tied = bool(described.parameters[f"{names.head_name}.weight"].tied_to)
     layers = ServedLayers(

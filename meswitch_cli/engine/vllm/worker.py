@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meswitch_cli.engine.vllm.manager import ExpertManager
-from meswitch_cli.engine.vllm.probes import Probes
+from meswitch_cli.engine.vllm.pooled_prompts import PooledPrompts
 
 
 class WorkerExtension:
@@ -28,15 +28,15 @@ class WorkerExtension:
         self._manager().unpin_adapter(lora_id)
 
     def meswitch_watch(self, request_id: str, layers_prefix: str, layer: int) -> None:
-        """As `Probes.watch`."""
+        """As `PooledPrompts.watch`."""
         runner = self.model_runner
-        if not hasattr(runner, "meswitch_probes"):
-            runner.meswitch_probes = Probes(runner, layers_prefix)
-        runner.meswitch_probes.watch(request_id, layer)
+        if not hasattr(runner, "meswitch_pooled"):
+            runner.meswitch_pooled = PooledPrompts(runner, layers_prefix)
+        runner.meswitch_pooled.watch(request_id, layer)
 
-    def meswitch_take_probe(self, request_id: str) -> list[float]:
-        """As `Probes.take`."""
-        found: list[float] = self.model_runner.meswitch_probes.take(request_id)
+    def meswitch_take_mean(self, request_id: str) -> list[float]:
+        """As `PooledPrompts.take`."""
+        found: list[float] = self.model_runner.meswitch_pooled.take(request_id)
         return found
 
     def _manager(self) -> ExpertManager:

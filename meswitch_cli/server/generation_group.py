@@ -17,7 +17,7 @@ from meswitch_cli.server.service import Service
 
 
 @dataclass(frozen=True)
-class Arrived:
+class TimedChunk:
     """A chunk of a choice, and when the engine gave it (`time.perf_counter`)."""
 
     choice: int
@@ -25,11 +25,12 @@ class Arrived:
     time: float
 
 
-class Generation:
+class GenerationGroup:
     """Submitted together, cancelled together. `cancel` must be called in the end; it does no harm to what has ended.
 
     Attributes:
         id: unique; the engine's requests are named after it.
+        expert: who generates.
         prompts: token ids of each prompt; choices of prompt p are p·n to p·n + n - 1.
     """
 
@@ -43,7 +44,7 @@ class Generation:
         n: int,
     ) -> None:
         self.id = uuid.uuid4().hex
-        self.prompts, self.n, self.record = prompts, n, record
+        self.expert, self.prompts, self.n, self.record = expert, prompts, n, record
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._requests = [
@@ -55,8 +56,8 @@ class Generation:
         ]
         self._choices = {request.id: index for index, request in enumerate(self._requests)}
         self._running: set[str] = set()
-        self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
-        self._last = [record.started] * len(self._requests)
+        self._arrived: asyncio.Queue[TimedChunk] = asyncio.Queue()
+        self._last_token: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -75,7 +76,7 @@ class Generation:
             raise ApiError(400, f"{parameter}: {message}", code="invalid_value", parameter=parameter)
 
         def on_chunk(chunk: Chunk) -> None:
-            arrived = Arrived(self._choices[chunk.request_id], chunk, time.perf_counter())
+            arrived = TimedChunk(self._choices[chunk.request_id], chunk, time.perf_counter())
             with contextlib.suppress(RuntimeError):  # the server is gone, and its loop with it
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, arrived)
 
@@ -117,7 +118,7 @@ class Generation:
                 raise ApiError(503, "the server stopped before the answer was complete", code="shutting_down")
             yield arrived.choice, chunk
 
-    def _observe(self, arrived: Arrived) -> None:
+    def _observe(self, arrived: TimedChunk) -> None:
         """Keep the record and the metrics of tokens up to date."""
         record, metrics, chunk = self.record, self._service.metrics, arrived.chunk
         if arrived.choice % self.n == 0:  # the other choices share the first one's prompt, which is counted once
@@ -129,9 +130,11 @@ class Generation:
             return
         record.completion_tokens += count
         self._service.tokens += count
-        labels = (record.expert, record.reason)
-        before, self._last[arrived.choice] = self._last[arrived.choice], arrived.time
-        if before == record.started:
+        labels = record.labels
+        first = arrived.choice not in self._last_token
+        before = self._last_token.get(arrived.choice, record.started)
+        self._last_token[arrived.choice] = arrived.time
+        if first:
             metrics.queue.labels(*labels).observe(chunk.queued_seconds)
             if record.first_token is None:
                 record.first_token = arrived.time - record.started

@@ -1,4 +1,4 @@
-"""Which expert each token of a forward pass belongs to: made once per step, read by every layer."""
+"""Which expert each token of a forward pass belongs to: made once for a batch, read by every layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Step:
+class Batch:
     """One forward pass of tokens of several experts.
 
     Attributes:
@@ -35,10 +35,10 @@ class Step:
         return self.slot_of_token, self.groups
 
 
-class Steps(threading.local):
-    """The step that the calling thread is in; None means the base alone.
+class CurrentBatch(threading.local):
+    """The batch that the calling thread is in; None means the base alone.
 
     It is the thread's own, so that another thread may run the base while experts generate.
     """
 
-    current: Step | None = None
+    batch: Batch | None = None

@@ -1,4 +1,4 @@
-"""Work that other threads have done by the loop, between two steps."""
+"""Work that other threads have done by the loop, between two batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Generic, TypeVar
 
 from meswitch_cli.engine.contract import ShuttingDownError
 
-#: What runs the steps, in a thread of its own.
+#: What computes the batches, in a thread of its own.
 Loop = TypeVar("Loop")
 
 #: How often one who waits looks whether the loop still runs, in seconds.
 PATIENCE = 0.1
 
 
-class BetweenSteps(Generic[Loop]):
+class BetweenBatches(Generic[Loop]):
     """Nothing generates while such work is done, so it may change what a forward pass reads."""
 
     def __init__(self, wake: Callable[[], None], is_over: Callable[[], bool]) -> None:

@@ -1,7 +1,7 @@
 """Hidden states of the base, seen as requests pass through it.
 
-A probe is a request of one token. While its prompt is computed, among others', a hook on a decoder layer adds up what
-comes out of it, so that the weights on the device serve the router too.
+A prompt to be pooled is a request of one token. While it is computed, among others', a hook on a decoder layer adds up
+what comes out of it, so that the weights on the device serve the router too.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 @dataclass
-class Probe:
-    """A request that is watched: after which layer, and the sum of its tokens so far."""
+class TokenSum:
+    """The hidden states of a request after a layer, added up over its tokens so far."""
 
     layer: int
     total: Tensor | None = None
     tokens: int = 0
 
 
-class Probes:
+class PooledPrompts:
     """The watched requests of a worker, by the id under which they were submitted."""
 
     def __init__(self, runner: Any, layers_prefix: str) -> None:
         self._runner, self._prefix = runner, layers_prefix
-        self._watched: dict[str, Probe] = {}
+        self._watched: dict[str, TokenSum] = {}
         self._hooked: set[int] = set()
 
     def watch(self, request_id: str, layer: int) -> None:
@@ -35,14 +35,14 @@ class Probes:
             module = self._runner.get_model().get_submodule(f"{self._prefix}.{layer - 1}")
             module.register_forward_hook(lambda *call: self._see(layer, call[-1]))
             self._hooked.add(layer)
-        self._watched[request_id] = Probe(layer)
+        self._watched[request_id] = TokenSum(layer)
 
     def take(self, request_id: str) -> list[float]:
         """The mean over a request's tokens `[hidden]`, which is then forgotten."""
-        probe = self._watched.pop(request_id)
-        if probe.total is None:
+        watched = self._watched.pop(request_id)
+        if watched.total is None:
             return []
-        mean: list[float] = (probe.total / probe.tokens).tolist()
+        mean: list[float] = (watched.total / watched.tokens).tolist()
         return mean
 
     def _see(self, layer: int, output: Any) -> None:
@@ -51,15 +51,15 @@ class Probes:
         hidden = _hidden_states(output)
         starts = self._runner.query_start_loc.np
         for row, request_id in enumerate(self._runner.input_batch.req_ids):
-            probe = self._watched.get(request_id.rpartition("-")[0])  # vLLM appends characters of its own
-            if probe is None or probe.layer != layer:
+            watched = self._watched.get(request_id.rpartition("-")[0])  # vLLM appends characters of its own
+            if watched is None or watched.layer != layer:
                 continue
             if self._runner.input_batch.num_computed_tokens_cpu[row] == 0:  # the first part, or begun again
-                probe.total, probe.tokens = None, 0
+                watched.total, watched.tokens = None, 0
             own = hidden[int(starts[row]) : int(starts[row + 1])].float()
             total = own.sum(0)
-            probe.total = total if probe.total is None else probe.total + total
-            probe.tokens += own.shape[0]
+            watched.total = total if watched.total is None else watched.total + total
+            watched.tokens += own.shape[0]
 
 
 def _hidden_states(output: Any) -> Tensor:
