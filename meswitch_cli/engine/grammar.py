@@ -17,7 +17,6 @@ from meswitch_cli.engine.schema import unenforced
 #: Compiled grammars kept for each expert, in bytes.
 CACHE_BYTES = 64 << 20
 
-
 #: How xgrammar begins a message: the time, and a place in its own source.
 _SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 

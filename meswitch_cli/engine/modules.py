@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meswitch_cli.engine.batch import CurrentBatch
+from meswitch_cli.engine.batch import Batch, CurrentBatch
 from meswitch_kernels import ExpertBank, GainBank
 from meswitch_kernels.dispatch import backend_module, default_backend
 
@@ -58,12 +59,18 @@ class ExpertHead(ExpertLinear):
         rows = x.reshape(-1, x.shape[-1])
         slots, groups = batch.of_rows(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
-        if bank.max_added_rows:
-            added = self.added_logits(rows, bank.added_rows, bank.added_counts, slots)
-            if self.added_bias is not None:
-                added = added + self.added_bias.index_select(0, slots.long() + 1)
-            y = torch.cat([y, added], 1)
+        y = with_added_logits(y, rows, bank, self.added_bias, slots, self.added_logits)
         return y.view(*x.shape[:-1], -1)
+
+
+def with_added_logits(
+    y: Tensor, rows: Tensor, bank: ExpertBank, bias: Tensor | None, slots: Tensor, added_logits: Callable[..., Tensor]
+) -> Tensor:
+    """Logits `[rows, vocabulary]`, and behind them those of the rows that each row's expert added."""
+    if not bank.max_added_rows:
+        return y
+    added = added_logits(rows, bank.added_rows, bank.added_counts, slots)
+    return torch.cat([y, added if bias is None else added + bias.index_select(0, slots.long() + 1)], 1)
 
 
 class ExpertEmbedding(nn.Module):
@@ -88,32 +95,59 @@ class ExpertEmbedding(nn.Module):
         return rows.view(*ids.shape, -1)
 
 
-class ExpertNorm(nn.Module):
+class GainedNorm(nn.Module):
     """A norm. With an expert in the batch, the norm without gain, then each token's own gain (and shift).
 
     The table of gains holds the base's in its first row. The design's ratio to the base's gain would be the same
     number rounded twice, and none where the base's gain is 0.
     """
 
-    def __init__(
-        self, base: Any, plain: Any, epsilon: float | None, current: CurrentBatch, backend: ModuleType
-    ) -> None:
-        """`plain` is `base` with gain 1 and shift 0; `epsilon` that of a root mean square norm, None of any other."""
+    def __init__(self, base: Any, plain: Any, current: CurrentBatch) -> None:
+        """`plain` is `base` with gain 1 and shift 0."""
         super().__init__()
         self.base: Any = base
         self.plain: Any = plain
         self.current = current
+        self.gains: GainBank | None = None
+        self.shifts: GainBank | None = None
+
+    @property
+    def batch(self) -> Batch | None:
+        """The current batch, where an expert in it may change the norm."""
+        return None if self.gains is None and self.shifts is None else self.current.batch
+
+    def gained(self, y: Tensor, gain_rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """`y` with each token's own gain and shift, which are brought to `shape`."""
+        if self.gains is not None:
+            y = y * self.gains.table.index_select(0, gain_rows).view(shape)
+        if self.shifts is not None:
+            y = y + self.shifts.table.index_select(0, gain_rows).view(shape)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class ExpertNorm(GainedNorm):
+    """A norm of transformers."""
+
+    def __init__(
+        self, base: Any, plain: Any, epsilon: float | None, current: CurrentBatch, backend: ModuleType
+    ) -> None:
+        """`epsilon` is that of a root mean square norm, None of any other."""
+        super().__init__(base, plain, current)
         #: Norm and gain at once, where the kernels do that.
         self.rms_norm = getattr(backend, "rms_norm", None) if epsilon is not None else None
         self.epsilon = epsilon
-        self.gains: GainBank | None = None
-        self.shifts: GainBank | None = None
         #: Which dimension of the input is the tokens; norms of heads are given `[1, heads, tokens, width]` or not.
         self.token_dimension = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = self.current.batch
-        if batch is None or (self.gains is None and self.shifts is None):
+        batch = self.batch
+        if batch is None:
             y: Tensor = self.base(x)
             return y
         if self.rms_norm and self.gains and not self.shifts and x.dim() == 3 and self.token_dimension == 1:
@@ -121,15 +155,4 @@ class ExpertNorm(nn.Module):
             return rows.unsqueeze(0)
         shape = [1] * (x.dim() - 1) + [x.shape[-1]]
         shape[self.token_dimension] = x.shape[self.token_dimension]
-        y = self.plain(x)
-        if self.gains is not None:
-            y = y * self.gains.table.index_select(0, batch.gain_rows).view(shape)
-        if self.shifts is not None:
-            y = y + self.shifts.table.index_select(0, batch.gain_rows).view(shape)
-        return y.to(x.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+        return self.gained(self.plain(x), batch.gain_rows, shape).to(x.dtype)

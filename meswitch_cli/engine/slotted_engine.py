@@ -7,16 +7,15 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Generic
-
-import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.between_batches import BetweenBatches, Loop
 from meswitch_cli.engine.contract import (
     BASE,
+    Engine,
     EngineError,
     EngineStatistics,
     ExpertStatus,
@@ -42,7 +41,7 @@ MAX_MODEL_LEN = 8192
 STOP_SECONDS = 30.0
 
 
-class SlottedEngine(ABC, Generic[Loop]):
+class SlottedEngine(Engine, ABC, Generic[Loop]):
     """Most of `contract.Engine`; what is left is a loop that calls `before_batch` and does as it is told there.
 
     Attributes:
@@ -79,19 +78,7 @@ class SlottedEngine(ABC, Generic[Loop]):
         self._prompt_tokens = self._generated_tokens = 0
         self._table = SlotTable(1, 1, 0)
 
-    # What an engine brings.
-
-    @abstractmethod
-    def start(self) -> None: ...
-
-    @abstractmethod
-    def stop(self) -> None: ...
-
-    @abstractmethod
-    def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor: ...
-
-    @abstractmethod
-    def statistics(self) -> EngineStatistics: ...
+    # What an engine brings, beside `start`, `stop`, `pooled_hidden_states` and `statistics`.
 
     @abstractmethod
     def _continuation(self, request: GenerationRequest, model: ServedModel) -> Continuation:
@@ -208,8 +195,7 @@ class SlottedEngine(ABC, Generic[Loop]):
         check_name(name)
         with self._lock:
             self._refuse_if_closed()
-            if name in self._table.experts:
-                raise EngineError(f"expert {name!r} is served already; unload it first")
+            self._refuse_if_served(name)
         model = self._opener.open(name, Path(path))
         self._in_loop(lambda loop: self._admit_expert(loop, model))
 
@@ -244,7 +230,10 @@ class SlottedEngine(ABC, Generic[Loop]):
 
     def before_batch(self, loop: Loop) -> None:
         self._between_batches.do(loop)
-        for generation in self._take_cancelled():
+        with self._lock:
+            cancelled = [self._active[request_id] for request_id in self._cancelled & self._active.keys()]
+            self._cancelled.clear()
+        for generation in cancelled:
             generation.end("cancelled")
             if not self._withdraw(generation):
                 self._abort(loop, generation)
@@ -343,23 +332,19 @@ class SlottedEngine(ABC, Generic[Loop]):
         )
 
     def _cancel_all(self) -> None:
-        """Take no more requests, and have those that run or wait end soon."""
-        with self._lock:
+        """Take no more requests, and have the loop end those that run or wait."""
+        with self._changed:
             self._closed = self._closed or "the engine is shutting down"
             self._cancelled.update(self._active)
-        self._wake()
+            self._wake()
+            if self._running:
+                self._changed.wait_for(lambda: not self._active, STOP_SECONDS)
 
     def _in_loop(self, work: Callable[[Loop], None]) -> None:
         """Run something between two batches; return when it is done, raise what it raises."""
         with self._lock:
             self._refuse_if_closed()
         self._between_batches.run(work)
-
-    def _take_cancelled(self) -> list[Generation]:
-        with self._lock:
-            taken = [self._active[request_id] for request_id in self._cancelled if request_id in self._active]
-            self._cancelled.clear()
-            return taken
 
     def _withdraw(self, generation: Generation) -> bool:
         with self._changed:

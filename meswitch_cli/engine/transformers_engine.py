@@ -19,7 +19,7 @@ from meswitch_cli.engine.loader import SlotLoader
 from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
+from meswitch_cli.engine.slotted_engine import SlottedEngine
 from meswitch_cli.engine.version import check_transformers
 
 if TYPE_CHECKING:
@@ -99,8 +99,6 @@ class TransformersEngine(SlottedEngine["Processor"]):
             return
         self._cancel_all()
         if manager.is_running():
-            with self._changed:
-                self._changed.wait_for(lambda: not self._active, STOP_SECONDS)
             manager.stop(block=True, hard_stop=True)
         self._loader.stop()
         with self._lock:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from meswitch_cli.errors import MeswitchError, UsageError
-from meswitch_cli.load.workload import Request, Workload
+from meswitch_cli.load.workload import Workload, WorkloadRequest
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ async def run_load(
     return outcomes
 
 
-async def _send(client: Any, request: Request, workload: Workload) -> Outcome:
+async def _send(client: Any, request: WorkloadRequest, workload: Workload) -> Outcome:
     import httpx2
 
     body = {
@@ -142,10 +142,8 @@ async def _send(client: Any, request: Request, workload: Workload) -> Outcome:
                     break
                 outcome.expert = event.get("model", outcome.expert)
                 if usage := event.get("usage"):
-                    outcome.prompt_tokens, outcome.completion_tokens = (
-                        usage["prompt_tokens"],
-                        usage["completion_tokens"],
-                    )
+                    outcome.prompt_tokens = usage["prompt_tokens"]
+                    outcome.completion_tokens = usage["completion_tokens"]
                 if not _is_piece(event, outcome.first_token is None):
                     continue
                 now = time.perf_counter()

@@ -13,8 +13,8 @@ from meswitch_cli.load.client import Endpoint, message_of
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is new of an answer; the first piece has no text and says who answers and why."""
+class AnswerChunk:
+    """What is new of an answer; the first chunk has no text and says who answers and why."""
 
     text: str
     expert: str | None = None
@@ -49,7 +49,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
         self._session = uuid.uuid4().hex
 
-    def ask(self, text: str) -> Iterator[Piece]:
+    def ask(self, text: str) -> Iterator[AnswerChunk]:
         """Say something and stream the answer; what failed or was broken off is not part of the conversation.
 
         Raises:
@@ -70,7 +70,7 @@ class Conversation:
                 if response.status_code != 200:
                     raise MeswitchError(message_of(response.read(), response.status_code))
                 headers = response.headers
-                yield Piece(
+                yield AnswerChunk(
                     "",
                     headers.get("x-meswitch-expert", self.model),
                     headers.get("x-meswitch-reason", "named"),
@@ -85,7 +85,7 @@ class Conversation:
                     for choice in event["choices"]:
                         said = choice["delta"].get("content") or ""
                         answer += said
-                        yield Piece(said)
+                        yield AnswerChunk(said)
         except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise MeswitchError(f"{self.endpoint.url}: {error}; is a server running there?") from error
         self.messages = [*asked, {"role": "assistant", "content": answer}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from meswitch_cli.errors import UsageError
+from meswitch_cli.jsonl import read_jsonl
 
 Popularity = Literal["uniform", "zipf"]
 
@@ -20,7 +20,7 @@ _WORDS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class WorkloadRequest:
     model: str
     prompt: str
 
@@ -34,7 +34,7 @@ class Workload:
         ignore_eos: every answer has exactly `max_tokens` tokens, where the server knows this member.
     """
 
-    requests: tuple[Request, ...]
+    requests: tuple[WorkloadRequest, ...]
     concurrency: int
     max_tokens: int
     temperature: float = 0.0
@@ -71,7 +71,7 @@ def make_workload(
         prompts[index % len(prompts)] if prompts else " ".join(draw.choices(_WORDS.split(), k=prompt_words))
         for index in range(requests)
     ]
-    pairs = tuple(Request(model, text) for model, text in zip(chosen, texts, strict=True))
+    pairs = tuple(WorkloadRequest(model, text) for model, text in zip(chosen, texts, strict=True))
     return Workload(pairs, concurrency, max_tokens, temperature, ignore_eos)
 
 
@@ -82,21 +82,9 @@ def read_prompts(path: Path) -> list[str]:
         UsageError: it cannot be read, or a line has neither.
     """
     prompts = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            prompt = item.get("prompt", item.get("text"))
-        except (ValueError, AttributeError) as error:
-            raise UsageError(f"--prompts {path}:{number}: not a JSON object") from error
+    for number, item in read_jsonl(path, UsageError, "a file of prompts").values:
+        prompt = item.get("prompt", item.get("text")) if isinstance(item, dict) else None
         if not isinstance(prompt, str):
-            raise UsageError(f'--prompts {path}:{number}: needs "prompt" or "text"')
+            raise UsageError(f'{path}: line {number}: needs "prompt" or "text"')
         prompts.append(prompt)
-    if not prompts:
-        raise UsageError(f"--prompts {path}: holds no prompt")
     return prompts

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from meswitch_cli.engine.contract import BASE, EngineError, ShuttingDownError, UnknownExpertError
 from meswitch_cli.engine.settings import check_name
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
-from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.errors import ApiError, InvalidValueError
 from meswitch_cli.server.models import expert_object
 from meswitch_cli.server.schemas import LoadRequest, PinRequest, UnloadRequest
 from meswitch_cli.server.service import Service
@@ -36,10 +36,9 @@ def allowed_folder(experts_dir: Path | None, path: str) -> Path:
         folder = (root / path).resolve()
         exists = folder.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ApiError(400, "path: not the name of a folder", code="invalid_value", parameter="path") from error
+        raise InvalidValueError("path", "path: not the name of a folder") from error
     if root not in folder.parents:
-        message = "path: outside the folder that this server may load experts from"
-        raise ApiError(400, message, code="invalid_value", parameter="path")
+        raise InvalidValueError("path", "path: outside the folder that this server may load experts from")
     if not exists:
         raise ApiError(404, f"path: there is no folder {path!r}", code="not_found", parameter="path")
     return folder
@@ -52,7 +51,7 @@ async def load(request: Request, body: LoadRequest) -> dict[str, Any]:
     try:
         check_name(body.name)
     except UsageError as error:
-        raise ApiError(400, str(error), code="invalid_value", parameter="name") from error
+        raise InvalidValueError("name", str(error)) from error
     folder = allowed_folder(service.settings.experts_dir, body.path or body.name)
     if service.engine.serves(body.name):
         message = f"{body.name!r} is served already; unload it first, or choose another name"
@@ -92,7 +91,7 @@ async def _change(work: Callable[[], None]) -> None:
 
 def _served(service: Service, name: str) -> None:
     if name == BASE:
-        raise ApiError(400, "name: the base is always served", code="invalid_value", parameter="name")
+        raise InvalidValueError("name", "name: the base is always served")
     if not service.engine.serves(name):
         raise ApiError(404, f"expert {name!r} is not served", code="model_not_found", parameter="name")
 

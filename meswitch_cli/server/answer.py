@@ -13,6 +13,7 @@ from starlette.responses import Response
 from meswitch_cli.engine.contract import Chunk, FinishReason, TokenLogprob
 from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.record import RequestRecord
+from meswitch_cli.server.schemas import GenerationParameters
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.streaming import ClientGone, EventStream, unless_gone
 from meswitch_cli.server.token_text import dumps, system_fingerprint
@@ -48,31 +49,23 @@ class Shape(Protocol):
         """What a chunk adds to a choice."""
 
 
-async def answer(
-    service: Service,
-    request: Request,
-    group: GenerationGroup,
-    shape: Shape,
-    *,
-    stream: bool,
-    include_usage: bool,
-    token_ids: bool,
-) -> Response:
+async def answer(request: Request, body: GenerationParameters, group: GenerationGroup, shape: Shape) -> Response:
     """Submit the choices of a request and answer with them.
 
     Raises:
         EngineError, ApiError: it was refused, or failed before anything was sent.
     """
+    token_ids = bool(body.return_token_ids)
     head = {
         "id": shape.id_prefix + group.id,
-        "object": shape.part_object if stream else shape.whole_object,
+        "object": shape.part_object if body.stream else shape.whole_object,
         "created": int(time.time()),
         "model": group.expert,
-        "system_fingerprint": system_fingerprint(service.engine.digest(group.expert)),
+        "system_fingerprint": system_fingerprint(Service.of(request).engine.digest(group.expert)),
     }
     await group.submit()
-    if stream:
-        events = _events(head, group, shape, include_usage, token_ids)
+    if body.stream:
+        events = _events(head, group, shape, body.include_usage(), token_ids)
         return EventStream(events, at_end=group.cancel)
     try:
         collected = await unless_gone(request.receive, _collect(group))

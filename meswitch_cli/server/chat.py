@@ -56,7 +56,7 @@ class ChatShape:
 async def chat(request: Request, body: ChatRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
     service.admit()
-    n, include_usage, asked = body.choices(service.settings.max_choices), body.include_usage(), body.token_limit()
+    n, asked = body.choices(service.settings.max_choices), body.token_limit()
     conversation = for_template(body.messages)
     record.user = body.user
     if service.settings.log_prompts:
@@ -65,12 +65,5 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     prompt = await chat_tokens(service, choice.expert, conversation)
     sampling = body.sampling(token_limit(service, prompt, asked, None, "messages"))
     texts = TokenTexts(service.engine.tokenizer(choice.expert)) if body.logprobs else None
-    return await answer(
-        service,
-        request,
-        GenerationGroup(service, record, choice.expert, [prompt], [sampling], n),
-        ChatShape(texts),
-        stream=bool(body.stream),
-        include_usage=include_usage,
-        token_ids=bool(body.return_token_ids),
-    )
+    group = GenerationGroup(service, record, choice.expert, [prompt], [sampling], n)
+    return await answer(request, body, group, ChatShape(texts))

@@ -55,7 +55,7 @@ class CompletionShape:
 async def complete(request: Request, body: CompletionRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
     service.admit()
-    n, include_usage = body.choices(service.settings.max_choices), body.include_usage()
+    n = body.choices(service.settings.max_choices)
     given = body.prompts(service.settings.max_prompts)
     record.user = body.user
     if service.settings.log_prompts:
@@ -72,12 +72,5 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     ]
     echoes = [prompt if isinstance(prompt, str) else decode(tokenizer, prompt) for prompt in given] if body.echo else []
     texts = TokenTexts(tokenizer) if body.logprobs is not None else None
-    return await answer(
-        service,
-        request,
-        GenerationGroup(service, record, choice.expert, prompts, samplings, n),
-        CompletionShape(texts, echoes, n),
-        stream=bool(body.stream),
-        include_usage=include_usage,
-        token_ids=bool(body.return_token_ids),
-    )
+    group = GenerationGroup(service, record, choice.expert, prompts, samplings, n)
+    return await answer(request, body, group, CompletionShape(texts, echoes, n))

@@ -45,17 +45,8 @@ ASKS_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    409: "invalid_request_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    503: "service_unavailable",
-}
+#: What kind of error a status is, where it is not the request's or the server's fault at large.
+_TYPES = {401: "authentication_error", 403: "permission_error", 503: "service_unavailable"}
 
 
 class ApiError(Exception):
@@ -79,6 +70,13 @@ class ApiError(Exception):
             self.headers.setdefault("retry-after", str(RETRY_AFTER))
 
 
+class InvalidValueError(ApiError):
+    """400 for a parameter that cannot have this value, or not beside the others."""
+
+    def __init__(self, parameter: str | None, message: str) -> None:
+        super().__init__(400, message, code="invalid_value", parameter=parameter)
+
+
 def envelope(status: int, message: str, code: str | None = None, parameter: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -95,7 +93,7 @@ def from_engine(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequestError):
-        return ApiError(400, str(error), code="invalid_value", parameter=error.parameter)
+        return InvalidValueError(error.parameter, str(error))
     if isinstance(error, UnknownExpertError):
         return ApiError(404, str(error), code="model_not_found", parameter="model")
     if isinstance(error, QueueFullError):
@@ -157,7 +155,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"missing parameter: {parameter}", code="missing_parameter", parameter=parameter)
     reason = str(first["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{parameter}: {reason}", code="invalid_value", parameter=parameter)
+    return InvalidValueError(parameter, f"{parameter}: {reason}")
 
 
 def _parameter(location: Sequence[str | int], body: Any, *, missing: bool) -> str | None:

@@ -8,21 +8,12 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from meswitch_cli.engine.contract import Chunk, GenerationRequest, Sampling
-from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.errors import ApiError, InvalidValueError
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.service import Service
-
-
-@dataclass(frozen=True)
-class TimedChunk:
-    """A chunk of a choice, and when the engine gave it (`time.perf_counter`)."""
-
-    choice: int
-    chunk: Chunk
-    time: float
 
 
 class GenerationGroup:
@@ -56,7 +47,8 @@ class GenerationGroup:
         ]
         self._choices = {request.id: index for index, request in enumerate(self._requests)}
         self._running: set[str] = set()
-        self._arrived: asyncio.Queue[TimedChunk] = asyncio.Queue()
+        #: Chunks, each with its choice and the time at which the engine gave it (`time.perf_counter`).
+        self._arrived: asyncio.Queue[tuple[int, Chunk, float]] = asyncio.Queue()
         self._last_token: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -73,10 +65,10 @@ class GenerationGroup:
         if len(self) > most:
             message = f"{len(self)} choices (n times prompts) are more than the {most} that this server holds at once"
             parameter = "n" if self.n > 1 else "prompt"
-            raise ApiError(400, f"{parameter}: {message}", code="invalid_value", parameter=parameter)
+            raise InvalidValueError(parameter, f"{parameter}: {message}")
 
         def on_chunk(chunk: Chunk) -> None:
-            arrived = TimedChunk(self._choices[chunk.request_id], chunk, time.perf_counter())
+            arrived = (self._choices[chunk.request_id], chunk, time.perf_counter())
             with contextlib.suppress(RuntimeError):  # the server is gone, and its loop with it
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, arrived)
 
@@ -106,9 +98,8 @@ class GenerationGroup:
             ApiError: the engine failed, or was stopped.
         """
         while self._running:
-            arrived = await self._arrived.get()
-            chunk = arrived.chunk
-            self._observe(arrived)
+            choice, chunk, now = await self._arrived.get()
+            self._observe(choice, chunk, now)
             if chunk.finish_reason is not None:
                 self._running.discard(chunk.request_id)
             if chunk.finish_reason == "error":
@@ -116,12 +107,12 @@ class GenerationGroup:
                 raise ApiError(500, chunk.error or "generation failed", code="generation_failed")
             if chunk.finish_reason == "cancelled":
                 raise ApiError(503, "the server stopped before the answer was complete", code="shutting_down")
-            yield arrived.choice, chunk
+            yield choice, chunk
 
-    def _observe(self, arrived: TimedChunk) -> None:
+    def _observe(self, choice: int, chunk: Chunk, now: float) -> None:
         """Keep the record and the metrics of tokens up to date."""
-        record, metrics, chunk = self.record, self._service.metrics, arrived.chunk
-        if arrived.choice % self.n == 0:  # the other choices share the first one's prompt, which is counted once
+        record, metrics = self.record, self._service.metrics
+        if choice % self.n == 0:  # the other choices share the first one's prompt, which is counted once
             record.cached_tokens += chunk.cached_tokens
         if chunk.finish_reason is not None:
             record.finish_reasons.append(chunk.finish_reason)
@@ -131,17 +122,17 @@ class GenerationGroup:
         record.completion_tokens += count
         self._service.tokens += count
         labels = record.labels
-        first = arrived.choice not in self._last_token
-        before = self._last_token.get(arrived.choice, record.started)
-        self._last_token[arrived.choice] = arrived.time
+        first = choice not in self._last_token
+        before = self._last_token.get(choice, record.started)
+        self._last_token[choice] = now
         if first:
             metrics.queue.labels(*labels).observe(chunk.queued_seconds)
             if record.first_token is None:
-                record.first_token = arrived.time - record.started
+                record.first_token = now - record.started
                 metrics.first_token.labels(*labels).observe(record.first_token)
             count -= 1
         for _ in range(count):
-            metrics.inter_token.labels(*labels).observe((arrived.time - before) / count)
+            metrics.inter_token.labels(*labels).observe((now - before) / count)
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:

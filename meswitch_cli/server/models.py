@@ -38,8 +38,7 @@ def _model(service: Service, name: str, kind: str, extra: dict[str, Any]) -> dic
 def _models(service: Service) -> list[dict[str, Any]]:
     routed = [_model(service, AUTO, "router", {"experts": list(service.router.labels)})] if service.router else []
     experts = [
-        _model(service, expert.name, "expert", expert_object(expert))
-        for expert in sorted(service.engine.experts(), key=lambda expert: expert.name)
+        _model(service, name, "expert", expert_object(expert)) for name, expert in sorted(service.experts().items())
     ]
     return [*routed, _model(service, BASE, "base", {}), *experts]
 
@@ -69,8 +68,5 @@ def status(request: Request) -> dict[str, Any]:
         "uptime_seconds": round(time.time() - service.created, 1),
         "completion_tokens": service.tokens,
         "engine": asdict(service.engine.statistics()),
-        "experts": [
-            {"name": expert.name} | expert_object(expert)
-            for expert in sorted(service.engine.experts(), key=lambda expert: expert.name)
-        ],
+        "experts": [{"name": name} | expert_object(expert) for name, expert in sorted(service.experts().items())],
     }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from meswitch_cli.engine.contract import Tokenizer
-from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.errors import ApiError, InvalidValueError
 from meswitch_cli.server.schemas import Conversation
 from meswitch_cli.server.service import Service
 
@@ -55,7 +54,7 @@ def token_limit(service: Service, prompt: Sequence[int], asked: int | None, defa
     """
     room = service.engine.max_model_len - len(prompt)
     if not prompt:
-        raise ApiError(400, f"{name}: no tokens", code="invalid_value", parameter=name)
+        raise InvalidValueError(name, f"{name}: no tokens")
     if room < 1:
         message = f"{name}: {len(prompt)} tokens; with one for the answer, at most {service.engine.max_model_len} fit"
         raise ApiError(400, message, code="context_length_exceeded", parameter=name)
@@ -71,10 +70,7 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: boo
     Raises:
         ApiError: one of them is not in the vocabulary.
     """
-    text: Any
     try:
-        text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
     except (OverflowError, IndexError, KeyError, TypeError, ValueError) as error:
-        message = "tokens: there is an id that the vocabulary lacks"
-        raise ApiError(400, message, code="invalid_value", parameter="tokens") from error
-    return str(text)
+        raise InvalidValueError("tokens", "tokens: there is an id that the vocabulary lacks") from error

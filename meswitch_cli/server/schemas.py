@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from meswitch_cli.engine.contract import Sampling
 from meswitch_cli.engine.sampling_ranges import MAX_STOPS, RANGES
-from meswitch_cli.server.errors import ASKS_NOTHING, ApiError
+from meswitch_cli.server.errors import ASKS_NOTHING, ApiError, InvalidValueError
 
 MAX_LOGIT_BIASES = 1024
 MAX_COMPLETION_LOGPROBS = 5
@@ -136,23 +136,22 @@ class GenerationParameters(Strict):
     user: Annotated[str, Field(max_length=256)] | None = None
 
     def choices(self, limit: int) -> int:
-        """`n`, checked against the server's limit."""
+        """`n`, checked against the server's limit; refuses options of a stream where nothing is streamed."""
         if (self.n or 1) > limit:
-            raise ApiError(400, f"n: at most {limit} on this server", code="invalid_value", parameter="n")
+            raise InvalidValueError("n", f"n: at most {limit} on this server")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidValueError("stream_options", "stream_options: allowed only with stream: true")
         return self.n or 1
 
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage; refuses the question where nothing is streamed."""
-        if self.stream_options is not None and not self.stream:
-            message = "stream_options: allowed only with stream: true"
-            raise ApiError(400, message, code="invalid_value", parameter="stream_options")
+        """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def common_sampling(self, max_tokens: int) -> dict[str, Any]:
         """The members of `Sampling` that both kinds of request set in the same way."""
         if (self.min_tokens or 0) > max_tokens:
             message = f"min_tokens: {self.min_tokens} is more than the {max_tokens} tokens that may be generated"
-            raise ApiError(400, message, code="invalid_value", parameter="min_tokens")
+            raise InvalidValueError("min_tokens", message)
         plain = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty")
         given = {name: getattr(self, name) for name in (*plain, "presence_penalty", "min_tokens", "ignore_eos")}
         return {name: value for name, value in given.items() if value is not None} | {
@@ -175,19 +174,18 @@ class ChatRequest(GenerationParameters):
         """The most tokens a choice may have; None: as many as the context holds."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             message = "max_tokens is max_completion_tokens by its old name: give one of them"
-            raise ApiError(400, message, code="invalid_value", parameter="max_tokens")
+            raise InvalidValueError("max_tokens", message)
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     def sampling(self, max_tokens: int) -> Sampling:
         """As the engine takes it. Raises ApiError for members that contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
-            message = "top_logprobs: allowed only with logprobs: true"
-            raise ApiError(400, message, code="invalid_value", parameter="top_logprobs")
+            raise InvalidValueError("top_logprobs", "top_logprobs: allowed only with logprobs: true")
         wanted = self.response_format
         schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
         if wanted and (wanted.type == "json_schema") != (schema is not None):
             message = 'response_format: "json_schema" goes with type "json_schema", and with no other'
-            raise ApiError(400, message, code="invalid_value", parameter="response_format.json_schema")
+            raise InvalidValueError("response_format.json_schema", message)
         return Sampling(
             **self.common_sampling(max_tokens),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -213,8 +211,7 @@ class CompletionRequest(GenerationParameters):
         if isinstance(given, str) or isinstance(given[0], int):
             return [given]
         if len(given) > limit:
-            message = f"prompt: at most {limit} prompts in one request on this server"
-            raise ApiError(400, message, code="invalid_value", parameter="prompt")
+            raise InvalidValueError("prompt", f"prompt: at most {limit} prompts in one request on this server")
         return list(given)
 
     def sampling(self, max_tokens: int) -> Sampling:
@@ -236,7 +233,7 @@ class RouteRequest(Strict):
 
     def subject(self) -> Subject:
         if (self.messages is None) == (self.prompt is None):
-            raise ApiError(400, "give messages or prompt, one of them", code="invalid_value", parameter="messages")
+            raise InvalidValueError("messages", "give messages or prompt, one of them")
         return for_template(self.messages) if self.messages else self.prompt or ""
 
 

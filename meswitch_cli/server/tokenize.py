@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from meswitch_cli.engine.contract import BASE
-from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.errors import InvalidValueError
 from meswitch_cli.server.prompts import chat_tokens, decode, text_tokens
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
@@ -23,7 +23,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     service = Service.of(request)
     expert = await _named(service, request, body.model)
     if (body.messages is None) == (body.prompt is None):
-        raise ApiError(400, "give prompt or messages, one of them", code="invalid_value", parameter="prompt")
+        raise InvalidValueError("prompt", "give prompt or messages, one of them")
     if body.messages is not None:
         tokens = await chat_tokens(service, expert, for_template(body.messages), body.add_generation_prompt)
     else:
@@ -37,15 +37,13 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
     expert = await _named(service, request, body.model)
     tokenizer = service.engine.tokenizer(expert)
     if None in await service.tokenizing(lambda: tokenizer.convert_ids_to_tokens(body.tokens)):
-        message = "tokens: there is an id that the vocabulary lacks"
-        raise ApiError(400, message, code="invalid_value", parameter="tokens")
+        raise InvalidValueError("tokens", "tokens: there is an id that the vocabulary lacks")
     text = await service.tokenizing(lambda: decode(tokenizer, body.tokens, body.skip_special_tokens))
     return {"model": expert, "prompt": text}
 
 
 async def _named(service: Service, request: Request, model: str) -> str:
     if model == AUTO:
-        message = f"each expert has its own tokenizer: name one, or {BASE!r}"
-        raise ApiError(400, message, code="invalid_value", parameter="model")
+        raise InvalidValueError("model", f"each expert has its own tokenizer: name one, or {BASE!r}")
     choice = RequestRecord.of(request).choice = await choose(service, request, model, None)
     return choice.expert

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Response
@@ -18,6 +19,14 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 
+#: What lies where, and what kind of file it is.
+_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/favicon.ico": ("icon.svg", "image/svg+xml"),
+}
+
 endpoints = APIRouter(include_in_schema=False)
 
 
@@ -25,21 +34,5 @@ def _file(name: str, media_type: str) -> Response:
     return Response((FOLDER / name).read_bytes(), media_type=media_type, headers=_HEADERS)
 
 
-@endpoints.get("/")
-def index() -> Response:
-    return _file("index.html", "text/html; charset=utf-8")
-
-
-@endpoints.get("/page/style.css")
-def style() -> Response:
-    return _file("style.css", "text/css; charset=utf-8")
-
-
-@endpoints.get("/page/chat.js")
-def script() -> Response:
-    return _file("chat.js", "text/javascript; charset=utf-8")
-
-
-@endpoints.get("/favicon.ico")
-def icon() -> Response:
-    return _file("icon.svg", "image/svg+xml")
+for _path, _of in _FILES.items():
+    endpoints.add_api_route(_path, partial(_file, *_of), methods=["GET"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from engine.family import Family, copy_artifact, requests
 
+from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.engine import Completion, TransformersEngine, generate
 from meswitch_cli.engine.contract import (
     BASE,
@@ -264,6 +266,17 @@ def test_unloading_waits_for_what_runs(family: Family, start: Start) -> None:
     engine.unload_expert("alpha")
     assert all(len(completion.tokens) == 30 for completion in traffic.wait(1).values())
     assert "alpha" not in {status.name for status in engine.experts()}
+    assert [engine.serves(name) for name in ("alpha", "beta", BASE)] == [False, True, True]
+
+
+def test_an_expert_is_known_by_its_name_and_digest(family: Family, start: Start) -> None:
+    engine = start(family)
+    assert [engine.serves(name) for name in ("alpha", BASE, "nobody")] == [True, True, False]
+    manifest = (family.artifacts["alpha"] / MANIFEST_FILE).read_bytes()
+    assert engine.digest("alpha") == hashlib.sha256(manifest).hexdigest()
+    assert engine.digest(BASE) == ""
+    with pytest.raises(UnknownExpertError):
+        engine.digest("nobody")
 
 
 def test_same_name_other_artifact_shares_no_prefix(family: Family, start: Start) -> None:

@@ -164,9 +164,6 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         if thread is None:
             return
         self._cancel_all()
-        if thread.is_alive():
-            with self._changed:
-                self._changed.wait_for(lambda: not self._active, STOP_SECONDS)
         self._stopping = True
         self._wake()
         thread.join(STOP_SECONDS)

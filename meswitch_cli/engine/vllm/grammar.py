@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from meswitch_cli.engine.contract import Sampling
@@ -53,7 +52,7 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
             self._constraints.pop(row, None)
         for row, params, _, tokens in batch_update.added:
             self._constraints.pop(row, None)
-            asked = _asked(params)
+            asked = (params.extra_args or {}).get(GRAMMAR_KEY)
             if asked is not None:
                 self._constraints[row] = _Constraint(self._grammar(asked), tokens)
         for source, target, direction in batch_update.moved:
@@ -80,8 +79,3 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
         grammar = self._grammars.grammar(sampling, self._models[identity])
         assert grammar is not None
         return grammar
-
-
-def _asked(params: SamplingParams) -> Mapping[str, Any] | None:
-    asked: Mapping[str, Any] | None = (params.extra_args or {}).get(GRAMMAR_KEY)
-    return asked

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from meswitch_cli.engine.batch import Batch, CurrentBatch
-from meswitch_kernels import ExpertBank, GainBank
+from meswitch_cli.engine.modules import GainedNorm, with_added_logits
+from meswitch_kernels import ExpertBank
 
 
 class Rows:
@@ -117,46 +118,24 @@ class ExpertVocabularyMethod(_ExpertMethod):
             raise RuntimeError(f"vLLM asks for logits of {x.shape[0]} tokens, {slots.shape[0]} were announced")
         bank = rows.bank
         y = self.multiply(x, rows, None if bias is None else rows.bias, slots, groups, bank)
-        if bank.max_added_rows:
-            added = self.backend.added_logits(x, bank.added_rows, bank.added_counts, slots)
-            if rows.added_bias is not None:
-                added = added + rows.added_bias.index_select(0, slots.long() + 1)
-            y = torch.cat([y, added], 1)
+        y = with_added_logits(y, x, bank, rows.added_bias, slots, self.backend.added_logits)
         return nn.functional.pad(y, (0, self._width - y.shape[1]), value=-torch.inf)
 
 
-class ExpertResidualNorm(nn.Module):
+class ExpertResidualNorm(GainedNorm):
     """A norm, with vLLM's second argument and second result: the residual that it adds first."""
 
-    def __init__(self, base: nn.Module, plain: nn.Module, current: CurrentBatch) -> None:
-        """`plain` is `base` with gain 1 and shift 0."""
-        super().__init__()
-        self.base, self.plain, self.current = base, plain, current
-        self.gains: GainBank | None = None
-        self.shifts: GainBank | None = None
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        batch = self.current.batch
+        batch = self.batch
         given = (x,) if residual is None else (x, residual)
-        if batch is None or (self.gains is None and self.shifts is None):
+        if batch is None:
             return self.base(*given)
         check_tokens(batch, x.shape[0])
         result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
         shape = [x.shape[0]] + [1] * (x.dim() - 2) + [x.shape[-1]]
-        dtype = y.dtype
-        if self.gains is not None:
-            y = y * self.gains.table.index_select(0, batch.gain_rows).view(shape)
-        if self.shifts is not None:
-            y = y + self.shifts.table.index_select(0, batch.gain_rows).view(shape)
-        y = y.to(dtype)
+        y = self.gained(y, batch.gain_rows, shape).to(y.dtype)
         return y if rest is None else (y, rest)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
 
 class VocabularyLimits:

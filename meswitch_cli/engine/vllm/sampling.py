@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 #: vLLM raises lower temperatures to this one.
 LEAST_TEMPERATURE = 0.01
+#: Members that vLLM has under the same names, with the same meanings.
+_SAME = (
+    "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "max_tokens", "min_tokens", "logprobs",
+)  # fmt: skip
 #: Under this key of `extra_args` a request's grammar reaches vLLM's workers.
 GRAMMAR_KEY = "meswitch_grammar"
 
@@ -35,20 +40,11 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
         message = f"temperature must be {low} or from {LEAST_TEMPERATURE} to {high} with vLLM"
         raise InvalidRequestError(message, "temperature")
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.end_ids)}
-    options: dict[str, Any] = {
+    options: dict[str, Any] = {name: getattr(sampling, name) for name in _SAME} | {
         "temperature": temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "presence_penalty": sampling.presence_penalty,
         "logit_bias": dict(sampling.logit_bias) or None,
         "stop_token_ids": sorted(ends),
         "ignore_eos": True,
-        "max_tokens": sampling.max_tokens,
-        "min_tokens": sampling.min_tokens,
-        "logprobs": sampling.logprobs,
         "seed": None if sampling.seed is None else generator_seed(sampling.seed),
         "detokenize": False,
     }

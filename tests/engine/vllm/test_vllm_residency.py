@@ -11,6 +11,7 @@ from engine.test_residency import (
     assert_idle,
     one,
     test_a_callback_that_raises_ends_its_own_request,
+    test_an_expert_is_known_by_its_name_and_digest,
     test_another_base_is_refused,
     test_artifact_lost_after_the_start_fails_its_requests_alone,
     test_cancelling_frees_everything,
@@ -36,6 +37,7 @@ from meswitch_cli.engine.vllm.engine import VllmEngine
 
 __all__ = [
     "test_a_callback_that_raises_ends_its_own_request",
+    "test_an_expert_is_known_by_its_name_and_digest",
     "test_another_base_is_refused",
     "test_artifact_lost_after_the_start_fails_its_requests_alone",
     "test_cancelling_frees_everything",
