@@ -1,7 +1,6 @@
 """The command line as a user meets it: a real process, real files, exit status, streams."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,33 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from command_line import fails, meswitch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch_cli.app import COMMANDS
 from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
-
-
-def meswitch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
-
-
-def fails(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    assert result.returncode == status, result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
-    for word in words:
-        assert word in result.stderr
-    assert result.stdout == ""
 
 
 def test_the_main_job(pair: Pair, tmp_path: Path) -> None:

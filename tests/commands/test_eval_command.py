@@ -1,7 +1,6 @@
 """`meswitch eval` as a user meets it: exit status and streams, on real files."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,50 +13,26 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from command_line import ENVIRONMENT, Result, in_process, meswitch
+from command_line import fails as refused
 
-from meswitch_cli.app import main
 from meswitch_cli.evaluation.routing import CHOICES
 from zoo.tiny import make_pair
 
 Pair = tuple[Path, Path]
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def process(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run() -> Run:
     """The command's own entry, in this process: importing the libraries anew for every case takes seconds."""
-
-    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [str(item) for item in arguments]
-        monkeypatch.setattr(sys, "argv", ["meswitch", *words])
-        capsys.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(bool(end.code))
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, out, err)
-
-    return call
+    return in_process
 
 
 @pytest.fixture(scope="module")
 def art(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("eval") / "art"
-    made = process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
+    made = meswitch("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
     assert made.returncode == 0, made.stderr
     return out
 
@@ -77,7 +52,7 @@ def inputs(pair: Pair, art: Path, out: Path) -> tuple[object, ...]:
 def test_the_whole_report(pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
     neutral = tmp_path / "neutral.txt"
     neutral.write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    done = process(
+    done = meswitch(
         "eval", *inputs(pair, art, tmp_path / "out"), "--baseline", "bitdelta", "--text", f"expert={text}",
         "--text", neutral, "--tasks", "expert=meswitch_logic_choice", "--limit", 8, "--max-kld", 1, "--json",
     )  # fmt: skip
@@ -151,13 +126,6 @@ def test_limits_fail_the_command_and_name_what_missed(
     assert "--max-kld 1e-06: art on sums" in done.stderr and "--min-recovery 1.5: art on sums" in done.stderr
     assert "Traceback" not in done.stderr and "| max-kld | art |" in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
-
-
-def refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr + done.stdout and done.stdout == ""
-    for word in words:
-        assert word in done.stderr
 
 
 def test_bad_input_is_named_before_any_work(run: Run, pair: Pair, art: Path, text: Path, tmp_path: Path) -> None:
@@ -353,7 +321,6 @@ def wait_for(log: Path, pattern: str, seconds: float = 300) -> str:
 def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_path: Path) -> None:
     """The real server with the artifact: in fp32 its greedy answers are those of the same weights in this process."""
     words = ("serve", "--base", pair[0], "--expert", f"expert={art}", "--port", 0, "--dtype", "float32")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     (tmp_path / "sums.yaml").write_text(
         "task: sums_task\ndataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
         'output_type: generate_until\ndoc_to_text: "{{prompt}}"\ndoc_to_target: "{{prompt}}"\n'
@@ -365,7 +332,7 @@ def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_
     log = tmp_path / "server.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-m", "meswitch_cli", *map(str, words)], stdout=stream, stderr=stream, env=environment
+            [sys.executable, "-m", "meswitch_cli", *map(str, words)], stdout=stream, stderr=stream, env=ENVIRONMENT
         )
     try:
         address = wait_for(log, r"http://127\.0\.0\.1:\d+")

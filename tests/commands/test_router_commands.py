@@ -1,20 +1,14 @@
 """Router commands as a user meets them: a real process, real files, exit status, streams."""
 
-import contextlib
-import io
 import json
-import os
 import random
-import subprocess
-import sys
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import fails, in_process, meswitch
 
 import zoo
-from meswitch_cli.app import main
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.disk import file_digest
 from zoo.tiny import make_pair
@@ -24,42 +18,6 @@ WORDS = {
     "code": ["function", "python", "loop", "variable", "compile", "string", "return", "array", "import", "class"],
     "law": ["court", "contract", "tenant", "liability", "statute", "plaintiff", "appeal", "damages", "clause", "jury"],
 }
-
-
-def meswitch(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=text,
-        env=environment,
-        timeout=200,
-        check=False,
-    )
-
-
-def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same without a process of its own: for mistakes, of which there are many."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        unittest.mock.patch.object(sys, "argv", ["meswitch", *map(str, arguments)]),
-    ):
-        try:
-            main()
-        except SystemExit as left:
-            status = int(left.code or 0)
-    return subprocess.CompletedProcess([], status, out.getvalue(), err.getvalue())
-
-
-def fails(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    assert result.returncode == status, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
-    for word in words:
-        assert word in result.stderr
-    assert result.stdout == ""
 
 
 def lines(domain: str, count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -103,7 +61,7 @@ def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_p
     assert list(decision) == ["expert", "confidence", "probabilities", "reason", "latency_ms"]
     assert decision["expert"] in ("maths", "base") and decision["probabilities"]["maths"] > 0.5
     assert decision["probabilities"]["maths"] + decision["probabilities"]["code"] == pytest.approx(1)
-    shown = meswitch("route", "--router", router, "--base", base, "-", text="word " * 25_000)
+    shown = meswitch("route", "--router", router, "--base", base, "-", stdin="word " * 25_000)
     assert shown.returncode == 0 and "confidence" in shown.stdout
     assert "a prompt of 124999 characters is routed by 48 tokens of it" in shown.stderr
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server.family import Family, Running, Start, make_family, start
+from server.fields import FIELDS, prompts
 
-from .family import Family, Running, make_family, start
-
-__all__ = ["Family", "Running", "Start", "start"]
-
-Start = Callable[..., Running]
+from meswitch_cli.router import Router
+from meswitch_cli.router.data import Example, gather
+from meswitch_cli.router.training import TrainingSettings, train_router
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,22 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def running(family: Family) -> Iterator[Running]:
     """The server that most tests share; nothing in it is changed by any."""
     server = start(family)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def router() -> Router:
+    """A TF-IDF router that knows the three experts' words."""
+    examples = [Example(text, field, f"{field}:{i}") for field in FIELDS for i, text in enumerate(prompts(field, 56))]
+    trained = train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(FIELDS))
+    return trained.router
+
+
+@pytest.fixture(scope="module")
+def routed(family: Family, router: Router) -> Iterator[Running]:
+    """A server that has the router."""
+    server = start(family, router=router)
     yield server
     server.stop()
 

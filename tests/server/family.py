@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class Running:
         self.server.begin_drain()
         self.thread.join(30)
         assert not self.thread.is_alive()
+
+
+#: A function that starts a server of a test's own.
+Start = Callable[..., Running]
 
 
 def start(family: Family, *, router: Any = None, settings: ServerSettings | None = None, **engine: Any) -> Running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,36 +17,21 @@ from typing import Any
 
 import httpx2
 import pytest
-
-from meswitch_cli.app import main
-
-from .conftest import Family, Running
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-
-
-def meswitch(*arguments: object, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "meswitch_cli", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, input=stdin, timeout=timeout, check=False
-    )
-
+from command_line import ENVIRONMENT, in_process, meswitch
+from server.family import Family, Running
 
 Here = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     """A function that runs a command that will fail, in this process: exit status and stderr."""
+    monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda level: None)  # it lasts
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["meswitch", *map(str, arguments)])
-        monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda level: None)  # it lasts
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        assert told.out == "" and isinstance(ended.value.code, int)
-        return ended.value.code, told.err
+        ended = in_process(*arguments)
+        assert ended.stdout == "" and ended.returncode != 0
+        return ended.returncode, ended.stderr
 
     return run
 
@@ -260,3 +244,13 @@ def test_a_missing_extra_is_named(here: Here, monkeypatch: pytest.MonkeyPatch) -
     for command in (("serve", "--base", "x"), ("chat",), ("bench",)):
         status, told = here(*command)
         assert status == 1 and "pip install 'meswitch[serve]'" in told
+
+
+def test_a_client_imports_no_web_framework() -> None:
+    script = (
+        "import sys; from meswitch_cli.server import ServerSettings; from meswitch_cli.load.conversation import *; "
+        "loaded = {'fastapi', 'torch', 'transformers'} & set(sys.modules); "
+        "from meswitch_cli.server import Service, create_app; print(loaded, 'fastapi' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set() True\n"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from server.family import Family, Running, Start
+from server.fields import prompts
 
 from meswitch_cli.server.settings import ServerSettings
-
-from .conftest import Family, Running, Start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
 
 ADMIN = {"authorization": "Bearer root"}
 
@@ -236,7 +235,7 @@ def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(start_ser
     assert server.post("/v1/chat/completions", long_chat()).status_code == 503
 
 
-def test_an_expert_that_leaves_is_routed_to_no_more(start_server: Start, router: Any) -> None:  # noqa: F811
+def test_an_expert_that_leaves_is_routed_to_no_more(start_server: Start, router: Any) -> None:
     """While its last requests run, it is served no longer: auto falls back, its name is unknown."""
     server = start_server(router=router)
     with httpx2.stream(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.load import Endpoint, make_workload, run_load
 from meswitch_cli.load.client import Outcome
 from meswitch_cli.load.conversation import Conversation
+from meswitch_cli.load.workload import read_prompts
 
 #: What an answer's stream is made of: pauses in seconds, and events or raw lines.
 Script = Sequence[float | str | dict[str, Any]]
@@ -115,3 +117,19 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_addresses_with_and_without_a_version(running: Any) -> None:
     answers: list[Callable[[], Any]] = [Endpoint(running.url + end).models for end in ("", "/", "/v1", "/v1/")]
     assert len({json.dumps(answer()) for answer in answers}) == 1
+
+
+def test_prompts_are_read_from_lines_of_json(tmp_path: Path) -> None:
+    """JSON strings may hold characters that end a line elsewhere."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two"}\n\n{"text": "three"}\n', "utf-8")
+    assert read_prompts(path) == ["one\u2028two", "three"]
+    for line, complaint in (("7", 'line 2: needs "prompt" or "text"'), ("{", "line 2: not JSON")):
+        path.write_text('{"prompt": "one"}\n' + line)
+        with pytest.raises(UsageError, match=complaint):
+            read_prompts(path)
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="no line with data"):
+        read_prompts(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_prompts(tmp_path / "none.jsonl")

@@ -7,11 +7,10 @@ import logging
 import time
 
 import pytest
+from server.family import Running, Start
 
 from meswitch_cli.server.logs import JsonFormatter
 from meswitch_cli.server.settings import ServerSettings
-
-from .conftest import Running, Start
 
 SECRET = "swordfish"
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
-
-from .conftest import Running, Start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
+from server.family import Running, Start
+from server.fields import prompts
 
 HISTOGRAMS = {f"{name}_seconds" for name in ("time_to_first_token", "inter_token", "request", "queue", "router")}
 LABELS = {"expert", "reason"}
@@ -37,7 +36,7 @@ def ask(server: Running, model: str, text: str, **more: Any) -> Mapping[str, Any
     return dict(response.json()) if not more.get("stream") else {}
 
 
-def test_histograms_and_counters_are_of_what_was_asked(start_server: Start, router: Any) -> None:  # noqa: F811
+def test_histograms_and_counters_are_of_what_was_asked(start_server: Start, router: Any) -> None:
     server = start_server(router=router)
     usages = [ask(server, "red", "hello", n=2)["usage"], ask(server, "red", "hello again")["usage"]]
     ask(server, "red", "hello", stream=True)
@@ -64,7 +63,7 @@ def test_histograms_and_counters_are_of_what_was_asked(start_server: Start, rout
     assert value(found, "expert_on_device", expert="red") == 1
 
 
-def test_one_label_set_on_every_path(start_server: Start, router: Any) -> None:  # noqa: F811
+def test_one_label_set_on_every_path(start_server: Start, router: Any) -> None:
     """Routed, fallback, pinned, unloaded, a failing router, a refused request: the same labels, never more."""
     server = start_server(router=router)
     ask(server, "auto", prompts("green", 9)[7])

@@ -8,8 +8,7 @@ import math
 
 import openai
 import pytest
-
-from .conftest import Running
+from server.family import Running
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server.family import Running, Start
+from server.fields import prompts
 
 from meswitch_cli.server.settings import ServerSettings
-
-from .conftest import Family, Running, Start, start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -27,13 +26,6 @@ def browser() -> Iterator[Any]:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
-
-
-@pytest.fixture(scope="module")
-def routed(family: Family, router: Any) -> Iterator[Running]:  # noqa: F811
-    server = start(family, router=router)
-    yield server
-    server.stop()
 
 
 @pytest.fixture

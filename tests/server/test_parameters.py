@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from server.family import Running
 
-from meswitch_cli.engine.contract import GenerationRequest, Sampling
-
-from .conftest import Running
+from meswitch_cli.engine.contract import GenerationRequest, InvalidRequestError, Sampling
+from meswitch_cli.engine.requests import check_request
+from meswitch_cli.engine.sampling_ranges import RANGES
+from meswitch_cli.server.schemas import ChatRequest
 
 #: Parameters that both endpoints have, none at its default, and what the engine is to be told.
 COMMON: dict[str, Any] = {
@@ -68,6 +72,64 @@ def test_no_parameter_of_the_engine_is_out_of_reach(running: Running, told: list
     plain = asdict(Sampling())
     reached = {name for name, value in asdict(Sampling(**TOLD, logprobs=4)).items() if value != plain[name]}
     assert reached | {"json_object", "json_schema"} == {field.name for field in fields(Sampling)}
+
+
+#: By the engine's name of a parameter: the ends of what may be asked, and what lies just beyond them.
+ENDS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "temperature": ((0, 2), (-0.01, 2.01, float("nan"))),
+    "top_p": ((1e-9, 1), (0, 1.01)),
+    "top_k": ((0, 2**31 - 1), (-1, 2**31)),
+    "min_p": ((0, 1), (-0.01, 1.01)),
+    "repetition_penalty": ((0.01, 10), (0, 0.009, 10.1)),
+    "frequency_penalty": ((-2, 2), (-2.1, 2.1)),
+    "presence_penalty": ((-2, 2), (-2.1, 2.1)),
+    "logit_bias": (({"7": -100}, {"7": 100}), ({"7": -100.1}, {"7": 100.1})),
+    "max_tokens": ((1, 2**31 - 1), (0, 2**31)),
+    "min_tokens": ((0, 2**31 - 1), (-1, 2**31)),
+    "logprobs": ((0, 20), (-1, 21)),
+    "stop": (([], ["x"] * 16), (["x"] * 17, [""])),
+    "stop_token_ids": (([], [9] * 16), ([9] * 17, [-1])),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_http_and_the_engine_draw_the_same_lines(name: str) -> None:
+    inside, outside = ENDS[name]
+    for value in inside:
+        asked = ask(name, value)
+        assert getattr(asked.sampling(asked.max_tokens or 2**31 - 1), name) == as_told(value)
+        check(name, value)
+    for value in outside:
+        with pytest.raises(ValidationError):
+            ask(name, value)
+        with pytest.raises(InvalidRequestError) as refused:
+            check(name, value)
+        assert refused.value.parameter == name
+
+
+def ask(name: str, value: Any) -> ChatRequest:
+    body = {"model": "red", "messages": [{"role": "user", "content": "hi"}]}
+    return ChatRequest.model_validate(
+        body | ({"logprobs": True, "top_logprobs": value} if name == "logprobs" else {name: value})
+    )
+
+
+def check(name: str, value: Any) -> None:
+    """As the engine does."""
+    sampling = Sampling(**{"max_tokens": 2**31 - 1} | {name: as_told(value)})
+    model: Any = SimpleNamespace(vocabulary=300)
+    check_request(GenerationRequest("one", "red", (5,), sampling), model, 2**32)
+
+
+def as_told(value: Any) -> Any:
+    """What is asked over HTTP as the engine is told it."""
+    if isinstance(value, dict):
+        return {int(token): bias for token, bias in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def test_every_range_has_its_ends_tested() -> None:
+    assert RANGES.keys() <= ENDS.keys()
 
 
 def test_null_is_as_good_as_absent(running: Running, told: list[Sampling]) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from server.family import Running, Start
 
 from meswitch_cli.server.settings import ServerSettings
-
-from .conftest import Running, Start
 
 CHAT = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 

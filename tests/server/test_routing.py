@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from server.family import Running, Start
+from server.fields import FIELDS, prompts
 
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.training import TrainingSettings, train_router
 from meswitch_cli.server.routing import check_router
 from meswitch_cli.server.settings import ServerSettings
 
-from .conftest import Family, Running, Start, start
-
-WORDS = {
-    "red": ("apples", "add", "subtract", "total", "price", "coins", "sum", "dozen"),
-    "green": ("python", "function", "loop", "compile", "string", "list", "class", "return"),
-    "blue": ("knight", "knave", "lies", "truth", "premise", "implies", "false", "puzzle"),
-}
 HEADERS = ("expert", "confidence", "reason", "router-ms")
-
-
-def prompts(field: str, count: int) -> list[str]:
-    """Four of the field's words each, no two alike; the router learns from the first 56."""
-    every = itertools.combinations(WORDS[field], 4)
-    return [" ".join(words) for words in sorted(every, key=lambda words: hash_of(" ".join(words)))][:count]
-
-
-def hash_of(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-@pytest.fixture(scope="module")
-def router() -> Router:
-    """A TF-IDF router that knows the three experts' words."""
-    examples = [Example(text, field, f"{field}:{i}") for field in WORDS for i, text in enumerate(prompts(field, 56))]
-    trained = train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(WORDS))
-    return trained.router
-
-
-@pytest.fixture(scope="module")
-def routed(family: Family, router: Router) -> Iterator[Running]:
-    server = start(family, router=router)
-    yield server
-    server.stop()
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
@@ -58,7 +23,7 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
 
 
 def test_auto_asks_the_expert_of_the_field_and_says_so(routed: Running) -> None:
-    for field in WORDS:
+    for field in FIELDS:
         for stream in (False, True):
             response = routed.post("/v1/chat/completions", chat(prompts(field, 9)[7], stream=stream))
             assert response.status_code == 200
@@ -67,7 +32,7 @@ def test_auto_asks_the_expert_of_the_field_and_says_so(routed: Running) -> None:
             assert 0.5 < float(response.headers["x-meswitch-confidence"]) <= 1
             assert float(response.headers["x-meswitch-router-ms"]) > 0
             probabilities = json.loads(response.headers["x-meswitch-probabilities"])
-            assert set(probabilities) == set(WORDS) and max(probabilities, key=probabilities.get) == field
+            assert set(probabilities) == set(FIELDS) and max(probabilities, key=probabilities.get) == field
             assert f'"model":"{field}"' in response.text
     client = openai.OpenAI(base_url=f"{routed.url}/v1", api_key="none", max_retries=0)
     answer = client.completions.create(model="auto", prompt=prompts("blue", 9)[6], max_tokens=2)

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
+from server.family import Family, Running, start
 
 from meswitch_cli.server.settings import ServerSettings
-
-from .conftest import Family, Running, start
 
 schemathesis = pytest.importorskip("schemathesis")
 

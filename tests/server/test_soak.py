@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.soak import leaks, soak
+from server.family import Family
 
-from .conftest import Family
+from benchmarks.soak import leaks, soak
 
 
 def test_three_hundred_requests_leave_nothing_behind(family: Family) -> None:

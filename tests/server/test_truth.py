@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from server.family import Family, Running, Start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-
-from .conftest import Family, Running, Start
 
 MODELS = ("base", "red", "green", "blue")
 TOKENS = 20

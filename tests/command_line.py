@@ -1,0 +1,56 @@
+"""`meswitch` as tests call it: in a process of its own, or in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import unittest.mock
+from pathlib import Path
+
+from meswitch_cli.app import main
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+Result = subprocess.CompletedProcess[str]
+
+
+def meswitch(*arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200) -> Result:
+    """Run a command as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def in_process(*arguments: object) -> Result:
+    """The same without a process of its own: for mistakes, of which there are many."""
+    words = ["meswitch", *map(str, arguments)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        unittest.mock.patch.object(sys, "argv", words),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def fails(result: Result, status: int, *words: str) -> None:
+    """Check that a command ended with a status, these words on stderr, no traceback, and nothing on stdout."""
+    assert result.returncode == status, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in words:
+        assert word in result.stderr
+    assert result.stdout == ""
