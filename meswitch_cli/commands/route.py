@@ -33,7 +33,7 @@ def run(
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        decision = artifact.router(hidden_states, tokenizer, strict=True).route(text)
+        decision = artifact.router(hidden_states, tokenizer).route(text)
     finally:
         logger.removeHandler(handler)
     if as_json:

@@ -45,7 +45,7 @@ def open_router(path: Path, base: str, fingerprint: str) -> Router:
     if artifact.manifest.backend == "probe":
         hidden = BaseHiddenStates(base, int(artifact.manifest.settings["layer"]))
         tokenizer = load_tokenizer(resolve(base).path)
-    router = artifact.router(hidden, tokenizer, strict=True)
+    router = artifact.router(hidden, tokenizer)
     router.require_base(fingerprint, base)
     return router
 

@@ -90,7 +90,7 @@ class RouterArtifact:
             tokenizer,
         )
 
-    def router(self, hidden_states: HiddenStates | None, tokenizer: Any, *, strict: bool = False) -> Router:
+    def router(self, hidden_states: HiddenStates | None, tokenizer: Any) -> Router:
         """The router of this folder."""
         return Router(
             self.backend(hidden_states, tokenizer),
@@ -99,7 +99,6 @@ class RouterArtifact:
             experts=self.manifest.experts,
             base_fingerprint=self.manifest.base_fingerprint,
             sticky_margin=self.manifest.numbers["sticky_margin"],
-            strict=strict,
         )
 
     def store(self) -> FeatureStore:

@@ -19,7 +19,9 @@ from meswitch_cli.router.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
-Reason = Literal["routed", "pinned", "sticky", "low_confidence", "out_of_domain", "empty", "error"]
+#: The last three are no router's: a server gives them where the request names an expert, where the router fails, and
+#: where the expert that it chose is not served.
+Reason = Literal["routed", "sticky", "low_confidence", "out_of_domain", "empty", "pinned", "error", "unavailable"]
 #: A session leaves its expert only for one that is likelier by this much: a switch discards the session's cache.
 STICKY_MARGIN = 0.2
 
@@ -32,7 +34,7 @@ class RouteDecision:
         expert: a label of the router, or "base".
         confidence: calibrated probability of the likeliest expert; of a sticky decision, of the expert it stays with.
         probabilities: by label; empty where no model was asked.
-        latency_ms: of the decision, milliseconds.
+        latency_ms: milliseconds that the decision took, without any wait for its turn.
     """
 
     expert: str
@@ -48,8 +50,8 @@ class Router:
     Attributes:
         experts: label to SHA-256 of the artifact's manifest, None where it was not known in training.
         base_fingerprint: of the base whose hidden states it reads; None for the other backends.
-        errors: decisions that failed and fell back.
-        strict: raise instead of falling back where a decision fails.
+        fallback: where prompts go that pass no gate. A decision that fails goes nowhere: it is raised, and who asked
+            decides.
     """
 
     def __init__(
@@ -61,15 +63,12 @@ class Router:
         experts: Mapping[str, str | None] | None = None,
         base_fingerprint: str | None = None,
         sticky_margin: float = STICKY_MARGIN,
-        strict: bool = False,
     ) -> None:
         self.backend = backend
         self.model = model
         self.fallback = fallback
         self.experts = dict(experts or dict.fromkeys(model.labels))
         self.base_fingerprint = base_fingerprint
-        self.strict = strict
-        self.errors = 0
         self._sticky_margin = sticky_margin
         self._sessions = Sessions()
 
@@ -79,8 +78,6 @@ class Router:
         path: Path,
         hidden_states: HiddenStates | None = None,
         tokenizer: Any = None,
-        *,
-        strict: bool = False,
     ) -> Router:
         """Load a router's folder. The probe needs the base's hidden states and tokenizer, the others bring their own.
 
@@ -89,39 +86,30 @@ class Router:
         """
         from meswitch_cli.router.artifact import RouterArtifact
 
-        return RouterArtifact.open(path).router(hidden_states, tokenizer, strict=strict)
+        return RouterArtifact.open(path).router(hidden_states, tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
         return self.model.labels
 
-    def route(self, prompt: Prompt, *, session: str | None = None, pinned: str | None = None) -> RouteDecision:
-        """Decide for a prompt, as text or as chat messages.
-
-        A session stays with its expert until another is likelier by a margin; `pinned` is taken as it is, and
-        becomes the session's expert. A failure falls back, is logged and counted.
+    def route(self, prompt: Prompt, *, session: str | None = None) -> RouteDecision:
+        """Decide for a prompt, as text or as chat messages; a session stays until another is likelier by a margin.
 
         Raises:
-            RouterError: the decision failed and the router is strict.
+            RouterError: the decision failed.
         """
         started = time.perf_counter()
         try:
-            expert, confidence, probabilities, reason = self._decide(prompt, session, pinned)
-        except Exception as error:  # whatever goes wrong here must not fail the user's request
-            if self.strict:
-                raise RouterError(f"the router failed: {error}") from error
-            self.errors += 1
-            logger.exception("the router failed; the request falls back to %s", self.fallback)
-            expert, confidence, probabilities, reason = self.fallback, 0.0, {}, "error"
+            expert, confidence, probabilities, reason = self._decide(prompt, session)
+        except Exception as error:  # a backend may fail in any way, and who asks is to know it as one
+            raise RouterError(f"the router failed: {error}") from error
         return RouteDecision(expert, confidence, probabilities, reason, 1000 * (time.perf_counter() - started))
 
-    def _decide(
-        self, prompt: Prompt, session: str | None, pinned: str | None
-    ) -> tuple[str, float, dict[str, float], Reason]:
-        if pinned is not None:
-            if session is not None:
-                self._sessions.put(session, pinned)
-            return pinned, 1.0, {}, "pinned"
+    def keep(self, session: str, expert: str) -> None:
+        """Make an expert, of this router or not, the one that a session is with."""
+        self._sessions.put(session, expert)
+
+    def _decide(self, prompt: Prompt, session: str | None) -> tuple[str, float, dict[str, float], Reason]:
         current = self._sessions.get(session) if session is not None else None
         text = routing_text(prompt)
         if not text:

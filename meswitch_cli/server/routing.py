@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +12,7 @@ from fastapi import APIRouter, Request
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.contract import BASE, Engine
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.router import RouteDecision
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.record import RequestRecord
@@ -34,14 +34,14 @@ Subject = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Who answers, and how that came about; `reason` is one of the router's, or "unavailable"."""
+class Choice(RouteDecision):
+    """Who answers, and how that came about.
 
-    expert: str
-    confidence: float
-    reason: str
+    Attributes:
+        router_ms: milliseconds from asking the router to its answer: the wait until it is free, and `latency_ms`.
+    """
+
     router_ms: float = 0.0
-    probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_router(router: Router, engine: Engine) -> list[str]:
@@ -85,10 +85,9 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
     if model == AUTO:
         choice = await _routed(service, request, subject, session)
     elif model == BASE or model in service.experts():
-        choice = Choice(model, 1.0, "pinned")
-        router = service.router
-        if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
-            await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
+        choice = Choice(model, 1.0, {}, "pinned", 0.0)
+        if service.router is not None and session is not None:
+            service.router.keep(session, model)
     else:
         names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, AUTO))
         raise ApiError(
@@ -125,29 +124,24 @@ async def _routed(service: Service, request: Request, subject: Subject | None, s
         raise ApiError(400, message, code="invalid_value", parameter="model")
     started = time.perf_counter()
     failure: Exception | None = None
-    choice = Choice(BASE, 0.0, "error")
     try:
         decision = await service.routing(lambda: router.route(subject, session=session))
-    except Exception as error:
+    except Exception as error:  # whatever goes wrong in a router must not fail the user's request
         failure = error
         logger.exception("request %s: the router failed", RequestRecord.of(request).id)
-    else:
-        choice = Choice(
-            decision.expert, decision.confidence, decision.reason, probabilities=dict(decision.probabilities)
-        )
-        if choice.reason == "error":
-            failure = MeswitchError("the router answered with an error")
-        elif choice.expert != BASE and choice.expert not in service.experts():
-            failure = MeswitchError(f"the router chose {choice.expert!r}, which is not served now")
-            logger.warning("request %s: %s", RequestRecord.of(request).id, failure)
-            choice = Choice(BASE, 0.0, "unavailable", probabilities=choice.probabilities)
+        decision = RouteDecision(BASE, 0.0, {}, "error", 0.0)
+    if decision.expert != BASE and decision.expert not in service.experts():
+        failure = MeswitchError(f"the router chose {decision.expert!r}, which is not served now")
+        logger.warning("request %s: %s", RequestRecord.of(request).id, failure)
+        decision = replace(decision, expert=BASE, confidence=0.0, reason="unavailable")
     elapsed = time.perf_counter() - started
-    service.metrics.router.labels(choice.expert, choice.reason).observe(elapsed)
+    service.metrics.router.labels(decision.expert, decision.reason).observe(elapsed)
     if failure is not None:
         service.metrics.router_failures.inc()
         if service.settings.router_strict:
-            raise ApiError(500, f"the router failed: {type(failure).__name__}", code="router_failed") from failure
-    return Choice(choice.expert, choice.confidence, choice.reason, 1000 * elapsed, choice.probabilities)
+            cause = type(failure.__cause__ or failure).__name__
+            raise ApiError(500, f"the router failed: {cause}", code="router_failed") from failure
+    return Choice(**vars(decision), router_ms=1000 * elapsed)
 
 
 @endpoints.post("/v1/route", summary="Who would answer, without an answer")

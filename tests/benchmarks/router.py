@@ -104,7 +104,7 @@ def latency(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict
     for backend in made:
         artifact = RouterArtifact.open(arguments.scratch / f"router-{backend}")
         hidden = BaseHiddenStates(str(base), artifact.manifest.settings["layer"]) if backend == "probe" else None
-        routers[backend] = artifact.router(hidden, tokenizer if hidden else None, strict=True)
+        routers[backend] = artifact.router(hidden, tokenizer if hidden else None)
     took: dict[str, list[float]] = {name: [] for name in ("prefill", *made)}
     for repeat in range(LATENCY_REPEATS + 2):
         inputs = torch.tensor([windows[repeat % len(windows)]])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import openai
 import pytest
@@ -14,7 +15,9 @@ import pytest
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
 from meswitch_cli.router.data import Example, gather
+from meswitch_cli.router.router import Reason
 from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.server import webpage
 from meswitch_cli.server.routing import check_router
 from meswitch_cli.server.settings import ServerSettings
 
@@ -139,17 +142,48 @@ def test_what_auto_cannot_route_is_refused(routed: Running) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
-def test_a_router_that_fails_is_the_base_and_is_counted(
-    routed: Running, router: Router, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(texts: Any, on_done: Any = None) -> None:
-        raise RuntimeError("no features today")
+def broken(texts: Any, on_done: Any = None) -> None:
+    raise RuntimeError("no features today")
 
+
+def test_a_router_that_fails_is_the_base_is_counted_and_logged(
+    routed: Running, router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(router.backend, "features", broken)
     response = routed.post("/v1/chat/completions", chat("anything"))
     assert response.status_code == 200 and response.json()["model"] == "base"
     assert (response.headers["x-meswitch-reason"], response.headers["x-meswitch-expert"]) == ("error", "base")
+    assert response.headers["x-meswitch-confidence"] == "0.0000"
+    assert "no features today" in caplog.text
     assert "meswitch_router_failures_total 1.0" in routed.get("/metrics").text
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["fallback served", "fallback unloaded"])
+def test_a_router_that_fails_is_the_base_whatever_its_fallback(
+    start_server: Start, router: Router, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    """`train-router --fallback red` says where prompts go that pass no gate, not who answers a failure."""
+    server = start_server(router=Router(router.backend, router.model, fallback="red"))
+    if not loaded:
+        server.service.engine.unload_expert("red")
+    empty = server.post("/v1/chat/completions", chat(" "))
+    expected = ("red", "empty") if loaded else ("base", "unavailable")
+    assert (empty.headers["x-meswitch-expert"], empty.headers["x-meswitch-reason"]) == expected
+    monkeypatch.setattr(router.backend, "features", broken)
+    for path, body in (("/v1/chat/completions", chat("anything")), ("/v1/route", {"prompt": "anything"})):
+        response = server.post(path, body)
+        assert response.status_code == 200, response.text
+        assert (response.headers["x-meswitch-expert"], response.headers["x-meswitch-reason"]) == ("base", "error")
+
+
+def test_the_page_has_words_for_every_reason() -> None:
+    """And says that the base answers where the router's fallback has no part in it, there alone."""
+    script = (webpage.FOLDER / "chat.js").read_text()
+    words = dict(re.findall(r'^  (\w+): "(.*)",$', script.partition("const REASONS = {")[2].partition("};")[0], re.M))
+    assert set(words) == set(get_args(Reason))
+    assert {reason for reason, text in words.items() if "the base answers" in text} == {"error", "unavailable"}
+    fallback = {reason for reason, text in words.items() if "fallback answers" in text}
+    assert fallback == {"low_confidence", "out_of_domain", "empty"}
 
 
 def test_a_strict_router_that_fails_is_an_error(
