@@ -153,7 +153,7 @@ def load_router(path: Path | None, engine: Engine) -> Router | None:
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
-    from meswitch_cli.engine.contract import BASE
+    from meswitch_cli.names import BASE
     from meswitch_cli.router import Router
     from meswitch_cli.server.routing import check_router
 

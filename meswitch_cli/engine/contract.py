@@ -10,9 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from meswitch_cli.errors import MeswitchError
-
-#: The name under which the base itself is served.
-BASE = "base"
+from meswitch_cli.names import BASE as BASE
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Residency = Literal["device", "host", "disk"]

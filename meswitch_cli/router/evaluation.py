@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from meswitch_cli.checkpoint.source import resolve
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError
+from meswitch_cli.estimates import percentiles
+from meswitch_cli.names import BASE
 from meswitch_cli.router import measures
 from meswitch_cli.router.artifact import RouterArtifact
 from meswitch_cli.router.backends.backend import Backend
@@ -135,7 +136,7 @@ def measure_latency(router: Router, texts: Sequence[str], lengths: Sequence[int]
             started = time.perf_counter()
             router.route(prompt)
             took.append(1000 * (time.perf_counter() - started))
-        result[str(length)] = measures.percentiles(took[2:])  # the first ones warm up
+        result[str(length)] = percentiles(took[2:], (50, 95, 99))  # the first ones warm up
     return result
 
 

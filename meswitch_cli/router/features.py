@@ -13,9 +13,7 @@ from torch import nn
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.conversation import clip_characters, clip_tokens
-
-#: Tokens of one forward pass, padding included.
-BATCH_TOKENS = 2048
+from meswitch_cli.token_batches import batches_by_length, padded
 
 
 class HiddenStates(Protocol):
@@ -71,7 +69,7 @@ class BaseHiddenStates:
         with self._lock:  # hooks hear every forward of the model, another thread's too
             hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
             try:
-                for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
+                for batch in batches_by_length([len(ids) for ids in token_ids]):
                     inputs, mask = padded([token_ids[index] for index in batch])
                     # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
                     self._model(input_ids=inputs, use_cache=False)
@@ -176,29 +174,6 @@ def native_dtype() -> torch.dtype:
 def _has_bf16() -> bool:
     flags = Path("/proc/cpuinfo")
     return flags.exists() and "avx512_bf16" in flags.read_text()
-
-
-def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like lengths whose padded size stays within `budget`; a longer item is alone."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def padded(token_ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, longest]` ids with zeros on the right, and the mask of what is not padding."""
-    longest = max(len(ids) for ids in token_ids)
-    inputs = torch.zeros(len(token_ids), longest, dtype=torch.long)
-    mask = torch.zeros(len(token_ids), longest, dtype=torch.bool)
-    for row, ids in enumerate(token_ids):
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = True
-    return inputs, mask
 
 
 def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

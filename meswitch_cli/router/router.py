@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import BASE
 from meswitch_cli.router.backends.backend import Backend
 from meswitch_cli.router.conversation import Prompt, is_binary, routing_text
 from meswitch_cli.router.features import HiddenStates

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.names import BASE
 from meswitch_cli.router.backends.backend import Backend, Kind
 from meswitch_cli.router.backends.tfidf import Tfidf
 from meswitch_cli.router.data import Example, RoutingData

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.engine.contract import BASE, Engine
+from meswitch_cli.engine.contract import Engine
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.names import AUTO, BASE
 from meswitch_cli.router import RouteDecision
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.schemas import RouteRequest
 from meswitch_cli.server.service import Service
-from meswitch_cli.server.settings import AUTO
 
 if TYPE_CHECKING:
     from meswitch_cli.router import Router

@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
-from statsmodels.stats.proportion import proportion_confint
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router import measures
@@ -17,12 +16,6 @@ from meswitch_cli.router.gates import (
 )
 from meswitch_cli.router.head import Scaling, choose_head, cross_entropy, fit_head
 from meswitch_cli.router.temperature import fit_temperature
-
-
-@pytest.mark.parametrize(("successes", "count"), [(0, 10), (10, 10), (7, 10), (299, 300), (1, 1)])
-def test_wilson_interval(successes: int, count: int) -> None:
-    expected = proportion_confint(successes, count, method="wilson")
-    assert measures.wilson_interval(successes, count) == pytest.approx(expected, abs=1e-6)
 
 
 def test_calibration_figures_by_hand() -> None:

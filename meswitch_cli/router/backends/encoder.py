@@ -13,15 +13,8 @@ import torch.nn.functional as functional
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.backend import Kind
 from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import (
-    BATCH_TOKENS,
-    batches_by_length,
-    encode,
-    load_tokenizer,
-    mean_over_tokens,
-    padded,
-    quiet_transformers,
-)
+from meswitch_cli.router.features import encode, load_tokenizer, mean_over_tokens, quiet_transformers
+from meswitch_cli.token_batches import batches_by_length, padded
 
 #: What a router carries of the encoder's folder: it must go on working when that folder is gone.
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -57,7 +50,7 @@ class Encoder:
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         token_ids = [encode(self._tokenizer, text, self.max_tokens) for text in texts]
         pooled = torch.empty(len(texts), self.size)
-        for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
+        for batch in batches_by_length([len(ids) for ids in token_ids]):
             inputs, mask = padded([token_ids[index] for index in batch])
             hidden = self._model(input_ids=inputs, attention_mask=mask.long()).last_hidden_state
             pooled[batch] = functional.normalize(mean_over_tokens(hidden, mask), dim=1)

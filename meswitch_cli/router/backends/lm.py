@@ -15,16 +15,9 @@ import torch
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.backend import Kind
 from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import (
-    BATCH_TOKENS,
-    batches_by_length,
-    encode,
-    load_tokenizer,
-    native_dtype,
-    padded,
-    quiet_transformers,
-)
+from meswitch_cli.router.features import encode, load_tokenizer, native_dtype, quiet_transformers
 from meswitch_cli.router.head import Head
+from meswitch_cli.token_batches import batches_by_length, padded
 
 LETTERS = string.ascii_uppercase
 _QUESTION = "\n\nWhich domain does the request above belong to?\n{options}\nAnswer:"
@@ -85,7 +78,7 @@ class LetterModel:
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         questions = [self.question(text, self.options) for text in texts]
         found = torch.empty(len(texts), self.size)
-        for batch in batches_by_length([len(ids) for ids in questions], BATCH_TOKENS):
+        for batch in batches_by_length([len(ids) for ids in questions]):
             found[batch] = self.last_hidden([questions[index] for index in batch]).float()
             on_done(len(batch))
         return found
