@@ -4,7 +4,7 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
 from meswitch_cli.estimates import Z_95, percentile, percentiles, wilson_interval
-from meswitch_cli.router import measures
+from meswitch_cli.router.train import measures
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 10), (10, 10), (7, 10), (299, 300), (1, 1)])

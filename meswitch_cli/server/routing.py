@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 
@@ -13,15 +15,14 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.contract import Engine
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.names import AUTO, BASE
-from meswitch_cli.router import RouteDecision
+from meswitch_cli.router.backends.base import ServedBase
+from meswitch_cli.router.decide import RouteDecision, Router
+from meswitch_cli.router.store import Policy, open_router
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.schemas import RouteRequest
 from meswitch_cli.server.service import Service
-
-if TYPE_CHECKING:
-    from meswitch_cli.router import Router
 
 #: A conversation keeps its expert while its requests carry the same value here.
 SESSION_HEADER = "x-meswitch-session"
@@ -44,33 +45,30 @@ class Choice(RouteDecision):
     router_ms: float = 0.0
 
 
-def check_router(router: Router, engine: Engine) -> list[str]:
-    """Make sure that a router and an engine belong together.
+#: A server goes on with an expert that was compressed anew: its field is the same, its prompts may be near.
+POLICY = Policy("this server", "add --expert {name}=ARTIFACT", another_artifact="warning")
 
-    Returns:
-        What is worth a warning: experts that were compressed anew since the router was trained.
+
+def open_served_router(path: Path, engine: Engine, on_warning: Callable[[str], None]) -> Router:
+    """Open a router that reads the engine's own base.
 
     Raises:
-        MeswitchError: the router knows an expert that is not served, or was trained for another base.
+        RouterError: it is no router, damaged, for another base, or can choose an expert that is not served.
     """
-    served = {expert.name: expert for expert in engine.experts()}
-    if missing := sorted(set(router.labels) - set(served) - {BASE}):
-        raise MeswitchError(
-            f"the router knows {', '.join(map(repr, missing))}, which this server does not serve "
-            f"(it serves {', '.join(map(repr, sorted(served))) or 'none'}): add --expert NAME=ARTIFACT, or train a "
-            "router for these experts"
-        )
-    fingerprints = {Artifact.open(expert.path).manifest.base.fingerprint for expert in served.values()}
-    if router.base_fingerprint and fingerprints and router.base_fingerprint not in fingerprints:
-        raise MeswitchError(
-            f"the router was trained for the base {router.base_fingerprint}, the experts are of "
-            f"{', '.join(sorted(fingerprints))}: give the router of this base"
-        )
-    return [
-        f"expert {name!r} is not the artifact that the router was trained for; routing may be off"
-        for name, artifact in router.experts.items()
-        if artifact and name in served and served[name].artifact != artifact
-    ]
+    return open_router(path, served_base(engine), served_experts(engine), POLICY, on_warning)
+
+
+def served_base(engine: Engine) -> ServedBase:
+    """The engine's base as a router reads it."""
+    served = engine.experts()
+    # Each of them was compared with the base when it was loaded.
+    fingerprint = Artifact.open(served[0].path).manifest.base.fingerprint if served else None
+    return ServedBase(engine, engine.tokenizer(BASE), name=engine.base_id, fingerprint=fingerprint)
+
+
+def served_experts(engine: Engine) -> dict[str, str | None]:
+    """Name to SHA-256 of the artifact's manifest."""
+    return {expert.name: expert.artifact for expert in engine.experts()}
 
 
 async def choose(service: Service, request: Request, model: str, subject: Subject | None) -> Choice:

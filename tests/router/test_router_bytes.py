@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from meswitch_cli import __version__
-from meswitch_cli.router.artifact import RouterArtifact, write_router
+from meswitch_cli.router.backends.contract import NULL
 from meswitch_cli.router.backends.probe import Probe
 from meswitch_cli.router.backends.tfidf import DIMENSIONS, Tfidf
-from meswitch_cli.router.gates import DistanceGate
-from meswitch_cli.router.head import Head, Scaling
-from meswitch_cli.router.manifest import RouterManifest
-from meswitch_cli.router.model import RouterModel
-from meswitch_cli.router.store import NULL, FeatureStore
+from meswitch_cli.router.decide.gates import DistanceGate
+from meswitch_cli.router.decide.head import Head, Scaling
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.store.artifact import RouterArtifact, write_router
+from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.manifest import RouterManifest
 
 LABELS = ("code", "maths")
 #: SHA-256 of each file, first recorded with format version 1 as meswitch 0.1.0 wrote it.

@@ -9,11 +9,12 @@ import torch
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router import Router
-from meswitch_cli.router.artifact import RouterArtifact, write_router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.editing import add_expert, remove_expert
-from meswitch_cli.router.fitting import fit_model
-from meswitch_cli.router.training import TrainedRouter, TrainingSettings, train_router
+from meswitch_cli.router.store.artifact import RouterArtifact, write_router
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.editing import add_expert, remove_expert
+from meswitch_cli.router.train.fitting import fit_model
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import TrainedRouter, train_router
 
 from .conftest import COUNTS, examples, save, sentences
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.errors import CheckpointError, RouterError
-from meswitch_cli.router.features import BaseHiddenStates, load_tokenizer
+from meswitch_cli.router.backends.base import BaseHiddenStates
+from meswitch_cli.router.backends.texts import load_tokenizer
 from zoo.tiny import make_pair
 
 

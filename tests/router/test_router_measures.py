@@ -7,15 +7,15 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import measures
-from meswitch_cli.router.gates import (
+from meswitch_cli.router.decide.gates import (
     confidence_threshold,
     distance_threshold,
     fit_distances,
     risk_coverage,
 )
-from meswitch_cli.router.head import Scaling, choose_head, cross_entropy, fit_head
-from meswitch_cli.router.temperature import fit_temperature
+from meswitch_cli.router.decide.head import Scaling, choose_head, cross_entropy, fit_head
+from meswitch_cli.router.decide.temperature import fit_temperature
+from meswitch_cli.router.train import measures
 
 
 def test_calibration_figures_by_hand() -> None:

@@ -15,7 +15,7 @@ import httpx2
 from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
+from .test_routing import prompts, router, trained  # noqa: F401 - fixtures
 
 ADMIN = {"authorization": "Bearer root"}
 

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from .conftest import Running, Start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
+from .test_routing import prompts, router, trained  # noqa: F401 - fixtures
 
 HISTOGRAMS = {f"{name}_seconds" for name in ("time_to_first_token", "inter_token", "request", "queue", "router")}
 LABELS = {"expert", "reason"}

@@ -14,7 +14,7 @@ import pytest
 from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start, start
-from .test_routing import prompts, router  # noqa: F401 - a fixture
+from .test_routing import prompts, router, trained  # noqa: F401 - fixtures
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import openai
@@ -14,11 +16,13 @@ import pytest
 
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.router import Reason
-from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.router.decide.router import Reason
+from meswitch_cli.router.store import check_membership, write_router
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import TrainedRouter, train_router
 from meswitch_cli.server import webpage
-from meswitch_cli.server.routing import check_router
+from meswitch_cli.server.routing import POLICY, open_served_router, served_base, served_experts
 from meswitch_cli.server.settings import ServerSettings
 
 from .conftest import Family, Running, Start, start
@@ -42,10 +46,14 @@ def hash_of(text: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def router() -> Router:
+def trained() -> TrainedRouter:
     """A TF-IDF router that knows the three experts' words."""
     examples = [Example(text, field, f"{field}:{i}") for field in WORDS for i, text in enumerate(prompts(field, 56))]
-    trained = train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(WORDS))
+    return train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(WORDS))
+
+
+@pytest.fixture(scope="module")
+def router(trained: TrainedRouter) -> Router:
     return trained.router
 
 
@@ -204,16 +212,26 @@ def test_an_unloaded_expert_is_not_routed_to(start_server: Start, router: Router
 
 
 def test_a_router_and_a_server_that_do_not_belong_together(
-    start_server: Start, router: Router, family: Any, monkeypatch: pytest.MonkeyPatch
+    start_server: Start, trained: TrainedRouter, family: Any, tmp_path: Path
 ) -> None:
-    few = start_server(experts={"red": family.artifacts["red"]})
-    with pytest.raises(MeswitchError, match=r"'blue', 'green'.*does not serve"):
-        check_router(router, few.service.engine)
+    written = save(trained, tmp_path / "router")
+    few = start_server(experts={"red": family.artifacts["red"]}).service.engine
+    warnings: list[str] = []
+    with pytest.raises(MeswitchError, match=r"'blue', 'green'.*this server does not have.*--expert blue=ARTIFACT"):
+        open_served_router(written, few, warnings.append)
     every = start_server().service.engine
-    assert check_router(router, every) == []
-    monkeypatch.setattr(router, "base_fingerprint", "sha256:" + "0" * 64)
-    with pytest.raises(MeswitchError, match="trained for the base"):
-        check_router(router, every)
-    monkeypatch.setattr(router, "base_fingerprint", None)
-    monkeypatch.setattr(router, "experts", {"red": "0" * 64})
-    assert "'red' is not the artifact" in check_router(router, every)[0]
+    opened = open_served_router(written, every, warnings.append)
+    assert opened.route(prompts("red", 9)[0]).expert == "red" and warnings == []
+    another = replace(trained.manifest.trained_for, base_id="other", base_fingerprint="sha256:" + "0" * 64)
+    base, experts = served_base(every), served_experts(every)
+    with pytest.raises(MeswitchError, match="the router was made for another base"):
+        check_membership(another, base, experts, POLICY)
+    assert check_membership(replace(another, base_fingerprint=base.fingerprint), base, experts, POLICY) == []
+    anew = replace(trained, manifest=replace(trained.manifest, experts=experts | {"red": "0" * 64}))
+    open_served_router(save(anew, tmp_path / "anew"), every, warnings.append)
+    assert len(warnings) == 1
+    assert "'red': the router was trained for the artifact with manifest 000000000000" in warnings[0]
+
+
+def save(trained: TrainedRouter, folder: Path) -> Path:
+    return write_router(folder, trained.manifest, trained.router.model, trained.backend, trained.store).path

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
 
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import encode, load_tokenizer, mean_over_tokens, quiet_transformers
+from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.router.backends.base import ReadableBase
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.texts import encode, load_tokenizer, mean_over_tokens, quiet_transformers
+from meswitch_cli.router.decide.conversation import clip_characters
 from meswitch_cli.token_batches import batches_by_length, padded
 
 #: What a router carries of the encoder's folder: it must go on working when that folder is gone.
@@ -24,8 +25,9 @@ _OPTIONAL_FILES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")
 class Encoder:
     """Last hidden states averaged over tokens and brought to unit length."""
 
-    kind: Kind = "encoder"
-    extendable = True
+    title: ClassVar[str] = "sentence encoder"
+    needs_base: ClassVar[bool] = False
+    extendable: ClassVar[bool] = True
 
     def __init__(self, folder: Path, *, max_tokens: int) -> None:
         from transformers import AutoModel
@@ -45,6 +47,27 @@ class Encoder:
         self._tokenizer = load_tokenizer(folder)
         self.size = int(model.config.hidden_size)
         self.max_tokens = min(max_tokens, int(getattr(model.config, "max_position_embeddings", max_tokens)))
+
+    @classmethod
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        if request.model is None:
+            raise UsageError("--model DIR is needed: the folder of the sentence encoder")
+        encoder = cls(request.model, max_tokens=request.settings.max_tokens)
+        return FittedBackend(
+            backend=encoder,
+            features=all_features(encoder, request),
+            standardise=True,
+        )
+
+    @classmethod
+    def load(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
+    ) -> Encoder:
+        return cls(folder, max_tokens=size_setting(settings, "max_tokens"))
+
+    @staticmethod
+    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {}
 
     @torch.inference_mode()
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
@@ -71,3 +94,6 @@ class Encoder:
         for name in (*FILES, *_OPTIONAL_FILES):
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, folder / name)
+
+
+BACKEND: type[Backend] = Encoder

@@ -6,17 +6,19 @@ ME-Switch (arXiv 2406.09041, section on routing) does not publish its template; 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import encode, load_tokenizer, native_dtype, quiet_transformers
-from meswitch_cli.router.head import Head
+from meswitch_cli.checkpoint.source import resolve
+from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.router.backends.base import ReadableBase
+from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.texts import encode, load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.decide.conversation import clip_characters
+from meswitch_cli.router.decide.head import Head
 from meswitch_cli.token_batches import batches_by_length, padded
 
 LETTERS = string.ascii_uppercase
@@ -30,8 +32,9 @@ class LetterModel:
     that can fail to parse.
     """
 
-    kind: Kind = "lm"
-    extendable = False
+    title: ClassVar[str] = "language model"
+    needs_base: ClassVar[bool] = False
+    extendable: ClassVar[bool] = False
 
     def __init__(self, folder: Path, options: tuple[str, ...], *, max_tokens: int, training: bool = False) -> None:
         from transformers import AutoModelForCausalLM
@@ -54,6 +57,46 @@ class LetterModel:
         self.size = int(self.model.config.get_text_config().hidden_size)
         self.max_tokens = max_tokens
         self.letter_ids = [self._letter_id(letter) for letter in LETTERS[: len(options)]]
+
+    @classmethod
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        """Fine-tune every weight, then take the letters' rows as the head."""
+        from meswitch_cli.router.backends.lm_training import fine_tune
+
+        folder = str(request.model) if request.model else request.base.name if request.base else None
+        if folder is None:
+            raise UsageError("--model DIR is needed: the folder of the small causal language model")
+        settings, train = request.settings, request.parts["train"]
+        path = Path(resolve(folder).path)
+        made = cls(path, request.labels, max_tokens=settings.max_tokens, training=True)
+        certain = [
+            (text, request.labels[label])
+            for text, label in zip(train.texts, train.labels.tolist(), strict=True)
+            if label != NULL
+        ]
+        losses = fine_tune(made, certain, settings, request.on_progress)
+        # As it will be stored and served, so that the figures are of what the folder holds.
+        made.model.to(torch.bfloat16).to(native_dtype())
+        return FittedBackend(
+            backend=made,
+            features=all_features(made, request),
+            standardise=False,
+            head=made.letters_head(),
+            notes={"first_losses": losses[:5], "last_losses": losses[-5:]},
+        )
+
+    @classmethod
+    def load(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
+    ) -> LetterModel:
+        options = settings.get("options")
+        if not isinstance(options, list) or not all(isinstance(item, str) for item in options):
+            raise RouterError("router.json: backend: options is not a list of names")
+        return cls(folder, tuple(options), max_tokens=size_setting(settings, "max_tokens"))
+
+    @staticmethod
+    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {}
 
     def _letter_id(self, letter: str) -> int:
         """The token of " A" after "Answer:"."""
@@ -104,3 +147,6 @@ class LetterModel:
             self.model.config.dtype = torch.bfloat16
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+BACKEND: type[Backend] = LetterModel

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import HiddenStates, encode
+from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.router.backends.base import PooledHiddenStates, ReadableBase
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.texts import encode
+from meswitch_cli.router.decide.conversation import clip_characters
 
 #: Prompts of one call: progress is told after each, and a serving engine is not held for long.
 CHUNK = 32
@@ -24,15 +25,63 @@ class Probe:
     own, and which one applies is what is to be found out.
     """
 
-    kind: Kind = "probe"
-    extendable = True
+    title: ClassVar[str] = "probe"
+    needs_base: ClassVar[bool] = True
+    extendable: ClassVar[bool] = True
 
-    def __init__(self, hidden_states: HiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int) -> None:
+    def __init__(
+        self, hidden_states: PooledHiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int
+    ) -> None:
         self._hidden_states = hidden_states
         self._tokenizer = tokenizer
         self.layer = layer
         self.size = size
         self.max_tokens = max_tokens
+
+    @classmethod
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
+
+        base, settings, parts = request.base, request.settings, request.parts
+        if base is None:
+            raise UsageError("--base is needed: the probe reads the base's hidden states")
+        layers = base.num_hidden_layers
+        tried = [settings.layer] if settings.layer else layers_to_try(layers)
+        hidden_states, tokenizer = base.hidden_states(max(tried)), base.tokenizer()
+        advance = request.counted("hidden states")
+        pooled: dict[str, dict[int, torch.Tensor]] = {}
+        for name in ("train", "validation") if len(tried) > 1 else ():
+            token_ids = [encode(tokenizer, text, settings.max_tokens) for text in parts[name].texts]
+            pooled[name] = hidden_states.pooled_at(token_ids, tried, advance)
+        losses = validation_losses(pooled, parts) if pooled else {}
+        layer = best_layer(losses) if losses else tried[0]
+        size = int(hidden_states.hidden_size)
+        probe = cls(hidden_states, tokenizer, layer=layer, size=size, max_tokens=settings.max_tokens)
+        known = {name: by_layer[layer] for name, by_layer in pooled.items()}
+        return FittedBackend(
+            backend=probe,
+            features=all_features(probe, request, advance, known),
+            standardise=True,
+            notes={
+                "layers": layers,
+                "validation_by_layer": {
+                    str(item): {"errors": errors, "nll": loss} for item, (errors, loss) in losses.items()
+                },
+            },
+        )
+
+    @classmethod
+    def load(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
+    ) -> Probe:
+        assert base is not None
+        layer, size = size_setting(settings, "layer"), size_setting(settings, "size")
+        max_tokens = size_setting(settings, "max_tokens")
+        return cls(base.hidden_states(layer), base.tokenizer(), layer=layer, size=size, max_tokens=max_tokens)
+
+    @staticmethod
+    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {}
 
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         token_ids = [encode(self._tokenizer, text, self.max_tokens) for text in texts]
@@ -62,3 +111,6 @@ class Probe:
 
     def save_model(self, folder: Path) -> None:
         """The base is its model, and lies elsewhere."""
+
+
+BACKEND: type[Backend] = Probe

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters, clip_tokens
+from meswitch_cli.router.backends.base import ReadableBase
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.decide.conversation import clip_characters, clip_tokens
 
 #: Terms are hashed into this many dimensions: no vocabulary is kept, so a router has one size.
 DIMENSIONS = 4096
@@ -24,16 +25,32 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class Tfidf:
     """log(1 + count) times inverse document frequency of hashed words and pairs of words, of unit length."""
 
-    kind: Kind = "tfidf"
+    title: ClassVar[str] = "TF-IDF"
+    needs_base: ClassVar[bool] = False
+    extendable: ClassVar[bool] = True
     size = DIMENSIONS
-    extendable = True
 
     def __init__(self, idf: NDArray[np.float32], *, max_tokens: int) -> None:
         self._idf = idf
         self.max_tokens = max_tokens
 
     @classmethod
-    def fit(cls, texts: Sequence[str], *, max_tokens: int) -> Tfidf:
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        made = cls.of(request.parts["train"].texts, max_tokens=request.settings.max_tokens)
+        return FittedBackend(backend=made, features=all_features(made, request), standardise=False)
+
+    @classmethod
+    def load(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
+    ) -> Tfidf:
+        return cls(tensors["tfidf.idf"].numpy(), max_tokens=size_setting(settings, "max_tokens"))
+
+    @staticmethod
+    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tfidf.idf": (size_setting(settings, "size"),)}
+
+    @classmethod
+    def of(cls, texts: Sequence[str], *, max_tokens: int) -> Tfidf:
         """Learn the document frequencies: idf = log((n + 1) / (documents with the term + 1)) + 1."""
         present = np.zeros(DIMENSIONS, dtype=np.int64)
         for text in texts:
@@ -61,6 +78,9 @@ class Tfidf:
 
     def save_model(self, folder: Path) -> None:
         """It has none."""
+
+
+BACKEND: type[Backend] = Tfidf
 
 
 def _words(text: str) -> Iterator[str]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.names import BASE
-from meswitch_cli.router.backends.backend import Backend
-from meswitch_cli.router.conversation import Prompt, is_binary, routing_text
-from meswitch_cli.router.features import HiddenStates
-from meswitch_cli.router.model import RouterModel
-from meswitch_cli.router.sessions import Sessions
+from meswitch_cli.router.decide.backend import FeatureSource
+from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.decide.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -48,45 +45,23 @@ class Router:
     """Decides for prompts and conversations; safe to call from any thread that its hidden states allow.
 
     Attributes:
-        experts: label to SHA-256 of the artifact's manifest, None where it was not known in training.
-        base_fingerprint: of the base whose hidden states it reads; None for the other backends.
         fallback: where prompts go that pass no gate. A decision that fails goes nowhere: it is raised, and who asked
             decides.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        backend: FeatureSource,
         model: RouterModel,
         *,
         fallback: str = BASE,
-        experts: Mapping[str, str | None] | None = None,
-        base_fingerprint: str | None = None,
         sticky_margin: float = STICKY_MARGIN,
     ) -> None:
         self.backend = backend
         self.model = model
         self.fallback = fallback
-        self.experts = dict(experts or dict.fromkeys(model.labels))
-        self.base_fingerprint = base_fingerprint
         self._sticky_margin = sticky_margin
         self._sessions = Sessions()
-
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        hidden_states: HiddenStates | None = None,
-        tokenizer: Any = None,
-    ) -> Router:
-        """Load a router's folder. The probe needs the base's hidden states and tokenizer, the others bring their own.
-
-        Raises:
-            RouterError: the folder is no router, damaged, of another version, or a probe is not given its base.
-        """
-        from meswitch_cli.router.artifact import RouterArtifact
-
-        return RouterArtifact.open(path).router(hidden_states, tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -139,37 +114,3 @@ class Router:
         return len(text.encode("utf-8", "replace")) > self.backend.max_tokens and (
             self.backend.count_tokens(text) > self.backend.max_tokens
         )
-
-    def require_base(self, fingerprint: str, path: object) -> None:
-        """Check that a base is the one whose hidden states the router learned from.
-
-        Raises:
-            RouterError: it is another one.
-        """
-        if self.base_fingerprint is not None and fingerprint != self.base_fingerprint:
-            raise RouterError(
-                f"the router was made for another base: {path} has fingerprint {fingerprint}, "
-                f"the router {self.base_fingerprint}; train a router for this base"
-            )
-
-    def require_experts(self, served: Mapping[str, str | None]) -> None:
-        """Check that a server has every expert the router can choose, in the version it was trained for.
-
-        Args:
-            served: name to SHA-256 of the artifact's manifest, None where it is not known.
-
-        Raises:
-            RouterError: an expert is missing, or its artifact is another one.
-        """
-        missing = [label for label in self.labels if label not in served]
-        if missing:
-            raise RouterError(
-                f"the router can choose {', '.join(missing)}, which the server does not have (it has "
-                f"{', '.join(served) or 'none'}); serve them, or remove them: meswitch router remove"
-            )
-        for label, artifact in self.experts.items():
-            if artifact and served[label] and artifact != served[label]:
-                raise RouterError(
-                    f"expert {label!r}: the router was trained for the artifact with manifest {artifact[:12]}, "
-                    f"the server has {str(served[label])[:12]}; train the router again"
-                )

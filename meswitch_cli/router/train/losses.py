@@ -16,8 +16,8 @@ from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.data import Example
-from meswitch_cli.router.features import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.train.data import Example
 from meswitch_cli.token_batches import batches_by_length, padded
 
 #: Prompts and responses longer than this are cut: the start of an answer tells its author.
