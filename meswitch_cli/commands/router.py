@@ -32,7 +32,7 @@ def add(
 ) -> None:
     """Refits head, temperature and gates on stored features, in seconds."""
     from meswitch_cli.router.decide.labels import check_label
-    from meswitch_cli.router.store import RouterArtifact, load_router
+    from meswitch_cli.router.store import RouterArtifact, open_router
     from meswitch_cli.router.store.artifact import manifest_digest
     from meswitch_cli.router.train.data import read_examples
     from meswitch_cli.router.train.editing import add_expert
@@ -40,7 +40,7 @@ def add(
     examples = read_examples(data, domain=check_label(expert, "--expert"))
     digest = manifest_digest(artifact) if artifact is not None else None
     opened = RouterArtifact.open(router)
-    edit = add_expert(opened, load_router(opened, base).backend, expert, examples, digest=digest)
+    edit = add_expert(opened, open_router(opened, base).backend, expert, examples, digest=digest)
     _finish(opened, edit, out, max_regression, as_json)
 
 
@@ -81,7 +81,7 @@ def evaluate(
     from meswitch_cli.commands.router_progress import router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.commands.train_router import pairs
-    from meswitch_cli.router.store import RouterArtifact, load_router
+    from meswitch_cli.router.store import RouterArtifact, open_router
     from meswitch_cli.router.train.data import only_known_domains, read_examples, without_duplicates
     from meswitch_cli.router.train.evaluation import evaluation_report
     from meswitch_cli.router.train.report import markdown, plots
@@ -91,7 +91,7 @@ def evaluate(
     opened = RouterArtifact.open(router)
     only_known_domains(examples, opened.manifest.labels)
     with router_progress() as on_progress:
-        report = evaluation_report(opened, load_router(opened, base), examples, models, base, on_progress)
+        report = evaluation_report(opened, open_router(opened, base), examples, models, base, on_progress)
     if out is not None:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)

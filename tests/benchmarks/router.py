@@ -24,7 +24,7 @@ from benchmarks import router_data
 from benchmarks.machine import describe
 from benchmarks.router_report import write_report
 from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
-from meswitch_cli.router.store import RouterArtifact, load_router, open_router, write_router
+from meswitch_cli.router.store import RouterArtifact, open_router, write_router
 from meswitch_cli.router.train.data import Example, gather
 from meswitch_cli.router.train.editing import add_expert
 from meswitch_cli.router.train.evaluation import evaluate
@@ -133,7 +133,7 @@ def latency(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict
 def fourth_expert(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict[str, Any]:
     """Add an expert to the probe; the others' accuracy on their held-out prompts before and after."""
     artifact = RouterArtifact.open(arguments.scratch / "router-probe")
-    backend = load_router(artifact, str(zoo.paths().base)).backend
+    backend = open_router(artifact, str(zoo.paths().base)).backend
     name = router_data.FOURTH[0]
     held_out, given = prompts.fourth[:100], prompts.fourth[100:]
     test = [*prompts.test[::3], *held_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 NULL = -1
 
 
-class Backend(FeatureSource, Protocol):
+class Backend(FeatureSource):
     """A module of this folder has one class of this kind, under the name `BACKEND`.
 
     Attributes:
@@ -31,10 +32,11 @@ class Backend(FeatureSource, Protocol):
     """
 
     title: ClassVar[str]
-    needs_base: ClassVar[bool]
-    extendable: ClassVar[bool]
+    needs_base: ClassVar[bool] = False
+    extendable: ClassVar[bool] = True
 
     @classmethod
+    @abstractmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
         """Make one from training data.
 
@@ -43,32 +45,55 @@ class Backend(FeatureSource, Protocol):
         """
 
     @classmethod
-    def load(
-        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
-    ) -> Backend:
+    @abstractmethod
+    def load(cls, saved: SavedBackend) -> Backend:
         """Make the one of a stored router.
-
-        Args:
-            settings, tensors: as it gave them, the tensors' shapes checked.
-            folder: where `save_model` wrote.
-            base: given where `needs_base`.
 
         Raises:
             RouterError: a setting is missing or impossible, or its model cannot be loaded.
         """
 
-    @staticmethod
-    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """What router.safetensors holds for a backend of these settings; a name begins with the kind and a dot."""
-
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What router.json must say to make this backend again; among it `size`."""
+        """What router.json must say to make this backend again; `size` is among it."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What router.safetensors must hold for it."""
+        """What router.safetensors must hold for it; a name begins with the module's and a dot."""
+        return {}
+
+    @staticmethod
+    def tensor_shapes(saved: SavedBackend) -> dict[str, tuple[int, ...]]:
+        """The shapes that `tensors` must have."""
+        return {}
 
     def save_model(self, folder: Path) -> None:
         """Write a model of its own, if it has one, as a Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class SavedBackend:
+    """What a router's folder holds of its backend, and the base that is at hand.
+
+    Attributes:
+        folder: where `save_model` wrote.
+        base: given where the backend `needs_base`.
+    """
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    folder: Path
+    base: ReadableBase | None = None
+
+    def number(self, name: str, limit: int = 1 << 20) -> int:
+        """A positive whole number among the settings.
+
+        Raises:
+            RouterError: it is missing or something else.
+        """
+        value = self.settings.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            raise RouterError(f"router.json: backend: {name} is not a whole number from 1 to {limit}: {value!r}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -159,15 +184,3 @@ def all_features(
         if name not in found:
             found[name] = backend.features(part.texts, heard)
     return found
-
-
-def size_setting(settings: Mapping[str, Any], name: str, limit: int = 1 << 20) -> int:
-    """A positive whole number out of router.json.
-
-    Raises:
-        RouterError: it is missing or something else.
-    """
-    value = settings.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise RouterError(f"router.json: backend: {name} is not a whole number from 1 to {limit}: {value!r}")
-    return value

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
 from meswitch_cli.errors import RouterError, UsageError
-from meswitch_cli.router.backends.base import ReadableBase
-from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
 from meswitch_cli.router.backends.texts import encode, load_tokenizer, mean_over_tokens, quiet_transformers
 from meswitch_cli.router.decide.conversation import clip_characters
 from meswitch_cli.token_batches import batches_by_length, padded
@@ -22,12 +21,10 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 _OPTIONAL_FILES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")
 
 
-class Encoder:
+class Encoder(Backend):
     """Last hidden states averaged over tokens and brought to unit length."""
 
-    title: ClassVar[str] = "sentence encoder"
-    needs_base: ClassVar[bool] = False
-    extendable: ClassVar[bool] = True
+    title = "sentence encoder"
 
     def __init__(self, folder: Path, *, max_tokens: int) -> None:
         from transformers import AutoModel
@@ -60,14 +57,8 @@ class Encoder:
         )
 
     @classmethod
-    def load(
-        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
-    ) -> Encoder:
-        return cls(folder, max_tokens=size_setting(settings, "max_tokens"))
-
-    @staticmethod
-    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {}
+    def load(cls, saved: SavedBackend) -> Encoder:
+        return cls(saved.folder, max_tokens=saved.number("max_tokens"))
 
     @torch.inference_mode()
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
@@ -86,9 +77,6 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         return {"size": self.size, "max_tokens": self.max_tokens}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
     def save_model(self, folder: Path) -> None:
         folder.mkdir()
         for name in (*FILES, *_OPTIONAL_FILES):
@@ -96,4 +84,4 @@ class Encoder:
                 shutil.copyfile(self._folder / name, folder / name)
 
 
-BACKEND: type[Backend] = Encoder
+BACKEND = Encoder

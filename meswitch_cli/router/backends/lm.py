@@ -6,16 +6,16 @@ ME-Switch (arXiv 2406.09041, section on routing) does not publish its template; 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from meswitch_cli.checkpoint.source import resolve
 from meswitch_cli.errors import RouterError, UsageError
-from meswitch_cli.router.backends.base import ReadableBase
-from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.backends.lm_training import fine_tune
 from meswitch_cli.router.backends.texts import encode, load_tokenizer, native_dtype, quiet_transformers
 from meswitch_cli.router.decide.conversation import clip_characters
 from meswitch_cli.router.decide.head import Head
@@ -25,16 +25,15 @@ LETTERS = string.ascii_uppercase
 _QUESTION = "\n\nWhich domain does the request above belong to?\n{options}\nAnswer:"
 
 
-class LetterModel:
+class LetterModel(Backend):
     """The hidden state at the last position of the question; the head is the letters' rows of the model's own head.
 
     No text is generated: the letters' logits of one forward are the scores, so there is nothing to parse and nothing
     that can fail to parse.
     """
 
-    title: ClassVar[str] = "language model"
-    needs_base: ClassVar[bool] = False
-    extendable: ClassVar[bool] = False
+    title = "language model"
+    extendable = False
 
     def __init__(self, folder: Path, options: tuple[str, ...], *, max_tokens: int, training: bool = False) -> None:
         from transformers import AutoModelForCausalLM
@@ -61,8 +60,6 @@ class LetterModel:
     @classmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
         """Fine-tune every weight, then take the letters' rows as the head."""
-        from meswitch_cli.router.backends.lm_training import fine_tune
-
         folder = str(request.model) if request.model else request.base.name if request.base else None
         if folder is None:
             raise UsageError("--model DIR is needed: the folder of the small causal language model")
@@ -86,17 +83,11 @@ class LetterModel:
         )
 
     @classmethod
-    def load(
-        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
-    ) -> LetterModel:
-        options = settings.get("options")
+    def load(cls, saved: SavedBackend) -> LetterModel:
+        options = saved.settings.get("options")
         if not isinstance(options, list) or not all(isinstance(item, str) for item in options):
             raise RouterError("router.json: backend: options is not a list of names")
-        return cls(folder, tuple(options), max_tokens=size_setting(settings, "max_tokens"))
-
-    @staticmethod
-    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {}
+        return cls(saved.folder, tuple(options), max_tokens=saved.number("max_tokens"))
 
     def _letter_id(self, letter: str) -> int:
         """The token of " A" after "Answer:"."""
@@ -137,9 +128,6 @@ class LetterModel:
     def settings(self) -> dict[str, Any]:
         return {"size": self.size, "max_tokens": self.max_tokens, "options": list(self.options)}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
     def save_model(self, folder: Path) -> None:
         """As bf16, what it is served in."""
         with quiet_transformers():
@@ -149,4 +137,4 @@ class LetterModel:
             self.tokenizer.save_pretrained(folder)
 
 
-BACKEND: type[Backend] = LetterModel
+BACKEND = LetterModel

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from meswitch_cli.errors import RouterError, UsageError
-from meswitch_cli.router.backends.base import PooledHiddenStates, ReadableBase
-from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.base import PooledHiddenStates
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
 from meswitch_cli.router.backends.texts import encode
 from meswitch_cli.router.decide.conversation import clip_characters
 
@@ -18,16 +18,15 @@ from meswitch_cli.router.decide.conversation import clip_characters
 CHUNK = 32
 
 
-class Probe:
+class Probe(Backend):
     """Mean-pooled hidden states after decoder layer `layer`.
 
     Prompts go in as plain text through the base's tokenizer, without a chat template: experts have templates of their
     own, and which one applies is what is to be found out.
     """
 
-    title: ClassVar[str] = "probe"
-    needs_base: ClassVar[bool] = True
-    extendable: ClassVar[bool] = True
+    title = "probe"
+    needs_base = True
 
     def __init__(
         self, hidden_states: PooledHiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int
@@ -40,8 +39,6 @@ class Probe:
 
     @classmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
-        from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
-
         base, settings, parts = request.base, request.settings, request.parts
         if base is None:
             raise UsageError("--base is needed: the probe reads the base's hidden states")
@@ -71,17 +68,10 @@ class Probe:
         )
 
     @classmethod
-    def load(
-        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
-    ) -> Probe:
-        assert base is not None
-        layer, size = size_setting(settings, "layer"), size_setting(settings, "size")
-        max_tokens = size_setting(settings, "max_tokens")
-        return cls(base.hidden_states(layer), base.tokenizer(), layer=layer, size=size, max_tokens=max_tokens)
-
-    @staticmethod
-    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {}
+    def load(cls, saved: SavedBackend) -> Probe:
+        assert saved.base is not None
+        numbers = {name: saved.number(name) for name in ("layer", "size", "max_tokens")}
+        return cls(saved.base.hidden_states(numbers["layer"]), saved.base.tokenizer(), **numbers)
 
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         token_ids = [encode(self._tokenizer, text, self.max_tokens) for text in texts]
@@ -106,11 +96,5 @@ class Probe:
     def settings(self) -> dict[str, Any]:
         return {"layer": self.layer, "size": self.size, "max_tokens": self.max_tokens}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
 
-    def save_model(self, folder: Path) -> None:
-        """The base is its model, and lies elsewhere."""
-
-
-BACKEND: type[Backend] = Probe
+BACKEND = Probe

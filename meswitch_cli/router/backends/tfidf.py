@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meswitch_cli.router.backends.base import ReadableBase
-from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, all_features, size_setting
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
 from meswitch_cli.router.decide.conversation import clip_characters, clip_tokens
 
 #: Terms are hashed into this many dimensions: no vocabulary is kept, so a router has one size.
@@ -22,12 +20,10 @@ DIMENSIONS = 4096
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class Tfidf:
+class Tfidf(Backend):
     """log(1 + count) times inverse document frequency of hashed words and pairs of words, of unit length."""
 
-    title: ClassVar[str] = "TF-IDF"
-    needs_base: ClassVar[bool] = False
-    extendable: ClassVar[bool] = True
+    title = "TF-IDF"
     size = DIMENSIONS
 
     def __init__(self, idf: NDArray[np.float32], *, max_tokens: int) -> None:
@@ -40,14 +36,12 @@ class Tfidf:
         return FittedBackend(backend=made, features=all_features(made, request), standardise=False)
 
     @classmethod
-    def load(
-        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, base: ReadableBase | None
-    ) -> Tfidf:
-        return cls(tensors["tfidf.idf"].numpy(), max_tokens=size_setting(settings, "max_tokens"))
+    def load(cls, saved: SavedBackend) -> Tfidf:
+        return cls(saved.tensors["tfidf.idf"].numpy(), max_tokens=saved.number("max_tokens"))
 
     @staticmethod
-    def tensor_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"tfidf.idf": (size_setting(settings, "size"),)}
+    def tensor_shapes(saved: SavedBackend) -> dict[str, tuple[int, ...]]:
+        return {"tfidf.idf": (saved.number("size"),)}
 
     @classmethod
     def of(cls, texts: Sequence[str], *, max_tokens: int) -> Tfidf:
@@ -76,11 +70,8 @@ class Tfidf:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"tfidf.idf": torch.from_numpy(self._idf)}
 
-    def save_model(self, folder: Path) -> None:
-        """It has none."""
 
-
-BACKEND: type[Backend] = Tfidf
+BACKEND = Tfidf
 
 
 def _words(text: str) -> Iterator[str]:

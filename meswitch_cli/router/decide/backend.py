@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 
-class FeatureSource(Protocol):
+class FeatureSource(ABC):
     """Prompts to features. One object serves training and serving alike, so the two cannot differ.
 
     Attributes:
@@ -19,8 +19,10 @@ class FeatureSource(Protocol):
     size: int
     max_tokens: int
 
-    def features(self, texts: Sequence[str], on_done: Callable[[int], None] = ...) -> torch.Tensor:
+    @abstractmethod
+    def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         """`[n, size]` fp32; `on_done` hears how many prompts are newly done."""
 
+    @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt before anything is cut; of a very long one, a lower bound."""

@@ -16,7 +16,7 @@ from meswitch_cli.artifact.disk import disk_errors, exclusive, file_digest, writ
 from meswitch_cli.checkpoint.tensorfile import TensorFileError, read_header, read_tensor
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import ReadableBase
-from meswitch_cli.router.backends.contract import NULL, Backend, size_setting
+from meswitch_cli.router.backends.contract import NULL, Backend, SavedBackend
 from meswitch_cli.router.backends.registry import backend_class
 from meswitch_cli.router.decide.gates import MAX_DIRECTIONS
 from meswitch_cli.router.decide.model import RouterModel, expected_shapes
@@ -80,11 +80,11 @@ class RouterArtifact:
         Raises:
             RouterError: the backend's model cannot be loaded.
         """
-        made = backend_class(self.manifest.backend)
-        return made.load(self.manifest.settings, self.backend_tensors, self.path / MODEL_FOLDER, base)
+        saved = SavedBackend(self.manifest.settings, self.backend_tensors, self.path / MODEL_FOLDER, base)
+        return backend_class(self.manifest.backend).load(saved)
 
     def router(self, base: ReadableBase | None) -> Router:
-        """The router of this folder, for a base that has been checked: `loading.load_router` checks it."""
+        """The router of this folder, for a base that has been checked: `loading.open_router` checks it."""
         return Router(
             self.backend(base),
             self.model,
@@ -143,9 +143,9 @@ def _read_tensors(path: Path, manifest: RouterManifest) -> dict[str, torch.Tenso
     rank = len(tensors.get("gate.variances", ()))
     if not 1 <= rank <= MAX_DIRECTIONS:
         raise RouterError(f"{path}: the gate has {rank} directions, 1 to {MAX_DIRECTIONS} are possible")
-    size = size_setting(manifest.settings, "size")
-    shapes = expected_shapes(len(manifest.labels), size, rank)
-    shapes |= backend_class(manifest.backend).tensor_shapes(manifest.settings)
+    saved = SavedBackend(manifest.settings, tensors, path.parent / MODEL_FOLDER)
+    shapes = expected_shapes(len(manifest.labels), saved.number("size"), rank)
+    shapes |= backend_class(manifest.backend).tensor_shapes(saved)
     _check_tensors(path, tensors, shapes)
     for name in ("scaling.scale", "gate.variances"):
         if not (tensors[name] > 0).all():

@@ -1,4 +1,4 @@
-"""A router's folder to a router that answers, once it is known to belong where it is opened."""
+"""From a folder to a router that answers, once it is known to belong where it is opened."""
 
 from __future__ import annotations
 
@@ -12,32 +12,23 @@ from meswitch_cli.router.store.membership import ALONE, Policy, check_membership
 
 
 def open_router(
-    path: Path,
+    router: Path | RouterArtifact,
     base: ReadableBase | str | None = None,
     experts: Mapping[str, str | None] | None = None,
     policy: Policy = ALONE,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> Router:
-    """Open a router's folder.
+    """Open a router.
 
     Args:
+        router: its folder.
         base: folder, Hub id, or a base in memory; a probe reads it, and the other backends do without.
         experts: those that it is to choose between, as `check_membership` takes them.
 
     Raises:
         RouterError: it is no router, damaged, of another version, or does not belong to this base and these experts.
     """
-    return load_router(RouterArtifact.open(path), base, experts, policy, on_warning)
-
-
-def load_router(
-    artifact: RouterArtifact,
-    base: ReadableBase | str | None = None,
-    experts: Mapping[str, str | None] | None = None,
-    policy: Policy = ALONE,
-    on_warning: Callable[[str], None] = lambda text: None,
-) -> Router:
-    """As `open_router`, of a folder that has been opened."""
+    artifact = RouterArtifact.open(router) if isinstance(router, Path) else router
     given = FolderBase(base) if isinstance(base, str) else base
     for warning in check_membership(artifact.manifest.trained_for, given, experts, policy):
         on_warning(warning)

@@ -40,11 +40,6 @@ class Edit:
     feature_seconds: float
     refit_seconds: float
 
-    @property
-    def worst_regression(self) -> float:
-        """What the expert that lost most lost, as a share of its test prompts; below 0 where all gained."""
-        return max(float(self.before[label]["value"] - self.after[label]["value"]) for label in self.before)
-
     def refuse_regression(self, limit: float) -> None:
         """Check that no expert lost more than allowed.
 
