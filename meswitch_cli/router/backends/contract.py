@@ -132,7 +132,7 @@ class FitRequest:
     Attributes:
         parts: by name, `train` and `validation` among them; what belongs to the others may be looked at by nobody, and
             only their features are wanted.
-        base, model: as the user gave them.
+        base, model: as the user gave them; there is a base where the backend `needs_base`.
     """
 
     parts: Mapping[str, LabelledTexts]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import PooledHiddenStates
 from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
 from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
@@ -40,8 +40,7 @@ class Probe(Backend):
     @classmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
         base, settings, parts = request.base, request.settings, request.parts
-        if base is None:
-            raise UsageError("--base is needed: the probe reads the base's hidden states")
+        assert base is not None
         layers = base.num_hidden_layers
         tried = [settings.layer] if settings.layer else layers_to_try(layers)
         hidden_states, tokenizer = base.hidden_states(max(tried)), base.tokenizer()

@@ -75,7 +75,11 @@ def train_router(
         on_progress=on_progress,
     )
     made = backend_class(settings.backend)
-    base_id, fingerprint = _identity(request.base) if made.needs_base else (None, None)
+    base_id = fingerprint = None
+    if made.needs_base:
+        if request.base is None:
+            raise UsageError(f"--base is needed: the {settings.backend} reads the base's hidden states")
+        base_id, fingerprint = request.base.checkpoint.source.id, request.base.fingerprint
     fitted = made.fit(request)
     scaling, store = _store(parts, request.parts, fitted)
     router_model = fit_model(
@@ -105,13 +109,6 @@ def train_router(
         created_with="",
     )
     return TrainedRouter(router, fitted.backend, manifest, store, report)
-
-
-def _identity(base: FolderBase | None) -> tuple[str, str]:
-    """What router.json calls the base, and its fingerprint."""
-    if base is None:
-        raise UsageError("--base is needed: this backend reads the base's hidden states")
-    return base.checkpoint.source.id, base.fingerprint
 
 
 def labelled(examples: Sequence[Example], labels: tuple[str, ...]) -> LabelledTexts:
