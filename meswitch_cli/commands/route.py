@@ -23,17 +23,17 @@ def run(
     """
     import sys
 
-    from meswitch_cli.commands.router_loading import open_router
     from meswitch_cli.commands.router_tables import print_decision
+    from meswitch_cli.router import open_router
 
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
-    artifact, hidden_states, tokenizer = open_router(router, base)
+    opened = open_router(router, base)
     logger, handler = logging.getLogger("meswitch_cli.router"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        decision = artifact.router(hidden_states, tokenizer, strict=True).route(text)
+        decision = opened.route(text)
     finally:
         logger.removeHandler(handler)
     if as_json:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from meswitch_cli.router.artifact import RouterArtifact
-    from meswitch_cli.router.editing import Edit
+    from meswitch_cli.router.store.artifact import RouterArtifact
+    from meswitch_cli.router.train.editing import Edit
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -31,16 +31,16 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Refits head, temperature and gates on stored features, in seconds."""
-    from meswitch_cli.commands.router_loading import open_router
-    from meswitch_cli.router.artifact import manifest_digest
-    from meswitch_cli.router.data import read_examples
-    from meswitch_cli.router.editing import add_expert
-    from meswitch_cli.router.names import check_label
+    from meswitch_cli.router.decide.labels import check_label
+    from meswitch_cli.router.store import RouterArtifact, open_router
+    from meswitch_cli.router.store.artifact import manifest_digest
+    from meswitch_cli.router.train.data import read_examples
+    from meswitch_cli.router.train.editing import add_expert
 
     examples = read_examples(data, domain=check_label(expert, "--expert"))
     digest = manifest_digest(artifact) if artifact is not None else None
-    opened, hidden_states, tokenizer = open_router(router, base)
-    edit = add_expert(opened, opened.backend(hidden_states, tokenizer), expert, examples, digest=digest)
+    opened = RouterArtifact.open(router)
+    edit = add_expert(opened, open_router(opened, base).backend, expert, examples, digest=digest)
     _finish(opened, edit, out, max_regression, as_json)
 
 
@@ -55,8 +55,8 @@ def remove(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Needs neither the base nor any prompt."""
-    from meswitch_cli.router.artifact import RouterArtifact
-    from meswitch_cli.router.editing import remove_expert
+    from meswitch_cli.router.store.artifact import RouterArtifact
+    from meswitch_cli.router.train.editing import remove_expert
 
     opened = RouterArtifact.open(router)
     _finish(opened, remove_expert(opened, expert), out, max_regression, as_json)
@@ -78,20 +78,20 @@ def evaluate(
 ) -> None:
     """Figures are of the data given; the training report, on the router's own test part, lies in its folder."""
     from meswitch_cli.artifact.disk import disk_errors, write_atomically
-    from meswitch_cli.commands.router_loading import open_router
     from meswitch_cli.commands.router_progress import router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.commands.train_router import pairs
-    from meswitch_cli.router.data import only_known_domains, read_examples, without_duplicates
-    from meswitch_cli.router.evaluation import evaluation_report
-    from meswitch_cli.router.report import markdown, plots
+    from meswitch_cli.router.store import RouterArtifact, open_router
+    from meswitch_cli.router.train.data import only_known_domains, read_examples, without_duplicates
+    from meswitch_cli.router.train.evaluation import evaluation_report
+    from meswitch_cli.router.train.report import markdown, plots
 
     models = pairs(artifact or [], "--artifact")
     examples, _ = without_duplicates([item for path in data for item in read_examples(path)])
-    opened, hidden_states, tokenizer = open_router(router, base)
+    opened = RouterArtifact.open(router)
     only_known_domains(examples, opened.manifest.labels)
     with router_progress() as on_progress:
-        report = evaluation_report(opened, hidden_states, tokenizer, examples, models, base, on_progress)
+        report = evaluation_report(opened, open_router(opened, base), examples, models, base, on_progress)
     if out is not None:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def evaluate(
 def _finish(opened: RouterArtifact, edit: Edit, out: Path | None, max_regression: float, as_json: bool) -> None:
     """Refuse or write, then print."""
     from meswitch_cli.commands.router_tables import print_edit
-    from meswitch_cli.router.artifact import write_router
+    from meswitch_cli.router.store.artifact import write_router
 
     edit.refuse_regression(max_regression)
     target = out or opened.path

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from meswitch_cli.router.report import interval, percent
+from meswitch_cli.router.train.report import interval, percent
 
 if TYPE_CHECKING:
-    from meswitch_cli.router.editing import Edit
-    from meswitch_cli.router.router import RouteDecision
+    from meswitch_cli.router.decide.router import RouteDecision
+    from meswitch_cli.router.train.editing import Edit
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -153,14 +153,9 @@ def load_router(path: Path | None, engine: Engine) -> Router | None:
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
-    from meswitch_cli.engine.contract import BASE
-    from meswitch_cli.router import Router
-    from meswitch_cli.server.routing import check_router
+    from meswitch_cli.server.routing import open_served_router
 
-    router = Router.load(path, hidden_states=engine, tokenizer=engine.tokenizer(BASE))
-    for warning in check_router(router, engine):
-        _note(f"warning: {warning}")
-    return router
+    return open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
 
 
 def _warn_of(refused: Mapping[str, str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from meswitch_cli.router.backends import Kind
 
 
 def run(
@@ -26,9 +28,7 @@ def run(
         list[str] | None,
         typer.Option(help="NAME=DIR: the expert itself; its hash is kept, and --auto-label needs it."),
     ] = None,
-    backend: Annotated[
-        Literal["probe", "encoder", "tfidf", "lm"], typer.Option(help="What makes features of prompts.")
-    ] = "probe",
+    backend: Annotated[Kind, typer.Option(help="What makes features of prompts.")] = "probe",
     model: Annotated[
         Path | None,
         typer.Option(help="Folder of the sentence encoder, or of the small causal LM.", show_default="lm: the base"),
@@ -60,13 +60,14 @@ def run(
     from meswitch_cli.commands.router_progress import announce, router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.errors import UsageError
-    from meswitch_cli.router.artifact import manifest_digest, write_router
-    from meswitch_cli.router.autolabel import label_by_loss
-    from meswitch_cli.router.data import gather, read_examples
-    from meswitch_cli.router.losses import expert_losses
-    from meswitch_cli.router.names import check_label
-    from meswitch_cli.router.report import markdown, plots
-    from meswitch_cli.router.training import TrainingSettings, train_router
+    from meswitch_cli.router.decide.labels import check_label
+    from meswitch_cli.router.store.artifact import manifest_digest, write_router
+    from meswitch_cli.router.train.autolabel import label_by_loss
+    from meswitch_cli.router.train.data import gather, read_examples
+    from meswitch_cli.router.train.losses import expert_losses
+    from meswitch_cli.router.train.report import markdown, plots
+    from meswitch_cli.router.train.settings import TrainingSettings
+    from meswitch_cli.router.train.training import train_router
 
     files = pairs(expert or [], "--expert")
     models = pairs(artifact or [], "--artifact")
@@ -108,7 +109,7 @@ def run(
         out,
         trained.manifest,
         trained.router.model,
-        trained.router.backend,
+        trained.backend,
         trained.store,
         report={"report.json": json.dumps(trained.report, indent=1) + "\n", "report.md": markdown(trained.report)},
         plots=plots(trained.report) if plot else None,

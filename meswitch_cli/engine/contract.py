@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.names import BASE as BASE
 
 if TYPE_CHECKING:
     import torch
-
-#: The name under which the base itself is served.
-BASE = "base"
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Residency = Literal["device", "host", "disk"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import UsageError
+from meswitch_cli.names import check_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,16 +84,3 @@ class EngineSettings:
     def copies_nbytes(self) -> int | None:
         """`host_bytes`, decided: on a CPU a copy would be the same memory twice."""
         return 0 if self.host_bytes is None and self.torch_device.type == "cpu" else self.host_bytes
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that no expert can have.
-
-    Raises:
-        UsageError: it is empty, too long, has odd characters, or means something else already.
-    """
-    plain = name.replace("-", "").replace("_", "").replace(".", "").replace("/", "")
-    if not 0 < len(name) <= 128 or not plain.isascii() or not plain.isalnum():
-        raise UsageError(f"expert name {name!r}: use letters, digits and any of - _ . / (at most 128)")
-    if name in (BASE, "auto"):
-        raise UsageError(f"expert name {name!r}: it has a meaning of its own; choose another")

@@ -31,8 +31,9 @@ from meswitch_cli.engine.expert import ExpertOpener, ServedModel
 from meswitch_cli.engine.generation import Continuation, Generation
 from meswitch_cli.engine.requests import check_request
 from meswitch_cli.engine.residency import Load, SlotTable
-from meswitch_cli.engine.settings import EngineSettings, check_name
+from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.names import check_name
 
 logger = logging.getLogger(__name__)
 

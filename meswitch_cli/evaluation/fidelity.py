@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-#: Tokens, padding included, that go through a model at once.
-BATCH_TOKENS = 2048
+from meswitch_cli.token_batches import batches_by_length, padded
+
 #: Rows of logits compared at once: a handful of `[rows, vocabulary]` temporaries stay small.
 COMPARED_ROWS = 256
 
@@ -68,8 +68,8 @@ def answer_logits(model: Any, items: Sequence[EncodedItem]) -> Iterator[tuple[in
 
     `model` is a transformers causal language model; positions before any answer skip its head.
     """
-    for batch in batches_by_length(items):
-        ids = padded([items[index] for index in batch])
+    for batch in batches_by_length([len(item.tokens) for item in items], longest_first=True):
+        ids, _ = padded([items[index].tokens for index in batch])
         length = ids.shape[1]
         device = model.get_input_embeddings().weight.device
         first = min(items[index].answer_start for index in batch) - 1
@@ -78,25 +78,6 @@ def answer_logits(model: Any, items: Sequence[EncodedItem]) -> Iterator[tuple[in
         for row, index in enumerate(batch):
             start, stop = items[index].answer_start - 1, len(items[index].tokens) - 1
             yield index, logits[row, start - first : stop - first].float()
-
-
-def batches_by_length(items: Sequence[EncodedItem], limit: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Item indices in batches of at most `limit` tokens, padding included; the longest items first."""
-    order = sorted(range(len(items)), key=lambda index: len(items[index].tokens))
-    while order:
-        batch = [order.pop()]
-        length = len(items[batch[0]].tokens)
-        while order and (len(batch) + 1) * length <= limit:
-            batch.append(order.pop())
-        yield batch
-
-
-def padded(items: Sequence[EncodedItem]) -> torch.Tensor:
-    """Token ids `[items, longest]`, padded on the right, where causal attention never looks back from."""
-    ids = torch.zeros(len(items), max(len(item.tokens) for item in items), dtype=torch.long)
-    for row, item in enumerate(items):
-        ids[row, : len(item.tokens)] = torch.tensor(item.tokens)
-    return ids
 
 
 def reference_logits(model: Any, items: Sequence[EncodedItem]) -> list[torch.Tensor]:

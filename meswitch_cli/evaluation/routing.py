@@ -10,13 +10,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
-from meswitch_cli.checkpoint.source import resolve
-from meswitch_cli.compression.tokenizer import load_tokenizer
-from meswitch_cli.errors import MeswitchError, RouterError, UsageError
+from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.passes import Arithmetic, logits_of
@@ -25,36 +22,25 @@ from meswitch_cli.evaluation.subjects import BASE, Candidate
 from meswitch_cli.evaluation.task_job import Runs
 from meswitch_cli.evaluation.tasks import wilson
 from meswitch_cli.evaluation.weights import Weights
-from meswitch_cli.router.artifact import RouterArtifact
-from meswitch_cli.router.features import BaseHiddenStates
-from meswitch_cli.router.manifest import MANIFEST_FILE
-from meswitch_cli.router.router import Router
+from meswitch_cli.router.backends.base import FolderBase
+from meswitch_cli.router.decide.router import Router
+from meswitch_cli.router.store import Policy, RouterArtifact, check_membership, open_router
+from meswitch_cli.router.store.manifest import MANIFEST_FILE
 
+#: An artifact that was made anew would be measured under choices that were learned for another one.
+POLICY = Policy(
+    "this evaluation", "give --expert {name}=FOLDER and its --artifact too", UsageError, another_artifact="error"
+)
 FULL = "full experts"
 CHOICES = ("base", "random", "routed", "oracle", FULL)
-
-
-def open_router(path: Path, base: str, fingerprint: str) -> Router:
-    """Load a router, with the base's first layers where it reads them.
-
-    Raises:
-        RouterError: it is none, damaged, or made for another base.
-    """
-    artifact = RouterArtifact.open(path)
-    hidden, tokenizer = None, None
-    if artifact.manifest.backend == "probe":
-        hidden = BaseHiddenStates(base, int(artifact.manifest.settings["layer"]))
-        tokenizer = load_tokenizer(resolve(base).path)
-    router = artifact.router(hidden, tokenizer, strict=True)
-    router.require_base(fingerprint, base)
-    return router
 
 
 def check_router(evaluation: Evaluation) -> None:
     """Refuse, before anything is measured, a router that does not go with the base and the artifacts.
 
     Raises:
-        RouterError, UsageError: it does not.
+        RouterError: it is for another base or another artifact of an expert.
+        UsageError: no expert's own texts or tasks are given, or an artifact is missing.
     """
     path = evaluation.request.router
     if path is not None:
@@ -62,38 +48,24 @@ def check_router(evaluation: Evaluation) -> None:
         if not any(owners):
             raise UsageError(f"--router {path}: no mixed set; label texts or tasks with their experts: LABEL=FILE")
         manifest = RouterArtifact.open(path).manifest
-        found = evaluation.base.fingerprint
-        if manifest.base_fingerprint not in (None, found):
-            raise RouterError(f"{path}: made for another base, {manifest.base_id} with {manifest.base_fingerprint}")
-        routed_artifacts(evaluation, manifest.labels, manifest.experts)
+        check_membership(manifest.trained_for, _base(evaluation), _digests(routed_artifacts(evaluation)), POLICY)
 
 
-def routed_artifacts(
-    evaluation: Evaluation, labels: Sequence[str], trained_for: Mapping[str, str | None]
-) -> dict[str, Candidate]:
-    """The artifact of each of a router's labels, the first where an expert has several.
-
-    Raises:
-        UsageError: a label has no artifact here.
-        RouterError: an artifact is another one than the router was trained for.
-    """
+def routed_artifacts(evaluation: Evaluation) -> dict[str, Candidate]:
+    """The artifact of each expert, the first where it has several."""
     found: dict[str, Candidate] = {}
     for item in evaluation.candidates:
         if item.kind == "artifact":
             found.setdefault(item.expert, item)
-    missing = [label for label in labels if label not in found]
-    if missing:
-        raise UsageError(
-            f"--router chooses {', '.join(labels)}; give --expert {missing[0]}=FOLDER and its --artifact too"
-        )
-    for label in labels:
-        wanted, given = trained_for.get(label), found[label].facts["manifest_sha256"]
-        if wanted is not None and wanted != given:
-            raise RouterError(
-                f"expert {label!r}: the router was trained for the artifact with manifest {wanted[:12]}, given is "
-                f"{str(given)[:12]} ({found[label].label}); train the router again"
-            )
-    return {label: found[label] for label in labels}
+    return found
+
+
+def _base(evaluation: Evaluation) -> FolderBase:
+    return FolderBase(evaluation.request.base, evaluation.base.fingerprint)
+
+
+def _digests(artifacts: Mapping[str, Candidate]) -> dict[str, str | None]:
+    return {label: item.facts["manifest_sha256"] for label, item in artifacts.items()}
 
 
 def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda what: None) -> None:
@@ -102,8 +74,9 @@ def measure_router(evaluation: Evaluation, runs: Runs, on_step: OnStep = lambda 
     if request.router is None:
         return
     try:
-        router = open_router(request.router, request.base, evaluation.base.fingerprint)
-        artifacts = routed_artifacts(evaluation, router.labels, router.experts)
+        artifacts = routed_artifacts(evaluation)
+        router = open_router(request.router, _base(evaluation), _digests(artifacts), POLICY)
+        artifacts = {label: artifacts[label] for label in router.labels}
         on_step("router: losses of every compressed expert on the mixed set")
         loss, decisions = _losses(evaluation, router, artifacts)
         tasks = _task_scores(evaluation, router, artifacts, runs)

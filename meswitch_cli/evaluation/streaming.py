@@ -17,8 +17,9 @@ from meswitch_cli.calibration.stream import (
     set_parameter,
 )
 from meswitch_cli.checkpoint.architecture import skeleton
-from meswitch_cli.evaluation.fidelity import EncodedItem, batches_by_length, padded
+from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.weights import Weights
+from meswitch_cli.token_batches import batches_by_length, padded
 
 #: Tokens, padding included, that pass through the whole model together: their hidden states stay in memory, and the
 #: weights are read once for each such group.
@@ -43,8 +44,8 @@ def streamed_logits(
     prefix = root.base_model_prefix
     body, head = getattr(root, prefix), root.get_output_embeddings()
     head_name = next(name for name, module in root.named_modules() if module is head)
-    for batch in batches_by_length(items, group_tokens):
-        ids = padded([items[index] for index in batch]).to(device)
+    for batch in batches_by_length([len(item.tokens) for item in items], group_tokens, longest_first=True):
+        ids = padded([items[index].tokens for index in batch])[0].to(device)
         with runner.loaded(prefix, body):
             hidden = body(input_ids=ids, use_cache=False).last_hidden_state
         with runner.loaded(head_name, head):

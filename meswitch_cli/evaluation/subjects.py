@@ -16,9 +16,8 @@ from meswitch_cli.checkpoint.plan import make_plan
 from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.errors import CheckpointError, EvaluationError
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights
+from meswitch_cli.names import BASE as BASE
 
-#: The base's label in every table.
-BASE = "base"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from meswitch_cli.errors import EvaluationError
-from meswitch_cli.evaluation.paired import Z_95, mean_interval
+from meswitch_cli.estimates import wilson_interval
+from meswitch_cli.evaluation.paired import mean_interval
 from meswitch_cli.evaluation.statistics import Estimate
 from meswitch_cli.evaluation.task_source import load_tasks, quiet, require_harness
 
@@ -161,11 +162,8 @@ def score_row(run: TaskRun, metric: str) -> dict[str, Any]:
 
 
 def wilson(scores: np.ndarray[Any, Any]) -> Estimate:
-    """Wilson's 95 % score interval of a proportion (1927)."""
-    count, share = len(scores), float(scores.mean())
-    centre = (share + Z_95**2 / (2 * count)) / (1 + Z_95**2 / count)
-    half = Z_95 / (1 + Z_95**2 / count) * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    """The mean of scores that are 0 or 1, with Wilson's 95 % interval."""
+    return Estimate(float(scores.mean()), *wilson_interval(float(scores.sum()), len(scores)))
 
 
 def paired_scores(ours: TaskRun, theirs: TaskRun) -> tuple[list[Document], list[Document]]:

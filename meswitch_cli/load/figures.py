@@ -9,25 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.estimates import percentiles
 from meswitch_cli.load.client import Outcome
 
 PERCENTILES = (50, 90, 99)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest of at least one value."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Percentiles in milliseconds of times in seconds; None without any."""
     if not values:
         return None
-    return {f"p{percent}": round(1000 * percentile(values, percent), 3) for percent in PERCENTILES}
+    return {name: round(1000 * value, 3) for name, value in percentiles(values, PERCENTILES).items()}
 
 
 def figures(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:

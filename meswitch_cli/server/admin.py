@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from meswitch_cli.engine.contract import BASE, EngineError, ShuttingDownError, UnknownExpertError
-from meswitch_cli.engine.settings import check_name
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
+from meswitch_cli.names import check_name
 from meswitch_cli.server.errors import ApiError, InvalidValueError
 from meswitch_cli.server.models import expert_object
 from meswitch_cli.server.schemas import LoadRequest, PinRequest, UnloadRequest

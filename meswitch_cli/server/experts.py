@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from meswitch_cli.engine.settings import check_name
 from meswitch_cli.errors import UsageError
+from meswitch_cli.names import check_name
 
 
 def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from meswitch_cli import __version__
-from meswitch_cli.engine.contract import BASE, ExpertStatus
+from meswitch_cli.engine.contract import ExpertStatus
+from meswitch_cli.names import AUTO, BASE
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.service import Service
-from meswitch_cli.server.settings import AUTO
 
 endpoints = APIRouter()
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.engine.contract import BASE, Engine
+from meswitch_cli.engine.contract import Engine
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.names import AUTO, BASE
+from meswitch_cli.router.backends.base import ServedBase
+from meswitch_cli.router.decide import RouteDecision, Router
+from meswitch_cli.router.store import Policy, open_router
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.schemas import RouteRequest, Subject
 from meswitch_cli.server.service import Service
-from meswitch_cli.server.settings import AUTO
-
-if TYPE_CHECKING:
-    from meswitch_cli.router import Router
 
 #: A conversation keeps its expert while its requests carry the same value here.
 SESSION_HEADER = "x-meswitch-session"
@@ -32,43 +33,40 @@ endpoints = APIRouter()
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Who answers, and how that came about; `reason` is one of the router's, or "unavailable"."""
+class Choice(RouteDecision):
+    """Who answers, and how that came about.
 
-    expert: str
-    confidence: float
-    reason: str
+    Attributes:
+        router_ms: milliseconds from asking the router to its answer: the wait until it is free, and `latency_ms`.
+    """
+
     router_ms: float = 0.0
-    probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
-def check_router(router: Router, engine: Engine) -> list[str]:
-    """Make sure that a router and an engine belong together.
+#: A server goes on with an expert that was compressed anew: its field is the same, its prompts may be near.
+POLICY = Policy("this server", "add --expert {name}=ARTIFACT", another_artifact="warning")
 
-    Returns:
-        What is worth a warning: experts that were compressed anew since the router was trained.
+
+def open_served_router(path: Path, engine: Engine, on_warning: Callable[[str], None]) -> Router:
+    """Open a router that reads the engine's own base.
 
     Raises:
-        MeswitchError: the router knows an expert that is not served, or was trained for another base.
+        RouterError: it is no router, damaged, for another base, or can choose an expert that is not served.
     """
-    served = {expert.name: expert for expert in engine.experts()}
-    if missing := sorted(set(router.labels) - set(served) - {BASE}):
-        raise MeswitchError(
-            f"the router knows {', '.join(map(repr, missing))}, which this server does not serve "
-            f"(it serves {', '.join(map(repr, sorted(served))) or 'none'}): add --expert NAME=ARTIFACT, or train a "
-            "router for these experts"
-        )
-    fingerprints = {Artifact.open(expert.path).manifest.base.fingerprint for expert in served.values()}
-    if router.base_fingerprint and fingerprints and router.base_fingerprint not in fingerprints:
-        raise MeswitchError(
-            f"the router was trained for the base {router.base_fingerprint}, the experts are of "
-            f"{', '.join(sorted(fingerprints))}: give the router of this base"
-        )
-    return [
-        f"expert {name!r} is not the artifact that the router was trained for; routing may be off"
-        for name, artifact in router.experts.items()
-        if artifact and name in served and served[name].digest != artifact
-    ]
+    return open_router(path, served_base(engine), served_experts(engine), POLICY, on_warning)
+
+
+def served_base(engine: Engine) -> ServedBase:
+    """The engine's base as a router reads it."""
+    served = engine.experts()
+    # Each of them was compared with the base when it was loaded.
+    fingerprint = Artifact.open(served[0].path).manifest.base.fingerprint if served else None
+    return ServedBase(engine, engine.tokenizer(BASE), name=engine.base_id, fingerprint=fingerprint)
+
+
+def served_experts(engine: Engine) -> dict[str, str | None]:
+    """Name to SHA-256 of the artifact's manifest."""
+    return {expert.name: expert.digest for expert in engine.experts()}
 
 
 async def choose(service: Service, request: Request, model: str, subject: Subject | None) -> Choice:
@@ -87,10 +85,9 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
         raise ApiError(
             404, f"model {model!r} is not served; there are {names}", code="model_not_found", parameter="model"
         )
-    router = service.router
-    if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
-        await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
-    return Choice(model, 1.0, "pinned")
+    if service.router is not None and session is not None:  # the conversation goes on with whom it was pinned to
+        service.router.keep(session, model)
+    return Choice(model, 1.0, {}, "pinned", 0.0)
 
 
 def _session(request: Request) -> str | None:
@@ -114,29 +111,24 @@ async def _routed(service: Service, request: Request, subject: Subject | None, s
         raise ApiError(400, message, code="invalid_value", parameter="model")
     started = time.perf_counter()
     failure: Exception | None = None
-    choice = Choice(BASE, 0.0, "error")
     try:
         decision = await service.routing(lambda: router.route(subject, session=session))
-    except Exception as error:
+    except Exception as error:  # whatever goes wrong in a router must not fail the user's request
         failure = error
         logger.exception("request %s: the router failed", RequestRecord.of(request).id)
-    else:
-        choice = Choice(
-            decision.expert, decision.confidence, decision.reason, probabilities=dict(decision.probabilities)
-        )
-        if choice.reason == "error":
-            failure = MeswitchError("the router answered with an error")
-        elif not service.engine.serves(choice.expert):
-            failure = MeswitchError(f"the router chose {choice.expert!r}, which is not served now")
-            logger.warning("request %s: %s", RequestRecord.of(request).id, failure)
-            choice = Choice(BASE, 0.0, "unavailable", probabilities=choice.probabilities)
+        decision = RouteDecision(BASE, 0.0, {}, "error", 0.0)
+    if not service.engine.serves(decision.expert):
+        failure = MeswitchError(f"the router chose {decision.expert!r}, which is not served now")
+        logger.warning("request %s: %s", RequestRecord.of(request).id, failure)
+        decision = replace(decision, expert=BASE, confidence=0.0, reason="unavailable")
     elapsed = time.perf_counter() - started
-    service.metrics.router.labels(choice.expert, choice.reason).observe(elapsed)
+    service.metrics.router.labels(decision.expert, decision.reason).observe(elapsed)
     if failure is not None:
         service.metrics.router_failures.inc()
         if service.settings.router_strict:
-            raise ApiError(500, f"the router failed: {type(failure).__name__}", code="router_failed") from failure
-    return Choice(choice.expert, choice.confidence, choice.reason, 1000 * elapsed, choice.probabilities)
+            cause = type(failure.__cause__ or failure).__name__
+            raise ApiError(500, f"the router failed: {cause}", code="router_failed") from failure
+    return Choice(**vars(decision), router_ms=1000 * elapsed)
 
 
 @endpoints.post("/v1/route", summary="Who would answer, without an answer")

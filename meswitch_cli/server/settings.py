@@ -8,9 +8,6 @@ from pathlib import Path
 
 from meswitch_cli.errors import MeswitchError
 
-#: The model name that asks for routing.
-AUTO = "auto"
-
 _MAX_KEY_FILE_BYTES = 1 << 20
 
 

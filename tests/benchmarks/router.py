@@ -23,13 +23,14 @@ import zoo
 from benchmarks import router_data
 from benchmarks.machine import describe
 from benchmarks.router_report import write_report
-from meswitch_cli.router.artifact import RouterArtifact, write_router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.editing import add_expert
-from meswitch_cli.router.evaluation import evaluate
-from meswitch_cli.router.features import BaseHiddenStates, load_tokenizer, native_dtype, quiet_transformers
-from meswitch_cli.router.losses import downstream, expert_losses
-from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.store import RouterArtifact, open_router, write_router
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.editing import add_expert
+from meswitch_cli.router.train.evaluation import evaluate
+from meswitch_cli.router.train.losses import downstream, expert_losses
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import train_router
 
 BACKENDS = ("tfidf", "probe", "encoder", "lm")
 TARGET_PRECISION = 0.95
@@ -61,7 +62,7 @@ def train_stage(backend: str, prompts: router_data.Prompts, arguments: argparse.
     router = trained.router
     test, null = prompts.test[::every], prompts.null[::every]
     artifact = write_router(
-        folder, trained.manifest, router.model, router.backend, trained.store, force=folder.exists()
+        folder, trained.manifest, router.model, trained.backend, trained.store, force=folder.exists()
     )
     return {
         "seconds": seconds,
@@ -102,9 +103,7 @@ def latency(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict
     routers = {}
     made = [backend for backend in BACKENDS if (arguments.scratch / f"router-{backend}").exists()]
     for backend in made:
-        artifact = RouterArtifact.open(arguments.scratch / f"router-{backend}")
-        hidden = BaseHiddenStates(str(base), artifact.manifest.settings["layer"]) if backend == "probe" else None
-        routers[backend] = artifact.router(hidden, tokenizer if hidden else None, strict=True)
+        routers[backend] = open_router(arguments.scratch / f"router-{backend}", str(base))
     took: dict[str, list[float]] = {name: [] for name in ("prefill", *made)}
     for repeat in range(LATENCY_REPEATS + 2):
         inputs = torch.tensor([windows[repeat % len(windows)]])
@@ -133,10 +132,8 @@ def latency(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict
 
 def fourth_expert(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict[str, Any]:
     """Add an expert to the probe; the others' accuracy on their held-out prompts before and after."""
-    base = zoo.paths().base
     artifact = RouterArtifact.open(arguments.scratch / "router-probe")
-    hidden = BaseHiddenStates(str(base), artifact.manifest.settings["layer"])
-    backend = artifact.backend(hidden, load_tokenizer(base))
+    backend = open_router(artifact, str(zoo.paths().base)).backend
     name = router_data.FOURTH[0]
     held_out, given = prompts.fourth[:100], prompts.fourth[100:]
     test = [*prompts.test[::3], *held_out]
@@ -163,10 +160,7 @@ def fourth_expert(prompts: router_data.Prompts, arguments: argparse.Namespace) -
 def downstream_stage(prompts: router_data.Prompts, arguments: argparse.Namespace) -> dict[str, Any]:
     """Loss of the chosen expert on held-out responses, for each way of choosing."""
     family = zoo.paths()
-    artifact = RouterArtifact.open(arguments.scratch / "router-probe")
-    router = artifact.router(
-        BaseHiddenStates(str(family.base), artifact.manifest.settings["layer"]), load_tokenizer(family.base)
-    )
+    router = open_router(arguments.scratch / "router-probe", str(family.base))
     items: list[Example] = []
     for name in zoo.EXPERTS:
         items += [item for item in prompts.test if item.domain == name][:DOWNSTREAM_ITEMS]

@@ -17,8 +17,8 @@ from pathlib import Path
 import yaml
 
 import zoo
-from meswitch_cli.router.conversation import is_binary
-from meswitch_cli.router.data import Example, without_duplicates
+from meswitch_cli.router.decide.conversation import is_binary
+from meswitch_cli.router.train.data import Example, without_duplicates
 
 TRAIN, TEST = 200, 300
 NULL_TRAIN, NULL_EACH, OTHER_EACH = 100, 25, 20

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.router.report import interval, percent
+from meswitch_cli.router.train.report import interval, percent
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NAMES = {"probe": "probe", "encoder": "encoder (MiniLM)", "tfidf": "TF-IDF", "lm": "lm (SmolLM2-135M)"}

@@ -243,9 +243,10 @@ def test_logits_that_are_not_finite_are_named(run: Run, pair: Pair, text: Path, 
 
 
 def test_a_router_s_choices_are_measured(run: Run, pair: Pair, art: Path, tmp_path: Path) -> None:
-    from meswitch_cli.router.artifact import write_router
-    from meswitch_cli.router.data import Example, gather
-    from meswitch_cli.router.training import TrainingSettings, train_router
+    from meswitch_cli.router.store.artifact import write_router
+    from meswitch_cli.router.train.data import Example, gather
+    from meswitch_cli.router.train.settings import TrainingSettings
+    from meswitch_cli.router.train.training import train_router
 
     _, second = make_pair(tmp_path / "second", relative_delta=0.03)
     made = run("compress", "--base", pair[0], "--expert", second, "--out", tmp_path / "art2", "--salient", 4)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from meswitch_cli.router.artifact import RouterArtifact, write_router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.features import BaseHiddenStates, load_tokenizer
-from meswitch_cli.router.router import Router
-from meswitch_cli.router.training import TrainedRouter, TrainingSettings, train_router
+from meswitch_cli.router.backends.base import BaseHiddenStates, ServedBase
+from meswitch_cli.router.backends.texts import load_tokenizer
+from meswitch_cli.router.decide.router import Router
+from meswitch_cli.router.store import RouterArtifact, open_router, write_router
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import TrainedRouter, train_router
 from zoo.tiny import make_pair
 
 WORDS = {
@@ -81,11 +83,10 @@ def tfidf_router() -> Router:
 
 
 def save(trained: TrainedRouter, folder: Path) -> RouterArtifact:
-    router = trained.router
-    return write_router(folder, trained.manifest, router.model, router.backend, trained.store)
+    return write_router(folder, trained.manifest, trained.router.model, trained.backend, trained.store)
 
 
 @pytest.fixture(scope="session")
 def load_probe(base: Path) -> Callable[[Path], Router]:
-    hidden_states, tokenizer = BaseHiddenStates(str(base), 4), load_tokenizer(base)
-    return lambda folder: Router.load(folder, hidden_states, tokenizer)
+    served = ServedBase(BaseHiddenStates(str(base), 4), load_tokenizer(base))
+    return lambda folder: open_router(folder, served)

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import RouteDecision, Router
-from meswitch_cli.router.sessions import Sessions
-from meswitch_cli.router.training import TrainedRouter
+from meswitch_cli.router import RouteDecision, Router, open_router
+from meswitch_cli.router.backends.base import ServedBase
+from meswitch_cli.router.decide.sessions import Sessions
+from meswitch_cli.router.store import RouterArtifact
+from meswitch_cli.router.train.training import TrainedRouter
 
 from .conftest import sentences
 
@@ -21,7 +23,7 @@ LoadProbe = Callable[[Path], Router]
 
 
 @pytest.fixture
-def open_router(tfidf_router: Router) -> Router:
+def gateless(tfidf_router: Router) -> Router:
     """Without the distance gate, which knows these tests' few words too well to let a new mixture pass."""
     model = replace(tfidf_router.model, gate=replace(tfidf_router.model.gate, threshold=float("inf")))
     return Router(tfidf_router.backend, model)
@@ -42,7 +44,8 @@ def test_a_loaded_probe_decides_as_the_trained_one(
     trained_probe: TrainedRouter, probe_folder: Path, load_probe: LoadProbe
 ) -> None:
     loaded = load_probe(probe_folder)
-    assert loaded.labels == ("code", "maths") and loaded.base_fingerprint == trained_probe.manifest.base_fingerprint
+    assert loaded.labels == ("code", "maths")
+    assert RouterArtifact.open(probe_folder).manifest.trained_for == trained_probe.manifest.trained_for
     for text in [*sentences("maths", 5, seed=2), *sentences(None, 5, seed=2)]:
         mine, theirs = loaded.route(text), trained_probe.router.route(text)
         assert (mine.expert, mine.reason) == (theirs.expert, theirs.reason)
@@ -58,7 +61,7 @@ def test_serving_gives_the_features_of_training(probe_folder: Path, base: Path, 
             inner = router.backend._hidden_states  # type: ignore[attr-defined]
             return torch.cat([inner.pooled_hidden_states([ids], layer) for ids in token_ids])
 
-    other = Router.load(probe_folder, OneByOne(), router.backend._tokenizer)  # type: ignore[attr-defined]
+    other = open_router(probe_folder, ServedBase(OneByOne(), router.backend._tokenizer))  # type: ignore[attr-defined]
     texts = [*sentences("maths", 4), "a much longer prompt " * 9]
     assert torch.allclose(other.backend.features(texts), router.backend.features(texts), atol=2e-2)
 
@@ -86,26 +89,29 @@ def test_a_huge_prompt_is_cut_and_said(
     assert not caplog.text
 
 
-def test_pinned_is_taken_as_it_is(tfidf_router: Router) -> None:
-    decision = tfidf_router.route("divide the sum", pinned="some-other-expert", session="pin")
-    assert replace(decision, latency_ms=0) == RouteDecision("some-other-expert", 1.0, {}, "pinned", 0)
+def test_a_session_is_kept_with_whom_it_is_told(tfidf_router: Router) -> None:
+    """Also with an expert that the router does not know: nothing is asked of it."""
+    tfidf_router.keep("pin", "some-other-expert")
+    decision = tfidf_router.route(" ", session="pin")
+    assert replace(decision, latency_ms=0) == RouteDecision("some-other-expert", 0.0, {}, "sticky", 0)
     assert decision.latency_ms > 0
+    assert tfidf_router.route(" ", session="another").expert == "base"
 
 
-def test_a_session_stays_until_another_is_likelier_by_the_margin(open_router: Router) -> None:
+def test_a_session_stays_until_another_is_likelier_by_the_margin(gateless: Router) -> None:
     maths, code = sentences("maths", 1, seed=5)[0], sentences("code", 1, seed=5)[0]
-    assert open_router.route(maths, session="s").reason == "routed"
+    assert gateless.route(maths, session="s").reason == "routed"
     # As much of one as of the other: the router is unsure, and each conversation stays where it is.
     mixed = f"{maths} {code}"
-    assert open_router.route(code, session="t").reason == "routed"
-    found = {session: open_router.route(mixed, session=session) for session in "st"}
+    assert gateless.route(code, session="t").reason == "routed"
+    found = {session: gateless.route(mixed, session=session) for session in "st"}
     assert (found["s"].expert, found["t"].expert) == ("maths", "code")
     assert "sticky" in (found["s"].reason, found["t"].reason)
-    empty = open_router.route("", session="s")
+    empty = gateless.route("", session="s")
     assert (empty.expert, empty.reason) == ("maths", "sticky")
-    switched = open_router.route(code, session="s")
+    switched = gateless.route(code, session="s")
     assert (switched.expert, switched.reason) == ("code", "routed")
-    assert open_router.route("", session="s").expert == "code"
+    assert gateless.route("", session="s").expert == "code"
 
 
 @pytest.mark.parametrize(("margin", "expert", "reason"), [(0.0, "code", "routed"), (1.0, "maths", "sticky")])
@@ -124,14 +130,14 @@ def test_out_of_domain_leaves_the_session_alone(tfidf_router: Router) -> None:
     assert tfidf_router.route("", session="away").expert == "maths"
 
 
-def test_a_follow_up_is_read_with_what_was_said(open_router: Router) -> None:
+def test_a_follow_up_is_read_with_what_was_said(gateless: Router) -> None:
     turns: list[dict[str, Any]] = [
         {"role": "system", "content": "You write python functions and loops; compile and import the class."},
         {"role": "user", "content": sentences("maths", 1, seed=8)[0]},
         {"role": "assistant", "content": "The total is the sum."},
         {"role": "user", "content": "And why?"},
     ]
-    with_history, alone = open_router.route(turns), open_router.route("And why?")
+    with_history, alone = gateless.route(turns), gateless.route("And why?")
     assert with_history.expert == "maths"
     assert with_history.probabilities["maths"] > alone.probabilities["maths"] + 0.1
 
@@ -155,35 +161,11 @@ class Nonsense:
 
 
 @pytest.mark.parametrize(("states", "said"), [(Broken(), "the device is gone"), (Nonsense(), "not finite")])
-def test_a_failure_falls_back_is_counted_and_logged(
-    probe_folder: Path, load_probe: LoadProbe, caplog: pytest.LogCaptureFixture, states: Any, said: str
-) -> None:
+def test_a_failure_is_raised_with_its_cause(probe_folder: Path, load_probe: LoadProbe, states: Any, said: str) -> None:
     tokenizer = load_probe(probe_folder).backend._tokenizer  # type: ignore[attr-defined]
-    router = Router.load(probe_folder, states, tokenizer)
-    decision = router.route("two plus two")
-    assert (decision.expert, decision.reason, decision.confidence) == ("base", "error", 0.0)
-    assert router.errors == 1 and said in caplog.text
+    router = open_router(probe_folder, ServedBase(states, tokenizer))
     with pytest.raises(RouterError, match=f"the router failed: .*{said}"):
-        Router.load(probe_folder, states, tokenizer, strict=True).route("two plus two")
-
-
-def test_a_server_must_have_every_expert_and_the_same_base(tfidf_router: Router) -> None:
-    router = Router(
-        tfidf_router.backend,
-        tfidf_router.model,
-        experts={"maths": "a" * 64, "code": None},
-        base_fingerprint="sha256:" + "1" * 64,
-    )
-    router.require_experts({"maths": "a" * 64, "code": "b" * 64, "law": None})
-    with pytest.raises(RouterError, match="can choose code, which the server does not have"):
-        router.require_experts({"maths": "a" * 64})
-    with pytest.raises(
-        RouterError, match="'maths': the router was trained for the artifact with manifest aaaaaaaaaaaa"
-    ):
-        router.require_experts({"maths": "c" * 64, "code": None})
-    router.require_base("sha256:" + "1" * 64, "./base")
-    with pytest.raises(RouterError, match=r"made for another base: \./other has fingerprint sha256:2"):
-        router.require_base("sha256:" + "2" * 64, "./other")
+        router.route("two plus two")
 
 
 def test_sessions_are_bounded_and_forget_the_oldest() -> None:

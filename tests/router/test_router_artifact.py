@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import Router
-from meswitch_cli.router.artifact import RouterArtifact, file_digest, manifest_digest, write_router
-from meswitch_cli.router.data import gather
-from meswitch_cli.router.training import TrainedRouter, TrainingSettings, train_router
+from meswitch_cli.router import Router, open_router
+from meswitch_cli.router.backends.base import ServedBase
+from meswitch_cli.router.store.artifact import RouterArtifact, file_digest, manifest_digest, write_router
+from meswitch_cli.router.train.data import gather
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import TrainedRouter, train_router
 
 from .conftest import COUNTS, examples, save
 
@@ -83,7 +85,7 @@ def test_every_byte_of_the_tensors_is_checked(probe_folder: Path) -> None:
         (lambda value: value.update(experts={"maths": None}), "'experts' is not"),
         (lambda value: value.update(fallback="law"), "fallback 'law' is not one of base"),
         (lambda value: value.update(backend="pickle"), "'backend' is not one of"),
-        (lambda value: value.update(base_fingerprint=None), "a base belongs to a probe"),
+        (lambda value: value.update(base_fingerprint=None), "a base belongs to a backend that reads one"),
         (lambda value: value["settings"].update(size=97), "must be"),
         (lambda value: value["settings"].update(size=-1), "size is not a whole number"),
         (lambda value: value["numbers"].update(temperature=0), "must be above 0"),
@@ -134,14 +136,14 @@ def test_a_probe_needs_its_base_and_hidden_states_of_its_size(
     probe_folder: Path, load_probe: Callable[[Path], Router]
 ) -> None:
     with pytest.raises(RouterError, match="give the base it was trained on"):
-        Router.load(probe_folder)
+        open_router(probe_folder)
 
     class Wider:
         def pooled_hidden_states(self, token_ids: list[object], layer: int) -> torch.Tensor:
             return torch.zeros(len(token_ids), 128)
 
     tokenizer = load_probe(probe_folder).backend._tokenizer  # type: ignore[attr-defined]
-    router = Router.load(probe_folder, Wider(), tokenizer, strict=True)  # type: ignore[arg-type]
+    router = open_router(probe_folder, ServedBase(Wider(), tokenizer))  # type: ignore[arg-type]
     with pytest.raises(RouterError, match="trained on another base"):
         router.route("two plus two")
 
@@ -166,11 +168,11 @@ def test_a_write_that_fails_leaves_the_old_router(
     def fail(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trained_probe.router.backend, "save_model", fail)
+    monkeypatch.setattr(trained_probe.backend, "save_model", fail)
     router = trained_probe.router
     with pytest.raises(KeyboardInterrupt):
         write_router(
-            probe_folder, trained_probe.manifest, router.model, router.backend, trained_probe.store, force=True
+            probe_folder, trained_probe.manifest, router.model, trained_probe.backend, trained_probe.store, force=True
         )
     assert {path.name: path.read_bytes() for path in probe_folder.iterdir()} == before
     assert not list(probe_folder.parent.glob(".*"))

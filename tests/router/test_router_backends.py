@@ -9,14 +9,15 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from meswitch_cli.errors import RouterError, UsageError
-from meswitch_cli.router import Router
-from meswitch_cli.router.artifact import RouterArtifact
+from meswitch_cli.router import open_router
 from meswitch_cli.router.backends.encoder import Encoder
 from meswitch_cli.router.backends.lm import LetterModel
 from meswitch_cli.router.backends.tfidf import Tfidf
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.editing import add_expert
-from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.router.store.artifact import RouterArtifact
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.editing import add_expert
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import train_router
 
 from .conftest import COUNTS, WORDS, examples, save, sentences
 
@@ -62,19 +63,19 @@ def test_an_encoder_router_carries_its_encoder(encoder_folder: Path, tmp_path: P
     artifact = save(trained, tmp_path / "router")
     for path in copy.iterdir():
         path.unlink()
-    router = Router.load(tmp_path / "router")
+    router = open_router(tmp_path / "router")
     assert sum(router.route(text).expert == "maths" for text in sentences("maths", 20, seed=1)) >= 16
     assert artifact.nbytes > (artifact.path / "model" / "model.safetensors").stat().st_size
     (artifact.path / "model" / "model.safetensors").write_bytes(b"")
     with pytest.raises(RouterError, match=r"model\.safetensors: 0 bytes"):
-        Router.load(tmp_path / "router")
+        open_router(tmp_path / "router")
     with pytest.raises(UsageError, match="--model DIR is needed"):
         train_router(gather(examples(COUNTS)), TrainingSettings(backend="encoder"))
 
 
 def test_tfidf_by_hand() -> None:
     texts = ["alpha beta", "alpha gamma"]
-    backend = Tfidf.fit(texts, max_tokens=64)
+    backend = Tfidf.of(texts, max_tokens=64)
     first, second = backend.features(texts).numpy()
     common, rare = np.log(3 / 3) + 1, np.log(3 / 2) + 1
     # Two words and the pair of them; alpha is in both texts.
@@ -104,7 +105,7 @@ def test_scores_are_the_letters_logits(lm_router: tuple[RouterArtifact, list[flo
     from transformers import AutoModelForCausalLM
 
     artifact = lm_router[0]
-    router = Router.load(artifact.path)
+    router = open_router(artifact.path)
     backend = router.backend
     assert isinstance(backend, LetterModel) and backend.options == ("code", "maths")
     text = sentences("maths", 1, seed=3)[0]
@@ -121,7 +122,7 @@ def test_scores_are_the_letters_logits(lm_router: tuple[RouterArtifact, list[flo
 
 def test_an_lm_router_is_trained_anew_for_other_experts(lm_router: tuple[RouterArtifact, list[float]]) -> None:
     artifact = lm_router[0]
-    backend = Router.load(artifact.path).backend
+    backend = open_router(artifact.path).backend
     with pytest.raises(RouterError, match="must be trained anew"):
         add_expert(artifact, backend, "law", examples({"law": 30}))
     tensors = safetensors.torch.load_file(artifact.path / "model" / "model.safetensors")

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.conversation import HISTORY_CHARACTERS, clip_characters, clip_tokens, routing_text
-from meswitch_cli.router.data import Example, gather, only_known_domains, read_examples, without_duplicates
-from meswitch_cli.router.names import check_fallback
-from meswitch_cli.router.split import PARTS, part_hash, split
+from meswitch_cli.router.decide.conversation import HISTORY_CHARACTERS, clip_characters, clip_tokens, routing_text
+from meswitch_cli.router.decide.labels import check_fallback
+from meswitch_cli.router.train.data import Example, gather, only_known_domains, read_examples, without_duplicates
+from meswitch_cli.router.train.split import PARTS, part_hash, split
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.errors import CheckpointError, RouterError
-from meswitch_cli.router.features import BaseHiddenStates, batches_by_length, load_tokenizer
+from meswitch_cli.router.backends.base import BaseHiddenStates
+from meswitch_cli.router.backends.texts import load_tokenizer
 from zoo.tiny import make_pair
 
 
@@ -63,10 +64,3 @@ def test_impossible_layers_and_empty_prompts_are_refused(base: Path, tmp_path: P
         BaseHiddenStates(str(tmp_path / "nothing"), 1)
     with pytest.raises(RouterError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
-
-
-def test_batches_hold_every_index_once_within_the_budget() -> None:
-    lengths = [5, 90, 1, 40, 40, 3, 200]
-    batches = batches_by_length(lengths, 100)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 100 for batch in batches)

@@ -5,24 +5,17 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
-from statsmodels.stats.proportion import proportion_confint
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import measures
-from meswitch_cli.router.gates import (
+from meswitch_cli.router.decide.gates import (
     confidence_threshold,
     distance_threshold,
     fit_distances,
     risk_coverage,
 )
-from meswitch_cli.router.head import Scaling, choose_head, cross_entropy, fit_head
-from meswitch_cli.router.temperature import fit_temperature
-
-
-@pytest.mark.parametrize(("successes", "count"), [(0, 10), (10, 10), (7, 10), (299, 300), (1, 1)])
-def test_wilson_interval(successes: int, count: int) -> None:
-    expected = proportion_confint(successes, count, method="wilson")
-    assert measures.wilson_interval(successes, count) == pytest.approx(expected, abs=1e-6)
+from meswitch_cli.router.decide.head import Scaling, choose_head, cross_entropy, fit_head
+from meswitch_cli.router.decide.temperature import fit_temperature
+from meswitch_cli.router.train import measures
 
 
 def test_calibration_figures_by_hand() -> None:

@@ -13,12 +13,12 @@ from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router import Router
-from meswitch_cli.router.autolabel import label_by_loss
-from meswitch_cli.router.data import Example
-from meswitch_cli.router.evaluation import evaluate
-from meswitch_cli.router.losses import downstream, expert_losses, response_losses
-from meswitch_cli.router.report import markdown, plots
-from meswitch_cli.router.training import TrainedRouter
+from meswitch_cli.router.train.autolabel import label_by_loss
+from meswitch_cli.router.train.data import Example
+from meswitch_cli.router.train.evaluation import evaluate
+from meswitch_cli.router.train.losses import downstream, expert_losses, response_losses
+from meswitch_cli.router.train.report import markdown, plots
+from meswitch_cli.router.train.training import TrainedRouter
 from zoo.tiny import make_pair
 
 from .conftest import examples

@@ -12,8 +12,9 @@ from server.family import Family, Running, Start, make_family, start
 from server.fields import FIELDS, prompts
 
 from meswitch_cli.router import Router
-from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.training import TrainingSettings, train_router
+from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.training import TrainedRouter, train_router
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +31,14 @@ def running(family: Family) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def router() -> Router:
+def trained() -> TrainedRouter:
     """A TF-IDF router that knows the three experts' words."""
     examples = [Example(text, field, f"{field}:{i}") for field in FIELDS for i, text in enumerate(prompts(field, 56))]
-    trained = train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(FIELDS))
+    return train_router(gather(examples), TrainingSettings(backend="tfidf"), experts=dict.fromkeys(FIELDS))
+
+
+@pytest.fixture(scope="module")
+def router(trained: TrainedRouter) -> Router:
     return trained.router
 
 

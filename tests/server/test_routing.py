@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
 import openai
 import pytest
@@ -12,7 +15,11 @@ from server.fields import FIELDS, prompts
 
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
-from meswitch_cli.server.routing import check_router
+from meswitch_cli.router.decide.router import Reason
+from meswitch_cli.router.store import check_membership, write_router
+from meswitch_cli.router.train.training import TrainedRouter
+from meswitch_cli.server import webpage
+from meswitch_cli.server.routing import POLICY, open_served_router, served_base, served_experts
 from meswitch_cli.server.settings import ServerSettings
 
 HEADERS = ("expert", "confidence", "reason", "router-ms")
@@ -104,17 +111,48 @@ def test_what_auto_cannot_route_is_refused(routed: Running) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
-def test_a_router_that_fails_is_the_base_and_is_counted(
-    routed: Running, router: Router, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(texts: Any, on_done: Any = None) -> None:
-        raise RuntimeError("no features today")
+def broken(texts: Any, on_done: Any = None) -> None:
+    raise RuntimeError("no features today")
 
+
+def test_a_router_that_fails_is_the_base_is_counted_and_logged(
+    routed: Running, router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(router.backend, "features", broken)
     response = routed.post("/v1/chat/completions", chat("anything"))
     assert response.status_code == 200 and response.json()["model"] == "base"
     assert (response.headers["x-meswitch-reason"], response.headers["x-meswitch-expert"]) == ("error", "base")
+    assert response.headers["x-meswitch-confidence"] == "0.0000"
+    assert "no features today" in caplog.text
     assert "meswitch_router_failures_total 1.0" in routed.get("/metrics").text
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["fallback served", "fallback unloaded"])
+def test_a_router_that_fails_is_the_base_whatever_its_fallback(
+    start_server: Start, router: Router, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    """`train-router --fallback red` says where prompts go that pass no gate, not who answers a failure."""
+    server = start_server(router=Router(router.backend, router.model, fallback="red"))
+    if not loaded:
+        server.service.engine.unload_expert("red")
+    empty = server.post("/v1/chat/completions", chat(" "))
+    expected = ("red", "empty") if loaded else ("base", "unavailable")
+    assert (empty.headers["x-meswitch-expert"], empty.headers["x-meswitch-reason"]) == expected
+    monkeypatch.setattr(router.backend, "features", broken)
+    for path, body in (("/v1/chat/completions", chat("anything")), ("/v1/route", {"prompt": "anything"})):
+        response = server.post(path, body)
+        assert response.status_code == 200, response.text
+        assert (response.headers["x-meswitch-expert"], response.headers["x-meswitch-reason"]) == ("base", "error")
+
+
+def test_the_page_has_words_for_every_reason() -> None:
+    """And says that the base answers where the router's fallback has no part in it, there alone."""
+    script = (webpage.FOLDER / "chat.js").read_text()
+    words = dict(re.findall(r'^  (\w+): "(.*)",$', script.partition("const REASONS = {")[2].partition("};")[0], re.M))
+    assert set(words) == set(get_args(Reason))
+    assert {reason for reason, text in words.items() if "the base answers" in text} == {"error", "unavailable"}
+    fallback = {reason for reason, text in words.items() if "fallback answers" in text}
+    assert fallback == {"low_confidence", "out_of_domain", "empty"}
 
 
 def test_a_strict_router_that_fails_is_an_error(
@@ -135,16 +173,26 @@ def test_an_unloaded_expert_is_not_routed_to(start_server: Start, router: Router
 
 
 def test_a_router_and_a_server_that_do_not_belong_together(
-    start_server: Start, router: Router, family: Any, monkeypatch: pytest.MonkeyPatch
+    start_server: Start, trained: TrainedRouter, family: Any, tmp_path: Path
 ) -> None:
-    few = start_server(experts={"red": family.artifacts["red"]})
-    with pytest.raises(MeswitchError, match=r"'blue', 'green'.*does not serve"):
-        check_router(router, few.service.engine)
+    written = save(trained, tmp_path / "router")
+    few = start_server(experts={"red": family.artifacts["red"]}).service.engine
+    warnings: list[str] = []
+    with pytest.raises(MeswitchError, match=r"'blue', 'green'.*this server does not have.*--expert blue=ARTIFACT"):
+        open_served_router(written, few, warnings.append)
     every = start_server().service.engine
-    assert check_router(router, every) == []
-    monkeypatch.setattr(router, "base_fingerprint", "sha256:" + "0" * 64)
-    with pytest.raises(MeswitchError, match="trained for the base"):
-        check_router(router, every)
-    monkeypatch.setattr(router, "base_fingerprint", None)
-    monkeypatch.setattr(router, "experts", {"red": "0" * 64})
-    assert "'red' is not the artifact" in check_router(router, every)[0]
+    opened = open_served_router(written, every, warnings.append)
+    assert opened.route(prompts("red", 9)[0]).expert == "red" and warnings == []
+    another = replace(trained.manifest.trained_for, base_id="other", base_fingerprint="sha256:" + "0" * 64)
+    base, experts = served_base(every), served_experts(every)
+    with pytest.raises(MeswitchError, match="the router was made for another base"):
+        check_membership(another, base, experts, POLICY)
+    assert check_membership(replace(another, base_fingerprint=base.fingerprint), base, experts, POLICY) == []
+    anew = replace(trained, manifest=replace(trained.manifest, experts=experts | {"red": "0" * 64}))
+    open_served_router(save(anew, tmp_path / "anew"), every, warnings.append)
+    assert len(warnings) == 1
+    assert "'red': the router was trained for the artifact with manifest 000000000000" in warnings[0]
+
+
+def save(trained: TrainedRouter, folder: Path) -> Path:
+    return write_router(folder, trained.manifest, trained.router.model, trained.backend, trained.store).path

@@ -12,32 +12,27 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import (
-    BATCH_TOKENS,
-    batches_by_length,
-    encode,
-    load_tokenizer,
-    native_dtype,
-    padded,
-    quiet_transformers,
-)
-from meswitch_cli.router.head import Head
+from meswitch_cli.checkpoint.source import resolve
+from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.backends.lm_training import fine_tune
+from meswitch_cli.router.backends.texts import encode, load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.decide.conversation import clip_characters
+from meswitch_cli.router.decide.head import Head
+from meswitch_cli.token_batches import batches_by_length, padded
 
 LETTERS = string.ascii_uppercase
 _QUESTION = "\n\nWhich domain does the request above belong to?\n{options}\nAnswer:"
 
 
-class LetterModel:
+class LetterModel(Backend):
     """The hidden state at the last position of the question; the head is the letters' rows of the model's own head.
 
     No text is generated: the letters' logits of one forward are the scores, so there is nothing to parse and nothing
     that can fail to parse.
     """
 
-    kind: Kind = "lm"
+    title = "language model"
     extendable = False
 
     def __init__(self, folder: Path, options: tuple[str, ...], *, max_tokens: int, training: bool = False) -> None:
@@ -62,6 +57,38 @@ class LetterModel:
         self.max_tokens = max_tokens
         self.letter_ids = [self._letter_id(letter) for letter in LETTERS[: len(options)]]
 
+    @classmethod
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        """Fine-tune every weight, then take the letters' rows as the head."""
+        folder = str(request.model) if request.model else request.base.name if request.base else None
+        if folder is None:
+            raise UsageError("--model DIR is needed: the folder of the small causal language model")
+        settings, train = request.settings, request.parts["train"]
+        path = Path(resolve(folder).path)
+        made = cls(path, request.labels, max_tokens=settings.max_tokens, training=True)
+        certain = [
+            (text, request.labels[label])
+            for text, label in zip(train.texts, train.labels.tolist(), strict=True)
+            if label != NULL
+        ]
+        losses = fine_tune(made, certain, settings, request.on_progress)
+        # As it will be stored and served, so that the figures are of what the folder holds.
+        made.model.to(torch.bfloat16).to(native_dtype())
+        return FittedBackend(
+            backend=made,
+            features=all_features(made, request),
+            standardise=False,
+            head=made.letters_head(),
+            notes={"first_losses": losses[:5], "last_losses": losses[-5:]},
+        )
+
+    @classmethod
+    def load(cls, saved: SavedBackend) -> LetterModel:
+        options = saved.settings.get("options")
+        if not isinstance(options, list) or not all(isinstance(item, str) for item in options):
+            raise RouterError("router.json: backend: options is not a list of names")
+        return cls(saved.folder, tuple(options), max_tokens=saved.number("max_tokens"))
+
     def _letter_id(self, letter: str) -> int:
         """The token of " A" after "Answer:"."""
         ids = self.tokenizer.encode(f" {letter}", add_special_tokens=False)
@@ -85,7 +112,7 @@ class LetterModel:
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         questions = [self.question(text, self.options) for text in texts]
         found = torch.empty(len(texts), self.size)
-        for batch in batches_by_length([len(ids) for ids in questions], BATCH_TOKENS):
+        for batch in batches_by_length([len(ids) for ids in questions]):
             found[batch] = self.last_hidden([questions[index] for index in batch]).float()
             on_done(len(batch))
         return found
@@ -101,9 +128,6 @@ class LetterModel:
     def settings(self) -> dict[str, Any]:
         return {"size": self.size, "max_tokens": self.max_tokens, "options": list(self.options)}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
     def save_model(self, folder: Path) -> None:
         """As bf16, what it is served in."""
         with quiet_transformers():
@@ -111,3 +135,6 @@ class LetterModel:
             self.model.config.dtype = torch.bfloat16
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+BACKEND = LetterModel

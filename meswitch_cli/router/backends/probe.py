@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters
-from meswitch_cli.router.features import HiddenStates, encode
+from meswitch_cli.router.backends.base import PooledHiddenStates
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
+from meswitch_cli.router.backends.texts import encode
+from meswitch_cli.router.decide.conversation import clip_characters
 
 #: Prompts of one call: progress is told after each, and a serving engine is not held for long.
 CHUNK = 32
 
 
-class Probe:
+class Probe(Backend):
     """Mean-pooled hidden states after decoder layer `layer`.
 
     Prompts go in as plain text through the base's tokenizer, without a chat template: experts have templates of their
     own, and which one applies is what is to be found out.
     """
 
-    kind: Kind = "probe"
-    extendable = True
+    title = "probe"
+    needs_base = True
 
-    def __init__(self, hidden_states: HiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int) -> None:
+    def __init__(
+        self, hidden_states: PooledHiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int
+    ) -> None:
         self._hidden_states = hidden_states
         self._tokenizer = tokenizer
         self.layer = layer
         self.size = size
         self.max_tokens = max_tokens
+
+    @classmethod
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        base, settings, parts = request.base, request.settings, request.parts
+        assert base is not None
+        layers = base.num_hidden_layers
+        tried = [settings.layer] if settings.layer else layers_to_try(layers)
+        hidden_states, tokenizer = base.hidden_states(max(tried)), base.tokenizer()
+        advance = request.counted("hidden states")
+        pooled: dict[str, dict[int, torch.Tensor]] = {}
+        for name in ("train", "validation") if len(tried) > 1 else ():
+            token_ids = [encode(tokenizer, text, settings.max_tokens) for text in parts[name].texts]
+            pooled[name] = hidden_states.pooled_at(token_ids, tried, advance)
+        losses = validation_losses(pooled, parts) if pooled else {}
+        layer = best_layer(losses) if losses else tried[0]
+        size = int(hidden_states.hidden_size)
+        probe = cls(hidden_states, tokenizer, layer=layer, size=size, max_tokens=settings.max_tokens)
+        known = {name: by_layer[layer] for name, by_layer in pooled.items()}
+        return FittedBackend(
+            backend=probe,
+            features=all_features(probe, request, advance, known),
+            standardise=True,
+            notes={
+                "layers": layers,
+                "validation_by_layer": {
+                    str(item): {"errors": errors, "nll": loss} for item, (errors, loss) in losses.items()
+                },
+            },
+        )
+
+    @classmethod
+    def load(cls, saved: SavedBackend) -> Probe:
+        assert saved.base is not None
+        numbers = {name: saved.number(name) for name in ("layer", "size", "max_tokens")}
+        return cls(saved.base.hidden_states(numbers["layer"]), saved.base.tokenizer(), **numbers)
 
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         token_ids = [encode(self._tokenizer, text, self.max_tokens) for text in texts]
@@ -57,8 +95,5 @@ class Probe:
     def settings(self) -> dict[str, Any]:
         return {"layer": self.layer, "size": self.size, "max_tokens": self.max_tokens}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
 
-    def save_model(self, folder: Path) -> None:
-        """The base is its model, and lies elsewhere."""
+BACKEND = Probe

@@ -6,34 +6,45 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meswitch_cli.router.backends.backend import Kind
-from meswitch_cli.router.conversation import clip_characters, clip_tokens
+from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.decide.conversation import clip_characters, clip_tokens
 
 #: Terms are hashed into this many dimensions: no vocabulary is kept, so a router has one size.
 DIMENSIONS = 4096
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class Tfidf:
+class Tfidf(Backend):
     """log(1 + count) times inverse document frequency of hashed words and pairs of words, of unit length."""
 
-    kind: Kind = "tfidf"
+    title = "TF-IDF"
     size = DIMENSIONS
-    extendable = True
 
     def __init__(self, idf: NDArray[np.float32], *, max_tokens: int) -> None:
         self._idf = idf
         self.max_tokens = max_tokens
 
     @classmethod
-    def fit(cls, texts: Sequence[str], *, max_tokens: int) -> Tfidf:
+    def fit(cls, request: FitRequest) -> FittedBackend:
+        made = cls.of(request.parts["train"].texts, max_tokens=request.settings.max_tokens)
+        return FittedBackend(backend=made, features=all_features(made, request), standardise=False)
+
+    @classmethod
+    def load(cls, saved: SavedBackend) -> Tfidf:
+        return cls(saved.tensors["tfidf.idf"].numpy(), max_tokens=saved.number("max_tokens"))
+
+    @staticmethod
+    def tensor_shapes(saved: SavedBackend) -> dict[str, tuple[int, ...]]:
+        return {"tfidf.idf": (saved.number("size"),)}
+
+    @classmethod
+    def of(cls, texts: Sequence[str], *, max_tokens: int) -> Tfidf:
         """Learn the document frequencies: idf = log((n + 1) / (documents with the term + 1)) + 1."""
         present = np.zeros(DIMENSIONS, dtype=np.int64)
         for text in texts:
@@ -59,8 +70,8 @@ class Tfidf:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"tfidf.idf": torch.from_numpy(self._idf)}
 
-    def save_model(self, folder: Path) -> None:
-        """It has none."""
+
+BACKEND = Tfidf
 
 
 def _words(text: str) -> Iterator[str]:

@@ -6,9 +6,9 @@ const REASONS = {
   routed: "chosen by the router",
   pinned: "pinned by you",
   sticky: "kept for this conversation",
-  low_confidence: "the router was not sure, so the base answers",
-  out_of_domain: "no expert's field, so the base answers",
-  empty: "nothing to route, so the base answers",
+  low_confidence: "the router was not sure, so its fallback answers",
+  out_of_domain: "no expert's field, so the router's fallback answers",
+  empty: "nothing to route, so the router's fallback answers",
   error: "the router failed, so the base answers",
   unavailable: "the chosen expert is not served now, so the base answers",
 };

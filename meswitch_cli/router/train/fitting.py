@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from meswitch_cli.router.gates import confidence_threshold, distance_threshold, fit_distances
-from meswitch_cli.router.head import Head, Scaling, choose_head
-from meswitch_cli.router.model import RouterModel
-from meswitch_cli.router.store import FeatureStore
-from meswitch_cli.router.temperature import fit_temperature
+from meswitch_cli.router.decide.gates import confidence_threshold, distance_threshold, fit_distances
+from meswitch_cli.router.decide.head import Head, Scaling, choose_head
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.decide.temperature import fit_temperature
+from meswitch_cli.router.store.features import FeatureStore
 
 
 def fit_model(

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import measures
-from meswitch_cli.router.artifact import RouterArtifact
-from meswitch_cli.router.backends.backend import Backend
-from meswitch_cli.router.data import MIN_PROMPTS, Example, without_duplicates
-from meswitch_cli.router.fitting import fit_model
-from meswitch_cli.router.manifest import RouterManifest
-from meswitch_cli.router.model import RouterModel
-from meswitch_cli.router.names import check_label
-from meswitch_cli.router.split import split
-from meswitch_cli.router.store import FeatureStore
-from meswitch_cli.router.training import describe_split, store_of
+from meswitch_cli.router.backends.registry import backend_class
+from meswitch_cli.router.decide.backend import FeatureSource
+from meswitch_cli.router.decide.labels import check_label
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.store.artifact import RouterArtifact
+from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.manifest import RouterManifest
+from meswitch_cli.router.train import measures
+from meswitch_cli.router.train.data import MIN_PROMPTS, Example, without_duplicates
+from meswitch_cli.router.train.fitting import fit_model
+from meswitch_cli.router.train.split import split
+from meswitch_cli.router.train.training import describe_split, labelled, store_of
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class Edit:
     feature_seconds: float
     refit_seconds: float
 
-    @property
-    def worst_regression(self) -> float:
-        """What the expert that lost most lost, as a share of its test prompts; below 0 where all gained."""
-        return max(float(self.before[label]["value"] - self.after[label]["value"]) for label in self.before)
-
     def refuse_regression(self, limit: float) -> None:
         """Check that no expert lost more than allowed.
 
@@ -62,7 +58,7 @@ class Edit:
 
 def add_expert(
     artifact: RouterArtifact,
-    backend: Backend,
+    backend: FeatureSource,
     name: str,
     examples: Sequence[Example],
     *,
@@ -78,7 +74,7 @@ def add_expert(
     manifest = artifact.manifest
     if name in manifest.labels:
         raise RouterError(f"expert {name!r} is in the router already; remove it first: meswitch router remove")
-    _require_extendable(backend.extendable)
+    _require_extendable(manifest)
     store = artifact.store()
     kept = _new_examples(manifest, store, name, examples)
     parts = split(kept, int(manifest.training.get("seed", 0)))
@@ -87,8 +83,9 @@ def add_expert(
     joined = store.relabelled(manifest.labels, labels)
     for part, members in parts.items():
         if members:
-            features = backend.features([item.text for item in members])
-            joined = joined.joined(store_of(members, part, labels, features, artifact.model.scaling))
+            texts = labelled(members, labels)
+            features = backend.features(texts.texts)
+            joined = joined.joined(store_of(members, texts, part, features, artifact.model.scaling))
     feature_seconds = time.perf_counter() - started
     experts = dict(manifest.experts) | {name: digest}
     added = describe_split(parts)
@@ -113,7 +110,7 @@ def remove_expert(artifact: RouterArtifact, name: str) -> Edit:
         raise RouterError(f"expert {name!r} is the router's fallback; train a router with another fallback")
     if len(manifest.labels) == 2:
         raise RouterError(f"without {name!r} one expert would be left, and nothing to route")
-    _require_extendable(manifest.backend != "lm")
+    _require_extendable(manifest)
     labels = tuple(label for label in manifest.labels if label != name)
     experts = {label: manifest.experts[label] for label in labels}
     store = artifact.store().relabelled(manifest.labels, labels)
@@ -121,10 +118,11 @@ def remove_expert(artifact: RouterArtifact, name: str) -> Edit:
     return replace(edit, manifest=replace(edit.manifest, split=dict(manifest.split) | {f"removed {name}": {}}))
 
 
-def _require_extendable(extendable: bool) -> None:
-    if not extendable:
+def _require_extendable(manifest: RouterManifest) -> None:
+    if not backend_class(manifest.backend).extendable:
         raise RouterError(
-            "an lm router's question lists its experts, so it must be trained anew for others: meswitch train-router"
+            f"the {manifest.backend} backend itself learns which experts there are: a router with it must be trained "
+            "anew for others: meswitch train-router"
         )
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from meswitch_cli.router.split import PARTS
+from meswitch_cli.router.backends.contract import NULL
 
-NULL = -1
+#: The head is fitted on train; layer and regularisation are chosen on validation; temperature and thresholds are
+#: fitted on calibration; figures are of test.
+PARTS = ("train", "validation", "calibration", "test")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import BASE, RESERVED
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
-#: Names that a request's `model` gives another meaning.
-_RESERVED = (BASE, "auto")
 
 
 def check_label(name: str, where: str) -> str:
@@ -19,7 +17,7 @@ def check_label(name: str, where: str) -> str:
     Raises:
         RouterError: it is reserved or of a form that a request cannot name.
     """
-    if name in _RESERVED:
+    if name in RESERVED:
         raise RouterError(f"{where}: {name!r} cannot be an expert's name; null marks prompts of no expert's domain")
     if not _LABEL.fullmatch(name):
         raise RouterError(

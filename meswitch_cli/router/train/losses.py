@@ -16,15 +16,9 @@ from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.data import Example
-from meswitch_cli.router.features import (
-    BATCH_TOKENS,
-    batches_by_length,
-    load_tokenizer,
-    native_dtype,
-    padded,
-    quiet_transformers,
-)
+from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.train.data import Example
+from meswitch_cli.token_batches import batches_by_length, padded
 
 #: Prompts and responses longer than this are cut: the start of an answer tells its author.
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 512, 256
@@ -79,7 +73,7 @@ def response_losses(folder: Path, examples: Sequence[Example]) -> torch.Tensor:
         raise RouterError(f"{folder}: the expert cannot be loaded: {reason}") from error
     encoded = [_encode(tokenizer, example) for example in examples]
     result = torch.empty(len(examples))
-    for batch in batches_by_length([len(ids) for ids, _ in encoded], BATCH_TOKENS):
+    for batch in batches_by_length([len(ids) for ids, _ in encoded]):
         inputs, mask = padded([encoded[index][0] for index in batch])
         hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         for row, index in enumerate(batch):

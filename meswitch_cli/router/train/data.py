@@ -11,8 +11,8 @@ from typing import Any
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.jsonl import read_jsonl
-from meswitch_cli.router.conversation import Prompt, is_binary, routing_text
-from meswitch_cli.router.names import check_label
+from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
+from meswitch_cli.router.decide.labels import check_label
 
 #: Fewer prompts cannot be dealt into four parts that each say something.
 MIN_PROMPTS = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meswitch_cli.router.head import cross_entropy
+from meswitch_cli.router.decide.head import cross_entropy
 
 LOWEST, HIGHEST = 1e-2, 1e3
 _STEPS = 60

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.data import Example
+from meswitch_cli.router.store.features import PARTS
+from meswitch_cli.router.train.data import Example
 
-#: The head is fitted on train; layer and regularisation are chosen on validation; temperature and thresholds are
-#: fitted on calibration; figures are of test.
-PARTS = ("train", "validation", "calibration", "test")
+#: Of `PARTS`, in their order.
 _SHARES = (0.55, 0.15, 0.15, 0.15)
 #: Prompts of no domain train nothing: half set the gates, half are figures.
 _NULL_SHARES = (0.0, 0.0, 0.5, 0.5)

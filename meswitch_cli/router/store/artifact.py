@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,10 +15,14 @@ from meswitch_cli import __version__
 from meswitch_cli.artifact.disk import disk_errors, exclusive, file_digest, write_atomically
 from meswitch_cli.checkpoint.tensorfile import TensorFileError, read_header, read_tensor
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import Backend, load_backend, size_setting
-from meswitch_cli.router.features import HiddenStates
-from meswitch_cli.router.gates import MAX_DIRECTIONS
-from meswitch_cli.router.manifest import (
+from meswitch_cli.router.backends.base import ReadableBase
+from meswitch_cli.router.backends.contract import NULL, Backend, SavedBackend
+from meswitch_cli.router.backends.registry import backend_class
+from meswitch_cli.router.decide.gates import MAX_DIRECTIONS
+from meswitch_cli.router.decide.model import RouterModel, expected_shapes
+from meswitch_cli.router.decide.router import Router
+from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.manifest import (
     FEATURES_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -29,9 +32,6 @@ from meswitch_cli.router.manifest import (
     RouterManifest,
     parse_manifest,
 )
-from meswitch_cli.router.model import RouterModel, expected_shapes
-from meswitch_cli.router.router import Router
-from meswitch_cli.router.store import NULL, FeatureStore
 
 
 @dataclass(frozen=True)
@@ -74,32 +74,22 @@ class RouterArtifact:
         files = sum(entry.nbytes for entry in self.manifest.files if entry.name.startswith(needed))
         return files + (self.path / MANIFEST_FILE).stat().st_size
 
-    def backend(self, hidden_states: HiddenStates | None, tokenizer: Any) -> Backend:
-        """Make the backend.
+    def backend(self, base: ReadableBase | None) -> Backend:
+        """Make the backend; `base` is the one that the router was trained for, where its backend reads one.
 
         Raises:
-            RouterError: a probe is not given its base, or the backend's model cannot be loaded.
+            RouterError: the backend's model cannot be loaded.
         """
-        manifest = self.manifest
-        return load_backend(
-            manifest.backend,
-            manifest.settings,
-            self.backend_tensors,
-            self.path / MODEL_FOLDER,
-            hidden_states,
-            tokenizer,
-        )
+        saved = SavedBackend(self.manifest.settings, self.backend_tensors, self.path / MODEL_FOLDER, base)
+        return backend_class(self.manifest.backend).load(saved)
 
-    def router(self, hidden_states: HiddenStates | None, tokenizer: Any, *, strict: bool = False) -> Router:
-        """The router of this folder."""
+    def router(self, base: ReadableBase | None) -> Router:
+        """The router of this folder, for a base that has been checked: `loading.open_router` checks it."""
         return Router(
-            self.backend(hidden_states, tokenizer),
+            self.backend(base),
             self.model,
             fallback=self.manifest.fallback,
-            experts=self.manifest.experts,
-            base_fingerprint=self.manifest.base_fingerprint,
             sticky_margin=self.manifest.numbers["sticky_margin"],
-            strict=strict,
         )
 
     def store(self) -> FeatureStore:
@@ -153,10 +143,9 @@ def _read_tensors(path: Path, manifest: RouterManifest) -> dict[str, torch.Tenso
     rank = len(tensors.get("gate.variances", ()))
     if not 1 <= rank <= MAX_DIRECTIONS:
         raise RouterError(f"{path}: the gate has {rank} directions, 1 to {MAX_DIRECTIONS} are possible")
-    size = size_setting(manifest.settings, "size")
-    shapes = expected_shapes(len(manifest.labels), size, rank)
-    if manifest.backend == "tfidf":
-        shapes["tfidf.idf"] = (size,)
+    saved = SavedBackend(manifest.settings, tensors, path.parent / MODEL_FOLDER)
+    shapes = expected_shapes(len(manifest.labels), saved.number("size"), rank)
+    shapes |= backend_class(manifest.backend).tensor_shapes(saved)
     _check_tensors(path, tensors, shapes)
     for name in ("scaling.scale", "gate.variances"):
         if not (tensors[name] > 0).all():

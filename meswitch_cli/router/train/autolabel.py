@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meswitch_cli.router.data import Example, with_soft_label
+from meswitch_cli.router.train.data import Example, with_soft_label
 
 #: A lead of this many nats a token over the second expert makes a label certain.
 MARGIN = 0.05

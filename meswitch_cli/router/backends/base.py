@@ -1,7 +1,8 @@
-"""What the base makes of a prompt part of the way up: hidden states after a decoder layer, averaged over tokens."""
+"""The base as a backend reads it: hidden states after a decoder layer, averaged over tokens."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,19 +11,88 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from meswitch_cli.artifact.base import base_fingerprint
+from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.conversation import clip_characters, clip_tokens
-
-#: Tokens of one forward pass, padding included.
-BATCH_TOKENS = 2048
+from meswitch_cli.router.backends.texts import load_tokenizer, mean_over_tokens, native_dtype, quiet_transformers
+from meswitch_cli.token_batches import batches_by_length, padded
 
 
-class HiddenStates(Protocol):
+class PooledHiddenStates(Protocol):
     """Who gives hidden states: a serving engine from its resident base, or `BaseHiddenStates` from a folder."""
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
         """Mean over tokens of the hidden state after decoder layer `layer` (1 is the first), `[n, hidden]` fp32."""
+
+
+class ReadableBase(Protocol):
+    """A base that a router may read.
+
+    Attributes:
+        name: what messages call it.
+        fingerprint: None where it is not known.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    def hidden_states(self, layers: int) -> PooledHiddenStates:
+        """Those of the first `layers` decoder layers, or of more."""
+
+    def tokenizer(self) -> Any: ...
+
+
+class ServedBase:
+    """The base of a running engine, whose memory it is in anyway."""
+
+    def __init__(
+        self, hidden_states: PooledHiddenStates, tokenizer: Any, *, name: str = "base", fingerprint: str | None = None
+    ) -> None:
+        self._hidden_states, self._tokenizer = hidden_states, tokenizer
+        self.name, self.fingerprint = name, fingerprint
+
+    def hidden_states(self, layers: int) -> PooledHiddenStates:
+        return self._hidden_states
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+
+class FolderBase:
+    """A base on disk, of which nothing is read before it is asked for.
+
+    Args:
+        name: a checkpoint folder or a Hub id.
+        fingerprint: where it is known already; it takes reading the whole base.
+    """
+
+    def __init__(self, name: str, fingerprint: str | None = None) -> None:
+        self.name = name
+        self._fingerprint = fingerprint
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.name)
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = base_fingerprint(self.checkpoint, architecture(self.checkpoint.config, self.name))
+        return self._fingerprint
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return depth(self.checkpoint)
+
+    def hidden_states(self, layers: int) -> BaseHiddenStates:
+        return BaseHiddenStates(self.name, layers)
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint.source.path)
 
 
 class BaseHiddenStates:
@@ -71,7 +141,7 @@ class BaseHiddenStates:
         with self._lock:  # hooks hear every forward of the model, another thread's too
             hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
             try:
-                for batch in batches_by_length([len(ids) for ids in token_ids], BATCH_TOKENS):
+                for batch in batches_by_length([len(ids) for ids in token_ids]):
                     inputs, mask = padded([token_ids[index] for index in batch])
                     # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
                     self._model(input_ids=inputs, use_cache=False)
@@ -126,82 +196,3 @@ def _load(folder: Path, layers: int, dtype: torch.dtype) -> tuple[Any, nn.Module
     if not found:
         raise RouterError(f"{folder}: no list of {layers} decoder layers found in {type(model).__name__}")
     return model.eval(), found[0]
-
-
-class quiet_transformers:
-    """Keep transformers' remarks on loading from stderr."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._verbosity = logging.get_verbosity()
-        self._bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._verbosity)
-        if self._bars:
-            logging.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A checkpoint's own tokenizer.
-
-    Raises:
-        RouterError: it has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Without a length of its own: prompts are cut here, and it need not warn of them.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=1 << 30)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
-
-
-def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
-    """At most `max_tokens` ids, with the special tokens that the tokenizer puts around every text."""
-    return clip_tokens(tokenizer.encode(clip_characters(text, max_tokens)), max_tokens)
-
-
-def native_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies it in hardware, else fp32: emulated bf16 is slower than fp32."""
-    return torch.bfloat16 if _has_bf16() else torch.float32
-
-
-def _has_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and "avx512_bf16" in flags.read_text()
-
-
-def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like lengths whose padded size stays within `budget`; a longer item is alone."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def padded(token_ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, longest]` ids with zeros on the right, and the mask of what is not padding."""
-    longest = max(len(ids) for ids in token_ids)
-    inputs = torch.zeros(len(token_ids), longest, dtype=torch.long)
-    mask = torch.zeros(len(token_ids), longest, dtype=torch.bool)
-    for row, ids in enumerate(token_ids):
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = True
-    return inputs, mask
-
-
-def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`[n, tokens, hidden]` to `[n, hidden]` fp32, padding left out."""
-    weight = mask.unsqueeze(-1).float()
-    return (hidden.float() * weight).sum(1) / weight.sum(1)

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from meswitch_cli.checkpoint.source import resolve
-from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router import measures
-from meswitch_cli.router.artifact import RouterArtifact
-from meswitch_cli.router.backends.backend import Backend
-from meswitch_cli.router.data import Example
-from meswitch_cli.router.features import HiddenStates
-from meswitch_cli.router.gates import risk_coverage
-from meswitch_cli.router.losses import downstream, expert_losses
-from meswitch_cli.router.model import RouterModel
-from meswitch_cli.router.router import Router
+from meswitch_cli.estimates import percentiles
+from meswitch_cli.names import BASE
+from meswitch_cli.router.decide.backend import FeatureSource
+from meswitch_cli.router.decide.gates import risk_coverage
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.decide.router import Router
+from meswitch_cli.router.store.artifact import RouterArtifact
+from meswitch_cli.router.train import measures
+from meswitch_cli.router.train.data import Example
+from meswitch_cli.router.train.losses import downstream, expert_losses
 
 #: Prompt lengths, in words, at which latency is measured.
 LENGTHS = (16, 64, 256)
@@ -135,11 +135,11 @@ def measure_latency(router: Router, texts: Sequence[str], lengths: Sequence[int]
             started = time.perf_counter()
             router.route(prompt)
             took.append(1000 * (time.perf_counter() - started))
-        result[str(length)] = measures.percentiles(took[2:])  # the first ones warm up
+        result[str(length)] = percentiles(took[2:], (50, 95, 99))  # the first ones warm up
     return result
 
 
-def baseline(backend: Backend, model: RouterModel, examples: Sequence[Example], target: float) -> dict[str, Any]:
+def baseline(backend: FeatureSource, model: RouterModel, examples: Sequence[Example], target: float) -> dict[str, Any]:
     """The figures of another router on the same examples, shortened to what a comparison shows."""
     whole = measure_features(
         model, backend.features([item.text for item in examples]), [item.domain for item in examples], target
@@ -150,8 +150,7 @@ def baseline(backend: Backend, model: RouterModel, examples: Sequence[Example], 
 
 def evaluation_report(
     artifact: RouterArtifact,
-    hidden_states: HiddenStates | None,
-    tokenizer: Any,
+    router: Router,
     examples: Sequence[Example],
     experts: Mapping[str, Path],
     base: str | None,
@@ -162,7 +161,6 @@ def evaluation_report(
     Raises:
         RouterError: an expert of the router is not given, or an example has no response where experts are.
     """
-    router = artifact.router(hidden_states, tokenizer, strict=True)
     target = float(artifact.manifest.training.get("target_precision", 0.95))
     done = 0
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meswitch_cli.errors import MeswitchError
-
-_KINDS = {"probe": "probe", "encoder": "sentence encoder", "tfidf": "TF-IDF", "lm": "language model"}
+from meswitch_cli.router.backends.registry import backend_class
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -28,13 +27,11 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
         "| router | accuracy [95 %] | macro-F1 | ECE | coverage at the gates | precision there | OOD AUROC | "
         "FPR at 95 % TPR |",
         "|---|---|---|---|---|---|---|---|",
-        _row(_KINDS[report["backend"]], report["test"]),
+        _row(backend_class(report["backend"]).title, report["test"]),
     ]
-    for name, figures in report.get("baselines", {}).items():
-        if "failed" in figures:
-            lines.append(f"| baseline: {_KINDS[name]} | {figures['failed']} | | | | | | |")
-        else:
-            lines.append(_row(f"baseline: {_KINDS[name]}", figures))
+    for kind, figures in report.get("baselines", {}).items():
+        name = f"baseline: {backend_class(kind).title}"
+        lines.append(f"| {name} | {figures['failed']} | | | | | | |" if "failed" in figures else _row(name, figures))
     if "majority_accuracy" in report["test"]:
         lines.append(f"| baseline: majority | {percent(report['test']['majority_accuracy'])} | | | | | | |")
     return lines

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meswitch_cli.estimates import wilson_interval
+
 Array = NDArray[np.float64]
 #: Equal-width bins of the expected calibration error, as in Guo et al. (arXiv 1706.04599).
 BINS = 15
-_Z = 1.959964
-
-
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): honest near 0 and 1, where the normal one is not."""
-    if count == 0:
-        return 0.0, 1.0
-    share, square = successes / count, _Z * _Z
-    centre = (share + square / (2 * count)) / (1 + square / count)
-    half = _Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+#: Six decimals of `Z_95`, as every router.json has it: its figures are the same bytes for the same data.
+_Z_95 = 1.959964
 
 
 def calibration_error(probabilities: Array, truth: NDArray[np.int64]) -> float:
@@ -87,13 +79,7 @@ def confusion(
     return rows
 
 
-def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99."""
-    p50, p95, p99 = np.percentile(np.asarray(milliseconds), [50, 95, 99])
-    return {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
-
-
 def proportion(successes: int, count: int) -> dict[str, Any]:
     """A share with its interval, as reports give it."""
-    low, high = wilson_interval(successes, count)
+    low, high = wilson_interval(successes, count, _Z_95)
     return {"value": successes / count if count else 0.0, "low": low, "high": high, "prompts": count}

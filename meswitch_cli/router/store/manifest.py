@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.backend import KINDS, Kind
-from meswitch_cli.router.names import check_fallback, check_label
+from meswitch_cli.router.backends.registry import KINDS, Kind, backend_class
+from meswitch_cli.router.decide.labels import check_fallback, check_label
+from meswitch_cli.router.store.membership import TrainedFor
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "router.json"
@@ -43,7 +44,7 @@ class RouterManifest:
     Attributes:
         labels: experts in the order of the head's rows; experts: their artifacts' manifest SHA-256, where known.
         backend: its kind; settings: what it needs to be made again.
-        base_id, base_fingerprint: of the base whose hidden states the probe reads, else None.
+        base_id, base_fingerprint: of the base whose hidden states the backend reads, None for one that reads none.
         numbers: temperature, thresholds and margin, by name (`NUMBERS`).
         split: prompts and hash of every part of the data.
         training: settings as given; metrics: of the test part.
@@ -63,6 +64,10 @@ class RouterManifest:
     files: tuple[RouterFile, ...]
     created_with: str
     format_version: int = FORMAT_VERSION
+
+    @property
+    def trained_for(self) -> TrainedFor:
+        return TrainedFor(self.experts, self.base_id, self.base_fingerprint)
 
     def to_json(self) -> str:
         value = {"format_version": self.format_version} | dataclasses.asdict(self)
@@ -101,8 +106,8 @@ def parse_manifest(raw: bytes, where: str) -> RouterManifest:
         check_label(label, where)
     backend = take("backend", lambda item: item in KINDS, f"one of {', '.join(KINDS)}")
     base = take("base_fingerprint", _optional(_matches(_FINGERPRINT)), "a fingerprint")
-    if (base is not None) != (backend == "probe"):
-        raise RouterError(f"{where}: a base belongs to a probe, and to no other backend")
+    if (base is not None) != backend_class(backend).needs_base:
+        raise RouterError(f"{where}: a base belongs to a backend that reads one, and to no other")
     return RouterManifest(
         labels=labels,
         experts=take("experts", lambda item: _is_experts(item, labels), "the labels with their artifacts' SHA-256"),

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.router.gates import DistanceGate
-from meswitch_cli.router.head import Head, Scaling
+from meswitch_cli.router.decide.gates import DistanceGate
+from meswitch_cli.router.decide.head import Head, Scaling
 
 Verdict = Literal["routed", "low_confidence", "out_of_domain"]
 

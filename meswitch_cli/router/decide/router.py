@@ -1,0 +1,116 @@
+"""The router as a server uses it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from meswitch_cli.errors import RouterError
+from meswitch_cli.names import BASE
+from meswitch_cli.router.decide.backend import FeatureSource
+from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.decide.sessions import Sessions
+
+logger = logging.getLogger(__name__)
+
+#: The last three are no router's: a server gives them where the request names an expert, where the router fails, and
+#: where the expert that it chose is not served.
+Reason = Literal["routed", "sticky", "low_confidence", "out_of_domain", "empty", "pinned", "error", "unavailable"]
+#: A session leaves its expert only for one that is likelier by this much: a switch discards the session's cache.
+STICKY_MARGIN = 0.2
+
+
+@dataclass(frozen=True)
+class RouteDecision:
+    """Where a prompt goes, and why.
+
+    Attributes:
+        expert: a label of the router, or "base".
+        confidence: calibrated probability of the likeliest expert; of a sticky decision, of the expert it stays with.
+        probabilities: by label; empty where no model was asked.
+        latency_ms: milliseconds that the decision took, without any wait for its turn.
+    """
+
+    expert: str
+    confidence: float
+    probabilities: dict[str, float]
+    reason: Reason
+    latency_ms: float
+
+
+class Router:
+    """Decides for prompts and conversations; safe to call from any thread that its hidden states allow.
+
+    Attributes:
+        fallback: where prompts go that pass no gate. A decision that fails goes nowhere: it is raised, and who asked
+            decides.
+    """
+
+    def __init__(
+        self,
+        backend: FeatureSource,
+        model: RouterModel,
+        *,
+        fallback: str = BASE,
+        sticky_margin: float = STICKY_MARGIN,
+    ) -> None:
+        self.backend = backend
+        self.model = model
+        self.fallback = fallback
+        self._sticky_margin = sticky_margin
+        self._sessions = Sessions()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.model.labels
+
+    def route(self, prompt: Prompt, *, session: str | None = None) -> RouteDecision:
+        """Decide for a prompt, as text or as chat messages; a session stays until another is likelier by a margin.
+
+        Raises:
+            RouterError: the decision failed.
+        """
+        started = time.perf_counter()
+        try:
+            expert, confidence, probabilities, reason = self._decide(prompt, session)
+        except Exception as error:  # a backend may fail in any way, and who asks is to know it as one
+            raise RouterError(f"the router failed: {error}") from error
+        return RouteDecision(expert, confidence, probabilities, reason, 1000 * (time.perf_counter() - started))
+
+    def keep(self, session: str, expert: str) -> None:
+        """Make an expert, of this router or not, the one that a session is with."""
+        self._sessions.put(session, expert)
+
+    def _decide(self, prompt: Prompt, session: str | None) -> tuple[str, float, dict[str, float], Reason]:
+        current = self._sessions.get(session) if session is not None else None
+        text = routing_text(prompt)
+        if not text:
+            return (current, 0.0, {}, "sticky") if current else (self.fallback, 0.0, {}, "empty")
+        if is_binary(text):
+            return self.fallback, 0.0, {}, "out_of_domain"
+        if self.is_cut(text):
+            logger.info("a prompt of %d characters is routed by %d tokens of it", len(text), self.backend.max_tokens)
+        judged = self.model.judge(self.backend.features([text]))[0]
+        probabilities = judged.probabilities
+        if current is not None and current != judged.label and judged.verdict != "out_of_domain":
+            stays = judged.verdict == "low_confidence"
+            stays |= judged.confidence - probabilities.get(current, 0.0) < self._sticky_margin
+            if stays:
+                return current, probabilities.get(current, 0.0), probabilities, "sticky"
+        if current == judged.label and judged.verdict == "low_confidence":
+            return current, judged.confidence, probabilities, "sticky"
+        if judged.verdict != "routed":
+            return self.fallback, judged.confidence, probabilities, judged.verdict
+        if session is not None:
+            self._sessions.put(session, judged.label)
+        return judged.label, judged.confidence, probabilities, "routed"
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a prompt is longer than what the router reads of it."""
+        # No tokenizer makes more tokens than bytes, so most prompts need not be counted.
+        return len(text.encode("utf-8", "replace")) > self.backend.max_tokens and (
+            self.backend.count_tokens(text) > self.backend.max_tokens
+        )

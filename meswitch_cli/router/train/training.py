@@ -1,0 +1,213 @@
+"""`meswitch train-router` as a whole: data dealt, backend fitted, model fitted, figures taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.router.backends.base import FolderBase
+from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, LabelledTexts, Progress
+from meswitch_cli.router.backends.registry import Kind, backend_class
+from meswitch_cli.router.decide.head import Scaling
+from meswitch_cli.router.decide.labels import check_fallback
+from meswitch_cli.router.decide.router import Router
+from meswitch_cli.router.store.features import PARTS, FeatureStore
+from meswitch_cli.router.store.manifest import RouterManifest
+from meswitch_cli.router.train.data import Example, RoutingData
+from meswitch_cli.router.train.evaluation import baseline, measure_features, measure_latency
+from meswitch_cli.router.train.fitting import fit_model
+from meswitch_cli.router.train.settings import TrainingSettings
+from meswitch_cli.router.train.split import part_hash, split
+
+#: The backend that every report compares with: it needs no model.
+BASELINE: Kind = "tfidf"
+
+
+@dataclass(frozen=True)
+class TrainedRouter:
+    """A router with everything that its folder will hold."""
+
+    router: Router
+    backend: Backend
+    manifest: RouterManifest
+    store: FeatureStore
+    report: dict[str, Any]
+
+
+def train_router(
+    data: RoutingData,
+    settings: TrainingSettings,
+    *,
+    base: str | None = None,
+    model: Path | None = None,
+    experts: Mapping[str, str | None] | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> TrainedRouter:
+    """Train a router.
+
+    Args:
+        base: folder or Hub id; the probe needs it.
+        model: folder of the encoder, or of the small causal LM; the lm backend takes the base where it is None.
+        experts: label to SHA-256 of the artifact's manifest.
+
+    Raises:
+        RouterError, UsageError: the data cannot train a router, or what the backend needs is not there.
+    """
+    check_fallback(settings.fallback, data.labels)
+    for name in experts or {}:
+        if name not in data.labels:
+            raise RouterError(f"expert {name!r} is given, but no prompt is of its domain ({', '.join(data.labels)})")
+    started = time.perf_counter()
+    parts = split(data.examples, settings.seed)
+    request = FitRequest(
+        parts={part: labelled(members, data.labels) for part, members in parts.items()},
+        labels=data.labels,
+        settings=settings,
+        base=FolderBase(base) if base is not None else None,
+        model=model,
+        on_progress=on_progress,
+    )
+    made = backend_class(settings.backend)
+    base_id = fingerprint = None
+    if made.needs_base:
+        if request.base is None:
+            raise UsageError(f"--base is needed: the {settings.backend} reads the base's hidden states")
+        base_id, fingerprint = request.base.checkpoint.source.id, request.base.fingerprint
+    fitted = made.fit(request)
+    scaling, store = _store(parts, request.parts, fitted)
+    router_model = fit_model(
+        data.labels,
+        scaling,
+        store,
+        target_precision=settings.target_precision,
+        seed=settings.seed,
+        head=fitted.head,
+    )
+    router = Router(fitted.backend, router_model, fallback=settings.fallback, sticky_margin=settings.sticky_margin)
+    seconds = time.perf_counter() - started
+    report = _report(router, parts, fitted, request, settings, seconds)
+    manifest = RouterManifest(
+        labels=data.labels,
+        experts={label: (experts or {}).get(label) for label in data.labels},
+        fallback=settings.fallback,
+        backend=settings.backend,
+        settings=fitted.backend.settings(),
+        base_id=base_id,
+        base_fingerprint=fingerprint,
+        numbers=router_model.numbers() | {"sticky_margin": settings.sticky_margin},
+        split=describe_split(parts),
+        training=dataclasses.asdict(settings) | {"duplicates": data.duplicates} | dict(fitted.notes),
+        metrics=headline(report["test"]),
+        files=(),
+        created_with="",
+    )
+    return TrainedRouter(router, fitted.backend, manifest, store, report)
+
+
+def labelled(examples: Sequence[Example], labels: tuple[str, ...]) -> LabelledTexts:
+    """Examples as backends and heads see them."""
+    targets = torch.zeros(len(examples), len(labels))
+    indices = torch.full((len(examples),), NULL)
+    for row, example in enumerate(examples):
+        if example.soft is not None:
+            targets[row] = torch.tensor([example.soft.get(label, 0.0) for label in labels])
+        elif example.domain is not None:
+            targets[row, labels.index(example.domain)] = 1.0
+        if example.domain is not None:
+            indices[row] = labels.index(example.domain)
+    return LabelledTexts(tuple(example.text for example in examples), targets, indices)
+
+
+def _store(
+    parts: Mapping[str, Sequence[Example]], texts: Mapping[str, LabelledTexts], fitted: FittedBackend
+) -> tuple[Scaling, FeatureStore]:
+    train = fitted.features["train"]
+    if fitted.head is not None:
+        scaling = Scaling.identity(train.shape[1])
+    else:
+        scaling = Scaling.standard(train) if fitted.standardise else Scaling.overall(train)
+    stores = [store_of(parts[part], texts[part], part, fitted.features[part], scaling) for part in PARTS if parts[part]]
+    whole = stores[0]
+    for store in stores[1:]:
+        whole = whole.joined(store)
+    return scaling, whole
+
+
+def store_of(
+    examples: Sequence[Example], texts: LabelledTexts, part: str, features: torch.Tensor, scaling: Scaling
+) -> FeatureStore:
+    """The examples of one part, scaled and rounded as they will be stored."""
+    return FeatureStore(
+        scaling(features).clamp(-6e4, 6e4).half().float(),
+        texts.targets,
+        texts.labels,
+        torch.full((len(examples),), PARTS.index(part), dtype=torch.uint8),
+        torch.tensor([example.digest for example in examples]),
+    )
+
+
+def _report(
+    router: Router,
+    parts: Mapping[str, Sequence[Example]],
+    fitted: FittedBackend,
+    request: FitRequest,
+    settings: TrainingSettings,
+    seconds: float,
+) -> dict[str, Any]:
+    test = parts["test"]
+    request.on_progress("report", 0, 1)
+    report = {
+        "backend": settings.backend,
+        "labels": list(router.labels),
+        "seconds": seconds,
+        "split": describe_split(parts),
+        "notes": dict(fitted.notes),
+        "thresholds": router.model.numbers(),
+        "test": measure_features(
+            router.model, fitted.features["test"], [item.domain for item in test], settings.target_precision
+        ),
+        "latency_ms": measure_latency(router, [item.text for item in test]),
+        "cut_prompts": sum(router.is_cut(item.text) for members in parts.values() for item in members),
+        "baselines": {BASELINE: _baseline(parts, request, settings)},
+    }
+    request.on_progress("report", 1, 1)
+    return report
+
+
+def _baseline(
+    parts: Mapping[str, Sequence[Example]], request: FitRequest, settings: TrainingSettings
+) -> dict[str, Any]:
+    """The same data through `BASELINE`; a reason instead of figures where that cannot be fitted."""
+    fitted = backend_class(BASELINE).fit(dataclasses.replace(request, on_progress=lambda what, done, total: None))
+    scaling, store = _store(parts, request.parts, fitted)
+    precision = settings.target_precision
+    try:
+        model = fit_model(request.labels, scaling, store, target_precision=precision, seed=settings.seed)
+    except RouterError as error:
+        return {"failed": str(error)}
+    return baseline(fitted.backend, model, parts["test"], precision)
+
+
+def describe_split(parts: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """Prompts and hash of every part."""
+    return {
+        part: {
+            "prompts": sum(item.domain is not None for item in members),
+            "null_prompts": sum(item.domain is None and item.soft is None for item in members),
+            "sha256": part_hash(members),
+        }
+        for part, members in parts.items()
+    }
+
+
+def headline(test: Mapping[str, Any]) -> dict[str, Any]:
+    """The few figures that router.json itself carries."""
+    kept = ("accuracy", "macro_f1", "after_calibration", "at_the_gates", "coverage_at_target", "out_of_domain")
+    return {key: test[key] for key in kept if key in test}

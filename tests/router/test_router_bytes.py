@@ -1,0 +1,95 @@
+"""What is written, byte for byte: routers made by hand, without any arithmetic that a processor could do otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from meswitch_cli import __version__
+from meswitch_cli.router.backends.contract import NULL
+from meswitch_cli.router.backends.probe import Probe
+from meswitch_cli.router.backends.tfidf import DIMENSIONS, Tfidf
+from meswitch_cli.router.decide.gates import DistanceGate
+from meswitch_cli.router.decide.head import Head, Scaling
+from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.store.artifact import RouterArtifact, write_router
+from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.manifest import RouterManifest
+
+LABELS = ("code", "maths")
+#: SHA-256 of each file, first recorded with format version 1 as meswitch 0.1.0 wrote it.
+RECORDED = {
+    "probe": {
+        "features.safetensors": "95898e779afb6d82a39b52a8c2362d826f2cfa77b5ccc65c270aaa80d69a8d05",
+        "router.json": "b3904c4838200868905806bff30df04684d5aaf83b4bc9e686a2358a41d3184e",
+        "router.safetensors": "21d37142c0f174ef3569a2d2e12d60c8590eba90c3096ebb4cb814a14846c168",
+    },
+    "tfidf": {
+        "features.safetensors": "b4626eb7acf62f3e4b04a20bbdc8f628248f691e6026755e5b071a0f251d1953",
+        "router.json": "a263545b55fd78799dee1390bd91052e7095cf0347e82c9bb71b623968f18a58",
+        "router.safetensors": "cab18bbbf6c8edec03367aa8216c59ad03459d609c0532675534b7ed0fe9f3f5",
+    },
+}
+
+
+def numbered(*shape: int, start: float = 0.0) -> torch.Tensor:
+    """0, 1/8, 2/8 and so on: exact in 16 bit too."""
+    count = int(np.prod(shape))
+    return (start + torch.arange(count) % 64 / 8).float().view(shape)
+
+
+def made_by_hand(kind: str) -> tuple[RouterManifest, RouterModel, Any, FeatureStore]:
+    size = 6 if kind == "probe" else DIMENSIONS
+    gate = DistanceGate(numbered(2, size), numbered(size, 3), numbered(3, start=1.0), 0.5, 5.25)
+    scaling = Scaling(numbered(size), numbered(size, start=1.0))
+    model = RouterModel(LABELS, scaling, Head(numbered(2, size, start=-2.0), numbered(2)), gate, 1.5, 0.75)
+    backend: Any = Tfidf(numbered(size, start=1.0).numpy(), max_tokens=64)
+    if kind == "probe":
+        backend = Probe(None, None, layer=2, size=size, max_tokens=64)  # type: ignore[arg-type]
+    store = FeatureStore(
+        numbered(5, size),
+        torch.tensor([[1.0, 0], [0, 1], [0.25, 0.75], [0, 0], [0, 1]]),
+        torch.tensor([0, 1, NULL, NULL, 1]),
+        torch.tensor([0, 1, 0, 2, 3], dtype=torch.uint8),
+        torch.tensor([11, -22, 33, -(1 << 62), 55]),
+    )
+    manifest = RouterManifest(
+        labels=LABELS,
+        experts={"code": "c" * 64, "maths": None},
+        fallback="code",
+        backend=kind,  # type: ignore[arg-type]
+        settings=backend.settings(),
+        base_id="owner/base" if kind == "probe" else None,
+        base_fingerprint="sha256:" + "b" * 64 if kind == "probe" else None,
+        numbers=model.numbers() | {"sticky_margin": 0.25},
+        split={"train": {"prompts": 2, "null_prompts": 0, "sha256": "d" * 64}},
+        training={"backend": kind, "seed": 3, "target_precision": 0.875},
+        metrics={"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75, "prompts": 2}},
+        files=(),
+        created_with="",
+    )
+    return manifest, model, backend, store
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """By file; the version of meswitch that wrote it stands in router.json and is left out."""
+    version = f"meswitch {__version__}".encode()
+    return {
+        path.name: hashlib.sha256(path.read_bytes().replace(version, b"meswitch")).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+@pytest.mark.parametrize("kind", ["probe", "tfidf"])
+def test_a_router_s_bytes_are_those_of_its_format(kind: str, tmp_path: Path) -> None:
+    manifest, model, backend, store = made_by_hand(kind)
+    written = write_router(tmp_path / "router", manifest, model, backend, store)
+    assert digests(written.path) == RECORDED[kind]
+    again = RouterArtifact.open(written.path)
+    copied = write_router(tmp_path / "copy", again.manifest, again.model, None, again.store(), source=again)
+    assert digests(copied.path) == RECORDED[kind]
