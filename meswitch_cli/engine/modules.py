@@ -101,8 +101,8 @@ class ExpertNorm(nn.Module):
         self.base: Any = base
         self.plain: Any = plain
         self.steps = steps
-        #: Both steps at once, where the kernels do that.
-        self.rms_norm = getattr(backend, "rms_norm", None) if epsilon is not None else None
+        #: Both steps at once.
+        self.rms_norm = None if epsilon is None else backend.rms_norm
         self.epsilon = epsilon
         self.gains: GainBank | None = None
         self.shifts: GainBank | None = None
