@@ -16,8 +16,7 @@ from meswitch_cli.artifact.disk import disk_errors, write_atomically
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
-from meswitch_cli.evaluation.fidelity import TokenFidelity
-from meswitch_cli.evaluation.figures import against_base, base_row, model_row
+from meswitch_cli.evaluation.figures import TokenFigures, against_base, base_row, item_sums, model_row
 from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.markdown import markdown
 from meswitch_cli.evaluation.methods import Activations, baseline_candidate
@@ -221,23 +220,13 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
 
 
 def _append_items(
-    evaluation: Evaluation, expert: Expert, data: EvaluationSet, found: dict[str, list[TokenFidelity] | Failure]
+    evaluation: Evaluation, expert: Expert, data: EvaluationSet, found: dict[str, list[TokenFigures] | Failure]
 ) -> None:
     """Per-item sums, for pairing and for plots of one's own."""
     lines = []
     for label, figures in found.items():
         for index, item in enumerate([] if isinstance(figures, Failure) else figures):
-            value = {
-                "expert": expert.label,
-                "set": data.name,
-                "model": label,
-                "item": index,
-                "tokens": len(item.kl),
-                "kl": float(item.kl.sum()),
-                "loss": float(item.loss.sum()),
-                "expert_loss": float(item.reference_loss.sum()),
-                "agreed": int(item.agreed.sum()),
-            }
+            value = {"expert": expert.label, "set": data.name, "model": label, "item": index} | item_sums(item)
             lines.append(json.dumps(value))
     path = evaluation.request.out / ITEMS_FILE
     with disk_errors(path), path.open("a", encoding="utf-8") as stream:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Standard errors of a 95 % interval.
-NORMAL_95 = 1.96
+from meswitch_cli.evaluation.cells import interval
+from meswitch_cli.evaluation.figures import COLUMNS
 
 Table = tuple[Sequence[str], list[list[str]]]
 
@@ -70,29 +70,16 @@ _COMPARISON_NOTE = (
 
 def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None = None) -> Table:
     """Base, full expert and compressed models of one expert on one set; `expert_nbytes` is the full expert's size."""
-    header = ["model", "MB", "KL mean", "KL p99", "KL p99.9", "KL max", "same top token, %", "ln(ppl / expert's)"]
-    header += ["RMS Δp, %", "gap recovered, %"]
     lines = []
     if rows[0].get("base_kl_mean") is not None:
-        lines.append(["base", "0", *_fidelity_cells(rows[0], "base_", 4), "0"])
+        cells = [figure.base or figure.cell(rows[0], f"base_{figure.name}") for figure in COLUMNS]
+        lines.append(["base", "0", *cells])
     size = "" if expert_nbytes is None else f"{expert_nbytes / 1e6:.1f}"
-    lines.append(["full expert", size, "0", "0", "0", "0", "100", "0", "0", "100"])
+    lines.append(["full expert", size, *(figure.full_expert for figure in COLUMNS)])
     for row in rows:
-        recovered = "no clear gap" if row.get("gap_recovered") is None else interval(row, "gap_recovered", 100, 2)
-        lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *_fidelity_cells(row, "", 5), recovered])
-    return header, lines
-
-
-def _fidelity_cells(row: Mapping[str, Any], prefix: str, digits: int) -> list[str]:
-    return [
-        plus_minus(row, f"{prefix}kl_mean"),
-        interval(row, f"{prefix}kl_p99", 1, digits),
-        interval(row, f"{prefix}kl_p999", 1, digits),
-        f"{row[f'{prefix}kl_max']:.4f}",
-        plus_minus(row, f"{prefix}top1_agreement", 100, 2),
-        plus_minus(row, f"{prefix}ln_ppl_ratio", 1, digits),
-        plus_minus(row, f"{prefix}rms_delta_p", 100, 3),
-    ]
+        cells = [figure.cell(row, figure.name) for figure in COLUMNS]
+        lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *cells])
+    return ["model", "MB", *(figure.title for figure in COLUMNS)], lines
 
 
 def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -167,22 +154,6 @@ def model_table(report: Mapping[str, Any]) -> Table:
             ]
         )
     return header, lines
-
-
-def plus_minus(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
-    """A figure and the half width of its 95 % interval."""
-    value, error = row[name], row.get(f"{name}_se")
-    text = f"{factor * value:.{digits}f}"
-    return text if error is None else f"{text} ± {factor * NORMAL_95 * error:.{digits}f}"
-
-
-def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
-    """A figure and its 95 % interval."""
-    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    if value is None:
-        return ""
-    text = f"{factor * value:.{digits}f}"
-    return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
 
 
 def _set_note(report: Mapping[str, Any], name: str, expert: str) -> str:

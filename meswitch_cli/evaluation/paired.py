@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meswitch_cli.evaluation.statistics import Array, Estimate
+from meswitch_cli.evaluation.statistics import RESAMPLES, Z_95, Array, Estimate
 
 Verdict = Literal["worse", "better", "no difference beyond the margin", "n too small"]
 
-#: Quantiles of the standard normal distribution: two-sided 5 %, and 80 % power.
-Z_95 = 1.959963984540054
+#: Quantile of the standard normal distribution for 80 % power.
 Z_POWER = 0.8416212335729143
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+#: Quantile of the standard normal distribution for a 95 % interval: standard errors on each side.
+Z_95 = 1.959963984540054
 RESAMPLES = 10_000
 Array = npt.NDArray[np.float64]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from meswitch_cli.errors import EvaluationError
-from meswitch_cli.evaluation.paired import Z_95, mean_interval
-from meswitch_cli.evaluation.statistics import Estimate
+from meswitch_cli.evaluation.paired import mean_interval
+from meswitch_cli.evaluation.statistics import Z_95, Estimate
 from meswitch_cli.evaluation.task_source import load_tasks, quiet, require_harness
 
 BATCH_SIZE = 8

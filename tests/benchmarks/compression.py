@@ -33,7 +33,8 @@ from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines import bitdelta_start
-from meswitch_cli.evaluation.fidelity import EncodedItem, ItemFidelity, compare, reference_logits
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from zoo.compare import compare, reference_logits, sums_by_item
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -221,8 +222,8 @@ class Bench:
             "bytes": nbytes,
             "compress_seconds": round(made - started, 1),
             "evaluate_seconds": round(time.perf_counter() - made, 1),
-            "choice": _columns(figures[:split]),
-            "report": _columns(figures[split:]),
+            "choice": sums_by_item(figures[:split]),
+            "report": sums_by_item(figures[split:]),
         }
 
     def expert_row(self) -> dict[str, Any]:
@@ -231,13 +232,9 @@ class Bench:
         return {
             "label": "full expert",
             "bytes": sum(value.numel() * 2 for value in self.model.parameters()),
-            "choice": _columns(figures[:split]),
-            "report": _columns(figures[split:]),
+            "choice": sums_by_item(figures[:split]),
+            "report": sums_by_item(figures[split:]),
         }
-
-
-def _columns(figures: list[ItemFidelity]) -> dict[str, list[float]]:
-    return {key: [getattr(item, key) for item in figures] for key in ("tokens", "kl", "loss", "agreed")}
 
 
 def _bitdelta(job: Job) -> tuple[dict[str, torch.Tensor], int]:
