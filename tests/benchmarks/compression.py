@@ -28,11 +28,11 @@ from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.compression.job import Job, calibration_windows, prepare
-from meswitch_cli.compression.pairs import read_pairs
+from meswitch_cli.compression.pairs import PairReader, pair_by_pair
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.evaluation.baselines import bitdelta_start
+from meswitch_cli.evaluation.baselines.bitdelta import bitdelta_start
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from zoo.compare import compare, reference_logits, sums_by_item
 
@@ -196,7 +196,8 @@ class Bench:
         nbytes = 0
         for index, unit in enumerate(job.plan.units):
             known = statistics.get(index, {})
-            pairs = list(read_pairs(unit, job.base, job.expert))
+            with PairReader(job.base, job.expert, pair_by_pair(unit)) as reader:
+                pairs = [reader.pair(item) for item in unit]
             data, record = compress_unit(iter(pairs), "shard", job.settings, known, "cpu")
             path = self.scratch / "shard"
             path.write_bytes(data)

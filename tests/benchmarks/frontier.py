@@ -29,8 +29,10 @@ from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.evaluation.baselines import parse_method
+from meswitch_cli.evaluation.baselines.activations import Activations
+from meswitch_cli.evaluation.baselines.model import BaselineWeights
 from meswitch_cli.evaluation.fidelity import EncodedItem
-from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.passes import Arithmetic, Reference
 from meswitch_cli.evaluation.subjects import Expert, open_experts

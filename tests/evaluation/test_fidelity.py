@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from meswitch_cli.evaluation.baselines import bitdelta_start
+from meswitch_cli.evaluation.baselines.bitdelta import bitdelta_start
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.statistics import ratio_of_sums
 from zoo.compare import compare, reference_logits
