@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, write_atomically
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
@@ -286,11 +286,7 @@ def _read_sets(request: Request) -> list[EvaluationSet]:
 
 
 def _refuse_occupied(request: Request) -> None:
-    out = request.out
-    with disk_errors(out):
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if occupied and not (request.force and (out / REPORT_FILE).is_file()):
-            raise EvaluationError(f"{out}: in use; choose another --out, or --force to replace an evaluation there")
+    refuse_occupied(request.out, REPORT_FILE, force=request.force, what="an evaluation", error=EvaluationError)
 
 
 def claim(evaluation: Evaluation) -> None:
