@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from meswitch_cli.evaluation.cells import interval, plus_minus
 from meswitch_cli.evaluation.statistics import (
+    Z_95,
     Array,
     Estimate,
     quantile_by_document,
@@ -57,32 +57,51 @@ class Sample:
     interval; they are None where a set has one item only.
     """
 
-    def __init__(self, items: Sequence[TokenFigures], base: Sequence[TokenFigures] | None = None, *, seed: int) -> None:
-        self.items, self.seed = items, seed
-        self.base = None if base is None else Sample(base, seed=seed)
-        self.counts = np.array([len(next(iter(item.values()))) for item in items], dtype=float)
+    def __init__(self, items: Sequence[TokenFigures], base: Sample | None = None, *, seed: int) -> None:
+        self.items, self.base, self.seed = items, base, seed
+        self.counts = np.array([len(item["kl"]) for item in items], dtype=float)
 
     def sums(self, quantity: str) -> Array:
         """A quantity's sum over each item."""
         return np.array([float(item[quantity].sum()) for item in self.items])
 
-    def mean(self, name: str, sums: Array) -> Members:
+    def mean(self, name: str, quantity: str, less: str | None = None) -> Members:
+        """A quantity's mean over tokens, or that of its difference to another one."""
+        return self.mean_of(name, self.sums(quantity) - (self.sums(less) if less else 0.0))
+
+    def mean_of(self, name: str, sums: Array) -> Members:
         """The mean over tokens of something with these sums over items."""
         return {name: float(sums.sum() / self.counts.sum()), f"{name}_se": ratio_standard_error(sums, self.counts)}
 
-    def estimate(self, name: str, estimate: Estimate | None) -> Members:
-        low, high = (estimate.low, estimate.high) if estimate and len(self.items) > 1 else (None, None)
-        return {name: estimate.value if estimate else None, f"{name}_low": low, f"{name}_high": high}
-
     def ratio(self, name: str, numerators: Array, denominators: Array) -> Members:
         """The ratio of two sums over items."""
-        return self.estimate(name, ratio_of_sums(numerators, denominators, seed=self.seed))
+        return self._interval(name, ratio_of_sums(numerators, denominators, seed=self.seed))
 
     def quantile(self, name: str, quantity: str, quantile: float) -> Members:
         """A quantile over tokens."""
         values = np.concatenate([item[quantity].numpy() for item in self.items])
         owners = np.repeat(np.arange(len(self.items)), self.counts.astype(int))
-        return self.estimate(name, quantile_by_document(values, owners, quantile, seed=self.seed))
+        return self._interval(name, quantile_by_document(values, owners, quantile, seed=self.seed))
+
+    def _interval(self, name: str, found: Estimate) -> Members:
+        low, high = (found.low, found.high) if len(self.items) > 1 else (None, None)
+        return {name: found.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def plus_minus(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
+    """A figure and the half width of its 95 % interval."""
+    value, error = row[name], row.get(f"{name}_se")
+    text = f"{factor * value:.{digits}f}"
+    return text if error is None else f"{text} ± {factor * Z_95 * error:.{digits}f}"
+
+
+def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
+    """A figure and its 95 % interval."""
+    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    if value is None:
+        return ""
+    text = f"{factor * value:.{digits}f}"
+    return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -108,22 +127,18 @@ class Figure:
     of_base: bool = True
 
 
-def _mean(quantity: str) -> Callable[[Sample, str], Members]:
-    return lambda sample, name: sample.mean(name, sample.sums(quantity))
+def _mean_kl(sample: Sample, name: str) -> Members:
+    return sample.mean(name, "kl") | sample.ratio(name, sample.sums("kl"), sample.counts)
 
 
-def _quantile(quantity: str, quantile: float) -> Callable[[Sample, str], Members]:
-    return lambda sample, name: sample.quantile(name, quantity, quantile)
-
-
-def _mean_with_interval(sample: Sample, name: str) -> Members:
-    return sample.mean(name, sample.sums("kl")) | sample.ratio(name, sample.sums("kl"), sample.counts)
+def _largest_kl(sample: Sample, name: str) -> Members:
+    return {name: max(float(item["kl"].max()) for item in sample.items)}
 
 
 def _root_mean_square(sample: Sample, name: str) -> Members:
     """Of the change of the probability of the token that follows."""
     squares = np.array([float(item["probability_change"].square().sum()) for item in sample.items])
-    value, error = sample.mean(name, squares).values()
+    value, error = sample.mean_of(name, squares).values()
     assert value is not None
     root = float(np.sqrt(value))
     return {name: root, f"{name}_se": None if error is None else error / (2 * root) if root else 0.0}
@@ -132,8 +147,8 @@ def _root_mean_square(sample: Sample, name: str) -> Members:
 def _kl_share(sample: Sample, name: str) -> Members:
     """The model's KL to the expert over the base's."""
     assert sample.base is not None
-    kl, of_base = sample.sums("kl"), sample.base.sums("kl")
-    return sample.ratio(name, kl, of_base) if of_base.sum() > 0 else sample.estimate(name, None)
+    of_base = sample.base.sums("kl")
+    return sample.ratio(name, sample.sums("kl"), of_base) if of_base.sum() > 0 else _nothing(name)
 
 
 def _gap_recovered(sample: Sample, name: str) -> Members:
@@ -144,10 +159,18 @@ def _gap_recovered(sample: Sample, name: str) -> Members:
     assert sample.base is not None
     base_loss = sample.base.sums("loss")
     gained, possible = base_loss - sample.sums("loss"), base_loss - sample.base.sums("reference_loss")
-    gap, error = sample.mean("gap", possible).values()
+    gap, error = sample.mean_of("gap", possible).values()
     if gap is None or gap <= GAP_STANDARD_ERRORS * (error or 0.0):
-        return sample.estimate(name, None) | {f"{name}_se": None}
+        return _nothing(name) | {f"{name}_se": None}
     return sample.ratio(name, gained, possible) | {f"{name}_se": ratio_standard_error(gained, possible)}
+
+
+def _nothing(name: str) -> Members:
+    return {name: None, f"{name}_low": None, f"{name}_high": None}
+
+
+def _percent(digits: int) -> Callable[[Mapping[str, Any], str], str]:
+    return partial(plus_minus, factor=100, digits=digits)
 
 
 def _gap_cell(row: Mapping[str, Any], name: str) -> str:
@@ -156,26 +179,17 @@ def _gap_cell(row: Mapping[str, Any], name: str) -> str:
 
 #: Of a model against the full expert; `ln_ppl_ratio` is ln(perplexity / the expert's perplexity).
 FIGURES = (
-    Figure("kl_mean", _mean_with_interval, "KL mean"),
-    Figure("kl_median", _quantile("kl", 0.5)),
-    Figure("kl_p90", _quantile("kl", 0.9)),
-    Figure("kl_p99", _quantile("kl", 0.99), "KL p99", interval),
-    Figure("kl_p999", _quantile("kl", 0.999), "KL p99.9", interval),
-    Figure(
-        "kl_max",
-        lambda sample, name: {name: max(float(item["kl"].max()) for item in sample.items)},
-        "KL max",
-        lambda row, name: f"{row[name]:.4f}",
-    ),
-    Figure("top1_agreement", _mean("agreed"), "same top token, %", partial(plus_minus, factor=100, digits=2), "100"),
-    Figure("ln_ppl", _mean("loss")),
-    Figure("expert_ln_ppl", _mean("reference_loss"), of_base=False),
-    Figure(
-        "ln_ppl_ratio",
-        lambda sample, name: sample.mean(name, sample.sums("loss") - sample.sums("reference_loss")),
-        "ln(ppl / expert's)",
-    ),
-    Figure("rms_delta_p", _root_mean_square, "RMS Δp, %", partial(plus_minus, factor=100, digits=3)),
+    Figure("kl_mean", _mean_kl, "KL mean"),
+    Figure("kl_median", partial(Sample.quantile, quantity="kl", quantile=0.5)),
+    Figure("kl_p90", partial(Sample.quantile, quantity="kl", quantile=0.9)),
+    Figure("kl_p99", partial(Sample.quantile, quantity="kl", quantile=0.99), "KL p99", interval),
+    Figure("kl_p999", partial(Sample.quantile, quantity="kl", quantile=0.999), "KL p99.9", interval),
+    Figure("kl_max", _largest_kl, "KL max", lambda row, name: f"{row[name]:.4f}"),
+    Figure("top1_agreement", partial(Sample.mean, quantity="agreed"), "same top token, %", _percent(2), "100"),
+    Figure("ln_ppl", partial(Sample.mean, quantity="loss")),
+    Figure("expert_ln_ppl", partial(Sample.mean, quantity="reference_loss"), of_base=False),
+    Figure("ln_ppl_ratio", partial(Sample.mean, quantity="loss", less="reference_loss"), "ln(ppl / expert's)"),
+    Figure("rms_delta_p", _root_mean_square, "RMS Δp, %", _percent(3)),
 )
 #: What part of the way from base to expert a model has gone.
 AGAINST_BASE = (
@@ -211,7 +225,7 @@ def base_row(base: Sequence[TokenFigures], *, seed: int = 0) -> Members:
 
 def against_base(figures: Sequence[TokenFigures], base: Sequence[TokenFigures], *, seed: int = 0) -> Members:
     """Figures of a model between base and full expert."""
-    sample, row = Sample(figures, base, seed=seed), Members()
+    sample, row = Sample(figures, Sample(base, seed=seed), seed=seed), Members()
     for figure in AGAINST_BASE:
         row |= figure.members(sample, figure.name)
     return row

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from meswitch_cli.evaluation.cells import interval
-from meswitch_cli.evaluation.figures import COLUMNS
+from meswitch_cli.evaluation.figures import COLUMNS, interval
 
 Table = tuple[Sequence[str], list[list[str]]]
+#: By title, the text of a column's cell; None: the member of this name.
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str] | None]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -48,13 +49,13 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
                 (f"Fidelity to {expert} on {name}", fidelity_table(rows, size), _set_note(report, name, expert))
             )
     if report["tasks"]:
-        found.append(("Tasks", task_table(report["tasks"]), "Score with a 95 % interval over documents."))
+        found.append(("Tasks", _tabled(_TASKS, report["tasks"]), "Score with a 95 % interval over documents."))
     if report["comparisons"]:
-        found.append(("Paired comparisons", comparison_table(report["comparisons"]), _COMPARISON_NOTE))
+        found.append(("Paired comparisons", _tabled(_COMPARISONS, report["comparisons"]), _COMPARISON_NOTE))
     if report["router"]:
         found.append(("Routing", router_table(report["router"]), report["router"]["note"]))
     if report["gates"]:
-        found.append(("Limits", gate_table(report["gates"]), ""))
+        found.append(("Limits", _tabled(_LIMITS, report["gates"]), ""))
     found.append(("Models", model_table(report), ""))
     return found
 
@@ -82,32 +83,30 @@ def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None 
     return ["model", "MB", *(figure.title for figure in COLUMNS)], lines
 
 
-def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["task", "metric", "model", "documents", "score, %"]
-    return header, [
-        [row["task"], row["metric"], row["model"], str(row["documents"]), interval(row, "score", 100, 1)]
-        for row in rows
-    ]
+_TASKS: Columns = {
+    **dict.fromkeys(("task", "metric", "model", "documents")),
+    "score, %": lambda row: interval(row, "score", 100, 1),
+}
+_COMPARISONS: Columns = {
+    **dict.fromkeys(("task", "metric", "model", "against")),
+    "n": lambda row: str(row["documents"]),
+    "difference, points": lambda row: interval(row, "difference", 100, 1),
+    **dict.fromkeys(("lost", "gained")),
+    "p (Holm)": lambda row: f"{row['p_holm']:.3g}",
+    "MDE, points": lambda row: f"{100 * row['minimum_detectable_effect']:.1f}",
+    "verdict": None,
+}
+_LIMITS: Columns = {
+    "limit": lambda row: row["gate"],
+    **dict.fromkeys(("model", "set")),
+    "wanted": lambda row: f"{row['limit']:g}",
+    "found": lambda row: "not measurable" if row["value"] is None else f"{row['value']:.5g}",
+    "passed": lambda row: "yes" if row["passed"] else "NO",
+}
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["task", "metric", "model", "against", "n", "difference, points", "lost", "gained", "p (Holm)"]
-    return [*header, "MDE, points", "verdict"], [
-        [
-            row["task"],
-            row["metric"],
-            row["model"],
-            row["against"],
-            str(row["documents"]),
-            interval(row, "difference", 100, 1),
-            str(row["lost"]),
-            str(row["gained"]),
-            f"{row['p_holm']:.3g}",
-            f"{100 * row['minimum_detectable_effect']:.1f}",
-            row["verdict"],
-        ]
-        for row in rows
-    ]
+def _tabled(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> Table:
+    return list(columns), [[cell(row) if cell else str(row[title]) for title, cell in columns.items()] for row in rows]
 
 
 def router_table(router: Mapping[str, Any]) -> Table:
@@ -121,21 +120,6 @@ def router_table(router: Mapping[str, Any]) -> Table:
             line.append(interval(scores[choice], "value", 100, 1))
         lines.append(line)
     return header, lines
-
-
-def gate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["limit", "model", "set", "wanted", "found", "passed"]
-    return header, [
-        [
-            row["gate"],
-            row["model"],
-            row["set"],
-            f"{row['limit']:g}",
-            "not measurable" if row["value"] is None else f"{row['value']:.5g}",
-            "yes" if row["passed"] else "NO",
-        ]
-        for row in rows
-    ]
 
 
 def model_table(report: Mapping[str, Any]) -> Table:

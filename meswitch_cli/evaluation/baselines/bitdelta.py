@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from meswitch_cli.evaluation.baselines.activations import Activations
-from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, packed_bytes
+from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, Trained, packed_bytes
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.weights import Weights
 
@@ -29,20 +29,17 @@ class BitDelta(Method):
     def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:
         return bitdelta(delta, self.masks)
 
-    @property
-    def untrained(self) -> Method | None:
-        return replace(self, distill=0) if self.distill else None
-
-    def train(
-        self,
-        start: Weights,
-        teacher: Weights,
-        linears: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-        activations: Activations,
-    ) -> Mapping[str, torch.Tensor]:
+    def train(self, start: Weights, expert: Weights, base: Weights, activations: Activations) -> Trained:
         """As `distil_scales`; student and teacher are in memory meanwhile."""
-        student, full = (build_model(weights, torch.device("cpu"), torch.float32) for weights in (start, teacher))
-        return distil_scales(student, full, linears, self.masks, activations.windows(), ScaleTraining(self.distill))
+        if not self.distill:
+            return {}
+        student, teacher = (build_model(weights, torch.device("cpu"), torch.float32) for weights in (start, expert))
+        linears = {}
+        for name, item in start.architecture.parameters.items():
+            if item.kind == "linear":
+                own = base.read(name).float()
+                linears[name] = (own, expert.read(name).float() - own)
+        return distil_scales(student, teacher, linears, self.masks, activations.windows(), ScaleTraining(self.distill))
 
 
 def bitdelta_start(delta: torch.Tensor) -> torch.Tensor:

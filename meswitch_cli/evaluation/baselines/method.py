@@ -19,6 +19,7 @@ from meswitch_cli.evaluation.weights import Weights
 
 #: Of one linear, where the method wants any.
 Inputs = InputStatistics | None
+Trained = Mapping[str, torch.Tensor]
 
 
 class Approximation(NamedTuple):
@@ -78,26 +79,10 @@ class Method(ABC):
         """The input statistics that it wants, by parameter name."""
         return {}
 
-    @property
-    def untrained(self) -> Method | None:
-        """The method without the training of the whole model that it ends with; None where it has none."""
-        return None
-
-    def train(
-        self,
-        start: Weights,
-        teacher: Weights,
-        linears: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-        activations: Activations,
-    ) -> Mapping[str, torch.Tensor]:
-        """Train the whole model, and return each linear's delta `[out, in]` by weight name.
-
-        Args:
-            start: the model that `untrained` makes.
-            teacher: the full expert.
-            linears: base weight and delta, fp32, by weight name.
-        """
-        raise NotImplementedError
+    def train(self, start: Weights, expert: Weights, base: Weights, activations: Activations) -> Trained:
+        """What training the whole model makes of linears' deltas `[out, in]`, by weight name; `start` is the model
+        without it."""
+        return {}
 
 
 def quantised(delta: torch.Tensor, settings: QuantizerSettings, statistics: Inputs = None) -> Approximation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, make_plan
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
 from meswitch_cli.evaluation.baselines.activations import Activations
-from meswitch_cli.evaluation.baselines.method import Approximation, Method
+from meswitch_cli.evaluation.baselines.method import Approximation, Method, Trained
 from meswitch_cli.evaluation.baselines.registry import parse_method
 from meswitch_cli.evaluation.subjects import Candidate, Expert
 from meswitch_cli.evaluation.weights import CheckpointWeights
@@ -25,14 +24,22 @@ class BaselineWeights:
     """The model that a method's deltas make on the base: linears by the method, embedding and head at `embedding`
     bits as an artifact has them, everything else as the expert's."""
 
-    def __init__(self, method: Method, base: CheckpointWeights, expert: Expert, activations: Activations) -> None:
+    def __init__(
+        self,
+        method: Method,
+        base: CheckpointWeights,
+        expert: Expert,
+        activations: Activations,
+        trained: Trained | None = None,
+    ) -> None:
+        """`trained` stands for what the method would train; None: it does, when it is first asked for."""
         self.method, self.base, self.expert = method, base, expert
         self.plan: Plan = make_plan(base.checkpoint, expert.weights.checkpoint)
         self._planned = {item.name: item for item in self.plan.tensors}
         self._activations = activations
         self._kept: dict[str, torch.Tensor] = {}
         self._nbytes: dict[str, int] = {}
-        self._trained: Mapping[str, torch.Tensor] | None = None
+        self._trained = trained
         numel = sum(torch.Size(item.shape).numel() for item in self.plan.tensors)
         self._keep = 4 * numel <= KEPT_BYTES
 
@@ -65,14 +72,12 @@ class BaselineWeights:
     def _statistics(self, item: PlannedTensor) -> InputStatistics | None:
         return self.method.statistics(self._activations).get(item.name)
 
-    def _train(self, untrained: Method) -> Mapping[str, torch.Tensor]:
-        start = BaselineWeights(untrained, self.base, self.expert, self._activations)
-        linears = {}
-        for item in self.plan.tensors:
-            if item.kind == "linear":
-                base = self.base.checkpoint.read(item.base_stored).float()
-                linears[item.name] = (base, self.expert.weights.checkpoint.read(item.expert_stored).float() - base)
-        return self.method.train(start, self.expert.weights, linears, self._activations)
+    @property
+    def trained(self) -> Trained:
+        if self._trained is None:
+            start = BaselineWeights(self.method, self.base, self.expert, self._activations, {})
+            self._trained = self.method.train(start, self.expert.weights, self.base, self._activations)
+        return self._trained
 
     def _made(self, item: PlannedTensor) -> tuple[torch.Tensor, int]:
         stored = self.expert.weights.checkpoint.read(item.expert_stored)
@@ -87,12 +92,9 @@ class BaselineWeights:
             made = Approximation(delta, 0)
         elif item.kind != "linear":
             made = self.method.vocabulary(item.kind, delta, self._statistics(item))
-        elif untrained := self.method.untrained:
-            if self._trained is None:
-                self._trained = self._train(untrained)
-            made = Approximation(self._trained[item.name], untrained.approximate(delta).nbytes)
         else:
             made = self.method.approximate(delta, self._statistics(item), item.name)
+            made = made._replace(delta=self.trained.get(item.name, made.delta))
         value = base[:rows].float() + made.delta
         added = stored[rows:]
         return torch.cat([value, added.float()]), made.nbytes + added.nbytes
