@@ -1,6 +1,6 @@
 """Fidelity of every compression setting on the real experts: writes docs/results/compression.md.
 
-    PYTHONPATH=tests python -m benchmarks.compression [--experts maths,code] [--rows 1,2] [--items 30,60]
+    python tests bench compression [--experts maths,code] [--rows 1,2] [--items 30,60]
 
 Each expert's rows go to a JSON file as they are measured; a second run continues where the first stopped.
 """

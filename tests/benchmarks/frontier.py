@@ -1,6 +1,6 @@
 """Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
 
-    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
+    python tests bench frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
 
 Rows are written one by one to a JSON file an expert, which is part of the repository: a later run continues where the
 last stopped, as long as the zoo is the same, and the page is made from what is there. `--minutes` stops after the row

@@ -1,6 +1,7 @@
 """Every method against its paper's formula, written out anew here, and its bytes counted by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +190,16 @@ def test_saliency_scores_choose_what_they_say(delta: torch.Tensor, statistics: I
         for saliency in ("error", "magnitude", "activation", "random")
     }
     assert len(set(sizes.values())) == 1
+
+
+def test_the_page_has_every_method_with_its_options() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "commands" / "eval.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "--" not in line}
+    assert set(BASELINES) <= set(rows)
+    for name in BASELINES:
+        for option, value in parse_method(name).options.items():
+            where = page if option in ("embedding", "seed") else rows[name]
+            assert f"`{option}={value}`" in where or (name, option) == ("low-rank", "rank")
 
 
 def test_specs_are_read_and_refused() -> None:
