@@ -17,9 +17,8 @@ import torch
 
 from meswitch_cli.app import main
 from meswitch_cli.evaluation.routing import CHOICES
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
-Pair = tuple[Path, Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

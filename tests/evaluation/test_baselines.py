@@ -199,7 +199,7 @@ def test_the_page_has_every_method_with_its_options() -> None:
     for name in BASELINES:
         for option, value in parse_method(name).options.items():
             where = page if option in ("embedding", "seed") else rows[name]
-            assert f"`{option}={value}`" in where or (name, option) == ("low-rank", "rank")
+            assert f"`{option}={value}`" in where
 
 
 def test_specs_are_read_and_refused() -> None:

@@ -18,9 +18,7 @@ from meswitch_cli.evaluation.baselines.model import BaselineWeights
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.subjects import open_experts
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights
-from zoo.tiny import make_pair
-
-Pair = tuple[Path, Path]
+from zoo.tiny import Pair, make_pair
 
 
 def made(pair: Pair, spec: str, calibration: Path | None = None) -> BaselineWeights:
