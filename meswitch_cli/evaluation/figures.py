@@ -208,24 +208,21 @@ def item_sums(item: TokenFigures) -> dict[str, float]:
 def model_row(figures: Sequence[TokenFigures], *, seed: int = 0) -> dict[str, Any]:
     """Figures of a model against the full expert, over all items."""
     sample = Sample(figures, seed=seed)
-    row: dict[str, Any] = {"items": len(figures), "tokens": int(sample.counts.sum())}
-    for figure in FIGURES:
-        row |= figure.members(sample, figure.name)
-    return row
+    return {"items": len(figures), "tokens": int(sample.counts.sum())} | _row(sample, FIGURES)
 
 
 def base_row(base: Sequence[TokenFigures], *, seed: int = 0) -> Members:
     """The base's own figures against the full expert, under names that begin with `base_`."""
-    sample, row = Sample(base, seed=seed), Members()
-    for figure in FIGURES:
-        if figure.of_base:
-            row |= figure.members(sample, f"base_{figure.name}")
-    return row
+    return _row(Sample(base, seed=seed), [figure for figure in FIGURES if figure.of_base], "base_")
 
 
 def against_base(figures: Sequence[TokenFigures], base: Sequence[TokenFigures], *, seed: int = 0) -> Members:
     """Figures of a model between base and full expert."""
-    sample, row = Sample(figures, Sample(base, seed=seed), seed=seed), Members()
-    for figure in AGAINST_BASE:
-        row |= figure.members(sample, figure.name)
+    return _row(Sample(figures, Sample(base, seed=seed), seed=seed), AGAINST_BASE)
+
+
+def _row(sample: Sample, figures: Sequence[Figure], prefix: str = "") -> Members:
+    row = Members()
+    for figure in figures:
+        row |= figure.members(sample, prefix + figure.name)
     return row
