@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	PYTHONPATH=tests $(BIN)/python -m demo
+	$(BIN)/python tests demo
 
 test: setup lint
 	$(BIN)/python -m pytest tests

@@ -18,11 +18,9 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
 torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
-
-Pair = tuple[Path, Path]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
-from meswitch_cli.evaluation.fidelity import EncodedItem, compare, reference_logits
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from zoo.compare import compare, reference_logits
 from zoo.item import read_items
 
 EXPERT = "maths"
@@ -53,10 +54,9 @@ def main() -> None:
     losses, divergences = {}, {}
     for name, model in models.items():
         figures = compare(reference, model, items)
-        tokens = sum(item.tokens for item in figures)
-        losses[name] = sum(item.loss for item in figures) / tokens
-        divergences[name] = sum(item.kl for item in figures) / tokens
-        agreed = sum(item.agreed for item in figures) / tokens
+        losses[name], divergences[name], agreed = (
+            float(torch.cat([item[quantity] for item in figures]).mean()) for quantity in ("loss", "kl", "agreed")
+        )
         print(
             f"{name:>10}: loss {losses[name]:.4f} nats a token, KL to the fine-tune {divergences[name]:.5f}, "
             f"same first token {100 * agreed:.1f} %"

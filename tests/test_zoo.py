@@ -297,7 +297,7 @@ def test_cache_folder_says_size_and_version(tmp_path: Path, monkeypatch: pytest.
     assert zoo_at(FULL).folder.parent == tmp_path
     assert zoo_at(FULL).folder != zoo_at(QUICK).folder
     assert zoo_at(QUICK, tmp_path / "other").folder.parent == tmp_path / "other"
-    with pytest.raises(FileNotFoundError, match="python -m zoo build --quick"):
+    with pytest.raises(FileNotFoundError, match="python tests zoo build --quick"):
         zoo.paths(quick=True)
 
 

@@ -33,6 +33,7 @@ POINTERS = {
     "bias_delta": "fp32",
     "channel_scale": "fp16",
     "table": "fp32",
+    "gain_rows": "i64",
     "z": "fp32",
 }
 VALUES = {"x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows"}
@@ -76,7 +77,7 @@ def signature(
         if name in VALUES or name in POINTERS or name in INTEGER_POINTERS:
             types[name] = "*" + (dtype if name in VALUES else POINTERS.get(name, "i32"))
         else:
-            types[name] = "i32"
+            types[name] = "fp32" if name == "epsilon" else "i32"
         if types[name][0] == "*" or name in MULTIPLES_OF_16:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return types, attributes
@@ -136,7 +137,7 @@ def rows(quick: bool) -> Iterator[Row]:
     rows_alone = [
         (triton_decode.reduce_partials, {"HAS_BIAS": True, "BLOCK": 256}),
         (triton_rows.embedding_rows, {"BLOCK": 1024}),
-        (triton_rows.norm_gain, {"BLOCK": 1024}),
+        (triton_rows.norm_rows, {"BLOCK": 1024}),
         (triton_rows.added_row_logits, {"BLOCK": 1024}),
     ]
     for arch, (kernel, constants) in product([80, 90], rows_alone):

@@ -2,8 +2,9 @@
 
     python kernels/benchmarks/gpu_decoder.py [--layers 32] [--tokens 16]
 
-The linears, norms, norm gains, embedding and head of every layer run on one grouping of the tokens; attention
-over the cache is left out, as it is the same for base and experts. Beside it the same step of the base alone.
+The linears, norms, embedding and head of every layer run on one grouping of the tokens, norms as the engine runs them:
+each token with its own expert's gains. Attention over the cache is left out, as it is the same for base and experts.
+Beside it the same step of the base alone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from meswitch_kernels import (
     expert_embedding,
     expert_head,
     expert_linear,
-    expert_norm_gain,
     group_tokens,
 )
+from meswitch_kernels.dispatch import backend_module, default_backend
 
 HIDDEN, INTERMEDIATE, QKV, VOCAB = 4096, 14336, 6144, 32000
-BITS, EXPERTS = 2, 16
+BITS, EXPERTS, EPSILON = 2, 16, 1e-5
 PARTS = {
     "qkv": (QKV, HIDDEN),
     "o": (HIDDEN, HIDDEN),
@@ -49,7 +50,8 @@ class Decoder:
                 {n: torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.01 for n, s in PARTS.items()}
             )
             self.banks.append({n: ExpertBank(EXPERTS, s[1], s[0], BITS, device="cuda") for n, s in PARTS.items()})
-            self.gains.append([GainBank(EXPERTS, HIDDEN, device="cuda") for _ in range(2)])
+            own = torch.randn(2, HIDDEN, device="cuda", dtype=torch.bfloat16).mul(0.1).add(1)
+            self.gains.append([GainBank(EXPERTS, gain) for gain in own])
         self.table = torch.randn(VOCAB, HIDDEN, device="cuda", dtype=torch.bfloat16)
         self.vocabulary = ExpertBank(EXPERTS, HIDDEN, VOCAB, BITS, device="cuda")
         load_experts(self.vocabulary, EXPERTS, HIDDEN, VOCAB, BITS)
@@ -62,25 +64,30 @@ class Decoder:
         for gains in self.gains:
             for gain in gains:
                 for slot in range(EXPERTS):
-                    gain.load(slot, None)
+                    gain.load(slot, gain.table[0] + 0.01 * slot)
 
     def experts_step(self, ids: Tensor, slots: Tensor) -> Tensor:
         """Logits of one step, every token through its own expert."""
-        groups = group_tokens(slots, EXPERTS)
+        groups, gain_rows = group_tokens(slots, EXPERTS), slots.long() + 1
+        norm = backend_module(default_backend("cuda")).rms_norm
         x = expert_embedding(ids, self.table, self.vocabulary, slots)
         for weights, banks, gains in zip(self.weights, self.banks, self.gains, strict=True):
             x = decoder_layer(
                 x,
                 partial(expert_product, weights=weights, banks=banks, slots=slots, groups=groups),
-                lambda h, which, gains=gains: expert_norm_gain(h, gains[which], slots),
+                lambda h, which, gains=gains: norm(h, EPSILON, gains[which].table, gain_rows),
             )
         return expert_head(x, self.table, None, self.vocabulary, slots, groups)
 
     def base_step(self, ids: Tensor) -> Tensor:
         """Logits of one step of the base alone, by cuBLAS."""
         x = self.table[ids]
-        for weights in self.weights:
-            x = decoder_layer(x, lambda h, name, weights=weights: linear(h, weights[name]), lambda h, which: h)
+        for weights, gains in zip(self.weights, self.gains, strict=True):
+            x = decoder_layer(
+                x,
+                lambda h, name, weights=weights: linear(h, weights[name]),
+                lambda h, which, gains=gains: rms_norm(h, (HIDDEN,), gains[which].table[0], EPSILON),
+            )
         return linear(x, self.table)
 
 
@@ -97,11 +104,10 @@ def expert_product(
     return expert_linear(x, weights[name], None, banks[name], slots, groups)
 
 
-def decoder_layer(x: Tensor, product: Callable[[Tensor, str], Tensor], gain: Callable[[Tensor, int], Tensor]) -> Tensor:
+def decoder_layer(x: Tensor, product: Callable[[Tensor, str], Tensor], norm: Callable[[Tensor, int], Tensor]) -> Tensor:
     """A layer without its attention over the cache: the query's share of qkv goes straight to o."""
-    h = gain(rms_norm(x, (HIDDEN,)), 0)
-    x = x + product(product(h, "qkv")[:, :HIDDEN], "o")
-    gate, up = product(gain(rms_norm(x, (HIDDEN,)), 1), "gate_up").chunk(2, -1)
+    x = x + product(product(norm(x, 0), "qkv")[:, :HIDDEN], "o")
+    gate, up = product(norm(x, 1), "gate_up").chunk(2, -1)
     return x + product(silu(gate) * up, "down")
 
 

@@ -3,8 +3,8 @@
 from .bank import ExpertBank
 from .dispatch import available_backends
 from .gains import GainBank
-from .groups import TokenGroups, group_tokens, groups_from_sorted
-from .ops import expert_embedding, expert_head, expert_linear, expert_norm_gain
+from .groups import TokenGroups, group_tokens
+from .ops import expert_embedding, expert_head, expert_linear
 
 __all__ = [
     "ExpertBank",
@@ -14,7 +14,5 @@ __all__ = [
     "expert_embedding",
     "expert_head",
     "expert_linear",
-    "expert_norm_gain",
     "group_tokens",
-    "groups_from_sorted",
 ]

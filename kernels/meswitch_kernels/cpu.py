@@ -63,7 +63,6 @@ def expert_linear(
 
 
 expert_embedding = naive.expert_embedding
-expert_norm_gain = naive.expert_norm_gain
 added_logits = naive.added_logits
 
 

@@ -1,4 +1,4 @@
-"""Per-expert norm gains, held as ratios to the base's gain."""
+"""The gains, or the shifts, that a norm has by expert."""
 
 from __future__ import annotations
 
@@ -6,54 +6,45 @@ import torch
 from torch import Tensor
 
 from .bank import VALUE_DTYPES
-from .groups import check_slots
 
 
 class GainBank:
-    """Ratios g_expert / g_base `[slots, hidden]` of one norm, multiplied in after the base's norm.
+    """Gains (or shifts) `[slots, hidden]` of one norm, each expert's own and the base's.
 
-    Row 0 of `table` `[slots + 1, hidden]` is the base's (ones), so that slot s is row s + 1 and -1 needs no
-    special case; an empty slot holds NaN.
+    Row 0 of `table` `[slots + 1, hidden]` is the base's, so that slot s is row s + 1 and -1 needs no special case.
+    `rms_norm` multiplies by its rows. They are gains, not ratios to the base's: a ratio would be rounded twice, and
+    there is none where the base's gain is 0. An empty slot holds NaN.
     """
 
-    def __init__(
-        self, slots: int, hidden: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
-        if slots < 1 or hidden < 1:
-            raise ValueError(f"slots and hidden must be at least 1, not {slots} and {hidden}")
-        if dtype not in VALUE_DTYPES:
-            raise TypeError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
-        self.slots, self.hidden = slots, hidden
-        self.table = torch.full((slots + 1, hidden), float("nan"), dtype=dtype, device=device)
-        self.table[0] = 1
-        self._loaded = [False] * slots
+    def __init__(self, slots: int, base: Tensor) -> None:
+        """`base` `[hidden]` gives the bank its dtype and its device."""
+        if slots < 1 or base.ndim != 1 or not len(base):
+            raise ValueError(f"slots must be at least 1 and base [hidden], not {slots} and {list(base.shape)}")
+        if base.dtype not in VALUE_DTYPES:
+            raise TypeError(f"base must be bfloat16, float16 or float32, not {base.dtype}")
+        self.slots, self.hidden = slots, len(base)
+        self.table = torch.full((slots + 1, self.hidden), float("nan"), dtype=base.dtype, device=base.device)
+        self.table[0] = base.detach()
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory the bank holds."""
         return self.table.nbytes
 
-    def load(self, slot: int, ratio: Tensor | None) -> None:
-        """Put an expert's ratio `[hidden]` into `slot`; None stands for the base's own gain."""
-        self._check_slot(slot)
-        if ratio is not None and tuple(ratio.shape) != (self.hidden,):
-            raise ValueError(f"ratio has shape {tuple(ratio.shape)}; this bank needs ({self.hidden},)")
-        if ratio is None:
-            self.table[slot + 1] = 1
-        else:
-            self.table[slot + 1].copy_(ratio, non_blocking=True)
-        self._loaded[slot] = True
+    def load(self, slot: int, value: Tensor | None) -> None:
+        """Put an expert's gains `[hidden]` into `slot`; None stands for the base's own."""
+        row = self._row(slot)
+        if value is None:
+            value = self.table[0]
+        if tuple(value.shape) != (self.hidden,):
+            raise ValueError(f"the gains have shape {tuple(value.shape)}; this bank needs ({self.hidden},)")
+        row.copy_(value, non_blocking=True)
 
     def clear(self, slot: int) -> None:
         """Empty `slot`."""
-        self._check_slot(slot)
-        self.table[slot + 1] = float("nan")
-        self._loaded[slot] = False
+        self._row(slot).fill_(float("nan"))
 
-    def check_slots(self, slot_of_token: Tensor) -> None:
-        """Raise IndexError for a slot outside [-1, slots), ValueError for an empty one; see `groups`."""
-        check_slots(slot_of_token, self._loaded)
-
-    def _check_slot(self, slot: int) -> None:
+    def _row(self, slot: int) -> Tensor:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} is not one of the bank's {self.slots}")
+        return self.table[slot + 1]

@@ -54,7 +54,12 @@ def group_tokens(slot_of_token: Tensor, slots: int, tile_size: int | None = None
     [-1, slots) where the tensor is on the CPU; on another device such tokens come out as NaN.
     """
     check_slot_tensor(slot_of_token)
-    if slot_of_token.device.type == "cpu" and len(slot_of_token):
+    tokens = len(slot_of_token)
+    tile_size = tile_size or tile_size_for(tokens)
+    if tokens == 0:
+        none = torch.zeros(0, dtype=torch.int32, device=slot_of_token.device)
+        return TokenGroups(slot_of_token, none, none, none, none, tile_size, slots)
+    if slot_of_token.device.type == "cpu":
         low, high = (int(value) for value in torch.aminmax(slot_of_token))
         if low < -1 or high >= slots:
             raise IndexError(f"slot_of_token spans {low} to {high}; the slots are -1 (base) to {slots - 1}")
@@ -64,48 +69,17 @@ def group_tokens(slot_of_token: Tensor, slots: int, tile_size: int | None = None
     counts = torch.zeros(slots + 1, dtype=torch.int32, device=slot_of_token.device)
     counts.index_add_(0, group_of_token, torch.ones_like(slot_of_token))
     starts = torch.cumsum(counts, 0) - counts
-    slot_of_group = torch.arange(-1, slots, dtype=torch.int32, device=slot_of_token.device)
-    return groups_from_sorted(slot_of_token, order, slot_of_group, counts, starts, slots, tile_size)
-
-
-def groups_from_sorted(
-    slot_of_token: Tensor,
-    order: Tensor,
-    slot_of_group: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    slots: int,
-    tile_size: int | None = None,
-) -> TokenGroups:
-    """Groups from tokens that are sorted already, such as vLLM's per-step adapter metadata.
-
-    `order` int `[tokens]`: tokens sorted by slot; `slot_of_group`, `counts` and `starts` int `[groups]`: each
-    group's slot, number of tokens and place in `order`. Groups with count 0 are skipped whatever their slot.
-    In vLLM's terms: token_lora_mapping, token_indices_sorted_by_lora_ids, active_lora_ids,
-    num_tokens_per_lora and lora_token_start_loc without its last entry, the first two cut to the tokens of
-    the step. There must be at most `slots + 1` groups that are not empty.
-    """
-    check_slot_tensor(slot_of_token)
-    tokens = len(slot_of_token)
-    if len(order) != tokens:
-        raise ValueError(f"order has {len(order)} entries for {tokens} tokens")
-    if not len(slot_of_group) == len(counts) == len(starts):
-        raise ValueError("slot_of_group, counts and starts must have one entry per group each")
-    tile_size = tile_size or tile_size_for(tokens)
-    if tokens == 0:
-        none = torch.zeros(0, dtype=torch.int32, device=slot_of_token.device)
-        return TokenGroups(slot_of_token, none, none, none, none, tile_size, slots)
     tiles_of_group = (counts + (tile_size - 1)) // tile_size
     last_tile = torch.cumsum(tiles_of_group, 0)
     tile = torch.arange(max_tiles(tokens, slots, tile_size), device=slot_of_token.device)
     group = torch.searchsorted(last_tile, tile, right=True)
-    used = group < len(counts)
-    group = group.clamp(max=len(counts) - 1)
+    used = group <= slots
+    group = group.clamp(max=slots)
     offset = (tile - (last_tile - tiles_of_group)[group]) * tile_size
     return TokenGroups(
         slot_of_token=slot_of_token,
-        order=order.to(torch.int32),
-        tile_slot=torch.where(used, slot_of_group[group], -1).to(torch.int32),
+        order=order,
+        tile_slot=torch.where(used, group - 1, -1).to(torch.int32),
         tile_start=torch.where(used, starts[group] + offset, 0).to(torch.int32),
         tile_count=torch.where(used, (counts[group] - offset).clamp(max=tile_size), 0).to(torch.int32),
         tile_size=tile_size,

@@ -54,16 +54,6 @@ def expert_embedding(
     return rows.to(weight.dtype)
 
 
-def expert_norm_gain(x: Tensor, table: Tensor, slot_of_token: Tensor) -> Tensor:
-    """x `[tokens, hidden]` times row `slot + 1` of the ratios `[slots + 1, hidden]`."""
-    wide = accumulation_dtype(x)
-    outside = (slot_of_token < -1) | (slot_of_token > len(table) - 2)
-    row = (slot_of_token + 1).clamp(0, len(table) - 1).long()
-    y = x.to(wide) * table[row].to(wide)
-    y[outside] = torch.nan
-    return y.to(x.dtype)
-
-
 def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor) -> Tensor:
     """x·Aᵀ `[tokens, max_added]` with the added vocabulary rows A of each token's slot; -inf where none."""
     wide = accumulation_dtype(x)

@@ -1,7 +1,9 @@
 """The public operators: a call is checked, a backend chosen, and the backend called.
 
-In eager mode the backend is called directly (the dispatcher's Python round trip costs as much as a small
-layer); under torch.compile the call goes through `torch.ops.meswitch`, which `registration` defines.
+They are for users of the package, its tests and benchmarks, and for a model that torch.compile traces, as vLLM's
+compiled mode does: there a call goes through `torch.ops.meswitch`, which `registration` defines with fake
+implementations. The engines, which run eagerly, call the backends themselves: they have checked the slots once a step,
+and checks and dispatcher would cost as much as a small layer.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from torch import Tensor
 from . import registration  # noqa: F401 (defines torch.ops.meswitch)
 from .bank import ExpertBank
 from .dispatch import backend_module, checked_backend, default_backend
-from .gains import GainBank
 from .groups import TokenGroups, check_slot_tensor
 
 
@@ -33,7 +34,7 @@ def expert_linear(
     Raises ValueError, TypeError or IndexError for a bad call before any kernel runs. On the CPU a slot that
     is empty or outside the bank is such an error; on another device its tokens come out as NaN.
     """
-    _check_call(x, "in_features", bank.in_features, bank.device, slot_of_token)
+    _check_call(x, bank, slot_of_token)
     if tuple(weight.shape) != (bank.out_features, bank.in_features):
         raise ValueError(f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}")
     _check_matches(x, weight, "weight")
@@ -85,18 +86,6 @@ def expert_embedding(
     return y
 
 
-def expert_norm_gain(x: Tensor, gains: GainBank, slot_of_token: Tensor, backend: str | None = None) -> Tensor:
-    """x `[tokens, hidden]`, the output of the base's norm, times the gain ratio of each token's slot."""
-    _check_call(x, "hidden", gains.hidden, gains.table.device, slot_of_token)
-    name = _choose(backend, x)
-    if torch.compiler.is_compiling():
-        result: Tensor = torch.ops.meswitch.expert_norm_gain(x, gains.table, slot_of_token, name)
-        return result
-    gains.check_slots(slot_of_token)
-    y: Tensor = backend_module(name).expert_norm_gain(x, gains.table, slot_of_token)
-    return y
-
-
 def expert_head(
     x: Tensor,
     weight: Tensor,
@@ -135,13 +124,13 @@ def _choose(backend: str | None, x: Tensor) -> str:
     return name
 
 
-def _check_call(x: Tensor, width_name: str, width: int, device: torch.device, slot_of_token: Tensor) -> None:
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"x is {tuple(x.shape)}; expected [tokens, {width_name}] with {width_name} {width}")
+def _check_call(x: Tensor, bank: ExpertBank, slot_of_token: Tensor) -> None:
+    if x.ndim != 2 or x.shape[1] != bank.in_features:
+        raise ValueError(f"x is {tuple(x.shape)}; expected [tokens, in_features] with in_features {bank.in_features}")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; expected a floating-point dtype")
-    if x.device != device:
-        raise ValueError(f"x is on {x.device}, the bank on {device}")
+    if x.device != bank.device:
+        raise ValueError(f"x is on {x.device}, the bank on {bank.device}")
     _check_slot_count(slot_of_token, x.shape[0], x.device)
 
 

@@ -37,11 +37,6 @@ def _embedding_op(ids: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return y
 
 
-def _gain_op(x: Tensor, table: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
-    y: Tensor = backend_module(backend).expert_norm_gain(x, table, slot_of_token)
-    return y
-
-
 def _added_op(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
     y: Tensor = backend_module(backend).added_logits(x, added_rows, added_counts, slot_of_token)
     return y
@@ -55,35 +50,27 @@ def _embedding_fake(ids: Tensor, weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
-def _gain_fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _added_fake(x: Tensor, added_rows: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], added_rows.shape[1])
 
 
+_OPERATORS = (
+    (
+        f"expert_linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor slot_of_token, Tensor[] groups, "
+        "int tile_size",
+        _linear_op,
+        _linear_fake,
+    ),
+    (
+        f"expert_embedding(Tensor ids, Tensor weight, {_BANK}, Tensor added_rows, Tensor slot_of_token",
+        _embedding_op,
+        _embedding_fake,
+    ),
+    ("added_logits(Tensor x, Tensor added_rows, Tensor added_counts, Tensor slot_of_token", _added_op, _added_fake),
+)
 _library: Any = torch.library.Library("meswitch", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    f"expert_linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor slot_of_token, Tensor[] groups, "
-    "int tile_size, str backend) -> Tensor"
-)
-_library.define(
-    f"expert_embedding(Tensor ids, Tensor weight, {_BANK}, Tensor added_rows, Tensor slot_of_token, "
-    "str backend) -> Tensor"
-)
-_library.define("expert_norm_gain(Tensor x, Tensor table, Tensor slot_of_token, str backend) -> Tensor")
-_library.define(
-    "added_logits(Tensor x, Tensor added_rows, Tensor added_counts, Tensor slot_of_token, str backend) -> Tensor"
-)
-_library.impl("expert_linear", _linear_op, "CompositeExplicitAutograd")
-_library.impl("expert_embedding", _embedding_op, "CompositeExplicitAutograd")
-_library.impl("expert_norm_gain", _gain_op, "CompositeExplicitAutograd")
-_library.impl("added_logits", _added_op, "CompositeExplicitAutograd")
-for _name, _fake in (
-    ("expert_linear", _linear_fake),
-    ("expert_embedding", _embedding_fake),
-    ("expert_norm_gain", _gain_fake),
-    ("added_logits", _added_fake),
-):
+for _arguments, _operator, _fake in _OPERATORS:
+    _name = _arguments.partition("(")[0]
+    _library.define(f"{_arguments}, str backend) -> Tensor")
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"meswitch::{_name}", _fake, lib=_library)

@@ -11,7 +11,7 @@ from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
 from .triton_decode import decode_partials, reduce_partials
 from .triton_low_rank import project
 from .triton_prefill import prefill
-from .triton_rows import added_row_logits, embedding_rows, norm_gain
+from .triton_rows import added_row_logits, embedding_rows, norm_rows
 from .tuning import launch_settings, token_bucket
 
 _REDUCE_BLOCK = 256
@@ -264,15 +264,15 @@ def expert_embedding(
     return y
 
 
-def expert_norm_gain(x: Tensor, table: Tensor, slot_of_token: Tensor) -> Tensor:
-    """As `naive.expert_norm_gain`."""
+def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
+    """As `naive.rms_norm`; a row whose gains are outside the table comes out as NaN."""
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
-    tokens, hidden = x.shape
-    norm_gain[(tokens, triton.cdiv(hidden, _ROW_BLOCK))](
-        x, table, y, slot_of_token.contiguous(), table.shape[0] - 1, hidden, x.stride(0), BLOCK=_ROW_BLOCK
+    rows, hidden = x.shape
+    norm_rows[(rows,)](
+        x, table, y, gain_rows.contiguous(), table.shape[0], hidden, x.stride(0), epsilon, BLOCK=_ROW_BLOCK
     )
     return y
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the whole file or none, and one writer at a time."""
+"""Writing files and folders so that a crash leaves either the whole of one or nothing, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from meswitch_cli.errors import ArtifactError
+from meswitch_cli.errors import ArtifactError, MeswitchError
 
+_REPLACED = "replaced"
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -93,3 +95,71 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def making(out: Path, state: Path) -> Iterator[None]:
+    """Hold `state`, the folder in which `out` is made, and undo a `put_in_place` that a crash broke off.
+
+    Raises:
+        ArtifactError: as `exclusive`.
+    """
+    with exclusive(state):
+        _put_back(out, state)
+        yield
+
+
+def put_in_place(folder: Path, out: Path, state: Path) -> None:
+    """Make a finished folder `out` by renaming; what was there stays in `state` until then. Removes `state`."""
+    with disk_errors(out):
+        if out.exists():
+            out.rename(state / _REPLACED)
+        folder.rename(out)
+        sync_folder(out.parent)
+        shutil.rmtree(state)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, suffix: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends; where it raises, nothing is left of it.
+
+    It lies in a hidden folder beside `out`, whose name has this suffix.
+
+    Raises:
+        ArtifactError: another process makes the same folder, or the disk refuses.
+    """
+    state = out.parent / f".{out.name}.{suffix}"
+    folder = state / "new"
+    with making(out, state), disk_errors(out):
+        empty_folder(state)
+        folder.mkdir()
+        try:
+            yield folder
+            put_in_place(folder, out, state)
+        except BaseException:
+            _put_back(out, state)
+            shutil.rmtree(state, ignore_errors=True)
+            raise
+
+
+def empty_folder(folder: Path) -> None:
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def refuse_occupied(out: Path, marker: str, *, force: bool, what: str, error: type[MeswitchError]) -> None:
+    """Raise `error` where `out` holds anything, unless `force` is given and `marker` in it says that it is `what`."""
+    with disk_errors(out):
+        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if occupied and not (force and (out / marker).is_file()):
+            raise error(f"{out}: in use; choose another output folder, or --force to replace {what}")
+
+
+def _put_back(out: Path, state: Path) -> None:
+    if (state / _REPLACED).exists() and not out.exists():
+        with disk_errors(out):
+            (state / _REPLACED).rename(out)

@@ -71,6 +71,11 @@ class TensorEntry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def projection(self) -> str:
+        """The last part of the weight's name: q_proj, down_proj, ..."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
+
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that the shard must hold for this entry, by name, with their shapes."""
         if self.kind == "dense":

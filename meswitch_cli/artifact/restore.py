@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
-from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.artifact.disk import refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
@@ -44,25 +43,13 @@ def restore(
     """
     check_base_shapes(artifact.manifest, base)
     out = out.expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (force and (out / CONFIG_FILE).is_file()):
-        raise ArtifactError(f"{out}: in use; choose another output folder, or --force to replace a checkpoint")
+    refuse_occupied(out, CONFIG_FILE, force=force, what="a checkpoint", error=ArtifactError)
     for _ in artifact.verify():
         pass
-    partial = out.parent / f".{out.name}.restoring"  # not `.partial`: that may be an unfinished artifact's
-    with disk_errors(out):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
-        found = _write_weights(artifact, base, partial, dtype, max_shard_bytes, on_tensor)
+    with whole_folder(out, "restoring") as folder:  # not `.partial`: that may be an unfinished artifact's
+        found = _write_weights(artifact, base, folder, dtype, max_shard_bytes, on_tensor)
         refuse_other_base(artifact.manifest, found, base.source.path)
-        _write_side_files(artifact, partial, dtype)
-        with disk_errors(out):
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _write_side_files(artifact, folder, dtype)
     return out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,12 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.artifact.disk import disk_errors, exclusive, file_digest, sync_folder, write_atomically
+from meswitch_cli.artifact.disk import (
+    disk_errors,
+    empty_folder,
+    file_digest,
+    making,
+    put_in_place,
+    write_atomically,
+)
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
 _IDENTITY_FILE = "identity.json"
-_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Workspace:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Forget all earlier work and begin anew."""
-        _empty(self.state)
+        empty_folder(self.state)
         self.set_identity(identity)
 
     def set_identity(self, identity: Mapping[str, Any]) -> None:
@@ -115,11 +120,7 @@ class Workspace:
             for path in self.artifact.iterdir():
                 if path.name not in keep:  # temporary files of interrupted writes
                     path.unlink()
-            if self.out.exists():
-                self.out.rename(self.state / _REPLACED)
-            self.artifact.rename(self.out)
-            sync_folder(self.out.parent)
-            shutil.rmtree(self.state)
+        put_in_place(self.artifact, self.out, self.state)
 
 
 @contextmanager
@@ -132,12 +133,9 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
     out = out.expanduser().absolute()
     state = out.parent / f".{out.name}.partial"
     _refuse_foreign(out)
-    with exclusive(state):
-        if (state / _REPLACED).exists() and not out.exists():  # killed between the two renames of `publish`
-            with disk_errors(out):
-                (state / _REPLACED).rename(out)
+    with making(out, state):
         if (out / MANIFEST_FILE).is_file() and not (state / "artifact").exists():
-            _empty(state)  # the work ended with the artifact in place, but could not clean up
+            empty_folder(state)  # the work ended with the artifact in place, but could not clean up
         try:
             _refuse_existing(out, force)
         except ArtifactError:
@@ -145,15 +143,6 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
                 state.rmdir()
             raise
         yield Workspace(out, state)
-
-
-def _empty(folder: Path) -> None:
-    with disk_errors(folder):
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _refuse_foreign(out: Path) -> None:

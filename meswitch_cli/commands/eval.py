@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from meswitch_cli.evaluation.baselines import BASELINES
+
 
 def run(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id.")],
@@ -20,10 +22,7 @@ def run(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Another method beside it, NAME[:option=value,...]: bitdelta, rtn, per-axis, low-rank, "
-            "delta-come, sparse, meswitch."
-        ),
+        typer.Option(help=f"Another method beside it, NAME[:option=value,...]: {', '.join(BASELINES)}."),
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -90,11 +89,8 @@ def run(
     import torch
 
     from meswitch_cli.compression.device import choose_device
-    from meswitch_cli.errors import Interrupted
-    from meswitch_cli.evaluation.job import Request, claim, finish, judge, measure_fidelity, prepare
+    from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown
-    from meswitch_cli.evaluation.routing import check_router, measure_router
-    from meswitch_cli.evaluation.task_job import measure_tasks
 
     request = Request(
         base=base,
@@ -124,29 +120,17 @@ def run(
     def say(what: str) -> None:
         typer.echo(f"eval: {what}", err=True)
 
-    evaluation = prepare(request)
-    check_router(evaluation)
-    claim(evaluation)
-    for problem in evaluation.report.errors:
-        say(f"{problem['where']}: left out: {problem['message']}")
-    try:
-        measure_fidelity(evaluation, say)
-        runs = measure_tasks(evaluation, say)
-        measure_router(evaluation, runs, say)
-        passed = judge(evaluation)
-        finish(evaluation)
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; what was measured is in {out}") from None
-    value = evaluation.report.to_dict()
+    report = evaluate(request, say)
+    value = report.to_dict()
     typer.echo(json.dumps(value) if as_json else markdown(value))
-    for problem in evaluation.report.errors:
+    for problem in report.errors:
         typer.secho(f"error: {problem['where']}: {problem['message']}", err=True, fg=typer.colors.RED)
-    for gate in evaluation.report.gates:
+    for gate in report.gates:
         if not gate["passed"]:
             typer.secho(
                 f"error: --{gate['gate']} {gate['limit']:g}: {gate['model']} on {gate['set']} has {gate['value']}",
                 err=True,
                 fg=typer.colors.RED,
             )
-    if not passed:
+    if not report.passed:
         raise typer.Exit(1)

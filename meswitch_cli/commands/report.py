@@ -74,12 +74,8 @@ def by_projection(manifest: Manifest) -> dict[str, list[TensorEntry]]:
     groups: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in manifest.tensors:
         if entry.bits:
-            groups[projection(entry)].append(entry)
+            groups[entry.projection].append(entry)
     return dict(groups)
-
-
-def projection(entry: TensorEntry) -> str:
-    return entry.name.removesuffix(".weight").rpartition(".")[2]
 
 
 def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:

@@ -130,11 +130,3 @@ def expert_first(items: Iterable[PlannedTensor], *, pairs: bool) -> Iterator[Sou
         yield "expert", item
     for item in items if pairs else ():
         yield "base", item
-
-
-def read_pairs(items: Iterable[PlannedTensor], base: Checkpoint, expert: Checkpoint) -> Iterator[TensorPair]:
-    """Yield the items' pairs in order."""
-    items = list(items)
-    with PairReader(base, expert, pair_by_pair(items)) as reader:
-        for item in items:
-            yield reader.pair(item)

@@ -145,15 +145,12 @@ class Banks:
         self.shifts: dict[str, GainBank] = {}
         for name in layout.norms:
             norm = base.norms[name]
-            width = norm.base.weight.shape[0]
             # Gemma adds 1 to the weight in fp32; the others multiply in the model's own type.
             plain = float(norm.plain.weight.flatten()[0]) == 1.0
             dtype = base.dtype if plain else torch.float32
-            self.gains[name] = GainBank(slots, width, dtype, base.device)
-            self.gains[name].table[0] = effective_gain(norm, norm.base.weight).to(dtype)
+            self.gains[name] = GainBank(slots, effective_gain(norm, norm.base.weight).to(dtype))
             if getattr(norm.base, "bias", None) is not None:
-                self.shifts[name] = GainBank(slots, width, dtype, base.device)
-                self.shifts[name].table[0] = norm.base.bias.to(dtype)
+                self.shifts[name] = GainBank(slots, norm.base.bias.to(dtype))
 
     def install(self) -> None:
         """Hand every layer its bank. The head has the embedding's, unless an expert has a head of its own."""

@@ -140,7 +140,7 @@ class ExpertNorm(GainedNorm):
         """`epsilon` is that of a root mean square norm, None of any other."""
         super().__init__(base, plain, current)
         #: Norm and gain at once, where the kernels do that.
-        self.rms_norm = getattr(backend, "rms_norm", None) if epsilon is not None else None
+        self.rms_norm = None if epsilon is None else backend.rms_norm
         self.epsilon = epsilon
         #: Which dimension of the input is the tokens; norms of heads are given `[1, heads, tokens, width]` or not.
         self.token_dimension = 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from meswitch_cli.evaluation.figures import QUANTITIES, Rows, TokenFigures
 from meswitch_cli.token_batches import batches_by_length, padded
 
 #: Rows of logits compared at once: a handful of `[rows, vocabulary]` temporaries stay small.
@@ -24,42 +25,6 @@ class EncodedItem:
     @property
     def answer(self) -> torch.Tensor:
         return torch.tensor(self.tokens[self.answer_start :])
-
-
-@dataclass(frozen=True)
-class ItemFidelity:
-    """Sums over the answer tokens of one item.
-
-    Attributes:
-        tokens: answer tokens.
-        kl: of the reference's next-token distribution to the model's, nats.
-        loss: the model's negative log-likelihood of the answer, nats.
-        agreed: tokens where both rank the same token first.
-    """
-
-    tokens: int
-    kl: float
-    loss: float
-    agreed: int
-
-
-@dataclass(frozen=True)
-class TokenFidelity:
-    """Figures of every answer token of one item, each `[tokens]` float64 on the CPU.
-
-    Attributes:
-        kl: of the reference's next-token distribution to the model's, nats.
-        loss: the model's negative log-likelihood of the token that follows, nats.
-        reference_loss: the reference's.
-        agreed: 1 where both rank the same token first, else 0.
-        probability_change: the model's probability of the token that follows, less the reference's.
-    """
-
-    kl: torch.Tensor
-    loss: torch.Tensor
-    reference_loss: torch.Tensor
-    agreed: torch.Tensor
-    probability_change: torch.Tensor
 
 
 @torch.no_grad()
@@ -80,30 +45,6 @@ def answer_logits(model: Any, items: Sequence[EncodedItem]) -> Iterator[tuple[in
             yield index, logits[row, start - first : stop - first].float()
 
 
-def reference_logits(model: Any, items: Sequence[EncodedItem]) -> list[torch.Tensor]:
-    """The full expert's logits, held in memory: answer tokens x vocabulary x 4 bytes."""
-    logits: list[torch.Tensor] = [torch.empty(0)] * len(items)
-    for index, values in answer_logits(model, items):
-        logits[index] = values
-    return logits
-
-
-def compare(reference: Sequence[torch.Tensor], model: Any, items: Sequence[EncodedItem]) -> list[ItemFidelity]:
-    """Compare a model with the reference, item by item.
-
-    Raises:
-        FloatingPointError: the model's logits are not finite.
-    """
-    results: list[ItemFidelity] = [ItemFidelity(0, 0.0, 0.0, 0)] * len(items)
-    for index, logits in answer_logits(model, items):
-        refuse_non_finite(logits, index)
-        found = compare_tokens(torch.log_softmax(reference[index], dim=-1), logits, items[index].answer)
-        results[index] = ItemFidelity(
-            len(found.kl), float(found.kl.sum()), float(found.loss.sum()), int(found.agreed.sum())
-        )
-    return results
-
-
 def refuse_non_finite(logits: torch.Tensor, index: int) -> None:
     """Raise FloatingPointError, naming item and answer token, where logits are NaN or infinite."""
     bad = (~torch.isfinite(logits)).any(dim=-1)
@@ -112,7 +53,7 @@ def refuse_non_finite(logits: torch.Tensor, index: int) -> None:
         raise FloatingPointError(f"logits of item {index} are not finite ({count} tokens, the first is {token})")
 
 
-def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor) -> TokenFidelity:
+def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor) -> TokenFigures:
     """Compare one item's logits `[tokens, vocabulary]` with the reference's log-probabilities of the same shape.
 
     Log-softmax in fp32, sums over the vocabulary in float64. Where the vocabularies differ in size (added tokens),
@@ -124,23 +65,18 @@ def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.
     shared = min(reference.shape[-1], logits.shape[-1])
     if len(answer) and int(answer.max()) >= shared:
         raise ValueError(f"token {int(answer.max())} is outside the shared vocabulary of {shared}")
-    parts = [
-        _compare_rows(reference[rows], logits[rows], answer[rows], shared)
-        for rows in (slice(start, start + COMPARED_ROWS) for start in range(0, len(answer), COMPARED_ROWS))
-    ]
-    columns = zip(*parts, strict=True)
-    return TokenFidelity(*(torch.cat(list(column)).double().cpu() for column in columns))
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in QUANTITIES}
+    for chunk in (slice(start, start + COMPARED_ROWS) for start in range(0, len(answer), COMPARED_ROWS)):
+        rows = _rows(reference[chunk], logits[chunk], answer[chunk], shared)
+        for name, quantity in QUANTITIES.items():
+            parts[name].append(quantity(rows))
+    return {name: torch.cat(found).double().cpu() for name, found in parts.items()}
 
 
-def _compare_rows(
-    reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor, shared: int
-) -> tuple[torch.Tensor, ...]:
+def _rows(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor, shared: int) -> Rows:
     ours = torch.log_softmax(logits[:, :shared].float(), dim=-1)
     theirs = reference.to(ours.device)
     if theirs.shape[-1] != shared:
         theirs = torch.log_softmax(theirs[:, :shared], dim=-1)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64)
     wanted = answer.to(ours.device)[:, None]
-    our_answer, their_answer = ours.gather(1, wanted)[:, 0], theirs.gather(1, wanted)[:, 0]
-    agreed = ours.argmax(-1) == theirs.argmax(-1)
-    return kl, -our_answer, -their_answer, agreed, our_answer.double().exp() - their_answer.double().exp()
+    return Rows(theirs, ours, theirs.gather(1, wanted)[:, 0], ours.gather(1, wanted)[:, 0])

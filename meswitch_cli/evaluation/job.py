@@ -1,9 +1,10 @@
-"""The whole of `meswitch eval`, step by step; what was measured before a failure stays in the report."""
+"""An evaluation, step by step; what was measured before a failure stays in the report."""
 
 from __future__ import annotations
 
 import json
 import math
+import operator
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.artifact.disk import disk_errors, write_atomically
+from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, write_atomically
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError, MeswitchError, UsageError
-from meswitch_cli.evaluation.fidelity import TokenFidelity
-from meswitch_cli.evaluation.figures import against_base, base_row, model_row
+from meswitch_cli.evaluation.baselines.activations import Activations
+from meswitch_cli.evaluation.baselines.model import baseline_candidate
+from meswitch_cli.evaluation.figures import TokenFigures, against_base, base_row, item_sums, model_row
 from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.markdown import markdown
-from meswitch_cli.evaluation.methods import Activations, baseline_candidate
 from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mode, compare_models
 from meswitch_cli.evaluation.profile import saliency_rows, tensor_rows
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
@@ -84,15 +85,8 @@ class Request:
 
     def options(self) -> dict[str, Any]:
         """What changes the figures, for the report."""
-        return {
-            "limit": self.limit,
-            "margin": self.margin,
-            "min_recovery": self.min_recovery,
-            "max_kld": self.max_kld,
-            "tasks": list(self.tasks),
-            "server": self.server,
-            "server_model": self.server_model,
-        }
+        names = ("limit", "margin", "min_recovery", "max_kld", "server", "server_model")
+        return {name: getattr(self, name) for name in names} | {"tasks": list(self.tasks)}
 
 
 @dataclass
@@ -221,23 +215,13 @@ def _measure_set(evaluation: Evaluation, expert: Expert, data: EvaluationSet, on
 
 
 def _append_items(
-    evaluation: Evaluation, expert: Expert, data: EvaluationSet, found: dict[str, list[TokenFidelity] | Failure]
+    evaluation: Evaluation, expert: Expert, data: EvaluationSet, found: dict[str, list[TokenFigures] | Failure]
 ) -> None:
     """Per-item sums, for pairing and for plots of one's own."""
     lines = []
     for label, figures in found.items():
         for index, item in enumerate([] if isinstance(figures, Failure) else figures):
-            value = {
-                "expert": expert.label,
-                "set": data.name,
-                "model": label,
-                "item": index,
-                "tokens": len(item.kl),
-                "kl": float(item.kl.sum()),
-                "loss": float(item.loss.sum()),
-                "expert_loss": float(item.reference_loss.sum()),
-                "agreed": int(item.agreed.sum()),
-            }
+            value = {"expert": expert.label, "set": data.name, "model": label, "item": index} | item_sums(item)
             lines.append(json.dumps(value))
     path = evaluation.request.out / ITEMS_FILE
     with disk_errors(path), path.open("a", encoding="utf-8") as stream:
@@ -254,38 +238,25 @@ def judge(evaluation: Evaluation) -> bool:
     owned = {item["name"] for item in report.sets if item["owner"]} or {
         item["name"] for item in report.sets if item["kind"] == "responses"
     }
-    for row in report.fidelity:
-        if row["kind"] != "artifact" and any(item.kind == "artifact" for item in evaluation.candidates):
-            continue  # baselines stand beside the artifact for comparison; it alone is judged
-        checks: list[tuple[str, float | None, float | None, bool]] = [
-            ("max-kld", request.max_kld, row["kl_mean"], row["kl_mean"] <= (request.max_kld or 0))
-        ]
-        if row["set"] in owned:
-            recovered = row.get("gap_recovered")
-            checks.append(
-                (
-                    "min-recovery",
-                    request.min_recovery,
-                    recovered,
-                    recovered is not None and recovered >= (request.min_recovery or 0),
-                )
+    artifacts = any(item.kind == "artifact" for item in evaluation.candidates)  # alone judged where there are any
+    rows = [row for row in report.fidelity if row["kind"] == "artifact" or not artifacts]
+    own = [row for row in rows if row["set"] in owned]
+    limits = (
+        ("max-kld", request.max_kld, rows, "kl_mean", operator.le),
+        ("min-recovery", request.min_recovery, own, "gap_recovered", operator.ge),
+    )
+    for name, limit, judged, member, holds in limits:
+        if limit is None:
+            continue
+        for row in judged:
+            value = row.get(member)
+            report.gates.append(
+                {"gate": name, "limit": limit, "value": value, "passed": value is not None and holds(value, limit)}
+                | {key: row[key] for key in ("expert", "model", "set")}
             )
-        for name, limit, value, passed in checks:
-            if limit is not None:
-                report.gates.append(
-                    {"gate": name, "limit": limit, "value": value, "passed": passed}
-                    | {key: row[key] for key in ("expert", "model", "set")}
-                )
-    asked = [
-        name
-        for name, limit in (("min-recovery", request.min_recovery), ("max-kld", request.max_kld))
-        if limit is not None
-    ]
-    checked = {gate["gate"] for gate in report.gates}
-    for name in asked:
-        if name not in checked:
+        if not judged:
             report.fail(f"--{name}", "nothing was measured that it could be checked on")
-    return all(gate["passed"] for gate in report.gates) and not report.errors
+    return report.passed
 
 
 def finish(evaluation: Evaluation) -> None:
@@ -315,11 +286,7 @@ def _read_sets(request: Request) -> list[EvaluationSet]:
 
 
 def _refuse_occupied(request: Request) -> None:
-    out = request.out
-    with disk_errors(out):
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if occupied and not (request.force and (out / REPORT_FILE).is_file()):
-            raise EvaluationError(f"{out}: in use; choose another --out, or --force to replace an evaluation there")
+    refuse_occupied(request.out, REPORT_FILE, force=request.force, what="an evaluation", error=EvaluationError)
 
 
 def claim(evaluation: Evaluation) -> None:

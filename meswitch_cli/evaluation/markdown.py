@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-#: Standard errors of a 95 % interval.
-NORMAL_95 = 1.96
+from meswitch_cli.evaluation.figures import COLUMNS, interval
 
 Table = tuple[Sequence[str], list[list[str]]]
+#: By title, the text of a column's cell; None: the member of this name.
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str] | None]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -48,13 +49,13 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
                 (f"Fidelity to {expert} on {name}", fidelity_table(rows, size), _set_note(report, name, expert))
             )
     if report["tasks"]:
-        found.append(("Tasks", task_table(report["tasks"]), "Score with a 95 % interval over documents."))
+        found.append(("Tasks", _tabled(_TASKS, report["tasks"]), "Score with a 95 % interval over documents."))
     if report["comparisons"]:
-        found.append(("Paired comparisons", comparison_table(report["comparisons"]), _COMPARISON_NOTE))
+        found.append(("Paired comparisons", _tabled(_COMPARISONS, report["comparisons"]), _COMPARISON_NOTE))
     if report["router"]:
         found.append(("Routing", router_table(report["router"]), report["router"]["note"]))
     if report["gates"]:
-        found.append(("Limits", gate_table(report["gates"]), ""))
+        found.append(("Limits", _tabled(_LIMITS, report["gates"]), ""))
     found.append(("Models", model_table(report), ""))
     return found
 
@@ -70,57 +71,42 @@ _COMPARISON_NOTE = (
 
 def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None = None) -> Table:
     """Base, full expert and compressed models of one expert on one set; `expert_nbytes` is the full expert's size."""
-    header = ["model", "MB", "KL mean", "KL p99", "KL p99.9", "KL max", "same top token, %", "ln(ppl / expert's)"]
-    header += ["RMS Δp, %", "gap recovered, %"]
     lines = []
     if rows[0].get("base_kl_mean") is not None:
-        lines.append(["base", "0", *_fidelity_cells(rows[0], "base_", 4), "0"])
+        cells = [figure.base or figure.cell(rows[0], f"base_{figure.name}") for figure in COLUMNS]
+        lines.append(["base", "0", *cells])
     size = "" if expert_nbytes is None else f"{expert_nbytes / 1e6:.1f}"
-    lines.append(["full expert", size, "0", "0", "0", "0", "100", "0", "0", "100"])
+    lines.append(["full expert", size, *(figure.full_expert for figure in COLUMNS)])
     for row in rows:
-        recovered = "no clear gap" if row.get("gap_recovered") is None else interval(row, "gap_recovered", 100, 2)
-        lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *_fidelity_cells(row, "", 5), recovered])
-    return header, lines
+        cells = [figure.cell(row, figure.name) for figure in COLUMNS]
+        lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *cells])
+    return ["model", "MB", *(figure.title for figure in COLUMNS)], lines
 
 
-def _fidelity_cells(row: Mapping[str, Any], prefix: str, digits: int) -> list[str]:
-    return [
-        plus_minus(row, f"{prefix}kl_mean"),
-        interval(row, f"{prefix}kl_p99", 1, digits),
-        interval(row, f"{prefix}kl_p999", 1, digits),
-        f"{row[f'{prefix}kl_max']:.4f}",
-        plus_minus(row, f"{prefix}top1_agreement", 100, 2),
-        plus_minus(row, f"{prefix}ln_ppl_ratio", 1, digits),
-        plus_minus(row, f"{prefix}rms_delta_p", 100, 3),
-    ]
+_TASKS: Columns = {
+    **dict.fromkeys(("task", "metric", "model", "documents")),
+    "score, %": lambda row: interval(row, "score", 100, 1),
+}
+_COMPARISONS: Columns = {
+    **dict.fromkeys(("task", "metric", "model", "against")),
+    "n": lambda row: str(row["documents"]),
+    "difference, points": lambda row: interval(row, "difference", 100, 1),
+    **dict.fromkeys(("lost", "gained")),
+    "p (Holm)": lambda row: f"{row['p_holm']:.3g}",
+    "MDE, points": lambda row: f"{100 * row['minimum_detectable_effect']:.1f}",
+    "verdict": None,
+}
+_LIMITS: Columns = {
+    "limit": lambda row: row["gate"],
+    **dict.fromkeys(("model", "set")),
+    "wanted": lambda row: f"{row['limit']:g}",
+    "found": lambda row: "not measurable" if row["value"] is None else f"{row['value']:.5g}",
+    "passed": lambda row: "yes" if row["passed"] else "NO",
+}
 
 
-def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["task", "metric", "model", "documents", "score, %"]
-    return header, [
-        [row["task"], row["metric"], row["model"], str(row["documents"]), interval(row, "score", 100, 1)]
-        for row in rows
-    ]
-
-
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["task", "metric", "model", "against", "n", "difference, points", "lost", "gained", "p (Holm)"]
-    return [*header, "MDE, points", "verdict"], [
-        [
-            row["task"],
-            row["metric"],
-            row["model"],
-            row["against"],
-            str(row["documents"]),
-            interval(row, "difference", 100, 1),
-            str(row["lost"]),
-            str(row["gained"]),
-            f"{row['p_holm']:.3g}",
-            f"{100 * row['minimum_detectable_effect']:.1f}",
-            row["verdict"],
-        ]
-        for row in rows
-    ]
+def _tabled(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> Table:
+    return list(columns), [[cell(row) if cell else str(row[title]) for title, cell in columns.items()] for row in rows]
 
 
 def router_table(router: Mapping[str, Any]) -> Table:
@@ -134,21 +120,6 @@ def router_table(router: Mapping[str, Any]) -> Table:
             line.append(interval(scores[choice], "value", 100, 1))
         lines.append(line)
     return header, lines
-
-
-def gate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["limit", "model", "set", "wanted", "found", "passed"]
-    return header, [
-        [
-            row["gate"],
-            row["model"],
-            row["set"],
-            f"{row['limit']:g}",
-            "not measurable" if row["value"] is None else f"{row['value']:.5g}",
-            "yes" if row["passed"] else "NO",
-        ]
-        for row in rows
-    ]
 
 
 def model_table(report: Mapping[str, Any]) -> Table:
@@ -167,22 +138,6 @@ def model_table(report: Mapping[str, Any]) -> Table:
             ]
         )
     return header, lines
-
-
-def plus_minus(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
-    """A figure and the half width of its 95 % interval."""
-    value, error = row[name], row.get(f"{name}_se")
-    text = f"{factor * value:.{digits}f}"
-    return text if error is None else f"{text} ± {factor * NORMAL_95 * error:.{digits}f}"
-
-
-def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
-    """A figure and its 95 % interval."""
-    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    if value is None:
-        return ""
-    text = f"{factor * value:.{digits}f}"
-    return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
 
 
 def _set_note(report: Mapping[str, Any], name: str, expert: str) -> str:

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from meswitch_cli.estimates import Z_95
-from meswitch_cli.evaluation.statistics import Array, Estimate
+from meswitch_cli.evaluation.statistics import RESAMPLES, Array, Estimate, resampled_ratios
 
 Verdict = Literal["worse", "better", "no difference beyond the margin", "n too small"]
 
 #: Quantile of the standard normal distribution for 80 % power.
 Z_POWER = 0.8416212335729143
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,7 @@ def paired_bootstrap(change: Array, *, seed: int = 0, resamples: int = RESAMPLES
     p counts resamples of the centred changes that are at least as far from zero (Efron and Tibshirani 1993, chapter
     16), with one added to both counts so that it is never 0.
     """
-    generator = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 1000):
-        picks = generator.integers(0, change.size, size=(min(1000, resamples - start), change.size))
-        means.append(change[picks].mean(1))
-    found = np.concatenate(means)
+    found = resampled_ratios(change, np.ones_like(change), seed=seed, resamples=resamples)
     observed = float(change.mean())
     low, high = np.quantile(found, [0.025, 0.975])
     extreme = int((np.abs(found - observed) >= abs(observed) - 1e-12).sum())

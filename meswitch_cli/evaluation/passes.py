@@ -19,13 +19,8 @@ import numpy as np
 import torch
 
 from meswitch_cli.errors import EvaluationError, MeswitchError
-from meswitch_cli.evaluation.fidelity import (
-    EncodedItem,
-    TokenFidelity,
-    answer_logits,
-    compare_tokens,
-    refuse_non_finite,
-)
+from meswitch_cli.evaluation.fidelity import EncodedItem, answer_logits, compare_tokens, refuse_non_finite
+from meswitch_cli.evaluation.figures import TokenFigures
 from meswitch_cli.evaluation.model import available_bytes, build_model, resident_bytes
 from meswitch_cli.evaluation.streaming import streamed_logits
 from meswitch_cli.evaluation.weights import Weights, vocabulary_size
@@ -104,7 +99,7 @@ class Reference:
                 torch.log_softmax(logits, dim=-1).cpu().numpy()
             )
 
-    def compare(self, weights: Weights) -> list[TokenFidelity]:
+    def compare(self, weights: Weights) -> list[TokenFigures]:
         """A model's figures, item by item.
 
         Raises:
@@ -117,7 +112,7 @@ class Reference:
             raise EvaluationError(
                 f"{weights.name}: has {rows} embedding rows, the prompts use token {unknown[0]}, which the expert added"
             )
-        results: dict[int, TokenFidelity] = {}
+        results: dict[int, TokenFigures] = {}
         for index, logits in logits_of(weights, self.items, self.arithmetic):
             reference = torch.from_numpy(np.array(self._stored[self._starts[index] : self._starts[index + 1]]))
             results[index] = compare_tokens(reference, logits, self.items[index].answer)
@@ -133,7 +128,7 @@ def compare_models(
     *,
     budget: int = REFERENCE_BUDGET,
     on_pass: Callable[[str, int], None] = lambda name, items: None,
-) -> dict[str, list[TokenFidelity] | Failure]:
+) -> dict[str, list[TokenFigures] | Failure]:
     """Compare every other model with the reference on the same tokens; a model that fails does not stop the rest.
 
     Args:
@@ -147,7 +142,7 @@ def compare_models(
     Raises:
         EvaluationError: the reference itself cannot be run.
     """
-    results: dict[str, list[TokenFidelity] | Failure] = {label: [] for label in others}
+    results: dict[str, list[TokenFigures] | Failure] = {label: [] for label in others}
     for chunk in _chunks(items, max(1, budget // (4 * vocabulary_size(reference)))):
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".reference-") as folder:
             on_pass("reference", len(chunk))

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meswitch_cli.evaluation.markdown import NORMAL_95
+from meswitch_cli.estimates import Z_95
 
 
 def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -39,7 +39,7 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = _axes(7.5, 4.2)
     for row in rows:
         ours = row["kind"] == "artifact"
-        error = NORMAL_95 * (row["kl_mean_se"] or 0.0)
+        error = Z_95 * (row["kl_mean_se"] or 0.0)
         low = min(error, 0.99 * row["kl_mean"])  # the axis is logarithmic
         axes.errorbar(
             row["nbytes"] / 1e6,

@@ -14,29 +14,14 @@ from meswitch_cli.evaluation.subjects import Candidate, Expert
 from meswitch_cli.evaluation.weights import ArtifactWeights
 
 
-def projection(name: str) -> str:
-    """The last part of a weight's name: q_proj, down_proj, ..."""
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
 def tensor_rows(candidate: Candidate) -> list[dict[str, Any]]:
     """Errors of an artifact's quantised tensors, relative to the delta's energy."""
     if not isinstance(candidate.weights, ArtifactWeights):
         return []
+    members = ["name", "layer", "projection", "bits", "salient", "rank", "nbytes"]
+    members += ["delta_energy", "weight_error", "output_error"]
     return [
-        {
-            "model": candidate.label,
-            "name": entry.name,
-            "layer": entry.layer,
-            "projection": projection(entry.name),
-            "bits": entry.bits,
-            "salient": entry.salient,
-            "rank": entry.rank,
-            "nbytes": entry.nbytes,
-            "delta_energy": entry.delta_energy,
-            "weight_error": entry.weight_error,
-            "output_error": entry.output_error,
-        }
+        {"model": candidate.label} | {member: getattr(entry, member) for member in members}
         for entry in candidate.weights.artifact.manifest.tensors
         if entry.bits
     ]
@@ -57,7 +42,7 @@ def saliency_rows(candidate: Candidate, expert: Expert) -> list[dict[str, Any]]:
         if entry.kind == "linear" and entry.bits:
             error = _column_error(candidate.weights, expert, entry)
             total = float(error.sum()) or 1.0
-            kind = projection(entry.name)
+            kind = entry.projection
             shares[kind].append(error.sort(descending=True).values.cumsum(0) / total)
             chosen = candidate.weights.artifact.shard(entry.shard).delta(entry.name).salient_index.long()
             kept[kind].append((len(chosen), float(error[chosen].sum()) / total))

@@ -125,11 +125,6 @@ def encode_set(
     return EncodedSet(items, kept, len(found) - len(items))
 
 
-def prompt_text(messages: Sequence[dict[str, str]]) -> str:
-    """What the user asked last, for a router and for people."""
-    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-
-
 def _encode_conversation(messages: tuple[dict[str, str], ...], tokenizer: Any, path: Path) -> EncodedItem:
     """The answer is what the template adds after the prompt, its end-of-turn token included."""
     turns, answer = list(messages), messages[-1]["content"]

@@ -55,6 +55,11 @@ class Report:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def passed(self) -> bool:
+        """Whether every limit holds and everything could be measured."""
+        return all(gate["passed"] for gate in self.gates) and not self.errors
+
     def to_dict(self) -> dict[str, Any]:
         value: dict[str, Any] = _finite(asdict(self))
         return {"schema_version": self.schema_version} | value

@@ -34,6 +34,12 @@ def ratio_of_sums(
         ValueError: the two differ in length, or are empty.
     """
     top, bottom = _paired(numerators, denominators)
+    low, high = np.nanquantile(resampled_ratios(top, bottom, seed=seed, resamples=resamples), [0.025, 0.975])
+    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high))
+
+
+def resampled_ratios(top: Array, bottom: Array, *, seed: int, resamples: int) -> Array:
+    """Sum of `top` over sum of `bottom` in each of `resamples` draws of as many items."""
     ratios = []
     # A few at a time: resamples x items indices of a large set would not fit in memory.
     generator = np.random.default_rng(seed)
@@ -41,8 +47,7 @@ def ratio_of_sums(
         picks = generator.integers(0, top.size, size=(min(1000, resamples - start), top.size))
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios.append(top[picks].sum(1) / bottom[picks].sum(1))
-    low, high = np.nanquantile(np.concatenate(ratios), [0.025, 0.975])
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high))
+    return np.concatenate(ratios)
 
 
 def ratio_standard_error(numerators: Sequence[float] | Array, denominators: Sequence[float] | Array) -> float | None:

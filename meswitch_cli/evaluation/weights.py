@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -117,8 +116,3 @@ def parameter_count(weights: Weights) -> int:
     return sum(
         torch.Size(item.shape).numel() for item in weights.architecture.parameters.values() if item.tied_to is None
     )
-
-
-def settings_line(settings: dict[str, Any]) -> str:
-    """Compression settings as one line for tables."""
-    return json.dumps(settings, sort_keys=True)

@@ -11,9 +11,8 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import ArtifactError
-from zoo.tiny import make_pair
+from zoo.tiny import DENSE_FAMILIES, Pair, make_pair
 
-Pair = tuple[Path, Path]
 Make = Callable[..., Artifact]
 IDS = torch.arange(4, 36).view(2, 16)
 
@@ -28,10 +27,7 @@ def _restore(artifact: Artifact, base: Path, out: Path, **options: object) -> Pa
     return restore(artifact, Checkpoint.open(str(base)), out, **options)  # type: ignore[arg-type]
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_restored_expert_loads_and_is_near_the_expert(tmp_path: Path, make_artifact: Make, family: str) -> None:
     pair = make_pair(tmp_path, family, dtype=torch.float32, heavy_columns=0)
     artifact = make_artifact(pair, bits=4, embedding_bits=4, salient=8)

@@ -18,9 +18,8 @@ from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import ArtifactError, MeswitchError
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
-Pair = tuple[Path, Path]
 Make = Callable[..., Artifact]
 
 

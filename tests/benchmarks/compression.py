@@ -1,6 +1,6 @@
 """Fidelity of every compression setting on the real experts: writes docs/results/compression.md.
 
-    PYTHONPATH=tests python -m benchmarks.compression [--experts maths,code] [--rows 1,2] [--items 30,60]
+    python tests bench compression [--experts maths,code] [--rows 1,2] [--items 30,60]
 
 Each expert's rows go to a JSON file as they are measured; a second run continues where the first stopped.
 """
@@ -28,12 +28,13 @@ from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.compression.job import Job, calibration_windows, prepare
-from meswitch_cli.compression.pairs import read_pairs
+from meswitch_cli.compression.pairs import PairReader, pair_by_pair
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.evaluation.baselines import bitdelta_start
-from meswitch_cli.evaluation.fidelity import EncodedItem, ItemFidelity, compare, reference_logits
+from meswitch_cli.evaluation.baselines.bitdelta import bitdelta_start
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from zoo.compare import compare, reference_logits, sums_by_item
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -195,7 +196,8 @@ class Bench:
         nbytes = 0
         for index, unit in enumerate(job.plan.units):
             known = statistics.get(index, {})
-            pairs = list(read_pairs(unit, job.base, job.expert))
+            with PairReader(job.base, job.expert, pair_by_pair(unit)) as reader:
+                pairs = [reader.pair(item) for item in unit]
             data, record = compress_unit(iter(pairs), "shard", job.settings, known, "cpu")
             path = self.scratch / "shard"
             path.write_bytes(data)
@@ -221,8 +223,8 @@ class Bench:
             "bytes": nbytes,
             "compress_seconds": round(made - started, 1),
             "evaluate_seconds": round(time.perf_counter() - made, 1),
-            "choice": _columns(figures[:split]),
-            "report": _columns(figures[split:]),
+            "choice": sums_by_item(figures[:split]),
+            "report": sums_by_item(figures[split:]),
         }
 
     def expert_row(self) -> dict[str, Any]:
@@ -231,13 +233,9 @@ class Bench:
         return {
             "label": "full expert",
             "bytes": sum(value.numel() * 2 for value in self.model.parameters()),
-            "choice": _columns(figures[:split]),
-            "report": _columns(figures[split:]),
+            "choice": sums_by_item(figures[:split]),
+            "report": sums_by_item(figures[split:]),
         }
-
-
-def _columns(figures: list[ItemFidelity]) -> dict[str, list[float]]:
-    return {key: [getattr(item, key) for item in figures] for key in ("tokens", "kl", "loss", "agreed")}
 
 
 def _bitdelta(job: Job) -> tuple[dict[str, torch.Tensor], int]:

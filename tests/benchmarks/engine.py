@@ -1,7 +1,7 @@
 """Throughput and memory of the embedded engine on a CPU: writes docs/results/engine.md.
 
-    PYTHONPATH=tests python -m benchmarks.engine throughput --artifacts DIR --new-tokens 32 [--repeats 3]
-    PYTHONPATH=tests python -m benchmarks.engine rest --artifacts DIR [--repeats 3]
+    python tests bench engine throughput --artifacts DIR --new-tokens 32 [--repeats 3]
+    python tests bench engine rest --artifacts DIR [--repeats 3]
 
 One base and three experts in one engine are set against the same requests on four full models, one after another in
 the same engine, in one run, interleaved; the memory of each side in a process of its own. The artifacts are compressed
@@ -31,6 +31,7 @@ from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 
+TESTS = Path(__file__).parents[1]
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "engine.md"
 DTYPE = "bfloat16"
 REQUESTS = 16
@@ -115,7 +116,7 @@ def _for(request: GenerationRequest, name: str) -> GenerationRequest:
 
 
 def memory_of(side: str, folder: Path) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.engine", "memory", "--side", side, "--artifacts", str(folder)]
+    command = [sys.executable, str(TESTS), "bench", "engine", "memory", "--side", side, "--artifacts", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return result

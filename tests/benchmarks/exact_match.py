@@ -1,6 +1,6 @@
 """Exact match by greedy generation, apart from loss: writes docs/results/exact_match.md.
 
-    PYTHONPATH=tests python -m benchmarks.exact_match [--items 24]
+    python tests bench exact_match [--items 24]
 
 What was measured is kept outside the repository, expert by expert, and not measured again.
 
@@ -109,7 +109,7 @@ def main() -> None:
     RESULTS.write_text(
         "# Exact match\n\nGreedy answers to report items that have a short answer; a count of this size says little "
         "about small differences. What matters here is whether the compressed expert answers as the full one does.\n\n"
-        f"`PYTHONPATH=tests python -m benchmarks.exact_match --items {arguments.items}`, {describe()}; settings "
+        f"`python tests bench exact_match --items {arguments.items}`, {describe()}; settings "
         f"{json.dumps(SETTINGS)}, data-free.\n\n" + "\n".join(table) + "\n"
     )
 

@@ -1,6 +1,6 @@
 """Size against fidelity, every method at the same bytes: writes docs/results/frontier.md.
 
-    PYTHONPATH=tests python -m benchmarks.frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
+    python tests bench frontier [--experts maths] [--items 16] [--minutes 4] [--rows TEXT]
 
 Rows are written one by one to a JSON file an expert, which is part of the repository: a later run continues where the
 last stopped, as long as the zoo is the same, and the page is made from what is there. `--minutes` stops after the row
@@ -29,12 +29,15 @@ from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
-from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
+from meswitch_cli.evaluation.baselines import parse_method
+from meswitch_cli.evaluation.baselines.activations import Activations
+from meswitch_cli.evaluation.baselines.model import BaselineWeights
+from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.passes import Arithmetic, Reference
 from meswitch_cli.evaluation.subjects import Expert, open_experts
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights, parameter_count
+from zoo.compare import sums_by_item
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"
 ACTIVATIONS = Path.home() / ".cache" / "meswitch-zoo" / "activations"
@@ -83,17 +86,6 @@ def encoded(expert: Expert, part: str, count: int) -> list[EncodedItem]:
     return [EncodedItem(tuple(ids), start) for ids, start in found]
 
 
-def columns(figures: list[TokenFidelity]) -> dict[str, list[float]]:
-    """Sums by item, from which the page's figures and intervals are made."""
-    return {
-        "tokens": [len(item.kl) for item in figures],
-        "kl": [float(item.kl.sum()) for item in figures],
-        "loss": [float(item.loss.sum()) for item in figures],
-        "expert_loss": [float(item.reference_loss.sum()) for item in figures],
-        "agreed": [float(item.agreed.sum()) for item in figures],
-    }
-
-
 def weights_of(
     spec: str, base: CheckpointWeights, expert: Expert, activations: Activations
 ) -> tuple[Weights, Callable[[], int]]:
@@ -128,7 +120,7 @@ def measure(name: str, path: Path, count: int, deadline: float, wanted: str) -> 
                 return
             started = time.perf_counter()
             weights, nbytes = weights_of(spec, base, expert, activations)
-            row = {"report": columns(reference.compare(weights))}
+            row = {"report": sums_by_item(reference.compare(weights))}
             if spec in WITH_TASKS:
                 model = build_model(weights, ARITHMETIC.device, ARITHMETIC.dtype)
                 row["right"] = right_answers(model, expert.tokenizer, questions)

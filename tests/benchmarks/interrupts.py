@@ -1,6 +1,6 @@
 """Kill a real compression at random moments and compare the bytes it ends with. Writes docs/results/interrupts.md.
 
-PYTHONPATH=tests python -m benchmarks.interrupts [--kills 20]
+python tests bench interrupts [--kills 20]
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     RESULTS.write_text(
         f"# Killed and resumed\n\n{equal} of {arguments.kills} resumed runs ended with the bytes of the "
         f"uninterrupted run ({duration:.1f} s of work, 31 units) on the zoo's {EXPERT} expert.\n\n"
-        f"`PYTHONPATH=tests python -m benchmarks.interrupts --kills {arguments.kills}`, {describe()}.\n\n"
+        f"`python tests bench interrupts --kills {arguments.kills}`, {describe()}.\n\n"
         "| kill | signal | s into the work | units kept | same bytes |\n|---|---|---|---|---|\n"
         + "\n".join(lines)
         + "\n"

@@ -1,6 +1,6 @@
 """Four routers on the zoo's domains: writes docs/results/router.md.
 
-    PYTHONPATH=tests python -m benchmarks.router --packages FOLDER --encoder FOLDER --scratch FOLDER [--stages a,b]
+    python tests bench router --packages FOLDER --encoder FOLDER --scratch FOLDER [--stages a,b]
 
 `benchmarks.router_data` says what the packages are; the encoder is any sentence encoder's folder. Every stage leaves
 its figures in the scratch folder, so that a run can be stopped and gone on with.

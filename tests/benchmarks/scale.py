@@ -2,7 +2,7 @@
 
 Writes the table of docs/results/scale.md and leaves what follows the first section heading there as it is.
 
-    PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER [--layers 32]
+    python tests bench scale --scratch FOLDER [--layers 32]
 
 The weights are random, so nothing here speaks of quality. Needs about 36 GB in the scratch folder, which it cleans up.
 `--write-only` makes the checkpoints beforehand, a shard at a time: what is there is not written again.
@@ -223,7 +223,7 @@ def write_report(runs: list[Run], model: int, layers: int) -> None:
         "Processor: seconds of all threads of the compression, the kernel's included. Three-model ratio: three full "
         "models over one base and three artifacts. `random` is the default: 32 random tokens, run through the expert, "
         "choose the salient channels.\n\n"
-        f"`PYTHONPATH=tests python -m benchmarks.scale --scratch FOLDER`, {describe()}, "
+        f"`python tests bench scale --scratch FOLDER`, {describe()}, "
         f"{resource.getpagesize()}-byte pages.\n\n"
         "| bits | rank | calibration | artifact, GB | times smaller | three-model ratio | read, s | compress, s "
         "| processor, s | compress / read | peak memory, GB |\n|---|---|---|---|---|---|---|---|---|---|---|\n"

@@ -1,6 +1,6 @@
 """What HTTP costs: tokens a second of the same requests over the server and straight into the engine, on the zoo.
 
-PYTHONPATH=tests python -m benchmarks.server EXPERT=ARTIFACT ... [--out docs/results/server.md]
+python tests bench server EXPERT=ARTIFACT ... [--out docs/results/server.md]
 
 Both go to one engine in one process, taking turns; over HTTP, `meswitch bench` streams from a process of its own.
 """
@@ -127,7 +127,7 @@ def report(rows: list[tuple[float, dict[str, Any]]], experts: int) -> str:
         "A share above 1 is no gain: it is how much the machine's other work came and went between the two runs of a "
         "round, and shares below 1 are no surer than that.",
         "",
-        f"`PYTHONPATH=tests python -m benchmarks.server NAME=ARTIFACT ...`; {describe()}.",
+        f"`python tests bench server NAME=ARTIFACT ...`; {describe()}.",
         "",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Thousands of small requests of every kind against a real `meswitch serve`: nothing leaks, no token is wrong.
 
-PYTHONPATH=tests python -m benchmarks.soak --requests 5000
+python tests bench soak --requests 5000
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
-from zoo.tiny import make_pair
+from zoo.tiny import DENSE_FAMILIES, make_pair
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
 WINDOWS = torch.randint(4, 100, (7, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -44,7 +43,7 @@ def _whole_model(path: Path) -> dict[str, torch.Tensor]:
     return inputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_streaming_sees_what_the_whole_model_sees(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meswitch_cli.calibration.stream.BATCH_TOKENS", 3 * 24)  # 7 windows in batches of 3, 3, 1
     _, expert = make_pair(tmp_path, family)

@@ -8,9 +8,7 @@ import torch
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from meswitch_cli.checkpoint.source import resolve
 from meswitch_cli.errors import CheckpointError
-from zoo.tiny import make_pair
-
-Pair = tuple[Path, Path]
+from zoo.tiny import Pair, make_pair
 
 
 @pytest.fixture

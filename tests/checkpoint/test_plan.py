@@ -9,9 +9,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.checkpoint.plan import Plan, config_differences, make_plan
 from meswitch_cli.errors import CheckpointError
-from zoo.tiny import make_pair
-
-DENSE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox"]
+from zoo.tiny import DENSE_FAMILIES, make_pair
 
 
 def _plan(base: Path, expert: Path) -> Plan:

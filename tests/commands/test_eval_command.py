@@ -17,9 +17,8 @@ from command_line import ENVIRONMENT, Result, in_process, meswitch
 from command_line import fails as refused
 
 from meswitch_cli.evaluation.routing import CHOICES
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
-Pair = tuple[Path, Path]
 Run = Callable[..., Result]
 
 

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.compression.distill import DistilledLinear, with_steps
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
-
-Pair = tuple[Path, Path]
+from zoo.tiny import Pair
 
 
 def _problem(**settings: object) -> tuple[torch.Tensor, DistilledLinear, torch.Tensor]:

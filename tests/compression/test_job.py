@@ -19,9 +19,8 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.size import expected_bytes
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
-Pair = tuple[Path, Path]
 Make = Callable[..., Artifact]
 
 

@@ -11,8 +11,7 @@ from meswitch_cli.compression import pairs
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.pairs import PairReader, expert_first, pair_by_pair
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
-
-Pair = tuple[Path, Path]
+from zoo.tiny import Pair
 
 
 def test_calibration_and_quantiser_share_one_reading(

@@ -6,7 +6,8 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,49 @@ from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
 
-#: How each expert is compressed: other widths, channels and ranks, one without a low-rank part.
-EXPERTS: Mapping[str, Mapping[str, Any]] = {
-    "alpha": {"bits": 2, "salient": 4},
-    "beta": {"bits": 4, "salient": 0, "group_size": 32, "rank": 5},
-    "gamma": {"bits": 1, "salient": 8, "rank": 12},
-}
 #: Norm of each expert's delta over its weight's; large enough to change the tokens.
 RELATIVE_DELTA = 0.2
 ADDED_ROWS = 3
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What an expert is like: how it is compressed, the tokens that it adds, its own chat template if it has one."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    added_rows: int = 0
+    chat_template: str | None = None
+
+
+#: Other widths, channels and ranks, one without a low-rank part; one with tokens and a template of its own.
+EXPERTS: Mapping[str, Kind] = {
+    "alpha": Kind({"bits": 2, "salient": 4}),
+    "beta": Kind({"bits": 4, "salient": 0, "group_size": 32, "rank": 5}),
+    "gamma": Kind(
+        {"bits": 1, "salient": 8, "rank": 12},
+        ADDED_ROWS,
+        "{% for message in messages %}<{{ message.content }}>{% endfor %}",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Family:
-    """A base folder, artifacts by expert, and plain transformers models of base + dequantised delta."""
+    """A base folder, and artifacts by expert, all of one dtype."""
 
     base: Path
     artifacts: dict[str, Path]
-    references: dict[str, Any]
+    dtype: torch.dtype
+
+    @cached_property
+    def references(self) -> dict[str, Any]:
+        """Plain transformers models of the base, and of base + dequantised delta."""
+        found = {BASE: _load(self.base, self.dtype)}
+        for name, path in self.artifacts.items():
+            plain = path.with_name(f"{name}-plain")
+            restore(Artifact.open(path), Checkpoint.open(str(self.base)), plain, dtype=self.dtype)
+            found[name] = _load(plain, self.dtype)
+        return found
 
     def greedy(self, request: GenerationRequest) -> tuple[int, ...]:
         """What plain transformers generates, end tokens not heeded."""
@@ -54,38 +80,46 @@ class Family:
 
 
 def make_family(
-    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, untie: Sequence[str] = (), **config: Any
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    experts: Mapping[str, Kind] = EXPERTS,
+    untie: Sequence[str] = (),
+    **config: Any,
 ) -> Family:
-    """Compress three random experts of a random base. `gamma` has added tokens and a chat template of its own;
-    experts in `untie` have a head of their own although the base ties it."""
+    """Compress random experts of a random base. Those in `untie` have a head of their own although the base ties it."""
     base, _ = make_pair(folder / "origin", family, dtype=dtype, **config)
-    return compress_experts(base, folder, dtype, untie=untie)
+    return compress_experts(base, folder, dtype, experts=experts, untie=untie)
 
 
 def compress_experts(
-    base: Path, folder: Path, dtype: torch.dtype, *, untie: Sequence[str] = (), gain_shift: float = 0.0
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    experts: Mapping[str, Kind] = EXPERTS,
+    untie: Sequence[str] = (),
+    gain_shift: float = 0.0,
 ) -> Family:
     """Make and compress the experts of a base; `gain_shift` is added to their norms' weights."""
-    artifacts, references = {}, {BASE: _load(base, dtype)}
-    for index, (name, settings) in enumerate(EXPERTS.items()):
-        added = ADDED_ROWS if name == "gamma" else 0
-        expert = _make_expert(base, folder / f"{name}-full", index, added, name in untie, gain_shift)
-        compression = CompressionSettings(
-            **({"embedding_bits": settings["bits"], "samples": 4, "sequence_length": 32} | dict(settings))
-        )
-        job = prepare(str(base), str(expert), folder / name, compression, None)
-        compress(job)
-        artifacts[name] = job.out
-        plain = restore(Artifact.open(job.out), Checkpoint.open(str(base)), folder / f"{name}-plain", dtype=dtype)
-        references[name] = _load(plain, dtype)
-    return Family(base, artifacts, references)
+    artifacts = {}
+    for index, (name, kind) in enumerate(experts.items()):
+        expert = _make_expert(base, folder / f"{name}-full", index, kind, name in untie, gain_shift)
+        settings = {"samples": 4, "sequence_length": 32} | dict(kind.settings)
+        if "bits" in settings:
+            settings["embedding_bits"] = settings["bits"]
+        artifacts[name] = folder / name
+        compress(prepare(str(base), str(expert), artifacts[name], CompressionSettings(**settings), None))
+    return Family(base, artifacts, dtype)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def _make_expert(base: Path, folder: Path, seed: int, added_rows: int, untie: bool, gain_shift: float) -> Path:
+def _make_expert(base: Path, folder: Path, seed: int, kind: Kind, untie: bool, gain_shift: float) -> Path:
+    added_rows = kind.added_rows
     model = AutoModelForCausalLM.from_pretrained(base)
     generator = torch.Generator().manual_seed(1000 + seed)
     for name, parameter in model.named_parameters():
@@ -105,8 +139,8 @@ def _make_expert(base: Path, folder: Path, seed: int, added_rows: int, untie: bo
             )
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer(added_tokens=added_rows)
-    if added_rows:
-        tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    if kind.chat_template:
+        tokenizer.chat_template = kind.chat_template
     tokenizer.save_pretrained(folder)
     if untie:
         _untie(folder, generator)

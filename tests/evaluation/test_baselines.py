@@ -1,6 +1,7 @@
 """Every method against its paper's formula, written out anew here, and its bytes counted by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,14 @@ from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
-from meswitch_cli.evaluation.baselines import (
-    bitdelta,
-    delta_come,
-    low_rank,
-    per_axis,
-    rank_at,
-    round_to_nearest,
-    sparse_quantised,
-)
-from meswitch_cli.evaluation.methods import METHODS, parse_method
-from meswitch_cli.evaluation.saliency import salient_delta, with_channels
+from meswitch_cli.evaluation.baselines import BASELINES, parse_method
+from meswitch_cli.evaluation.baselines.bitdelta import bitdelta
+from meswitch_cli.evaluation.baselines.delta_come import DeltaCome
+from meswitch_cli.evaluation.baselines.low_rank import LowRank, rank_at
+from meswitch_cli.evaluation.baselines.meswitch import salient_delta, with_channels
+from meswitch_cli.evaluation.baselines.per_axis import PerAxis
+from meswitch_cli.evaluation.baselines.rtn import RoundToNearest, round_to_nearest
+from meswitch_cli.evaluation.baselines.sparse import Sparse
 
 OUT, IN = 24, 40
 
@@ -56,12 +54,13 @@ def test_bitdelta(delta: torch.Tensor) -> None:
 
 def test_per_axis(delta: torch.Tensor) -> None:
     for axis, dim, scales in (("row", 1, OUT), ("column", 0, IN)):
-        found = per_axis(delta, axis)
+        found = PerAxis(axis=axis).approximate(delta)
         expected = torch.where(delta > 0, 1.0, -1.0) * delta.abs().mean(dim, keepdim=True).half().float()
         assert torch.equal(found.delta, expected) and found.nbytes == OUT * 5 + 2 * scales
-    best = per_axis(delta, "best")
-    assert torch.equal(best.delta, per_axis(delta, "column").delta)  # one heavy column: its own scale pays
-    assert torch.equal(per_axis(delta.T.contiguous(), "best").delta, per_axis(delta.T.contiguous(), "row").delta)
+    best, column = PerAxis().approximate(delta), PerAxis(axis="column").approximate(delta)
+    assert torch.equal(best.delta, column.delta)  # one heavy column: its own scale pays
+    turned = delta.T.contiguous()
+    assert torch.equal(PerAxis().approximate(turned).delta, PerAxis(axis="row").approximate(turned).delta)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(1, 0), (2, 0), (2, 16), (4, 0), (4, 32), (8, 0)])
@@ -84,7 +83,7 @@ def test_round_to_nearest(delta: torch.Tensor, bits: int, group: int) -> None:
 def test_low_rank_is_the_best_of_its_rank(delta: torch.Tensor) -> None:
     values = torch.linalg.svdvals(delta)
     for rank in (1, 5, 20):
-        found = low_rank(delta, rank)
+        found = LowRank(rank=rank).approximate(delta)
         assert torch.linalg.matrix_rank(found.delta, atol=1e-5) == rank
         left = float((delta - found.delta).square().sum())
         assert left == pytest.approx(float(values[rank:].square().sum()), rel=1e-2, abs=1e-7)
@@ -101,7 +100,7 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
     generator = torch.Generator().manual_seed(2)
     matrix = torch.randn(128, 256, generator=generator)
     matrix = matrix @ torch.diag(torch.linspace(2, 0.1, 256))
-    found = delta_come(matrix, 3.0)
+    found = DeltaCome(bits=3.0).approximate(matrix)
     codes = 3 * 128 * 256 / (128 + 256)
     ranks = {8: 2, 3: 32, 2: int((codes - 2 * 8 - 32 * 3) / 2)}
     expected = sum(
@@ -113,7 +112,7 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
     )
     assert found.nbytes == expected
     error = float((matrix - found.delta).square().sum() / matrix.square().sum())
-    truncated = low_rank(matrix, rank_at(matrix.shape, 3.0)).delta
+    truncated = LowRank(bits=3.0).approximate(matrix).delta
     assert error < float((matrix - truncated).square().sum() / matrix.square().sum())
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     product, index = torch.zeros_like(matrix), 0
@@ -129,7 +128,7 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
 
 
 def test_sparse_quantised_keeps_the_two_largest_of_four(delta: torch.Tensor) -> None:
-    found = sparse_quantised(delta, 4, 16)
+    found = Sparse(bits=4, group=16).approximate(delta)
     kept = found.delta.view(OUT, -1, 4) != 0
     assert int(kept.sum(-1).max()) <= 2
     for quad, chosen in zip(delta.view(-1, 4), kept.view(-1, 4), strict=True):
@@ -137,14 +136,16 @@ def test_sparse_quantised_keeps_the_two_largest_of_four(delta: torch.Tensor) -> 
         assert set(chosen.nonzero()[:, 0].tolist()) <= largest
     survivors = OUT * IN // 2
     assert found.nbytes == survivors * 4 // 8 + survivors * 2 // 8 + 2 * OUT * 3
+    rows, whole = Sparse(bits=4, group=0).approximate(delta), Sparse(bits=4, group=IN).approximate(delta)
+    assert torch.equal(rows.delta, whole.delta) and rows.nbytes == whole.nbytes
     with pytest.raises(ValueError, match="multiple of 4"):
-        sparse_quantised(delta[:, :7].contiguous())
+        Sparse().approximate(delta[:, :7].contiguous())
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_sparse_quantised_rounds_the_survivors_of_each_group(delta: torch.Tensor, bits: int) -> None:
     """Levels −2^(b−1) … 2^(b−1)−1 times the group's largest magnitude over 2^(b−1)."""
-    found, half = sparse_quantised(delta, bits, 16), 2 ** (bits - 1)
+    found, half = Sparse(bits=bits, group=16).approximate(delta), 2 ** (bits - 1)
     for row in range(OUT):
         survivors = torch.zeros(IN)
         for start in range(0, IN, 4):
@@ -191,12 +192,23 @@ def test_saliency_scores_choose_what_they_say(delta: torch.Tensor, statistics: I
     assert len(set(sizes.values())) == 1
 
 
+def test_the_page_has_every_method_with_its_options() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "commands" / "eval.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "--" not in line}
+    assert set(BASELINES) <= set(rows)
+    for name in BASELINES:
+        for option, value in parse_method(name).options.items():
+            where = page if option in ("embedding", "seed") else rows[name]
+            assert f"`{option}={value}`" in where
+
+
 def test_specs_are_read_and_refused() -> None:
     method = parse_method("rtn:bits=4,group=128,embedding=16")
-    assert (method.name, method.options["bits"], method.options["group"]) == ("rtn", 4, 128)
+    assert method == RoundToNearest(bits=4, group=128, embedding=16)
+    assert method.options == {"bits": 4, "group": 128, "embedding": 16, "seed": 0}
     assert parse_method("low-rank:bits=1.5").options["bits"] == 1.5
-    for name in METHODS:
-        assert parse_method(name).approximate("x", torch.randn(8, 128), None).delta.shape == (8, 128)
+    for name in BASELINES:
+        assert parse_method(name).approximate(torch.randn(8, 128)).delta.shape == (8, 128)
     for spec, message in (
         ("gptq", "there are bitdelta"),
         ("rtn:depth=4", "'depth=4' is none of its options"),
@@ -207,6 +219,8 @@ def test_specs_are_read_and_refused() -> None:
         ("per-axis:axis=both", "axis must be one of"),
         ("meswitch:bits=3", "bits must be 1, 2 or 4"),
         ("low-rank:bits=nan", "cannot be"),
+        ("rtn:embedding=3", "embedding must be one of 1, 2, 4, 16"),
+        ("meswitch:saliency=activation,activations=none", "needs activations"),
     ):
         with pytest.raises(UsageError, match=message):
             parse_method(spec)

@@ -11,15 +11,14 @@ from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
-from meswitch_cli.evaluation.baselines import bitdelta
-from meswitch_cli.evaluation.distillation import ScaleTraining, distil_scales
-from meswitch_cli.evaluation.methods import Activations, BaselineWeights, parse_method
+from meswitch_cli.evaluation.baselines import parse_method
+from meswitch_cli.evaluation.baselines.activations import Activations
+from meswitch_cli.evaluation.baselines.bitdelta import ScaleTraining, bitdelta, distil_scales
+from meswitch_cli.evaluation.baselines.model import BaselineWeights
 from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.subjects import open_experts
 from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights
-from zoo.tiny import make_pair
-
-Pair = tuple[Path, Path]
+from zoo.tiny import Pair, make_pair
 
 
 def made(pair: Pair, spec: str, calibration: Path | None = None) -> BaselineWeights:

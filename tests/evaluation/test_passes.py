@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import EvaluationError
-from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from meswitch_cli.evaluation.figures import TokenFigures
 from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, _room_for, choose_mode, compare_models
 from meswitch_cli.evaluation.streaming import streamed_logits
 from meswitch_cli.evaluation.weights import CheckpointWeights
@@ -27,7 +28,7 @@ def opened(path: Path) -> CheckpointWeights:
     return CheckpointWeights(Checkpoint.open(str(path)))
 
 
-def compared(pair: tuple[Path, Path], scratch: Path, mode: Mode, budget: int = 1 << 30) -> list[TokenFidelity]:
+def compared(pair: tuple[Path, Path], scratch: Path, mode: Mode, budget: int = 1 << 30) -> list[TokenFigures]:
     base, expert = (opened(path) for path in pair)
     found = compare_models(expert, {"base": base}, ITEMS, Arithmetic(CPU, torch.float32, mode), scratch, budget=budget)[
         "base"
@@ -51,19 +52,19 @@ def test_figures_are_those_of_transformers(tmp_path: Path, family: str, mode: Mo
             )
         answer = item.answer[:, None]
         kl = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-        torch.testing.assert_close(figures.kl, kl, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(figures.loss, -ours.gather(1, answer)[:, 0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(figures.reference_loss, -theirs.gather(1, answer)[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(figures["kl"], kl, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(figures["loss"], -ours.gather(1, answer)[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(figures["reference_loss"], -theirs.gather(1, answer)[:, 0], rtol=1e-4, atol=1e-5)
         change = (ours.exp() - theirs.exp()).gather(1, answer)[:, 0]
-        torch.testing.assert_close(figures.probability_change, change, rtol=1e-3, atol=1e-6)
-        assert torch.equal(figures.agreed, (ours.argmax(-1) == theirs.argmax(-1)).double())
+        torch.testing.assert_close(figures["probability_change"], change, rtol=1e-3, atol=1e-6)
+        assert torch.equal(figures["agreed"], (ours.argmax(-1) == theirs.argmax(-1)).double())
 
 
 def test_chunks_change_nothing_and_leave_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
     whole = compared(pair, tmp_path, "resident")
     chunked = compared(pair, tmp_path, "resident", budget=20 * 268 * 4)
     for left, right in zip(whole, chunked, strict=True):
-        torch.testing.assert_close(left.kl, right.kl, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(left["kl"], right["kl"], rtol=1e-3, atol=1e-6)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,7 +117,7 @@ def test_a_damaged_model_is_named_and_does_not_stop_the_others(pair: tuple[Path,
 def test_added_tokens_are_compared_over_the_shared_vocabulary(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, added_rows=4)
     found = compared(pair, tmp_path, "resident")
-    assert all(torch.isfinite(item.kl).all() and (item.kl > -1e-6).all() for item in found)
+    assert all(torch.isfinite(item["kl"]).all() and (item["kl"] > -1e-6).all() for item in found)
     base, expert = (opened(path) for path in pair)
     new_token = [EncodedItem((4, 9, 270, 5), 2)]
     failed = compare_models(expert, {"base": base}, new_token, Arithmetic(CPU, torch.float32, "resident"), tmp_path)[

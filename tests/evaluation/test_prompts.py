@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from meswitch_cli.errors import EvaluationError
-from meswitch_cli.evaluation.prompts import encode_set, prompt_text, read_set
+from meswitch_cli.evaluation.prompts import encode_set, read_set
 from zoo.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -28,7 +28,7 @@ def test_only_the_answer_counts_through_the_chat_template(tmp_path: Path) -> Non
     item = encoded.items[0]
     assert TOKENIZER.decode(item.tokens) == "<|user|>two and two<|assistant|>four</s>"
     assert TOKENIZER.decode(item.tokens[item.answer_start :]) == "four</s>"
-    assert prompt_text(data.conversations[0]) == "two and two"
+    assert data.conversations[0][-2] == {"role": "user", "content": "two and two"}
 
 
 def test_a_tokenizer_without_template_joins_the_turns(tmp_path: Path) -> None:

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from meswitch_cli.evaluation.fidelity import TokenFidelity
-from meswitch_cli.evaluation.figures import against_base, base_row, model_row
+from meswitch_cli.evaluation.figures import (
+    COLUMNS,
+    QUANTITIES,
+    TokenFigures,
+    against_base,
+    base_row,
+    model_row,
+)
+from meswitch_cli.evaluation.figures import FIGURES as ALL
 from meswitch_cli.evaluation.html import page
 from meswitch_cli.evaluation.job import judge
 from meswitch_cli.evaluation.markdown import fidelity_table, markdown
@@ -19,9 +26,9 @@ from meswitch_cli.evaluation.plots import figures, flips
 from meswitch_cli.evaluation.report import Report
 
 
-def tokens(kl: list[float], loss: list[float], reference: list[float], agreed: list[float]) -> TokenFidelity:
+def tokens(kl: list[float], loss: list[float], reference: list[float], agreed: list[float]) -> TokenFigures:
     columns = [torch.tensor(values, dtype=torch.float64) for values in (kl, loss, reference, agreed)]
-    return TokenFidelity(*columns, probability_change=torch.full_like(columns[0], 0.1))
+    return dict(zip(QUANTITIES, [*columns, torch.full_like(columns[0], 0.1)], strict=True))
 
 
 FIGURES = [
@@ -122,6 +129,15 @@ def test_all_three_models_have_every_figure_that_they_can_have() -> None:
     for line in lines:
         assert len(line) == len(header) and all(line)
     assert lines[0][header.index("KL max")] == "2.0000" and "±" in lines[0][header.index("RMS Δp, %")]
+
+
+def test_every_figure_is_a_member_and_has_the_column_that_it_says() -> None:
+    row, base = model_row(FIGURES), base_row(BASE)
+    assert [name for name in row if name in {figure.name for figure in ALL}] == [figure.name for figure in ALL]
+    assert {f"base_{figure.name}" for figure in ALL if figure.of_base} <= base.keys()
+    header, lines = fidelity_table(report().to_dict()["fidelity"])
+    assert header == ["model", "MB", *(figure.title for figure in COLUMNS)]
+    assert lines[1][2:] == [figure.full_expert for figure in COLUMNS]
 
 
 def test_lost_and_gained_documents_are_drawn() -> None:

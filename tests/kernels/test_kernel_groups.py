@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meswitch_kernels import group_tokens, groups_from_sorted
+from meswitch_kernels import group_tokens
 from meswitch_kernels.groups import max_tiles
 
 
@@ -42,19 +42,11 @@ def test_tokens_of_one_slot_keep_their_order():
     assert groups.order.tolist() == [3, 1, 4, 0, 2]
 
 
-def test_adapter_metadata_gives_the_same_groups():
+def test_a_slot_without_tokens_takes_no_tile():
     slots = torch.tensor([2, -1, 0, 2, 2, -1, 0, 2], dtype=torch.int32)
-    order = torch.argsort(slots, stable=True)
-    groups = groups_from_sorted(
-        slots,
-        order,
-        slot_of_group=torch.tensor([-1, 0, 2, -1], dtype=torch.int32),
-        counts=torch.tensor([2, 2, 4, 0], dtype=torch.int32),
-        starts=torch.tensor([0, 2, 4, 8], dtype=torch.int32),
-        slots=3,
-        tile_size=2,
-    )
+    groups = group_tokens(slots, 3, tile_size=2)
     check(groups, slots)
+    assert groups.tile_slot[groups.tile_count > 0].tolist() == [-1, 0, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +61,3 @@ def test_adapter_metadata_gives_the_same_groups():
 def test_bad_slots_are_refused(tensor, error):
     with pytest.raises(error):
         group_tokens(tensor, 3)
-
-
-def test_metadata_of_other_lengths_is_refused():
-    slots = torch.zeros(2, dtype=torch.int32)
-    one = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="order"):
-        groups_from_sorted(slots, one, one, one, one, 1)
-    with pytest.raises(ValueError, match="one entry per group"):
-        groups_from_sorted(slots, slots, one, one, slots, 1)

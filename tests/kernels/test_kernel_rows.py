@@ -1,4 +1,4 @@
-"""What an expert switches besides linears: embedding rows, norm gains, head, bias."""
+"""What an expert switches besides linears: embedding rows, norms, head, bias."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from meswitch_kernels import (
     available_backends,
     expert_embedding,
     expert_head,
-    expert_norm_gain,
 )
 from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import ERROR_BOUND, random_expert, relative_error
@@ -84,35 +83,46 @@ def test_an_embedding_with_a_low_rank_part_is_refused(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_gain(backend, dtype):
+@pytest.mark.parametrize("gains_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [HIDDEN, 7, 1100], ids=str)  # Triton takes 1,024 at a time
+def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width):
+    """The base's gain may be 0 where an expert's is not: they are gains, not ratios to the base's."""
     skip_unsupported(backend, dtype)
     device = device_of(backend)
-    gains = GainBank(2, HIDDEN, device=device)
-    ratio = torch.rand(HIDDEN) + 0.5
-    gains.load(0, ratio)
+    base, own = (torch.rand(width).add(0.5).to(gains_dtype) for _ in range(2))
+    base[:3] = 0
+    gains = GainBank(3, base.to(device))
+    gains.load(0, own)
     gains.load(1, None)
-    x = torch.randn(5, 2 * HIDDEN).to(dtype)[:, ::2]
-    slots = torch.tensor([0, -1, 1, 0, -1], dtype=torch.int32)
-    y = expert_norm_gain(x.to(device), gains, slots.to(device), backend).cpu()
-    expected = x.double() * torch.where(slots[:, None] == 0, ratio.double(), 1.0)
-    assert relative_error(y, expected) < ERROR_BOUND[dtype]
-    assert torch.equal(y[1], x[1])
-    assert torch.equal(y[2], x[2])
+    x = torch.randn(6, 2 * width).to(dtype)[:, ::2]
+    x[0] *= 1e-4  # as small as the root of epsilon
+    slots = torch.tensor([0, -1, 1, 0, -1, 2])
+    y = backend_module(backend).rms_norm(x.to(device), 1e-6, gains.table, slots.to(device) + 1).cpu()
+    wide = x.double()
+    normed = wide / (wide.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    expected = normed * torch.where(slots[:, None] == 0, own.double(), base.double())
+    assert y.dtype == dtype
+    assert relative_error(y[:5], expected[:5]) < ERROR_BOUND[dtype]
+    assert y[5].isnan().all()  # an empty slot
 
 
 def test_gain_bank_refuses_what_does_not_fit():
-    gains = GainBank(2, HIDDEN)
+    base = torch.rand(HIDDEN)
+    gains = GainBank(2, base)
     assert gains.nbytes == 3 * HIDDEN * 4
-    with pytest.raises(ValueError, match="ratio"):
+    with pytest.raises(ValueError, match="the gains have shape"):
         gains.load(0, torch.ones(HIDDEN + 1))
     with pytest.raises(IndexError, match="slot 2"):
         gains.load(2, None)
-    with pytest.raises(ValueError, match="holds 1, which is empty"):
-        expert_norm_gain(torch.ones(1, HIDDEN), gains, torch.tensor([1], dtype=torch.int32))
+    assert torch.equal(gains.table[0], base) and gains.table[1:].isnan().all()
     gains.load(1, None)
+    assert torch.equal(gains.table[2], base)
     gains.clear(1)
-    with pytest.raises(ValueError, match="empty"):
-        expert_norm_gain(torch.ones(1, HIDDEN), gains, torch.tensor([1], dtype=torch.int32))
+    assert gains.table[1:].isnan().all()
+    with pytest.raises(TypeError, match="float64"):
+        GainBank(2, base.double())
+    with pytest.raises(ValueError, match=r"not 2 and \[1, 96\]"):
+        GainBank(2, base[None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +157,8 @@ def test_empty_batches(backend):
         torch.zeros(0, HIDDEN, device=device),
     )
     assert expert_embedding(none, weight, bank, nobody, backend).shape == (0, HIDDEN)
-    assert expert_norm_gain(x, GainBank(1, HIDDEN, device=device), nobody, backend).shape == (0, HIDDEN)
+    table = GainBank(1, torch.ones(HIDDEN, device=device)).table
+    assert backend_module(backend).rms_norm(x, 1e-6, table, nobody.long() + 1).shape == (0, HIDDEN)
     assert expert_head(x, weight, None, bank, nobody, backend=backend).shape == (0, VOCAB + ADDED)
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import engine.family
 import httpx2
-import torch
+from engine.family import Family, Kind
 
-from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine.contract import Engine
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
@@ -20,31 +19,14 @@ from meswitch_cli.server.app import create_app
 from meswitch_cli.server.lifecycle import Server, listen, serve
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.settings import ServerSettings
-from zoo.tiny import make_pair
 
-#: Expert name to what its fine-tune is like; green has tokens of its own.
-EXPERTS: dict[str, dict[str, Any]] = {
-    "red": {"relative_delta": 0.2},
-    "green": {"relative_delta": 0.25, "added_rows": 3},
-    "blue": {"relative_delta": 0.3},
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    base: Path
-    artifacts: dict[str, Path]
+#: green has tokens of its own.
+EXPERTS = {"red": Kind(), "green": Kind(added_rows=3), "blue": Kind()}
 
 
 def make_family(folder: Path) -> Family:
     """A tiny base in float32 and three compressed experts of it."""
-    artifacts = {}
-    for name, options in EXPERTS.items():
-        base, expert = make_pair(folder / name, dtype=torch.float32, **options)
-        artifacts[name] = folder / "artifacts" / name
-        artifacts[name].parent.mkdir(exist_ok=True)
-        compress(prepare(str(base), str(expert), artifacts[name], CompressionSettings(salient=4), None))
-    return Family(folder / "red" / "base", artifacts)
+    return engine.family.make_family(folder, experts=EXPERTS)
 
 
 @dataclass

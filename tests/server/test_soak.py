@@ -1,4 +1,4 @@
-"""The soak of tests/benchmarks/soak.py in small."""
+"""`python tests bench soak` in small: one code, so that the page shows what is tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m zoo build [--quick] [--expert NAME] [--cache DIR]`, with `tests` on PYTHONPATH."""
+"""Build the zoo: `python tests zoo build [--quick] [--expert NAME] [--cache DIR]`."""
 
 from __future__ import annotations
 

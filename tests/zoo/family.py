@@ -47,7 +47,7 @@ def paths(quick: bool = False, cache: Path | None = None) -> Zoo:
     zoo = zoo_at(QUICK if quick else FULL, cache)
     missing = [name for name in EXPERTS if not zoo.figures_file(name).exists()]
     if missing:
-        command = "PYTHONPATH=tests python -m zoo build" + (" --quick" if quick else "")
+        command = "python tests zoo build" + (" --quick" if quick else "")
         raise FileNotFoundError(f"{zoo.folder}: {', '.join(missing)} not built; run: {command}")
     return zoo
 

@@ -35,8 +35,12 @@ _COMMON = {
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+#: Folders of a base and of an expert.
+Pair = tuple[Path, Path]
+_Family = tuple[str, Mapping[str, Any]]
+
 # model_type of the configuration and what the family needs beside or instead of the common sizes.
-FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+DENSE_FAMILIES: Mapping[str, _Family] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
@@ -47,6 +51,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "phi": ("phi", {}),
     "phi3": ("phi3", {}),
     "gpt_neox": ("gpt_neox", {}),
+}
+FAMILIES: Mapping[str, _Family] = {
+    **DENSE_FAMILIES,
     # Experts fused into 3-D tensors in memory, apart on disk.
     "mixtral": ("mixtral", _EXPERTS),
     # Experts fused into 3-D tensors in memory and on disk.
@@ -73,7 +80,7 @@ def make_pair(
     equal: Collection[str] = (),
     added_rows: int = 0,
     **config: Any,
-) -> tuple[Path, Path]:
+) -> Pair:
     """Make the folders `directory/base` and `directory/expert`, each with configuration and tokenizer.
 
     `max_shard_size` ("20KB") makes sharded files, `equal` names the tensors that the expert leaves bit for

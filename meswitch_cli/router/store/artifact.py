@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from meswitch_cli import __version__
-from meswitch_cli.artifact.disk import disk_errors, exclusive, file_digest, write_atomically
+from meswitch_cli.artifact.disk import file_digest, refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.checkpoint.tensorfile import TensorFileError, read_header, read_tensor
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import ReadableBase
@@ -187,36 +187,22 @@ def write_router(
         RouterError: `out` is occupied by something else, or cannot be written.
     """
     out = out.expanduser().absolute()
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if occupied and not (force and (out / MANIFEST_FILE).is_file()):
-        raise RouterError(f"{out}: in use; choose another output folder, or --force to replace a router")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    with exclusive(partial), disk_errors(out):
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            own = backend.tensors() if backend is not None else dict(source.backend_tensors if source else {})
-            _save(partial / TENSORS_FILE, model.tensors() | own)
-            _save(partial / FEATURES_FILE, store.tensors())
-            if backend is not None:
-                backend.save_model(partial / MODEL_FOLDER)
-            elif source is not None and (source.path / MODEL_FOLDER).is_dir():
-                shutil.copytree(source.path / MODEL_FOLDER, partial / MODEL_FOLDER)
-            files = tuple(_describe(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
-            for name, text in (report or {}).items():
-                write_atomically(partial / name, text.encode())
-            for name, data in (plots or {}).items():
-                write_atomically(partial / name, data)
-            done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
-            write_atomically(partial / MANIFEST_FILE, done.to_json().encode())
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    refuse_occupied(out, MANIFEST_FILE, force=force, what="a router", error=RouterError)
+    with whole_folder(out, "training") as folder:
+        own = backend.tensors() if backend is not None else dict(source.backend_tensors if source else {})
+        _save(folder / TENSORS_FILE, model.tensors() | own)
+        _save(folder / FEATURES_FILE, store.tensors())
+        if backend is not None:
+            backend.save_model(folder / MODEL_FOLDER)
+        elif source is not None and (source.path / MODEL_FOLDER).is_dir():
+            shutil.copytree(source.path / MODEL_FOLDER, folder / MODEL_FOLDER)
+        files = tuple(_describe(folder, path) for path in sorted(folder.rglob("*")) if path.is_file())
+        for name, text in (report or {}).items():
+            write_atomically(folder / name, text.encode())
+        for name, data in (plots or {}).items():
+            write_atomically(folder / name, data)
+        done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
+        write_atomically(folder / MANIFEST_FILE, done.to_json().encode())
     return RouterArtifact.open(out)
 
 

@@ -1,20 +1,75 @@
-"""meswitch's own scheme with another choice of salient channels, for ablations at equal bytes."""
+"""meswitch's own scheme, with another choice of salient channels for ablations at equal bytes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from meswitch_cli.artifact.shard import delta_tensors
 from meswitch_cli.delta.packing import packed_width
 from meswitch_cli.delta.quantize import dequantize, quantize
-from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, StepRule
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.evaluation.baselines import Approximation
+from meswitch_cli.evaluation.baselines.activations import Activations, ActivationSource
+from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, quantised
 
 Saliency = Literal["error", "random", "magnitude", "activation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeSwitch(Method):
+    """`meswitch`: as `QuantizerSettings`; `activations` says what the input statistics are taken over."""
+
+    bits: int = 2
+    salient: int = 8
+    group: int = 0
+    channel_scale: ChannelScale = "none"
+    steps: StepRule = "unbiased"
+    rank: int = 0
+    saliency: Saliency = "error"
+    activations: ActivationSource = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.saliency == "activation" and self.activations == "none":
+            raise ValueError("saliency=activation needs activations")
+        self.quantizer()
+
+    def quantizer(self) -> QuantizerSettings:
+        """The settings; ValueError where they cannot be."""
+        return QuantizerSettings(
+            bits=self.bits,
+            salient=self.salient,
+            group_size=self.group,
+            channel_scale=self.channel_scale,
+            steps=self.steps,
+            rank=self.rank,
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.steps == "layerwise" or self.activations == "file"
+
+    def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return salient_delta(delta, self.quantizer(), self.saliency, statistics, generator)
+
+    def vocabulary(self, kind: str, delta: torch.Tensor, statistics: Inputs = None) -> Approximation:
+        """As an artifact's; a head has its salient channels too."""
+        if kind != "head":
+            return super().vocabulary(kind, delta, statistics)
+        return quantised(delta, replace(self.quantizer(), bits=self.embedding, rank=0), statistics)
+
+    def statistics(self, activations: Activations) -> Mapping[str, InputStatistics]:
+        by_outputs = self.steps in ("layerwise", "output-unbiased")
+        if not (self.salient or by_outputs):
+            return {}
+        gram = self.steps == "layerwise" or (by_outputs and activations.is_data(self.activations))
+        return activations.statistics(self.activations, gram=gram)
 
 
 def salient_delta(
@@ -33,10 +88,7 @@ def salient_delta(
         ValueError: `activation` without statistics.
     """
     if saliency == "error" or not settings.salient:
-        result = quantize(torch.zeros_like(delta), delta, settings, statistics)
-        if result is None:
-            return Approximation(torch.zeros_like(delta), 0)
-        return Approximation(dequantize(result[0]), sum(item.nbytes for item in delta_tensors("x", result[0]).values()))
+        return quantised(delta, settings, statistics)
     chosen = _score(delta, saliency, statistics, generator).topk(settings.salient).indices.sort().values
     return with_channels(delta, settings, chosen, statistics)
 

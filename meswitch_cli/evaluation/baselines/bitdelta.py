@@ -1,15 +1,66 @@
-"""BitDelta's scale distillation: the one scalar of each mask is trained until the logits match the full expert's."""
+"""BitDelta: one sign mask or several, each with one scale, which may be trained until the logits are the expert's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from meswitch_cli.evaluation.baselines import bitdelta_start
+from meswitch_cli.evaluation.baselines.activations import Activations
+from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, Trained, packed_bytes
+from meswitch_cli.evaluation.model import build_model
+from meswitch_cli.evaluation.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitDelta(Method):
+    """`bitdelta`, its scales trained for `distill` updates."""
+
+    masks: Literal[1, 2, 3, 4] = 1
+    distill: int = 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.distill > 0
+
+    def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:
+        return bitdelta(delta, self.masks)
+
+    def train(self, start: Weights, expert: Weights, base: Weights, activations: Activations) -> Trained:
+        """As `distil_scales`; student and teacher are in memory meanwhile."""
+        if not self.distill:
+            return {}
+        student, teacher = (build_model(weights, torch.device("cpu"), torch.float32) for weights in (start, expert))
+        linears = {}
+        for name, item in start.architecture.parameters.items():
+            if item.kind == "linear":
+                own = base.read(name).float()
+                linears[name] = (own, expert.read(name).float() - own)
+        return distil_scales(student, teacher, linears, self.masks, activations.windows(), ScaleTraining(self.distill))
+
+
+def bitdelta_start(delta: torch.Tensor) -> torch.Tensor:
+    """BitDelta before distillation: the sign of each entry times the matrix's mean magnitude (arXiv 2402.10193, eq. 3).
+
+    `delta` is `[out, in]`; entries that are zero count as negative, as in its packed form.
+    """
+    return signs(delta) * delta.abs().mean()
+
+
+def signs(delta: torch.Tensor) -> torch.Tensor:
+    """1 where an entry is positive, else −1."""
+    return torch.where(delta > 0, 1.0, -1.0)
+
+
+def bitdelta(delta: torch.Tensor, masks: int = 1) -> Approximation:
+    """BitDelta with one sign mask or several, each on what the ones before leave (its fair rival at 2 bits)."""
+    total = torch.zeros_like(delta)
+    for _ in range(masks):
+        total += bitdelta_start(delta - total)
+    return Approximation(total, masks * (packed_bytes(delta.shape, 1) + 2))
 
 
 @dataclass(frozen=True)
