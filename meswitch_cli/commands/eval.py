@@ -89,12 +89,12 @@ def run(
     """
     import torch
 
-    from meswitch_cli.compression.device import choose_device
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.evaluation.job import Request, claim, finish, judge, measure_fidelity, prepare
     from meswitch_cli.evaluation.markdown import markdown
     from meswitch_cli.evaluation.routing import check_router, measure_router
     from meswitch_cli.evaluation.task_job import measure_tasks
+    from meswitch_cli.model.device import choose_device
 
     request = Request(
         base=base,

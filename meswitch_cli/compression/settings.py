@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -100,7 +101,7 @@ class CompressionSettings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def changes_from(self, other: dict[str, Any]) -> list[str]:
+    def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""
         mine = self.to_dict()
         names = [field.name for field in fields(self)]

@@ -130,7 +130,7 @@ class ExpertStatus:
     """A served expert.
 
     Attributes:
-        artifact: SHA-256 of the artifact's manifest, hex.
+        digest: the artifact's: SHA-256 of its manifest, hex.
         nbytes: of the artifact's shards.
         slot: device slot, None unless resident there.
         running, waiting: its requests now.
@@ -138,7 +138,7 @@ class ExpertStatus:
 
     name: str
     path: Path
-    artifact: str
+    digest: str
     nbytes: int
     residency: Residency
     slot: int | None

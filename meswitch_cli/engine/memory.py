@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.checkpoint.architecture import architecture, skeleton
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine.banks import Room
-from meswitch_cli.engine.base_model import BaseModel, gain_weight, model_dtype
+from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import UsageError
+from meswitch_cli.model.architecture import architecture
+from meswitch_cli.model.dtype import model_dtype
+from meswitch_cli.model.skeleton import skeleton
 from meswitch_kernels.packing import group_count, words_per_row
 
 #: What the cache of keys and values takes on a CPU unless told otherwise, or one longest request if that is more.

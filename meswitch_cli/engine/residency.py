@@ -248,33 +248,36 @@ class SlotTable:
 
 
 class HostCopies:
-    """Experts' tensors in host memory, the least recently used given up first. `limit` bytes; None is no limit."""
+    """Experts' tensors in host memory, by their artifact's digest, the least recently used given up first.
+
+    `limit` is in bytes; None is no limit.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._parts: OrderedDict[str, Parts] = OrderedDict()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._parts
 
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(parts) for parts in tuple(self._parts.values()))
 
-    def get(self, name: str) -> Parts | None:
-        if name in self._parts:
-            self._parts.move_to_end(name)
-        return self._parts.get(name)
+    def get(self, digest: str) -> Parts | None:
+        if digest in self._parts:
+            self._parts.move_to_end(digest)
+        return self._parts.get(digest)
 
-    def put(self, name: str, parts: Parts) -> None:
+    def put(self, digest: str, parts: Parts) -> None:
         if self.limit is not None and _nbytes(parts) > self.limit:
             return
-        self._parts[name] = parts
+        self._parts[digest] = parts
         while self.limit is not None and self.nbytes > self.limit:
             self._parts.popitem(last=False)
 
-    def forget(self, name: str) -> None:
-        self._parts.pop(name, None)
+    def forget(self, digest: str) -> None:
+        self._parts.pop(digest, None)
 
 
 def _nbytes(parts: Parts) -> int:

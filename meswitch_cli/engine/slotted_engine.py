@@ -183,7 +183,7 @@ class SlottedEngine(ABC, Generic[Loop]):
                 ExpertStatus(
                     name=name,
                     path=item.model.path,
-                    artifact=item.model.identity,
+                    digest=item.model.digest,
                     nbytes=item.model.nbytes,
                     residency=self._table.residency(item, copies),
                     slot=item.slot,

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.calibration.data import random_window, read_calibration, token_windows
-from meswitch_cli.calibration.stream import stream_statistics
-from meswitch_cli.checkpoint.architecture import Architecture
-from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, make_plan
+from meswitch_cli.calibration.stream import calibration_dtype, stream_statistics
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
@@ -29,10 +27,13 @@ from meswitch_cli.evaluation.baselines import (
     sparse_quantised,
 )
 from meswitch_cli.evaluation.distillation import ScaleTraining, distil_scales
-from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.saliency import salient_delta
 from meswitch_cli.evaluation.subjects import Candidate, Expert
-from meswitch_cli.evaluation.weights import CheckpointWeights, vocabulary_size
+from meswitch_cli.model.architecture import Architecture
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.dtype import stored_dtype
+from meswitch_cli.model.matching import Plan, PlannedTensor, make_plan
+from meswitch_cli.model.weights import CheckpointWeights
 
 Value = int | float | str
 #: Windows and tokens of calibration data that statistics are taken over.
@@ -199,18 +200,16 @@ class Activations:
     def measure(self, source: str, *, gram: bool) -> Mapping[str, InputStatistics]:
         """Run the expert over the file's windows, or over the random tokens that `meswitch compress` would use."""
         weights, random = self.expert.weights, source == "random"
-        stored = next(iter(weights.checkpoint.tensors.values())).dtype
         found: dict[str, InputStatistics] = {}
-        head = stream_statistics(
-            weights.checkpoint,
-            weights.architecture,
-            random_window(vocabulary_size(weights), self.seed) if random else self.windows(),
-            lambda _, layer: found.update(layer),
+        for _, statistics in stream_statistics(
+            weights,
+            random_window(weights.architecture.vocabulary, self.seed) if random else self.windows(),
             gram=gram,
             keep=random,
-            dtype=torch.bfloat16 if random and stored == torch.bfloat16 else None,
-        )
-        return found | head
+            dtype=calibration_dtype(stored_dtype(weights.checkpoint), "cpu", few_tokens=random),
+        ):
+            found |= statistics
+        return found
 
 
 class BaselineWeights:
@@ -272,8 +271,8 @@ class BaselineWeights:
             linears = {}
             for item in self.plan.tensors:
                 if item.kind == "linear":
-                    base = self.base.checkpoint.read(item.base_stored).float()
-                    linears[item.name] = (base, self.expert.weights.checkpoint.read(item.expert_stored).float() - base)
+                    base = item.base.read(self.base.checkpoint).float()
+                    linears[item.name] = (base, item.expert.read(self.expert.weights.checkpoint).float() - base)
             masks, updates = int(self.method.options["masks"]), int(self.method.options["distill"])
             windows = self._activations.windows()
             self._trained = distil_scales(student, teacher, linears, masks, windows, ScaleTraining(updates))
@@ -288,8 +287,8 @@ class BaselineWeights:
         return salient_delta(delta, settings, "error", self._statistics().get(item.name), torch.Generator())
 
     def _made(self, item: PlannedTensor) -> tuple[torch.Tensor, int]:
-        stored = self.expert.weights.checkpoint.read(item.expert_stored)
-        base = self.base.checkpoint.read(item.base_stored)
+        stored = item.expert.read(self.expert.weights.checkpoint)
+        base = item.base.read(self.base.checkpoint)
         kept_whole = item.kind != "linear" and self.method.options["embedding"] == 16
         if item.kind == "dense" or kept_whole:
             same = stored.shape == base.shape and torch.equal(stored.float(), base.float())

@@ -26,9 +26,10 @@ from meswitch_cli.evaluation.fidelity import (
     compare_tokens,
     refuse_non_finite,
 )
-from meswitch_cli.evaluation.model import available_bytes, build_model, resident_bytes
+from meswitch_cli.evaluation.memory import available_bytes, resident_bytes
 from meswitch_cli.evaluation.streaming import streamed_logits
-from meswitch_cli.evaluation.weights import Weights, vocabulary_size
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import Weights
 
 Mode = Literal["resident", "stream"]
 REFERENCE_BUDGET = 4 << 30
@@ -111,7 +112,7 @@ class Reference:
             EvaluationError: the model's logits are not finite, or the items use tokens that it does not have.
         """
         assert self._stored is not None
-        rows = vocabulary_size(weights)
+        rows = weights.architecture.vocabulary
         unknown = sorted({token for item in self.items for token in item.tokens if token >= rows})
         if unknown:
             raise EvaluationError(
@@ -148,7 +149,7 @@ def compare_models(
         EvaluationError: the reference itself cannot be run.
     """
     results: dict[str, list[TokenFidelity] | Failure] = {label: [] for label in others}
-    for chunk in _chunks(items, max(1, budget // (4 * vocabulary_size(reference)))):
+    for chunk in _chunks(items, max(1, budget // (4 * reference.architecture.vocabulary))):
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".reference-") as folder:
             on_pass("reference", len(chunk))
             stored = Reference(reference, chunk, arithmetic, Path(folder))

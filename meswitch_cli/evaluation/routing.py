@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from meswitch_cli.checkpoint.source import resolve
-from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.errors import MeswitchError, RouterError, UsageError
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.job import Evaluation, OnStep
@@ -24,7 +23,8 @@ from meswitch_cli.evaluation.statistics import Array, ratio_of_sums
 from meswitch_cli.evaluation.subjects import BASE, Candidate
 from meswitch_cli.evaluation.task_job import Runs
 from meswitch_cli.evaluation.tasks import wilson
-from meswitch_cli.evaluation.weights import Weights
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.weights import Weights
 from meswitch_cli.router.artifact import RouterArtifact
 from meswitch_cli.router.features import BaseHiddenStates
 from meswitch_cli.router.manifest import MANIFEST_FILE

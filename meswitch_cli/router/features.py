@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.errors import RouterError
+from meswitch_cli.errors import RouterError, reason_of
+from meswitch_cli.model.architecture import decoder_layers
 from meswitch_cli.router.conversation import clip_characters, clip_tokens
 
 #: Tokens of one forward pass, padding included.
@@ -118,14 +119,8 @@ def _load(folder: Path, layers: int, dtype: torch.dtype) -> tuple[Any, nn.Module
                 folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
             )
     except Exception as error:  # transformers raises many kinds for a checkpoint it cannot load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: cannot be loaded for its hidden states: {reason}") from error
-    found = [
-        module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if not found:
-        raise RouterError(f"{folder}: no list of {layers} decoder layers found in {type(model).__name__}")
-    return model.eval(), found[0]
+        raise RouterError(f"{folder}: cannot be loaded for its hidden states: {reason_of(error)}") from error
+    return model.eval(), decoder_layers(model, str(folder))[1]
 
 
 class quiet_transformers:
@@ -145,22 +140,6 @@ class quiet_transformers:
         logging.set_verbosity(self._verbosity)
         if self._bars:
             logging.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A checkpoint's own tokenizer.
-
-    Raises:
-        RouterError: it has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Without a length of its own: prompts are cut here, and it need not warn of them.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=1 << 30)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:

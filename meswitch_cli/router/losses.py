@@ -15,12 +15,12 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.errors import RouterError
+from meswitch_cli.errors import RouterError, reason_of
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.data import Example
 from meswitch_cli.router.features import (
     BATCH_TOKENS,
     batches_by_length,
-    load_tokenizer,
     native_dtype,
     padded,
     quiet_transformers,
@@ -68,15 +68,14 @@ def response_losses(folder: Path, examples: Sequence[Example]) -> torch.Tensor:
     """Mean loss per response token of one model, nats, `[n]`; prompts go through its own chat template."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, RouterError)
     try:
         with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=native_dtype(), local_files_only=True, use_safetensors=True
             ).eval()
     except Exception as error:  # transformers raises many kinds for a checkpoint it cannot load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: the expert cannot be loaded: {reason}") from error
+        raise RouterError(f"{folder}: the expert cannot be loaded: {reason_of(error)}") from error
     encoded = [_encode(tokenizer, example) for example in examples]
     result = torch.empty(len(examples))
     for batch in batches_by_length([len(ids) for ids, _ in encoded], BATCH_TOKENS):

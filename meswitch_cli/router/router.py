@@ -46,7 +46,7 @@ class Router:
     """Decides for prompts and conversations; safe to call from any thread that its hidden states allow.
 
     Attributes:
-        experts: label to SHA-256 of the artifact's manifest, None where it was not known in training.
+        experts: label to the artifact's digest, None where it was not known in training.
         base_fingerprint: of the base whose hidden states it reads; None for the other backends.
         errors: decisions that failed and fell back.
         strict: raise instead of falling back where a decision fails.
@@ -168,7 +168,7 @@ class Router:
         """Check that a server has every expert the router can choose, in the version it was trained for.
 
         Args:
-            served: name to SHA-256 of the artifact's manifest, None where it is not known.
+            served: name to the artifact's digest, None where it is not known.
 
         Raises:
             RouterError: an expert is missing, or its artifact is another one.

@@ -145,14 +145,13 @@ def train_router(
 
 
 def _identity(base: str | None) -> tuple[str, str]:
-    from meswitch_cli.artifact.base import base_fingerprint
-    from meswitch_cli.checkpoint.architecture import architecture
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
+    from meswitch_cli.model.weights import CheckpointWeights
 
     if base is None:
         raise UsageError("--base is needed: the probe reads the base's hidden states")
     checkpoint = Checkpoint.open(base)
-    return checkpoint.source.id, base_fingerprint(checkpoint, architecture(checkpoint.config, base))
+    return checkpoint.source.id, CheckpointWeights(checkpoint).fingerprint
 
 
 def _fit_backend(

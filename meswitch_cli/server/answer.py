@@ -70,7 +70,7 @@ async def answer(
         "object": shape.part_object if stream else shape.whole_object,
         "created": int(time.time()),
         "model": record.expert,
-        "system_fingerprint": system_fingerprint(expert.artifact if expert else None),
+        "system_fingerprint": system_fingerprint(expert.digest if expert else None),
     }
     await generation.submit()
     if stream:

@@ -20,7 +20,7 @@ endpoints = APIRouter()
 def expert_object(expert: ExpertStatus) -> dict[str, Any]:
     """An expert as the API tells of it: no path of this machine, but what identifies its weights."""
     return {
-        "artifact": expert.artifact,
+        "artifact": expert.digest,
         "bytes": expert.nbytes,
         "residency": expert.residency,
         "slot": expert.slot,

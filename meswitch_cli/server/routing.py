@@ -68,8 +68,8 @@ def check_router(router: Router, engine: Engine) -> list[str]:
         )
     return [
         f"expert {name!r} is not the artifact that the router was trained for; routing may be off"
-        for name, artifact in router.experts.items()
-        if artifact and name in served and served[name].artifact != artifact
+        for name, digest in router.experts.items()
+        if digest and name in served and served[name].digest != digest
     ]
 
 

@@ -23,11 +23,12 @@ import zoo
 from benchmarks import router_data
 from benchmarks.machine import describe
 from benchmarks.router_report import write_report
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.artifact import RouterArtifact, write_router
 from meswitch_cli.router.data import Example, gather
 from meswitch_cli.router.editing import add_expert
 from meswitch_cli.router.evaluation import evaluate
-from meswitch_cli.router.features import BaseHiddenStates, load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.features import BaseHiddenStates, native_dtype, quiet_transformers
 from meswitch_cli.router.losses import downstream, expert_losses
 from meswitch_cli.router.training import TrainingSettings, train_router
 

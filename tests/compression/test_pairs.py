@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.plan import make_plan
 from meswitch_cli.compression import pairs
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.pairs import PairReader, expert_first, pair_by_pair
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+from meswitch_cli.model.matching import make_plan
 
 Pair = tuple[Path, Path]
 
@@ -41,8 +41,8 @@ def test_reading_keeps_to_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch)
         for item in items:
             assert len(reader._reading) == 1
             found = reader.pair(item)
-            assert torch.equal(found.base, base.read(item.base_stored))
-            assert torch.equal(found.expert, expert.read(item.expert_stored))
+            assert torch.equal(found.base, base.read(item.base.name))
+            assert torch.equal(found.expert, expert.read(item.expert.name))
 
 
 @pytest.mark.parametrize("end", ["forget", "pair"])

@@ -11,7 +11,7 @@ from meswitch_cli.errors import EvaluationError
 from meswitch_cli.evaluation.fidelity import EncodedItem, TokenFidelity
 from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, _room_for, choose_mode, compare_models
 from meswitch_cli.evaluation.streaming import streamed_logits
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import make_pair
 
 CPU = torch.device("cpu")

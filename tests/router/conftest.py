@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.artifact import RouterArtifact, write_router
 from meswitch_cli.router.data import Example, gather
-from meswitch_cli.router.features import BaseHiddenStates, load_tokenizer
+from meswitch_cli.router.features import BaseHiddenStates
 from meswitch_cli.router.router import Router
 from meswitch_cli.router.training import TrainedRouter, TrainingSettings, train_router
 from zoo.tiny import make_pair

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.errors import CheckpointError, RouterError
-from meswitch_cli.router.features import BaseHiddenStates, batches_by_length, load_tokenizer
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.router.features import BaseHiddenStates, batches_by_length
 from zoo.tiny import make_pair
 
 
@@ -62,7 +63,7 @@ def test_impossible_layers_and_empty_prompts_are_refused(base: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="no such folder"):
         BaseHiddenStates(str(tmp_path / "nothing"), 1)
     with pytest.raises(RouterError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, RouterError)
 
 
 def test_batches_hold_every_index_once_within_the_budget() -> None:

@@ -25,7 +25,7 @@ def test_models_say_what_weights_answer(client: openai.OpenAI, running: Running)
     served = {expert.name: expert for expert in running.service.engine.experts()}
     for name, expert in served.items():
         extra = models[name].model_extra or {}
-        assert (extra["artifact"], extra["bytes"]) == (expert.artifact, expert.nbytes)
+        assert (extra["artifact"], extra["bytes"]) == (expert.digest, expert.nbytes)
         assert (extra["kind"], extra["residency"], extra["slot"]) == ("expert", "device", expert.slot)
     assert client.models.retrieve("red").id == "red"
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.errors import RouterError
+from meswitch_cli.errors import RouterError, reason_of
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.backend import Kind
 from meswitch_cli.router.conversation import clip_characters
 from meswitch_cli.router.features import (
     BATCH_TOKENS,
     batches_by_length,
     encode,
-    load_tokenizer,
     native_dtype,
     padded,
     quiet_transformers,
@@ -54,9 +54,8 @@ class LetterModel:
                     use_safetensors=True,
                 ).eval()
         except Exception as error:  # transformers raises many kinds for a folder it cannot load
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RouterError(f"{folder}: the language model cannot be loaded: {reason}") from error
-        self.tokenizer = load_tokenizer(folder)
+            raise RouterError(f"{folder}: the language model cannot be loaded: {reason_of(error)}") from error
+        self.tokenizer = load_tokenizer(folder, RouterError)
         self.options = options
         self.size = int(self.model.config.get_text_config().hidden_size)
         self.max_tokens = max_tokens

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import RouterError
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.probe import Probe
 from meswitch_cli.router.data import Example
-from meswitch_cli.router.features import BaseHiddenStates, depth, encode, load_tokenizer
+from meswitch_cli.router.features import BaseHiddenStates, depth, encode
 from meswitch_cli.router.head import Scaling, choose_head
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def fit_probe(
     layers = depth(checkpoint)
     tried = [settings.layer] if settings.layer else sorted({max(1, round(layers * share)) for share in DEPTHS})
     hidden_states = BaseHiddenStates(base, max(tried))
-    tokenizer = load_tokenizer(checkpoint.source.path)
+    tokenizer = load_tokenizer(checkpoint.source.path, RouterError)
     texts = {part: [example.text for example in members] for part, members in parts.items()}
     chosen_on = ("train", "validation") if len(tried) > 1 else ()
     total, done = sum(map(len, texts.values())), 0
