@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
 import torch
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.errors import ArtifactError
-from meswitch_cli.model.architecture import Architecture, architecture
+from meswitch_cli.model.architecture import architecture
 from meswitch_cli.model.weights import CheckpointWeights
 
 
-@dataclass(frozen=True)
 class ArtifactWeights:
     """An artifact's expert: base + dequantised delta, fp32. Implements `model.weights.Weights`."""
 
-    artifact: Artifact
-    base: CheckpointWeights
-
-    @property
-    def name(self) -> str:
-        return str(self.artifact.path)
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return self.artifact.config
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        return architecture(self.config, self.name)
+    def __init__(self, artifact: Artifact, base: CheckpointWeights) -> None:
+        self.artifact, self.base = artifact, base
+        self.name, self.config = str(artifact.path), artifact.config
+        self.architecture = architecture(self.config, self.name)
+        self._entries = {entry.name: entry for entry in artifact.manifest.tensors}
 
     def read(self, name: str) -> torch.Tensor:
         name = self.architecture.holder(name).name
-        entry = next((entry for entry in self.artifact.manifest.tensors if entry.name == name), None)
-        if entry is None:
-            if name not in self.artifact.manifest.unchanged:
-                raise ArtifactError(f"{self.artifact.path}: the manifest does not list {name!r}")
-            return self.base.read(name)
-        return self.artifact.expert_tensor(entry, self.base.read(entry.base))
+        if name in self._entries:
+            return self.artifact.expert_tensor(self._entries[name], self.base.read(self._entries[name].base))
+        if name not in self.artifact.manifest.unchanged:
+            raise ArtifactError(f"{self.artifact.path}: the manifest does not list {name!r}")
+        return self.base.read(name)

@@ -86,10 +86,7 @@ class Workspace:
         Raises:
             ArtifactError: this meswitch did not write the file.
         """
-        inputs = self._read(_INPUTS_FILE, lambda value: Inputs(**value))
-        if inputs is not None and not isinstance(inputs.settings, dict):
-            raise self._foreign(_INPUTS_FILE)
-        return inputs
+        return self._read(_INPUTS_FILE, lambda value: Inputs(**value | {"settings": dict(value["settings"])}))
 
     def begin(self, inputs: Inputs) -> None:
         """Forget all earlier work and begin anew."""
@@ -124,13 +121,10 @@ class Workspace:
         try:
             return make(json.loads(path.read_bytes()))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise self._foreign(name) from error
-
-    def _foreign(self, name: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self.state / name}: damaged, or not of this version of meswitch; delete the folder {self.state} and "
-            "run the same command again"
-        )
+            raise ArtifactError(
+                f"{path}: damaged, or not of this version of meswitch; delete the folder {self.state} and run the same "
+                "command again"
+            ) from error
 
     def finish_unit(self, index: int, stage: str, shard: bytes, record: UnitRecord) -> None:
         """Make a unit durable: shard first, record second."""

@@ -17,7 +17,7 @@ from meswitch_cli.model.weights import Weights
 
 #: The statistics of a layer's linears by parameter name.
 LayerStatistics = dict[str, InputStatistics]
-Report = Callable[[tuple[int, LayerStatistics]], None]
+OnStatistics = Callable[[tuple[int, LayerStatistics]], None]
 
 
 class _Collector:
@@ -78,7 +78,7 @@ class _ObservedModel(StreamedModel):
     """Reports the statistics of each layer when it has run and its weights are gone."""
 
     def __init__(
-        self, weights: Weights, device: torch.device, dtype: torch.dtype, gram: bool, keep: bool, report: Report
+        self, weights: Weights, device: torch.device, dtype: torch.dtype, gram: bool, keep: bool, report: OnStatistics
     ) -> None:
         super().__init__(weights, device, dtype)
         self._gram, self._keep, self._report = gram, keep, report
@@ -135,7 +135,7 @@ def stream_statistics(
     """
 
     @torch.no_grad()
-    def run(report: Report) -> None:
+    def run(report: OnStatistics) -> None:
         try:
             model = _ObservedModel(weights, torch.device(device), dtype, gram, keep, report)
         except CheckpointError as error:

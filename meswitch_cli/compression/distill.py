@@ -250,26 +250,22 @@ class _TrainingState:
 
 
 class _QuantisedWeights:
-    """The compressed expert as the quantised units make it, fp32. Implements `model.weights.Weights`."""
+    """The compressed expert as the quantised units make it, fp32. Implements `model.weights.Weights`.
+
+    Attributes:
+        quantised: shard and entry of each tensor that differs from the base's.
+    """
 
     def __init__(self, job: Job, space: Workspace, records: list[UnitRecord]) -> None:
         self.name, self.config = str(job.expert.source.path), job.expert.config
         self.architecture = job.plan.architecture
         self._base, self._planned = job.base, {item.name: item for item in job.plan.tensors}
-        self.entries = {entry.name: entry for record in records for entry in record.tensors}
-        self._shards = {
-            entry.name: shard
-            for record in records
-            for shard in [Shard(space.shard_path(record.shard.name), list(record.tensors))]
-            for entry in record.tensors
-        }
+        shards = [(Shard(space.shard_path(item.shard.name), list(item.tensors)), item.tensors) for item in records]
+        self.quantised = {entry.name: (shard, entry) for shard, entries in shards for entry in entries}
 
     def read(self, name: str) -> torch.Tensor:
         base = self._planned[name].base.read(self._base)
-        return expert_tensor(self._shards[name], self.entries[name], base) if name in self.entries else base
-
-    def delta(self, name: str) -> QuantizedDelta:
-        return self._shards[name].delta(name)
+        return expert_tensor(*self.quantised[name], base) if name in self.quantised else base
 
 
 def _student_model(
@@ -279,13 +275,13 @@ def _student_model(
     weights = _QuantisedWeights(job, space, records)
     model: nn.Module = build_model(weights, device, torch.float32)
     linears: dict[str, DistilledLinear] = {}
-    for name, entry in weights.entries.items():
+    for name, (shard, entry) in weights.quantised.items():
         if entry.kind != "linear" or not entry.bits:
             continue
         path = name.removesuffix(".weight")
         parent, _, leaf = path.rpartition(".")
         plain: Any = model.get_submodule(path)
         weight = weights.architecture.parameters[name].from_stored(plain.weight.detach())
-        linears[name] = DistilledLinear(weight, plain.bias, weights.delta(name))
+        linears[name] = DistilledLinear(weight, plain.bias, shard.delta(name))
         setattr(model.get_submodule(parent), leaf, linears[name])
     return model, linears

@@ -18,14 +18,14 @@ from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.compression.distill import distill
-from meswitch_cli.compression.pairs import ExpertAhead, Half, PairReader, Side, TensorPair, expert_first, pair_by_pair
+from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.errors import ArtifactError, UsageError
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
-from meswitch_cli.model.matching import Plan, make_plan
+from meswitch_cli.model.matching import make_plan
 
 _QUANTISED = "unit"
 _FINAL = "final"
@@ -125,7 +125,7 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
     missing = [index for index in range(len(units)) if index not in records]
     calibrated = bool(missing) and job.settings.calibration is not None
     with (
-        PairReader(job.base, job.expert, _reading_order(job.plan, missing, calibrated)) as reader,
+        PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,
     ):
         for index, statistics in known:
@@ -145,15 +145,6 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
                 reader.forget(units[index])
             del statistics  # a layer's may be larger than its weights, and the next layer is about to run
     return [records[index] for index in range(len(units))]
-
-
-def _reading_order(plan: Plan, missing: list[int], calibrated: bool) -> Iterator[Half]:
-    """The tensors in the order in which `_quantise` asks for them; calibration runs the finished layers as well."""
-    for index, unit in enumerate(plan.units):
-        if calibrated and index < len(plan.units) - 1:
-            yield from expert_first(unit, pairs=index in missing)
-        elif index in missing:
-            yield from pair_by_pair(unit)
 
 
 def _statistics(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,25 +137,18 @@ class ExpertAhead:
         return item.expert.read(self._expert) if item.layer is None else self._reader.expert(item)
 
 
-def pair_by_pair(items: Iterable[PlannedTensor]) -> Iterator[Half]:
-    """The order in which pairs alone are asked for."""
-    for item in items:
-        yield "base", item
-        yield "expert", item
+def reading_order(
+    units: Sequence[Sequence[PlannedTensor]], missing: Sequence[int], *, calibrated: bool
+) -> Iterator[Half]:
+    """The halves of the missing units' pairs, pair by pair.
 
-
-def expert_first(items: Iterable[PlannedTensor], *, pairs: bool) -> Iterator[Half]:
-    """The order of a layer that the expert runs first; its pairs are asked for afterwards, or not at all."""
-    items = list(items)
-    for item in items:
-        yield "expert", item
-    for item in items if pairs else ():
-        yield "base", item
-
-
-def read_pairs(items: Iterable[PlannedTensor], base: Checkpoint, expert: Checkpoint) -> Iterator[TensorPair]:
-    """Yield the items' pairs in order."""
-    items = list(items)
-    with PairReader(base, expert, pair_by_pair(items)) as reader:
-        for item in items:
-            yield reader.pair(item)
+    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not.
+    """
+    for index, unit in enumerate(units):
+        runs = calibrated and index < len(units) - 1
+        for item in unit if runs else ():
+            yield "expert", item
+        for item in unit if index in missing else ():
+            yield "base", item
+            if not runs:
+                yield "expert", item

@@ -98,6 +98,10 @@ class CompressionSettings:
         """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
         return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
 
+    def by_kind(self) -> dict[str, QuantizerSettings]:
+        """Settings by kind of tensor; one of any other kind is stored whole."""
+        return {"linear": self.linears(), "head": self.head(), "embedding": self.embedding()}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

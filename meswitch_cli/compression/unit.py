@@ -21,11 +21,7 @@ from meswitch_cli.model.matching import PlannedTensor
 
 def tensor_settings(planned: PlannedTensor, settings: CompressionSettings) -> QuantizerSettings | None:
     """How a tensor is quantised; None for one that is stored whole."""
-    if planned.kind == "linear":
-        return settings.linears()
-    if planned.kind == "head":
-        return settings.head()
-    return settings.embedding() if planned.kind == "embedding" else None
+    return settings.by_kind().get(planned.kind)
 
 
 def compress_unit(

@@ -49,43 +49,6 @@ def open_base(checkpoint: Checkpoint, vocabulary: int) -> ServedModel:
     )
 
 
-def open_expert(name: str, path: Path, base: Checkpoint, fingerprint: str) -> ServedModel:
-    """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
-
-    Raises:
-        ArtifactError: it is damaged, or was made against another base.
-        EngineError: it computes differently from the base, beside its weights.
-    """
-    artifact = Artifact.open(path)
-    check_base_shapes(artifact.manifest, base)
-    refuse_other_base(artifact.manifest, fingerprint, base.source.path)
-    for _ in artifact.verify():
-        pass
-    config = artifact.config
-    differences = config_differences(base.config, config)
-    if differences:
-        raise EngineError(
-            f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
-            "`meswitch restore` makes a model of its own of it"
-        )
-    tokenizer = load_tokenizer(path, ArtifactError)
-    return ServedModel(
-        name=name,
-        path=path,
-        digest=artifact.digest,
-        tokenizer=tokenizer,
-        vocabulary=expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"]))),
-        end_ids=end_ids(path, tokenizer),
-        artifact=artifact,
-    )
-
-
-def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
-    """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
-    rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
-    return min(rows, default=otherwise)
-
-
 class ExpertOpener:
     """Opens experts of one base, whose tensors it hashes once, and again when their files have changed."""
 
@@ -94,14 +57,46 @@ class ExpertOpener:
         self._fingerprint: tuple[str, str] | None = None
 
     def open(self, name: str, path: Path) -> ServedModel:
-        """As `open_expert`."""
-        return open_expert(name, path, self._base, self._base_fingerprint())
+        """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
+
+        Raises:
+            ArtifactError: it is damaged, or was made against another base.
+            EngineError: it computes differently from the base, beside its weights.
+        """
+        base, artifact = self._base, Artifact.open(path)
+        check_base_shapes(artifact.manifest, base)
+        refuse_other_base(artifact.manifest, self._base_fingerprint(), base.source.path)
+        for _ in artifact.verify():
+            pass
+        config = artifact.config
+        differences = config_differences(base.config, config)
+        if differences:
+            raise EngineError(
+                f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
+                "`meswitch restore` makes a model of its own of it"
+            )
+        tokenizer = load_tokenizer(path, ArtifactError)
+        return ServedModel(
+            name=name,
+            path=path,
+            digest=artifact.digest,
+            tokenizer=tokenizer,
+            vocabulary=expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"]))),
+            end_ids=end_ids(path, tokenizer),
+            artifact=artifact,
+        )
 
     def _base_fingerprint(self) -> str:
         stat = self._base.stat_digest()
         if self._fingerprint is None or self._fingerprint[0] != stat:
             self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
         return self._fingerprint[1]
+
+
+def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
+    """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
+    rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
+    return min(rows, default=otherwise)
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,6 @@ from meswitch_cli.evaluation.baselines import (
 from meswitch_cli.evaluation.distillation import ScaleTraining, distil_scales
 from meswitch_cli.evaluation.saliency import salient_delta
 from meswitch_cli.evaluation.subjects import Candidate, Expert
-from meswitch_cli.model.architecture import Architecture
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.dtype import stored_dtype
 from meswitch_cli.model.matching import Plan, PlannedTensor, make_plan
@@ -218,7 +216,9 @@ class BaselineWeights:
 
     def __init__(self, method: Method, base: CheckpointWeights, expert: Expert, activations: Activations) -> None:
         self.method, self.base, self.expert = method, base, expert
+        self.name, self.config = f"{method.spec} of {expert.label}", expert.weights.config
         self.plan: Plan = make_plan(base.checkpoint, expert.weights.checkpoint)
+        self.architecture = self.plan.architecture
         self._planned = {item.name: item for item in self.plan.tensors}
         self._activations = activations
         self._kept: dict[str, torch.Tensor] = {}
@@ -226,18 +226,6 @@ class BaselineWeights:
         self._trained: dict[str, torch.Tensor] | None = None
         numel = sum(torch.Size(item.shape).numel() for item in self.plan.tensors)
         self._keep = 4 * numel <= KEPT_BYTES
-
-    @property
-    def name(self) -> str:
-        return f"{self.method.spec} of {self.expert.label}"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.expert.weights.config
-
-    @property
-    def architecture(self) -> Architecture:
-        return self.plan.architecture
 
     @property
     def nbytes(self) -> int:

@@ -26,10 +26,9 @@ from meswitch_cli.evaluation.fidelity import (
     compare_tokens,
     refuse_non_finite,
 )
-from meswitch_cli.evaluation.memory import available_bytes, resident_bytes
 from meswitch_cli.evaluation.streaming import streamed_logits
 from meswitch_cli.model.build import build_model
-from meswitch_cli.model.weights import Weights
+from meswitch_cli.model.weights import Weights, parameter_count
 
 Mode = Literal["resident", "stream"]
 REFERENCE_BUDGET = 4 << 30
@@ -55,8 +54,18 @@ class Failure:
 
 def choose_mode(weights: Sequence[Weights], device: torch.device, dtype: torch.dtype) -> Mode:
     """`resident` where the largest model fits into the memory that is free."""
-    largest = max(resident_bytes(item, dtype) for item in weights)
+    largest = max(parameter_count(item) for item in weights) * dtype.itemsize
     return "resident" if largest <= RESIDENT_SHARE * available_bytes(device) else "stream"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device; of a CPU, what the operating system says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62  # an operating system that does not say: the user chooses --mode
 
 
 def logits_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -33,19 +32,12 @@ class Weights(Protocol):
         """A parameter's value, any floating dtype, a linear's as `[out, in]`; of a tied one the tensor it shares."""
 
 
-@dataclass(frozen=True)
 class CheckpointWeights:
     """The weights of an opened checkpoint."""
 
-    checkpoint: Checkpoint
-
-    @property
-    def name(self) -> str:
-        return str(self.checkpoint.source.path)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.checkpoint.config
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.name, self.config, self.nbytes = str(checkpoint.source.path), checkpoint.config, checkpoint.nbytes
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -69,10 +61,6 @@ class CheckpointWeights:
                 digests[name] = tensor_digest(name, tensor)
                 on_tensor(tensor.nbytes)
         return fingerprint(digests)
-
-    @property
-    def nbytes(self) -> int:
-        return self.checkpoint.nbytes
 
     def read(self, name: str) -> torch.Tensor:
         return self.stored[self.architecture.holder(name).name].read(self.checkpoint)

@@ -28,7 +28,7 @@ from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.compression.job import prepare
-from meswitch_cli.compression.pairs import read_pairs
+from meswitch_cli.compression.pairs import PairReader, reading_order
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
@@ -191,7 +191,8 @@ class Bench:
         nbytes = 0
         for index, unit in enumerate(job.plan.units):
             known = statistics.get(index, {})
-            pairs = list(read_pairs(unit, job.base, job.expert))
+            with PairReader(job.base, job.expert, reading_order([unit], [0], calibrated=False)) as reader:
+                pairs = [reader.pair(item) for item in unit]
             data, record = compress_unit(iter(pairs), "shard", job.settings, known, "cpu")
             path = self.scratch / "shard"
             path.write_bytes(data)
