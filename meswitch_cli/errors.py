@@ -1,6 +1,11 @@
 """The errors meswitch raises: every mistake a user can make ends in one of these, never in a traceback."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, or the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class MeswitchError(Exception):
     """The work cannot go on; the message says what is wrong, where, and what to do next. Exit status 1."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +21,23 @@ from meswitch_cli.artifact.manifest import (
     parse_manifest,
 )
 from meswitch_cli.artifact.shard import Shard
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE
+from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.errors import ArtifactError
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose manifest has been checked. Shards are opened, and their headers checked, when first used."""
+    """An artifact whose manifest has been checked. Shards are opened, and their headers checked, when first used.
+
+    Attributes:
+        digest: SHA-256 of the manifest's file, hex. The manifest has the hashes of all others, so it stands for them.
+    """
 
     path: Path
     manifest: Manifest
+    digest: str
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
@@ -46,10 +55,19 @@ class Artifact:
             raise ArtifactError(f"{path}: not an artifact: it has no {MANIFEST_FILE}") from error
         except OSError as error:
             raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-        return cls(path, parse_manifest(raw, str(file)))
+        return cls(path, parse_manifest(raw, str(file)), hashlib.sha256(raw).hexdigest())
 
     def __hash__(self) -> int:
         return hash(self.path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The expert's config.json.
+
+        Raises:
+            CheckpointError: it is missing, or not JSON.
+        """
+        return read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
 
     def entries_of(self, shard: str) -> list[TensorEntry]:
         return [entry for entry in self.manifest.tensors if entry.shard == shard]

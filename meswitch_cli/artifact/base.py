@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.checkpoint.architecture import Architecture, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.errors import ArtifactError
+from meswitch_cli.model.architecture import architecture
 
 
-def check_base_shapes(manifest: Manifest, base: Checkpoint) -> Architecture:
+def check_base_shapes(manifest: Manifest, base: Checkpoint) -> None:
     """Refuse, on metadata alone, a base that cannot be the artifact's.
 
     Raises:
@@ -30,21 +27,6 @@ def check_base_shapes(manifest: Manifest, base: Checkpoint) -> Architecture:
                 f"wrong base: the artifact was made against {manifest.base.id}, whose {entry.base!r} is "
                 f"{list(entry.base_shape)}; {base.source.path} has {list(shape) if shape else 'no such tensor'}"
             )
-    return model
-
-
-def base_fingerprint(
-    base: Checkpoint, model: Architecture, on_tensor: Callable[[int], None] = lambda nbytes: None
-) -> str:
-    """Read and hash every tensor of a base; `on_tensor` hears the bytes of each."""
-    digests: dict[str, str] = {}
-    for name, stored in model.stored_names(base).items():
-        if model.parameters[name].tied_to:
-            continue
-        tensor = base.read(stored)
-        digests[name] = tensor_digest(name, tensor)
-        on_tensor(tensor.nbytes)
-    return fingerprint(digests)
 
 
 def refuse_other_base(manifest: Manifest, found: str, path: object) -> None:

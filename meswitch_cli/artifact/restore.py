@@ -14,10 +14,11 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.disk import refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
-from meswitch_cli.checkpoint.architecture import architecture
-from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
+from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.errors import ArtifactError
+from meswitch_cli.model.architecture import architecture
+from meswitch_cli.model.dtype import DTYPES, dtype_name
 
 #: A shard is held in memory while it fills.
 MAX_SHARD_BYTES = 1 << 30
@@ -62,7 +63,7 @@ def _write_weights(
     on_tensor: Callable[[int], None],
 ) -> str:
     """Write the shards and the index; return the fingerprint of the base that was read."""
-    target = dtype or getattr(torch, artifact.manifest.dtype)
+    target = dtype or DTYPES[artifact.manifest.dtype]
     digests: dict[str, str] = {}
     files: list[tuple[Path, list[str], int]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -93,10 +94,9 @@ def _write_weights(
 def _expert_tensors(
     artifact: Artifact, base: Checkpoint, digests: dict[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the expert's tensors, base tensor by base tensor, noting the base's digests on the way."""
+    """Yield the expert's tensors as they are stored, base tensor by base tensor, noting the base's digests."""
     base_model = architecture(base.config, str(base.source.path))
-    config = read_json(artifact.path / CONFIG_FILE, "an artifact carries the expert's config.json")
-    expert_model = architecture(config, str(artifact.path))
+    expert_model = architecture(artifact.config, str(artifact.path))
     entries = {entry.name: entry for entry in artifact.manifest.tensors}
     unchanged = set(artifact.manifest.unchanged)
     by_base: dict[str, list[str]] = {}
@@ -105,14 +105,15 @@ def _expert_tensors(
             continue  # the loader ties it again
         if name not in entries and name not in unchanged:
             raise ArtifactError(f"{artifact.path}: the manifest does not list {name!r}")
-        by_base.setdefault(base_model.parameters[name].tied_to or name, []).append(name)
-    for base_name, stored in base_model.stored_names(base).items():
-        if base_model.parameters[base_name].tied_to:
+        by_base.setdefault(base_model.holder(name).name, []).append(name)
+    for base_name, storage in base_model.stored(base).items():
+        if storage.parameter.tied_to:
             continue
-        tensor = base.read(stored)
+        tensor = storage.read(base)
         digests[base_name] = tensor_digest(base_name, tensor)
         for name in by_base.get(base_name, []):
-            yield name, artifact.expert_tensor(entries[name], tensor) if name in entries else tensor
+            value = artifact.expert_tensor(entries[name], tensor) if name in entries else tensor
+            yield name, expert_model.parameters[name].to_stored(value)
 
 
 def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:
@@ -136,5 +137,5 @@ def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | Non
         if file.name == CONFIG_FILE and dtype is not None:
             config = json.loads(data)
             config.pop("torch_dtype", None)
-            data = (json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n").encode()
+            data = (json.dumps(config | {"dtype": dtype_name(dtype)}, indent=2) + "\n").encode()
         write_atomically(folder / file.name, data)

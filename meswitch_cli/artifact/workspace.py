@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from meswitch_cli.artifact.disk import (
     disk_errors,
@@ -27,7 +27,24 @@ from meswitch_cli.artifact.disk import (
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
-_IDENTITY_FILE = "identity.json"
+_INPUTS_FILE = "identity.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an artifact is made from; work goes on only with the same.
+
+    Attributes:
+        version: of meswitch.
+        settings: of the compression.
+        base_files, expert_files: digests of the weight files' sizes and times.
+    """
+
+    version: str
+    settings: Mapping[str, Any]
+    base_files: str
+    expert_files: str
 
 
 @dataclass(frozen=True)
@@ -44,18 +61,18 @@ class UnitRecord:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, raw: bytes) -> UnitRecord:
-        value = json.loads(raw)
+    def from_value(cls, value: Mapping[str, Any]) -> UnitRecord:
+        """The record that `to_json` wrote, from its JSON value."""
         tensors = [
             TensorEntry(**item | {"shape": tuple(item["shape"]), "base_shape": tuple(item["base_shape"])})
             for item in value["tensors"]
         ]
         return cls(
-            FileEntry(**value["shard"]),
-            tuple(tensors),
-            tuple(value["unchanged"]),
-            value["base_digests"],
-            value["expert_digests"],
+            shard=FileEntry(**value["shard"]),
+            tensors=tuple(tensors),
+            unchanged=tuple(value["unchanged"]),
+            base_digests=dict(value["base_digests"]),
+            expert_digests=dict(value["expert_digests"]),
         )
 
 
@@ -68,33 +85,51 @@ class Workspace:
     def __init__(self, out: Path, state: Path) -> None:
         self.out, self.state, self.artifact = out, state, state / "artifact"
 
-    def identity(self) -> dict[str, Any] | None:
-        """What earlier work here was made from, None where there is none."""
-        path = self.state / _IDENTITY_FILE
-        return json.loads(path.read_bytes()) if path.exists() else None
+    def inputs(self) -> Inputs | None:
+        """What earlier work here was made from, None where there is none.
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
+        Raises:
+            ArtifactError: this meswitch did not write the file.
+        """
+        return self._read(_INPUTS_FILE, lambda value: Inputs(**value | {"settings": dict(value["settings"])}))
+
+    def begin(self, inputs: Inputs) -> None:
         """Forget all earlier work and begin anew."""
         empty_folder(self.state)
-        self.set_identity(identity)
+        self.set_inputs(inputs)
 
-    def set_identity(self, identity: Mapping[str, Any]) -> None:
+    def set_inputs(self, inputs: Inputs) -> None:
         with disk_errors(self.artifact):
             self.artifact.mkdir(exist_ok=True)
-        write_atomically(self.state / _IDENTITY_FILE, json.dumps(identity).encode())
+        write_atomically(self.state / _INPUTS_FILE, json.dumps(dataclasses.asdict(inputs)).encode())
 
     def shard_path(self, name: str) -> Path:
         """Where a shard lies: among the artifact's files if it is one of them."""
         return (self.artifact if name.startswith("delta-") else self.state) / name
 
     def record(self, index: int, stage: str) -> UnitRecord | None:
-        """The record of a finished unit whose shard is there in full, else None."""
-        path = self.state / f"{stage}-{index:05d}.json"
-        if not path.exists():
+        """The record of a finished unit whose shard is there in full, else None.
+
+        Raises:
+            ArtifactError: this meswitch did not write the record.
+        """
+        record = self._read(f"{stage}-{index:05d}.json", UnitRecord.from_value)
+        if record is None:
             return None
-        record = UnitRecord.from_json(path.read_bytes())
         shard = self.shard_path(record.shard.name)
         return record if shard.exists() and shard.stat().st_size == record.shard.nbytes else None
+
+    def _read(self, name: str, make: Callable[[Any], T]) -> T | None:
+        path = self.state / name
+        if not path.exists():
+            return None
+        try:
+            return make(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ArtifactError(
+                f"{path}: damaged, or not of this version of meswitch; delete the folder {self.state} and run the same "
+                "command again"
+            ) from error
 
     def finish_unit(self, index: int, stage: str, shard: bytes, record: UnitRecord) -> None:
         """Make a unit durable: shard first, record second."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from meswitch_cli.errors import CheckpointError
+from meswitch_cli.errors import CheckpointError, reason_of
 
 #: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -53,9 +53,8 @@ def _download(name: str, files: list[str]) -> Source:
     try:
         path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name}: no such folder here, and the Hub does not give it: {detail}. "
+            f"{name}: no such folder here, and the Hub does not give it: {reason_of(error)}. "
             "Check the name; a private repository needs `hf auth login`."
         ) from error
     return Source(path, repository, path.name)

@@ -74,7 +74,6 @@ def run(
     from meswitch_cli.calibration.data import read_calibration
     from meswitch_cli.commands import report
     from meswitch_cli.commands.progress import work_progress
-    from meswitch_cli.compression.device import choose_device
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import (
         DEFAULT_STEPS,
@@ -84,6 +83,7 @@ def run(
         default_rank,
     )
     from meswitch_cli.errors import Interrupted
+    from meswitch_cli.model.device import choose_device
 
     chosen = choose_device(device)
     data = None if calibration in (RANDOM, "none") else read_calibration(Path(calibration))

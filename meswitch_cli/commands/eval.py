@@ -88,9 +88,9 @@ def run(
     """
     import torch
 
-    from meswitch_cli.compression.device import choose_device
     from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown
+    from meswitch_cli.model.device import choose_device
 
     request = Request(
         base=base,

@@ -49,7 +49,7 @@ def run(
     )
     plan = plan_memory(
         Checkpoint.describe(base),
-        settings,
+        settings.by_kind(),
         device_nbytes=parse_bytes(device_memory),
         experts=experts,
         slots=slots,

@@ -13,7 +13,7 @@ from rich.table import Table
 from meswitch_cli.artifact.manifest import Manifest, TensorEntry
 
 if TYPE_CHECKING:
-    from meswitch_cli.compression.job import Job
+    from meswitch_cli.compression.plan import Job
 
 WORST_LAYERS = 5
 

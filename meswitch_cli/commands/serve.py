@@ -68,7 +68,7 @@ def run(
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="How long running requests may take after a first SIGTERM.")
     ] = 60,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the base's weights; auto: its own.")
     ] = "auto",

@@ -16,22 +16,25 @@ def run(
 ) -> None:
     """Reads every byte once. Exit status 0 only if everything is as the manifest says."""
     from meswitch_cli.artifact.artifact import Artifact
-    from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
+    from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands.progress import byte_progress
+    from meswitch_cli.model.weights import CheckpointWeights
 
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     opened_base = Checkpoint.open(base) if base else None
-    model = check_base_shapes(manifest, opened_base) if opened_base else None
+    if opened_base:
+        check_base_shapes(manifest, opened_base)
     total = manifest.nbytes + (opened_base.nbytes if opened_base else 0)
     with byte_progress("verify", total) as advance:
         files = 0
         for file in opened.verify():
             files += 1
             advance(file.nbytes)
-        if opened_base and model:
-            refuse_other_base(manifest, base_fingerprint(opened_base, model, advance), opened_base.source.path)
+        if opened_base:
+            found = CheckpointWeights(opened_base).take_fingerprint(advance)
+            refuse_other_base(manifest, found, opened_base.source.path)
     result = {
         "artifact": str(artifact),
         "files": files,

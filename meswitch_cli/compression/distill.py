@@ -9,28 +9,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
 
+from meswitch_cli.artifact.artifact import expert_tensor
 from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.artifact.manifest import TensorEntry, shard_name
 from meswitch_cli.artifact.shard import Shard, delta_tensors
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace
-from meswitch_cli.calibration.stream import materialise_buffers, set_parameter
-from meswitch_cli.checkpoint.architecture import skeleton
 from meswitch_cli.checkpoint.tensorfile import read_header, read_tensor
+from meswitch_cli.compression.plan import Job, OnProgress
 from meswitch_cli.compression.unit import shard_file
+from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.delta.codes import grouped, multiples_of
 from meswitch_cli.delta.packing import unpack
 from meswitch_cli.delta.quantize import QuantizedDelta, dequantize
-
-if TYPE_CHECKING:
-    from meswitch_cli.compression.job import Job, OnProgress
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import CheckpointWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _final_unit(
             delta = with_steps(shard.delta(entry.name), trained[entry.name])
             tensors |= delta_tensors(entry.name, delta)
             item = planned[entry.name]
-            exact = job.expert.read(item.expert_stored).float() - job.base.read(item.base_stored).float()
+            exact = item.expert.read(job.expert).float() - item.base.read(job.base).float()
             error = float((exact - dequantize(delta)).double().square().sum())
             changes |= {"weight_error": error / float(entry.delta_energy or 1.0), "output_error": None}
         entries.append(dataclasses.replace(entry, **changes))
@@ -167,9 +166,7 @@ def _trained_steps(
     on_progress: OnProgress,
     settings: DistillSettings,
 ) -> dict[str, torch.Tensor]:
-    from meswitch_cli.compression.job import calibration_windows
-
-    teacher = _expert_model(job, device)
+    teacher = build_model(CheckpointWeights(job.expert), device, torch.float32)
     student, linears = _student_model(job, space, records, device)
     windows = calibration_windows(job)
     per_batch = max(1, settings.batch_tokens // windows.shape[1])
@@ -252,50 +249,39 @@ class _TrainingState:
         return update
 
 
-def _expert_model(job: Job, device: torch.device) -> nn.Module:
-    names = job.plan.architecture.stored_names(job.expert)
-    return _assemble(job, device, lambda name: job.expert.read(names[name]).float())
+class _QuantisedWeights:
+    """The compressed expert as the quantised units make it, fp32. Implements `model.weights.Weights`.
+
+    Attributes:
+        quantised: shard and entry of each tensor that differs from the base's.
+    """
+
+    def __init__(self, job: Job, space: Workspace, records: list[UnitRecord]) -> None:
+        self.name, self.config = str(job.expert.source.path), job.expert.config
+        self.architecture = job.plan.architecture
+        self._base, self._planned = job.base, {item.name: item for item in job.plan.tensors}
+        shards = [(Shard(space.shard_path(item.shard.name), list(item.tensors)), item.tensors) for item in records]
+        self.quantised = {entry.name: (shard, entry) for shard, entries in shards for entry in entries}
+
+    def read(self, name: str) -> torch.Tensor:
+        base = self._planned[name].base.read(self._base)
+        return expert_tensor(*self.quantised[name], base) if name in self.quantised else base
 
 
 def _student_model(
     job: Job, space: Workspace, records: list[UnitRecord], device: torch.device
 ) -> tuple[nn.Module, dict[str, DistilledLinear]]:
     """The compressed expert as a model whose quantised linears have trainable steps."""
-    from meswitch_cli.artifact.artifact import expert_tensor
-
-    where = {entry.name: (record, entry) for record in records for entry in record.tensors}
-    planned = {item.name: item for item in job.plan.tensors}
-
-    def weight(name: str) -> torch.Tensor:
-        base = job.base.read(planned[name].base_stored)
-        if name not in where:
-            return base.float()
-        record, entry = where[name]
-        return expert_tensor(Shard(space.shard_path(record.shard.name), list(record.tensors)), entry, base)
-
-    model = _assemble(job, device, weight)
+    weights = _QuantisedWeights(job, space, records)
+    model: nn.Module = build_model(weights, device, torch.float32)
     linears: dict[str, DistilledLinear] = {}
-    for name, (record, entry) in where.items():
+    for name, (shard, entry) in weights.quantised.items():
         if entry.kind != "linear" or not entry.bits:
             continue
         path = name.removesuffix(".weight")
         parent, _, leaf = path.rpartition(".")
-        plain = model.get_submodule(path)
-        assert isinstance(plain, nn.Linear)
-        delta = Shard(space.shard_path(record.shard.name), list(record.tensors)).delta(name)
-        linears[name] = DistilledLinear(plain.weight.detach(), plain.bias, delta)
+        plain: Any = model.get_submodule(path)
+        weight = weights.architecture.parameters[name].from_stored(plain.weight.detach())
+        linears[name] = DistilledLinear(weight, plain.bias, shard.delta(name))
         setattr(model.get_submodule(parent), leaf, linears[name])
     return model, linears
-
-
-def _assemble(job: Job, device: torch.device, weight: Callable[[str], torch.Tensor]) -> nn.Module:
-    """The expert's architecture in fp32 with the weights that `weight` gives by name."""
-    model: Any = skeleton(job.expert.config, str(job.expert.source.path))
-    materialise_buffers(model, device)
-    for name, item in job.plan.architecture.parameters.items():
-        if item.tied_to:
-            continue
-        set_parameter(model, name, weight(name).to(device))
-    model.tie_weights()
-    evaluated: nn.Module = model.eval()
-    return evaluated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,16 @@ import torch
 from meswitch_cli.checkpoint.buffers import BufferPool
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import tensor_digest
-from meswitch_cli.checkpoint.plan import PlannedTensor
+from meswitch_cli.model.architecture import Storage
+from meswitch_cli.model.matching import Plan, PlannedTensor
 
 #: Bytes of tensors read that nobody has asked for yet; one more tensor than this may be in memory. An expert's layer of
 #: a 7-billion-parameter model fits, so that a calibration forward finds the next one there.
 READ_AHEAD_BYTES = 512 << 20
 
 Side = Literal["base", "expert"]
-#: A tensor of the base or of the expert.
-Source = tuple[Side, PlannedTensor]
+#: One half of a pair: a tensor of the base or of the expert.
+Half = tuple[Side, PlannedTensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PairReader:
     that the pairs hold later.
     """
 
-    def __init__(self, base: Checkpoint, expert: Checkpoint, order: Iterable[Source]) -> None:
+    def __init__(self, base: Checkpoint, expert: Checkpoint, order: Iterable[Half]) -> None:
         """Begin to read; use as a context manager, which ends the threads."""
         self._checkpoints: dict[Side, Checkpoint] = {"base": base, "expert": expert}
         self._waiting = deque(order)
@@ -86,7 +87,13 @@ class PairReader:
         held = self._held.pop(item.name) if item.name in self._held else self._take("expert", item)
         expert, expert_digest = held
         return TensorPair(
-            item, self._path("base", item), self._path("expert", item), base, expert, base_digest, expert_digest
+            planned=item,
+            base_file=item.base.info(self._checkpoints["base"]).path,
+            expert_file=item.expert.info(self._checkpoints["expert"]).path,
+            base=base,
+            expert=expert,
+            base_digest=base_digest,
+            expert_digest=expert_digest,
         )
 
     def _take(self, side: Side, item: PlannedTensor) -> _Read:
@@ -102,31 +109,46 @@ class PairReader:
             self._ahead += self._nbytes(side, item)
 
     def _read(self, side: Side, item: PlannedTensor) -> _Read:
-        tensor = self._checkpoints[side].read(_stored(side, item), self._buffers.empty)
-        return tensor, tensor_digest(item.base_name if side == "base" else item.expert_name, tensor)
+        storage = _half(side, item)
+        tensor = storage.read(self._checkpoints[side], self._buffers.empty)
+        return tensor, tensor_digest(storage.parameter.name, tensor)
 
     def _nbytes(self, side: Side, item: PlannedTensor) -> int:
-        return self._checkpoints[side].tensors[_stored(side, item)].nbytes
-
-    def _path(self, side: Side, item: PlannedTensor) -> Path:
-        return self._checkpoints[side].tensors[_stored(side, item)].path
+        return _half(side, item).info(self._checkpoints[side]).nbytes
 
 
-def _stored(side: Side, item: PlannedTensor) -> str:
-    return item.base_stored if side == "base" else item.expert_stored
+def _half(side: Side, item: PlannedTensor) -> Storage:
+    return item.base if side == "base" else item.expert
 
 
-def pair_by_pair(items: Iterable[PlannedTensor]) -> Iterator[Source]:
-    """The order in which pairs alone are asked for."""
-    for item in items:
-        yield "base", item
-        yield "expert", item
+class ExpertAhead:
+    """The expert's weights for a calibration forward: its layers' are the reader's, the very tensors of the pairs.
+
+    Implements `model.weights.Weights`.
+    """
+
+    def __init__(self, expert: Checkpoint, plan: Plan, reader: PairReader) -> None:
+        self.name, self.config, self.architecture = str(expert.source.path), expert.config, plan.architecture
+        self._expert, self._reader = expert, reader
+        self._planned = {item.name: item for item in plan.tensors}
+
+    def read(self, name: str) -> torch.Tensor:
+        item = self._planned[self.architecture.holder(name).name]
+        return item.expert.read(self._expert) if item.layer is None else self._reader.expert(item)
 
 
-def expert_first(items: Iterable[PlannedTensor], *, pairs: bool) -> Iterator[Source]:
-    """The order of a layer that the expert runs first; its pairs are asked for afterwards, or not at all."""
-    items = list(items)
-    for item in items:
-        yield "expert", item
-    for item in items if pairs else ():
-        yield "base", item
+def reading_order(
+    units: Sequence[Sequence[PlannedTensor]], missing: Sequence[int], *, calibrated: bool
+) -> Iterator[Half]:
+    """The halves of the missing units' pairs, pair by pair.
+
+    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not.
+    """
+    for index, unit in enumerate(units):
+        runs = calibrated and index < len(units) - 1
+        for item in unit if runs else ():
+            yield "expert", item
+        for item in unit if index in missing else ():
+            yield "base", item
+            if not runs:
+                yield "expert", item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -97,10 +98,14 @@ class CompressionSettings:
         """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
         return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
 
+    def by_kind(self) -> dict[str, QuantizerSettings]:
+        """Settings by kind of tensor; one of any other kind is stored whole."""
+        return {"linear": self.linears(), "head": self.head(), "embedding": self.embedding()}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def changes_from(self, other: dict[str, Any]) -> list[str]:
+    def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""
         mine = self.to_dict()
         names = [field.name for field in fields(self)]

@@ -9,7 +9,7 @@ from meswitch_cli.artifact.shard import LOW_RANK_PARTS
 from meswitch_cli.compression.unit import planned_entry, tensor_settings
 
 if TYPE_CHECKING:
-    from meswitch_cli.compression.job import Job
+    from meswitch_cli.compression.plan import Job
 
 _ITEM_BYTES = {"codes": 4, "steps": 4, "salient_index": 4, "salient_value": 2, "channel_scale": 2} | dict.fromkeys(
     LOW_RANK_PARTS, 4
@@ -21,7 +21,7 @@ def expected_bytes(job: Job) -> int:
     total = 0
     for item in job.plan.tensors:
         settings = tensor_settings(item, job.settings)
-        itemsize = job.expert.tensors[item.expert_stored].dtype.itemsize
+        itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
             total += math.prod(item.shape) * itemsize
             continue

@@ -10,22 +10,18 @@ import torch
 from meswitch_cli.artifact.manifest import FileEntry, TensorEntry
 from meswitch_cli.artifact.shard import delta_tensors, encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
-from meswitch_cli.checkpoint.plan import PlannedTensor
 from meswitch_cli.compression.pairs import TensorPair
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import CheckpointError
+from meswitch_cli.model.matching import PlannedTensor
 
 
 def tensor_settings(planned: PlannedTensor, settings: CompressionSettings) -> QuantizerSettings | None:
     """How a tensor is quantised; None for one that is stored whole."""
-    if planned.kind == "linear":
-        return settings.linears()
-    if planned.kind == "head":
-        return settings.head()
-    return settings.embedding() if planned.kind == "embedding" else None
+    return settings.by_kind().get(planned.kind)
 
 
 def compress_unit(
@@ -46,8 +42,8 @@ def compress_unit(
     base_digests: dict[str, str] = {}
     expert_digests: dict[str, str] = {}
     for pair in pairs:
-        base_digests[pair.planned.base_name] = pair.base_digest
-        expert_digests[pair.planned.expert_name] = pair.expert_digest
+        base_digests[pair.planned.base.parameter.name] = pair.base_digest
+        expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
         entry, tensors = _compress_tensor(pair, shard, settings, statistics, device)
         if entry is None:
             unchanged.append(pair.planned.name)
@@ -131,7 +127,7 @@ def planned_entry(
         name=planned.name,
         kind=planned.kind,
         shape=planned.shape,
-        base=planned.base_name,
+        base=planned.base.parameter.name,
         base_shape=planned.base_shape,
         layer=planned.layer,
         shard=shard,
@@ -150,8 +146,8 @@ def planned_entry(
 
 def _refuse_non_finite(pair: TensorPair) -> None:
     for tensor, file, name in (
-        (pair.base, pair.base_file, pair.planned.base_stored),
-        (pair.expert, pair.expert_file, pair.planned.expert_stored),
+        (pair.base, pair.base_file, pair.planned.base.name),
+        (pair.expert, pair.expert_file, pair.planned.expert.name),
     ):
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")

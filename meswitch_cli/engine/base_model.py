@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from meswitch_cli.checkpoint.architecture import Architecture, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.attention import register
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
-from meswitch_cli.engine.settings import DTYPES, EngineSettings
-from meswitch_cli.errors import UsageError
+from meswitch_cli.engine.settings import EngineSettings
+from meswitch_cli.errors import reason_of
+from meswitch_cli.model.architecture import Architecture, architecture
+from meswitch_cli.model.dtype import model_dtype
 
 #: What the families call the epsilon of a norm.
 EPSILONS = ("variance_epsilon", "eps")
@@ -57,25 +58,6 @@ class BaseModel:
         return self.model.get_submodule(name)
 
 
-def model_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
-    """The type asked for; `auto` is what most of the checkpoint's weights are stored in, or its config says.
-
-    Raises:
-        UsageError: `auto`, but there are no weights and the config does not say.
-    """
-    if asked != "auto":
-        return DTYPES[asked]
-    if not checkpoint.tensors:
-        told = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))).removeprefix("torch.")
-        if told not in DTYPES:
-            raise UsageError(f"{checkpoint.source.path}: has no weights and no dtype in its config.json: give --dtype")
-        return DTYPES[told]
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def served_dtype(checkpoint: Checkpoint, settings: EngineSettings) -> torch.dtype:
     """As `model_dtype`, and float32 for a float16 checkpoint on a CPU, whose kernels know no float16."""
     dtype = model_dtype(checkpoint, settings.dtype)
@@ -93,7 +75,7 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     from transformers import AutoModelForCausalLM
 
     described = architecture(checkpoint.config, str(checkpoint.source.path))
-    described.stored_names(checkpoint)  # a missing weight would be initialised at random
+    described.stored(checkpoint)  # a missing weight would be initialised at random
     try:
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,8 +87,7 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
                 attn_implementation=register() if device.type == "cpu" else "sdpa",
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason}") from error
+        raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason_of(error)}") from error
     model.eval().requires_grad_(False)
     return replace_layers(model, described, str(checkpoint.source.path))
 

@@ -206,7 +206,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
 
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
-        self.cache.admit(generation.id, generation.model.identity)
+        self.cache.admit(generation.id, generation.model.digest)
         self.scheduler.add_waiting_request(GenerationState.of(generation, list(generation.request.prompt_tokens)))
 
     def cancel(self, request_id: str) -> None:

@@ -129,7 +129,7 @@ class ExpertStatus:
     """A served expert.
 
     Attributes:
-        digest: SHA-256 of the artifact's manifest, hex.
+        digest: the artifact's: SHA-256 of its manifest, hex.
         nbytes: of the artifact's shards.
         slot: device slot, None unless resident there.
         running, waiting: its requests now.

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
-from meswitch_cli.artifact.manifest import MANIFEST_FILE, Manifest
+from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
 from meswitch_cli.errors import ArtifactError
-
-#: Config entries that do not change what the layers compute.
-_HARMLESS = (
-    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "hidden_dropout",
-    "attention_probs_dropout_prob", "id2label", "initializer_range", "label2id", "max_position_embeddings",
-    "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "sep_token_id", "task_specific_params",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
-)  # fmt: skip
+from meswitch_cli.model.config import config_differences
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.weights import CheckpointWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +23,14 @@ class ServedModel:
     """The base, or an expert of it.
 
     Attributes:
-        identity: SHA-256 of the artifact's manifest, hex, and empty for the base; the cache's keys begin with it.
+        digest: the artifact's, and empty for the base; the cache's keys begin with it.
         vocabulary: rows of its own embedding; no later token is ever chosen.
         end_ids: tokens that end a text.
     """
 
     name: str
     path: Path
-    identity: str
+    digest: str
     tokenizer: Tokenizer
     vocabulary: int
     end_ids: frozenset[int]
@@ -53,38 +44,9 @@ class ServedModel:
 def open_base(checkpoint: Checkpoint, vocabulary: int) -> ServedModel:
     path = checkpoint.source.path
     tokenizer = load_tokenizer(path)
-    return ServedModel(BASE, path, "", tokenizer, vocabulary, end_ids(path, tokenizer))
-
-
-def open_expert(name: str, path: Path, base: Checkpoint, fingerprint: str) -> ServedModel:
-    """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
-
-    Raises:
-        ArtifactError: it is damaged, or was made against another base.
-        EngineError: it computes differently from the base, beside its weights.
-    """
-    artifact = Artifact.open(path)
-    check_base_shapes(artifact.manifest, base)
-    refuse_other_base(artifact.manifest, fingerprint, base.source.path)
-    for _ in artifact.verify():
-        pass
-    config = read_json(path / CONFIG_FILE, "an artifact carries the expert's config.json")
-    differences = computing_differences(base.config, config)
-    if differences:
-        raise EngineError(
-            f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
-            "`meswitch restore` makes a model of its own of it"
-        )
-    tokenizer = load_tokenizer(path)
-    vocabulary = expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"])))
-    identity = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
-    return ServedModel(name, path, identity, tokenizer, vocabulary, end_ids(path, tokenizer), artifact)
-
-
-def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
-    """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
-    rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
-    return min(rows, default=otherwise)
+    return ServedModel(
+        name=BASE, path=path, digest="", tokenizer=tokenizer, vocabulary=vocabulary, end_ids=end_ids(path, tokenizer)
+    )
 
 
 class ExpertOpener:
@@ -95,38 +57,46 @@ class ExpertOpener:
         self._fingerprint: tuple[str, str] | None = None
 
     def open(self, name: str, path: Path) -> ServedModel:
-        """As `open_expert`."""
-        return open_expert(name, path, self._base, self._base_fingerprint())
+        """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
+
+        Raises:
+            ArtifactError: it is damaged, or was made against another base.
+            EngineError: it computes differently from the base, beside its weights.
+        """
+        base, artifact = self._base, Artifact.open(path)
+        check_base_shapes(artifact.manifest, base)
+        refuse_other_base(artifact.manifest, self._base_fingerprint(), base.source.path)
+        for _ in artifact.verify():
+            pass
+        config = artifact.config
+        differences = config_differences(base.config, config)
+        if differences:
+            raise EngineError(
+                f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
+                "`meswitch restore` makes a model of its own of it"
+            )
+        tokenizer = load_tokenizer(path, ArtifactError)
+        return ServedModel(
+            name=name,
+            path=path,
+            digest=artifact.digest,
+            tokenizer=tokenizer,
+            vocabulary=expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"]))),
+            end_ids=end_ids(path, tokenizer),
+            artifact=artifact,
+        )
 
     def _base_fingerprint(self) -> str:
         stat = self._base.stat_digest()
         if self._fingerprint is None or self._fingerprint[0] != stat:
-            model = architecture(self._base.config, str(self._base.source.path))
-            self._fingerprint = (stat, base_fingerprint(self._base, model))
+            self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
         return self._fingerprint[1]
 
 
-def computing_differences(base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-    """The config entries, as transformers reads them, that make two models compute differently."""
-    ours, theirs = _parsed(base), _parsed(expert)
-    keys = (set(ours) | set(theirs)) - set(_HARMLESS)
-    return sorted(key for key in keys if ours.get(key) != theirs.get(key))
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer from its files alone.
-
-    Raises:
-        ArtifactError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds for a file they cannot use
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
-    return tokenizer
+def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
+    """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
+    rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
+    return min(rows, default=otherwise)
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
@@ -143,11 +113,3 @@ def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
     if not found and isinstance(tokenizer.eos_token_id, int):
         found.add(tokenizer.eos_token_id)
     return frozenset(found)
-
-
-def _parsed(config: dict[str, Any]) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    parsed: dict[str, Any] = json.loads(AutoConfig.for_model(**plain).to_json_string(use_diff=False))
-    return parsed

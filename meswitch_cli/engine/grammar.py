@@ -94,17 +94,17 @@ class Grammars:
 
     def forget(self, model: ServedModel) -> None:
         with self._lock:
-            self._compilers.pop(model.identity, None)
+            self._compilers.pop(model.digest, None)
 
     def _compiler(self, model: ServedModel, xgrammar: Any) -> tuple[Any, Tensor]:
         with self._lock:
-            if model.identity not in self._compilers:
+            if model.digest not in self._compilers:
                 info = xgrammar.TokenizerInfo.from_huggingface(
                     model.tokenizer, vocab_size=model.vocabulary, stop_token_ids=sorted(model.end_ids) or None
                 )
                 compiler = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
-                self._compilers[model.identity] = (compiler, _control_tokens(info.decoded_vocab))
-            return self._compilers[model.identity]
+                self._compilers[model.digest] = (compiler, _control_tokens(info.decoded_vocab))
+            return self._compilers[model.digest]
 
 
 def _control_tokens(vocabulary: list[bytes]) -> Tensor:

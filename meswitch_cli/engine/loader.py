@@ -56,7 +56,7 @@ class SlotLoader:
     def prefetch(self, model: ServedModel) -> None:
         """Have a copy in host memory, if copies are kept at all."""
         unlimited_or_room = self.copies.limit is None or self.copies.limit > 0
-        if unlimited_or_room and model.identity not in self.copies and model.name not in self._queued_prefetches:
+        if unlimited_or_room and model.digest not in self.copies and model.name not in self._queued_prefetches:
             self._queued_prefetches.add(model.name)
             self._jobs.put((None, model))
 
@@ -115,13 +115,13 @@ class SlotLoader:
                 self._on_loaded(load, problem)
 
     def _parts(self, model: ServedModel) -> Parts:
-        found = self.copies.get(model.identity)
+        found = self.copies.get(model.digest)
         if found is not None:
             return found
         parts = read_parts(_artifact(model))
         if self.banks.base.device.type == "cuda":
             parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
-        self.copies.put(model.identity, parts)
+        self.copies.put(model.digest, parts)
         return parts
 
 

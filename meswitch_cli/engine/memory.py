@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.checkpoint.architecture import architecture, skeleton
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.engine.banks import Room
-from meswitch_cli.engine.base_model import BaseModel, gain_weight, model_dtype
+from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import UsageError
+from meswitch_cli.model.architecture import Parameter, architecture
+from meswitch_cli.model.dtype import model_dtype
+from meswitch_cli.model.skeleton import skeleton
 from meswitch_kernels.packing import group_count, words_per_row
 
 #: What the cache of keys and values takes on a CPU unless told otherwise, or one longest request if that is more.
@@ -73,7 +75,7 @@ class MemoryPlan:
 
 def plan_memory(
     base: Checkpoint,
-    settings: CompressionSettings,
+    settings: Mapping[str, QuantizerSettings],
     *,
     device_nbytes: int,
     experts: int,
@@ -82,7 +84,7 @@ def plan_memory(
     dtype: str = "auto",
     added_rows: int = 0,
 ) -> MemoryPlan:
-    """Plan for `experts` artifacts made with `settings`, `slots` of them on the device at once (None: all).
+    """Plan for `experts` artifacts made with these settings by kind, `slots` of them on the device at once (None: all).
 
     Raises:
         CheckpointError: the base is not one that can be served.
@@ -109,20 +111,22 @@ def plan_memory(
     )
 
 
-def expected_rooms(parameters: Mapping[str, Any], settings: CompressionSettings, added_rows: int) -> dict[str, Room]:
+def expected_rooms(
+    parameters: Mapping[str, Parameter], settings: Mapping[str, QuantizerSettings], added_rows: int
+) -> dict[str, Room]:
     """The room in each bank, by module name, for experts made with these settings that change every tensor."""
     rooms: dict[str, Room] = {}
-    embedding = Room(settings.embedding_bits, settings.group_size, 0, added_rows)
+    linear, head = settings["linear"], settings["head"]
+    embedding = Room(settings["embedding"].bits, settings["embedding"].group_size, 0, added_rows)
     for name, item in parameters.items():
         module = name.rpartition(".")[0]
         if item.kind == "linear":
-            rank = min(settings.rank, *item.shape)
-            rooms[module] = Room(settings.bits, settings.group_size, settings.salient, rank=rank)
+            rank = min(linear.rank, *item.shape)
+            rooms[module] = Room(linear.bits, linear.group_size, linear.salient, rank=rank)
         elif item.kind == "embedding":
             rooms[module] = embedding
         elif item.kind == "head" and not item.tied_to:
-            own = Room(settings.embedding_bits, settings.group_size, settings.salient, added_rows)
-            rooms[module] = own.joined(embedding)
+            rooms[module] = Room(head.bits, head.group_size, head.salient, added_rows).joined(embedding)
     return rooms
 
 

@@ -22,9 +22,9 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         #: Prompt tokens that were found in the cache, by request.
         self.matched: dict[str, int] = {}
 
-    def admit(self, request_id: str, identity: str) -> None:
+    def admit(self, request_id: str, digest: str) -> None:
         """Say which model a request is for, before it is scheduled."""
-        self._salts[request_id] = hashlib.sha256(identity.encode()).digest()
+        self._salts[request_id] = hashlib.sha256(digest.encode()).digest()
 
     def forget(self, request_id: str) -> None:
         self._salts.pop(request_id, None)

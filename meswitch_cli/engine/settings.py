@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from meswitch_cli.errors import UsageError
+from meswitch_cli.model.device import choose_device
+from meswitch_cli.model.dtype import DTYPES
 from meswitch_cli.names import check_name
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EngineSettings:
         base: folder or Hub id.
         experts: artifact folders by the name under which each is served.
         slots: experts on the device at once; None is one for each of `experts`.
-        device: `auto` is cuda where there is one.
+        device: as in `choose_device`.
         dtype: `auto` is the checkpoint's own; float32 for a float16 checkpoint on a CPU, which has no kernels for it.
         max_model_len: prompt and continuation together, in tokens; None is the model's, at most 8192.
         max_queue: requests that may wait beyond the `max_running` that generate.
@@ -70,15 +70,17 @@ class EngineSettings:
                 raise UsageError(f"{option}: {value} is too small; at least {minimum}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"dtype: {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UsageError(f"device: {self.device!r} is none of auto, cpu, cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device: cuda was asked for, but torch finds no CUDA device")
+        device = self.torch_device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # The engine's threads launch kernels on the current device.
+            raise UsageError(
+                f"--device {self.device}: an engine computes on the first CUDA device that it sees; show it this one "
+                f"alone, with CUDA_VISIBLE_DEVICES={device.index}"
+            )
 
     @property
     def torch_device(self) -> torch.device:
-        chosen = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device("cuda", torch.cuda.current_device()) if chosen == "cuda" else torch.device("cpu")
+        return choose_device(self.device)
 
     @property
     def copies_nbytes(self) -> int | None:

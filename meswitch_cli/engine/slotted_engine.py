@@ -171,7 +171,7 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
 
     def digest(self, expert: str) -> str:
         with self._lock:
-            return self._model(expert).identity
+            return self._model(expert).digest
 
     def experts(self) -> tuple[ExpertStatus, ...]:
         with self._lock:
@@ -180,7 +180,7 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
                 ExpertStatus(
                     name=name,
                     path=item.model.path,
-                    digest=item.model.identity,
+                    digest=item.model.digest,
                     nbytes=item.model.nbytes,
                     residency=self._table.residency(item, copies),
                     slot=item.slot,

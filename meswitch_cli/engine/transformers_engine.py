@@ -151,7 +151,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
         with self._lock:
             item = self._table.experts[name]
             slot = self._table.remove(name)
-            self._copies.forget(item.model.identity)
+            self._copies.forget(item.model.digest)
             self._grammars.forget(item.model)
         if slot is not None:
             self._loader.clear(slot)
@@ -160,7 +160,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
     def _on_host(self) -> Collection[str]:
         if self._base is None:
             return ()
-        return {name for name, item in self._table.experts.items() if item.model.identity in self._copies}
+        return {name for name, item in self._table.experts.items() if item.model.digest in self._copies}
 
     @property
     def _running(self) -> bool:

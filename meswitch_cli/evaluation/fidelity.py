@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.evaluation.figures import QUANTITIES, Rows, TokenFigures
+from meswitch_cli.evaluation.figures import QUANTITIES, LogProbabilities, TokenFigures
 from meswitch_cli.token_batches import batches_by_length, padded
 
 #: Rows of logits compared at once: a handful of `[rows, vocabulary]` temporaries stay small.
@@ -73,10 +73,10 @@ def compare_tokens(reference: torch.Tensor, logits: torch.Tensor, answer: torch.
     return {name: torch.cat(found).double().cpu() for name, found in parts.items()}
 
 
-def _rows(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor, shared: int) -> Rows:
+def _rows(reference: torch.Tensor, logits: torch.Tensor, answer: torch.Tensor, shared: int) -> LogProbabilities:
     ours = torch.log_softmax(logits[:, :shared].float(), dim=-1)
     theirs = reference.to(ours.device)
     if theirs.shape[-1] != shared:
         theirs = torch.log_softmax(theirs[:, :shared], dim=-1)
     wanted = answer.to(ours.device)[:, None]
-    return Rows(theirs, ours, theirs.gather(1, wanted)[:, 0], ours.gather(1, wanted)[:, 0])
+    return LogProbabilities(theirs, ours, theirs.gather(1, wanted)[:, 0], ours.gather(1, wanted)[:, 0])

@@ -30,7 +30,7 @@ Members = dict[str, float | None]
 TokenFigures = Mapping[str, torch.Tensor]
 
 
-class Rows(NamedTuple):
+class LogProbabilities(NamedTuple):
     """Log-probabilities, fp32, at some answer tokens: the full expert's and the model's, of every token that could
     follow `[rows, vocabulary]` and of the one that does `[rows]`."""
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 #: What is measured of an answer token. KL and losses are in nats, the first from the full expert's distribution.
-QUANTITIES: Mapping[str, Callable[[Rows], torch.Tensor]] = {
+QUANTITIES: Mapping[str, Callable[[LogProbabilities], torch.Tensor]] = {
     "kl": lambda rows: (rows.theirs.exp() * (rows.theirs - rows.ours)).sum(-1, dtype=torch.float64),
     "loss": lambda rows: -rows.our_answer,
     "reference_loss": lambda rows: -rows.their_answer,

@@ -29,7 +29,7 @@ from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
 from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artifact, open_experts, split_label
 from meswitch_cli.evaluation.task_choice import TaskChoice, choose_tasks
 from meswitch_cli.evaluation.task_source import require_harness
-from meswitch_cli.evaluation.weights import CheckpointWeights, context_length, parameter_count, vocabulary_size
+from meswitch_cli.model.weights import CheckpointWeights, context_length, parameter_count
 
 CPU = torch.device("cpu")
 ITEMS_FILE = "items.jsonl"
@@ -114,7 +114,7 @@ class Evaluation:
         return encode_set(
             data,
             expert.tokenizer,
-            vocabulary=vocabulary_size(expert.weights),
+            vocabulary=expert.weights.architecture.vocabulary,
             context=context_length(expert.weights),
             limit=self.request.limit,
         )

@@ -21,9 +21,9 @@ import torch
 from meswitch_cli.errors import EvaluationError, MeswitchError
 from meswitch_cli.evaluation.fidelity import EncodedItem, answer_logits, compare_tokens, refuse_non_finite
 from meswitch_cli.evaluation.figures import TokenFigures
-from meswitch_cli.evaluation.model import available_bytes, build_model, resident_bytes
 from meswitch_cli.evaluation.streaming import streamed_logits
-from meswitch_cli.evaluation.weights import Weights, vocabulary_size
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import Weights, parameter_count
 
 Mode = Literal["resident", "stream"]
 REFERENCE_BUDGET = 4 << 30
@@ -49,8 +49,18 @@ class Failure:
 
 def choose_mode(weights: Sequence[Weights], device: torch.device, dtype: torch.dtype) -> Mode:
     """`resident` where the largest model fits into the memory that is free."""
-    largest = max(resident_bytes(item, dtype) for item in weights)
+    largest = max(parameter_count(item) for item in weights) * dtype.itemsize
     return "resident" if largest <= RESIDENT_SHARE * available_bytes(device) else "stream"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device; of a CPU, what the operating system says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62  # an operating system that does not say: the user chooses --mode
 
 
 def logits_of(
@@ -106,7 +116,7 @@ class Reference:
             EvaluationError: the model's logits are not finite, or the items use tokens that it does not have.
         """
         assert self._stored is not None
-        rows = vocabulary_size(weights)
+        rows = weights.architecture.vocabulary
         unknown = sorted({token for item in self.items for token in item.tokens if token >= rows})
         if unknown:
             raise EvaluationError(
@@ -143,7 +153,7 @@ def compare_models(
         EvaluationError: the reference itself cannot be run.
     """
     results: dict[str, list[TokenFigures] | Failure] = {label: [] for label in others}
-    for chunk in _chunks(items, max(1, budget // (4 * vocabulary_size(reference)))):
+    for chunk in _chunks(items, max(1, budget // (4 * reference.architecture.vocabulary))):
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".reference-") as folder:
             on_pass("reference", len(chunk))
             stored = Reference(reference, chunk, arithmetic, Path(folder))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from meswitch_cli.artifact.manifest import TensorEntry
+from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.evaluation.subjects import Candidate, Expert
-from meswitch_cli.evaluation.weights import ArtifactWeights
 
 
 def tensor_rows(candidate: Candidate) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from meswitch_cli.evaluation.statistics import Array, ratio_of_sums
 from meswitch_cli.evaluation.subjects import BASE, Candidate
 from meswitch_cli.evaluation.task_job import Runs
 from meswitch_cli.evaluation.tasks import wilson
-from meswitch_cli.evaluation.weights import Weights
+from meswitch_cli.model.weights import Weights
 from meswitch_cli.router.backends.base import FolderBase
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store import Policy, RouterArtifact, check_membership, open_router

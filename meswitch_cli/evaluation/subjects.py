@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
-from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.plan import make_plan
-from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.errors import CheckpointError, EvaluationError
-from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights
+from meswitch_cli.model.matching import make_plan
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.weights import CheckpointWeights, Weights
 from meswitch_cli.names import BASE as BASE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
@@ -107,9 +106,8 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
         pass
     _refuse_other_tokenizer_files(path, owner)
     label = _free_label(path.resolve().name, [BASE, *(item.label for item in experts), *taken])
-    manifest_sha256 = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
     facts = {
-        "manifest_sha256": manifest_sha256,
+        "manifest_sha256": artifact.digest,
         "nbytes": artifact.manifest.nbytes,
         "settings": dict(artifact.manifest.settings),
     }

@@ -12,7 +12,6 @@ from typing import Any
 from meswitch_cli.artifact.disk import disk_errors
 from meswitch_cli.errors import EvaluationError, MeswitchError
 from meswitch_cli.evaluation.job import Evaluation, OnStep
-from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.paired import PairedComparison, compare_paired, with_holm
 from meswitch_cli.evaluation.subjects import BASE, Expert
 from meswitch_cli.evaluation.task_choice import TaskChoice
@@ -24,7 +23,8 @@ from meswitch_cli.evaluation.tasks import (
     score_row,
     served_model,
 )
-from meswitch_cli.evaluation.weights import Weights, context_length
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import Weights, context_length
 
 SAMPLES_FILE = "samples.jsonl"
 #: Examples of lost and of gained answers that a report shows for each comparison.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meswitch_cli.errors import EvaluationError
+from meswitch_cli.errors import EvaluationError, reason_of
 from meswitch_cli.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _read(path: Path, *, functions: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise EvaluationError(f"{error.filename or path}: no such task file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, ImportError, AttributeError) as error:
-        raise EvaluationError(f"{path}: not a task file: {_first_line(error)}") from error
+        raise EvaluationError(f"{path}: not a task file: {reason_of(error)}") from error
     return value
 
 
@@ -201,10 +201,6 @@ def _explained(error: Exception, name: str, where: str) -> EvaluationError:
     if any(word in text for word in network):
         return EvaluationError(
             f"task {name!r} needs data from the Hugging Face Hub, which cannot be reached from here "
-            f"({_first_line(error)}); use tasks with local files (--include-path), or a machine with a network"
+            f"({reason_of(error)}); use tasks with local files (--include-path), or a machine with a network"
         )
-    return EvaluationError(f"task {name!r} ({where}) cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EvaluationError(f"task {name!r} ({where}) cannot be loaded: {reason_of(error)}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meswitch_cli.errors import EvaluationError
+from meswitch_cli.errors import EvaluationError, reason_of
 from meswitch_cli.estimates import wilson_interval
 from meswitch_cli.evaluation.paired import mean_interval
 from meswitch_cli.evaluation.statistics import Estimate
@@ -90,9 +90,9 @@ def run_tasks(
                 log_samples=True,
             )
     except Exception as error:  # the harness raises whatever its model and metrics raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         said = getattr(getattr(error, "response", None), "text", "")  # a server's own words
-        raise EvaluationError(f"tasks {', '.join(names)}: {reason}" + (f": {said[:300]}" if said else "")) from error
+        what = f"tasks {', '.join(names)}: {reason_of(error)}"
+        raise EvaluationError(what + (f": {said[:300]}" if said else "")) from error
     return [_run_of(tasks[task], samples) for task, samples in results["samples"].items()]
 
 

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.base import base_fingerprint, check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.disk import file_digest
-from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import ArtifactError, MeswitchError
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import Pair, make_pair
 
 Make = Callable[..., Artifact]
@@ -44,6 +45,11 @@ def _with_honest_hash(path: Path, shard: str) -> None:
     _edit(path, edit)
 
 
+def _require_base(manifest: Manifest, base: Checkpoint) -> None:
+    check_base_shapes(manifest, base)
+    refuse_other_base(manifest, CheckpointWeights(base).fingerprint, "base")
+
+
 def test_a_sound_artifact_passes(pair: Pair, make_artifact: Make) -> None:
     artifact = make_artifact(pair)
     assert _verify(artifact.path) == len(artifact.manifest.files) + len(artifact.manifest.shards)
@@ -52,14 +58,14 @@ def test_a_sound_artifact_passes(pair: Pair, make_artifact: Make) -> None:
 def test_its_base_and_no_other_passes(pair: Pair, make_artifact: Make, tmp_path: Path) -> None:
     manifest = make_artifact(pair).manifest
     base = Checkpoint.open(str(pair[0]))
-    refuse_other_base(manifest, base_fingerprint(base, check_base_shapes(manifest, base)), "base")
+    _require_base(manifest, base)
     (tmp_path / "sharded").mkdir()
     (tmp_path / "other").mkdir()
     resharded = Checkpoint.open(str(make_pair(tmp_path / "sharded", max_shard_size="20KB")[0]))
-    refuse_other_base(manifest, base_fingerprint(resharded, check_base_shapes(manifest, resharded)), "base")
+    _require_base(manifest, resharded)
     other = Checkpoint.open(str(make_pair(tmp_path / "other", seed=5)[0]))
     with pytest.raises(ArtifactError, match="wrong base"):
-        refuse_other_base(manifest, base_fingerprint(other, check_base_shapes(manifest, other)), "base")
+        _require_base(manifest, other)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])

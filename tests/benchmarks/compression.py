@@ -27,13 +27,16 @@ from meswitch_cli.artifact.artifact import Artifact, expert_tensor
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.calibration.data import CalibrationFile, read_calibration
 from meswitch_cli.calibration.stream import stream_statistics
-from meswitch_cli.compression.job import Job, calibration_windows, prepare
-from meswitch_cli.compression.pairs import PairReader, pair_by_pair
+from meswitch_cli.compression.job import prepare
+from meswitch_cli.compression.pairs import PairReader, reading_order
+from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
+from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines.bitdelta import bitdelta_start
 from meswitch_cli.evaluation.fidelity import EncodedItem
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.compare import compare, reference_logits, sums_by_item
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -162,33 +165,26 @@ class Bench:
     def statistics(self, job: Job, calibration: bool | str) -> dict[int, dict[str, InputStatistics]]:
         """Statistics of every layer, with gram matrices for the expert's data, taken once for all rows of a kind."""
         if calibration not in self._statistics:
-            layers: dict[int, dict[str, InputStatistics]] = {}
-            windows = calibration_windows(job)
-            stream_statistics(
-                job.expert,
-                job.plan.architecture,
-                windows,
-                layers.__setitem__,
-                gram=calibration is True,
-                keep=calibration == RANDOM,
+            weights, windows = CheckpointWeights(job.expert), calibration_windows(job)
+            self._statistics[calibration] = dict(
+                stream_statistics(weights, windows, gram=calibration is True, keep=calibration == RANDOM)
             )
-            self._statistics[calibration] = layers
         return self._statistics[calibration]
 
     def weights_of(self, row: Row) -> tuple[dict[str, torch.Tensor], int]:
         """The row's weights by parameter name, and the bytes of its shards."""
         job = self.job(row, self.scratch / "artifact")
         if row.label == "base":
-            return {item.name: job.base.read(item.base_stored).float() for item in job.plan.tensors}, 0
+            return {item.name: item.base.read(job.base).float() for item in job.plan.tensors}, 0
         if row.label.startswith("1 bit, sign"):
             return _bitdelta(job)
         if job.settings.steps == "distill":
             artifact = Artifact.open(artifact_of(self.name, calibrated=True, **row.settings))
             entries = {entry.name: entry for entry in artifact.manifest.tensors}
             return {
-                item.name: artifact.expert_tensor(entries[item.name], job.base.read(item.base_stored))
+                item.name: artifact.expert_tensor(entries[item.name], item.base.read(job.base))
                 if item.name in entries
-                else job.base.read(item.base_stored).float()
+                else item.base.read(job.base).float()
                 for item in job.plan.tensors
             }, artifact.manifest.nbytes
         statistics = self.statistics(job, row.calibration) if row.calibration else {}
@@ -196,7 +192,7 @@ class Bench:
         nbytes = 0
         for index, unit in enumerate(job.plan.units):
             known = statistics.get(index, {})
-            with PairReader(job.base, job.expert, pair_by_pair(unit)) as reader:
+            with PairReader(job.base, job.expert, reading_order([unit], [0], calibrated=False)) as reader:
                 pairs = [reader.pair(item) for item in unit]
             data, record = compress_unit(iter(pairs), "shard", job.settings, known, "cpu")
             path = self.scratch / "shard"
@@ -243,7 +239,7 @@ def _bitdelta(job: Job) -> tuple[dict[str, torch.Tensor], int]:
     weights: dict[str, torch.Tensor] = {}
     nbytes = 0
     for item in job.plan.tensors:
-        base, expert = job.base.read(item.base_stored).float(), job.expert.read(item.expert_stored).float()
+        base, expert = item.base.read(job.base).float(), item.expert.read(job.expert).float()
         weights[item.name] = base + bitdelta_start(expert - base) if item.kind == "linear" else expert
         nbytes += expert.numel() // 8 + 2 if item.kind == "linear" else 2 * expert.numel()
     return weights, nbytes

@@ -27,16 +27,17 @@ from benchmarks.frontier_rows import ARTIFACTS, BASE, EXPERT, FRONTIER, rows
 from benchmarks.frontier_tasks import documents, right_answers
 from benchmarks.machine import describe
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines import parse_method
 from meswitch_cli.evaluation.baselines.activations import Activations
 from meswitch_cli.evaluation.baselines.model import BaselineWeights
 from meswitch_cli.evaluation.fidelity import EncodedItem
-from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.passes import Arithmetic, Reference
 from meswitch_cli.evaluation.subjects import Expert, open_experts
-from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights, Weights, parameter_count
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import CheckpointWeights, Weights, parameter_count
 from zoo.compare import sums_by_item
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "frontier.md"

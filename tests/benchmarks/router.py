@@ -23,7 +23,8 @@ import zoo
 from benchmarks import router_data
 from benchmarks.machine import describe
 from benchmarks.router_report import write_report
-from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.router.backends.texts import native_dtype, quiet_transformers
 from meswitch_cli.router.store import RouterArtifact, open_router, write_router
 from meswitch_cli.router.train.data import Example, gather
 from meswitch_cli.router.train.editing import add_expert

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,26 +7,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.calibration.stream import stream_statistics
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import DENSE_FAMILIES, make_pair
 
 WINDOWS = torch.randint(4, 100, (7, 24), generator=torch.Generator().manual_seed(0))
 
 
 def _streamed(path: Path) -> dict[str, InputStatistics]:
-    checkpoint = Checkpoint.open(str(path))
+    weights = CheckpointWeights(Checkpoint.open(str(path)))
     found: dict[str, InputStatistics] = {}
     order: list[int] = []
-
-    def on_layer(index: int, statistics: dict[str, InputStatistics]) -> None:
+    for index, statistics in stream_statistics(weights, WINDOWS, gram=True):
         order.append(index)
         found.update(statistics)
-
-    model = architecture(checkpoint.config, str(path))
-    found.update(stream_statistics(checkpoint, model, WINDOWS, on_layer, gram=True))
-    assert order == list(range(model.num_layers))
+    assert order == list(range(weights.architecture.num_layers + 1))  # the layers, and the head
     return found
 
 
@@ -45,7 +42,7 @@ def _whole_model(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_streaming_sees_what_the_whole_model_sees(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meswitch_cli.calibration.stream.BATCH_TOKENS", 3 * 24)  # 7 windows in batches of 3, 3, 1
+    monkeypatch.setattr("meswitch_cli.model.streaming.BATCH_TOKENS", 3 * 24)  # 7 windows in batches of 3, 3, 1
     _, expert = make_pair(tmp_path, family)
     streamed, expected = _streamed(expert), _whole_model(expert)
     assert set(streamed) == set(expected)
@@ -59,22 +56,18 @@ def test_streaming_sees_what_the_whole_model_sees(tmp_path: Path, family: str, m
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     _, expert = make_pair(tmp_path, num_hidden_layers=6)
-    checkpoint = Checkpoint.open(str(expert))
-    model = architecture(checkpoint.config, str(expert))
+    weights = CheckpointWeights(Checkpoint.open(str(expert)))
     read: list[str] = []
     original = Checkpoint.read
 
-    def spy(self: Checkpoint, name: str) -> torch.Tensor:
+    def spy(self: Checkpoint, name: str, *buffer: Any) -> torch.Tensor:
         read.append(name)
-        return original(self, name)
+        return original(self, name, *buffer)
 
     seen: list[set[str]] = []
-
-    def on_layer(index: int, _statistics: dict[str, InputStatistics]) -> None:
-        seen.append({name.split(".")[2] for name in read if ".layers." in name})
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "read", spy)
-        stream_statistics(checkpoint, model, WINDOWS, on_layer)
-    assert seen == [{str(item) for item in range(index + 1)} for index in range(6)]  # no layer before its turn
+        for _ in stream_statistics(weights, WINDOWS):
+            seen.append({name.split(".")[2] for name in read if ".layers." in name})
+    assert seen[:6] == [{str(item) for item in range(index + 1)} for index in range(6)]  # no layer before its turn
     assert len(read) == len(set(read))  # and none twice

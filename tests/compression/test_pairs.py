@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.plan import make_plan
 from meswitch_cli.compression import pairs
 from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.pairs import PairReader, expert_first, pair_by_pair
+from meswitch_cli.compression.pairs import PairReader, reading_order
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+from meswitch_cli.model.matching import make_plan
 from zoo.tiny import Pair
 
 
@@ -36,19 +36,20 @@ def test_reading_keeps_to_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch)
     base, expert = (Checkpoint.open(str(path)) for path in pair)
     items = make_plan(base, expert).units[0]
     monkeypatch.setattr(pairs, "READ_AHEAD_BYTES", 1)
-    with PairReader(base, expert, pair_by_pair(items)) as reader:
+    with PairReader(base, expert, reading_order([items], [0], calibrated=False)) as reader:
         for item in items:
             assert len(reader._reading) == 1
             found = reader.pair(item)
-            assert torch.equal(found.base, base.read(item.base_stored))
-            assert torch.equal(found.expert, expert.read(item.expert_stored))
+            assert torch.equal(found.base, base.read(item.base.name))
+            assert torch.equal(found.expert, expert.read(item.expert.name))
 
 
 @pytest.mark.parametrize("end", ["forget", "pair"])
 def test_a_pair_holds_what_the_expert_ran_with(pair: Pair, end: str) -> None:
     base, expert = (Checkpoint.open(str(path)) for path in pair)
     items = make_plan(base, expert).units[0]
-    with PairReader(base, expert, expert_first(items, pairs=end == "pair")) as reader:
+    order = reading_order([items, ()], [0] if end == "pair" else [], calibrated=True)
+    with PairReader(base, expert, order) as reader:
         ran = {item.name: reader.expert(item) for item in items}
         if end == "forget":
             reader.forget(items)

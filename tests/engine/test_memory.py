@@ -46,7 +46,7 @@ def test_plan_is_what_is_allocated(
     compress(job)
     plan = plan_memory(
         Checkpoint.open(str(base)),
-        compression,
+        compression.by_kind(),
         device_nbytes=10**8,
         experts=3,
         added_rows=options.get("added_rows", 0),
@@ -68,7 +68,12 @@ def test_a_running_engine_has_the_slots_of_its_plan(
     engine = start(family, experts={"alpha": family.artifacts["alpha"]}, slots=slots)
     settings = CompressionSettings(bits=2, salient=4, embedding_bits=2)
     plan = plan_memory(
-        Checkpoint.open(str(family.base)), settings, device_nbytes=10**8, experts=1, slots=slots, dtype="float32"
+        Checkpoint.open(str(family.base)),
+        settings.by_kind(),
+        device_nbytes=10**8,
+        experts=1,
+        slots=slots,
+        dtype="float32",
     )
     assert plan.slots == engine.statistics().slots == slots
     assert plan.slots_nbytes == engine._loader.banks.nbytes
@@ -77,7 +82,9 @@ def test_a_running_engine_has_the_slots_of_its_plan(
 def test_cache_is_what_the_plan_counts(family: Family, start: Callable[..., TransformersEngine]) -> None:
     engine = start(family, cache_tokens=1024, page_size=8)
     cache = engine._manager.batch_processor.cache
-    plan = plan_memory(Checkpoint.open(str(family.base)), CompressionSettings(), device_nbytes=10**8, experts=1)
+    plan = plan_memory(
+        Checkpoint.open(str(family.base)), CompressionSettings().by_kind(), device_nbytes=10**8, experts=1
+    )
     trash = 2 * cache.bytes_per_sector
     assert cache.cache_tensor.numel() - trash == 1024 * plan.token_nbytes
 

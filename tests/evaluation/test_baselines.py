@@ -15,7 +15,7 @@ from meswitch_cli.errors import UsageError
 from meswitch_cli.evaluation.baselines import BASELINES, parse_method
 from meswitch_cli.evaluation.baselines.bitdelta import bitdelta
 from meswitch_cli.evaluation.baselines.delta_come import DeltaCome
-from meswitch_cli.evaluation.baselines.low_rank import LowRank, rank_at
+from meswitch_cli.evaluation.baselines.low_rank import LowRankMethod, rank_at
 from meswitch_cli.evaluation.baselines.meswitch import salient_delta, with_channels
 from meswitch_cli.evaluation.baselines.per_axis import PerAxis
 from meswitch_cli.evaluation.baselines.rtn import RoundToNearest, round_to_nearest
@@ -83,7 +83,7 @@ def test_round_to_nearest(delta: torch.Tensor, bits: int, group: int) -> None:
 def test_low_rank_is_the_best_of_its_rank(delta: torch.Tensor) -> None:
     values = torch.linalg.svdvals(delta)
     for rank in (1, 5, 20):
-        found = LowRank(rank=rank).approximate(delta)
+        found = LowRankMethod(rank=rank).approximate(delta)
         assert torch.linalg.matrix_rank(found.delta, atol=1e-5) == rank
         left = float((delta - found.delta).square().sum())
         assert left == pytest.approx(float(values[rank:].square().sum()), rel=1e-2, abs=1e-7)
@@ -112,7 +112,7 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
     )
     assert found.nbytes == expected
     error = float((matrix - found.delta).square().sum() / matrix.square().sum())
-    truncated = LowRank(bits=3.0).approximate(matrix).delta
+    truncated = LowRankMethod(bits=3.0).approximate(matrix).delta
     assert error < float((matrix - truncated).square().sum() / matrix.square().sum())
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     product, index = torch.zeros_like(matrix), 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
@@ -15,9 +16,9 @@ from meswitch_cli.evaluation.baselines import parse_method
 from meswitch_cli.evaluation.baselines.activations import Activations
 from meswitch_cli.evaluation.baselines.bitdelta import ScaleTraining, bitdelta, distil_scales
 from meswitch_cli.evaluation.baselines.model import BaselineWeights
-from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.subjects import open_experts
-from meswitch_cli.evaluation.weights import ArtifactWeights, CheckpointWeights
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import Pair, make_pair
 
 
@@ -37,7 +38,7 @@ def test_every_tensor_is_the_base_s_plus_the_method_s_delta_and_is_counted(tmp_p
     weights = made(pair, "bitdelta:embedding=16")
     values, nbytes = read_all(weights), 0
     for item in weights.plan.tensors:
-        base = weights.base.read(item.base_name).float()
+        base = weights.base.read(item.base.parameter.name).float()
         expert = weights.expert.weights.read(item.name)
         if item.kind == "linear":
             torch.testing.assert_close(values[item.name], base + bitdelta(expert.float() - base).delta)
@@ -78,7 +79,7 @@ def test_distilled_scales_bring_the_logits_closer_and_nothing_else_moves(
     linears = {}
     for item in weights.plan.tensors:
         if item.kind == "linear":
-            base = weights.base.read(item.base_name).float()
+            base = weights.base.read(item.base.parameter.name).float()
             delta = weights.expert.weights.read(item.name).float() - base
             linears[item.name] = (base, 2 * delta)  # scales twice too large, so that there is something to learn
     student = build_model(weights, torch.device("cpu"), torch.float32)

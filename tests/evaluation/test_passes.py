@@ -12,7 +12,7 @@ from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.figures import TokenFigures
 from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, _room_for, choose_mode, compare_models
 from meswitch_cli.evaluation.streaming import streamed_logits
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import make_pair
 
 CPU = torch.device("cpu")

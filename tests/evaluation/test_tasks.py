@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.compression.tokenizer import load_tokenizer
 from meswitch_cli.errors import EvaluationError, UsageError
-from meswitch_cli.evaluation.model import build_model
 from meswitch_cli.evaluation.task_choice import choose_tasks
 from meswitch_cli.evaluation.task_source import SHIPPED, load_tasks
 from meswitch_cli.evaluation.tasks import live_model, paired_scores, run_tasks, score_row, wilson
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.weights import CheckpointWeights
 
 CHOICE = """
 task: tiny_choice

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.base import BaseHiddenStates, ServedBase
-from meswitch_cli.router.backends.texts import load_tokenizer
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store import RouterArtifact, open_router, write_router
 from meswitch_cli.router.train.data import Example, gather

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.errors import CheckpointError, RouterError
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.base import BaseHiddenStates
-from meswitch_cli.router.backends.texts import load_tokenizer
 from zoo.tiny import make_pair
 
 
@@ -63,4 +63,4 @@ def test_impossible_layers_and_empty_prompts_are_refused(base: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="no such folder"):
         BaseHiddenStates(str(tmp_path / "nothing"), 1)
     with pytest.raises(RouterError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, RouterError)

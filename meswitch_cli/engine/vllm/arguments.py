@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.checkpoint.architecture import Architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Layout
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
 from meswitch_cli.engine.sampling_ranges import MAX_TOP_LOGPROBS
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
+from meswitch_cli.model.architecture import Architecture
+from meswitch_cli.model.config import parsed_config
+from meswitch_cli.model.dtype import dtype_name
 
 #: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.
 MAX_ADAPTERS = 4096
@@ -53,14 +55,14 @@ def engine_arguments(
     """
     added = max((room.added_rows for room in layout.rooms.values()), default=0)
     vocabulary = names.vocabulary + added
-    stored = described.stored_names(checkpoint)
+    stored = described.stored(checkpoint)
     rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]
     options: dict[str, Any] = {
         "model": str(checkpoint.source.path),
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "generation_config": "vllm",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "seed": seed,
         "max_model_len": max_model_len,
         "max_num_seqs": settings.max_running + POOLED_PROMPTS,
@@ -78,7 +80,7 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "model_loader_extra_config": {
             "vocabulary": vocabulary,
-            "names": sorted(stored[name] for name in rows if name in stored),
+            "names": sorted(stored[name].name for name in rows if name in stored),
         },
         "additional_config": {CONFIG_KEY: worker_config(layout) | {"host_bytes": settings.copies_nbytes}},
         "worker_extension_cls": "meswitch_cli.engine.vllm.worker.WorkerExtension",
@@ -95,13 +97,10 @@ def _cache_arguments(
     settings: EngineSettings, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
 ) -> dict[str, Any]:
     """How much cache: as many tokens as were asked for; else on a GPU what vLLM finds free."""
-    from transformers import AutoConfig
-
     tokens = settings.cache_tokens
     if tokens is None and settings.torch_device.type != "cpu":
         return {}
-    plain = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    each = token_bytes(AutoConfig.for_model(**plain), dtype.itemsize)
+    each = token_bytes(parsed_config(checkpoint.config), dtype.itemsize)
     if tokens is None:
         tokens = CPU_CACHE_BYTES // each
     page = settings.page_size or 128

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.engine.banks import Layout, bank_layout
 from meswitch_cli.engine.base_model import served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
@@ -26,6 +25,7 @@ from meswitch_cli.engine.vllm.names import base_names
 from meswitch_cli.engine.vllm.sampling import sampling_params
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.model.architecture import architecture
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -270,7 +270,7 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         from vllm.lora.request import LoRARequest
 
         if model.artifact is not None:
-            name = f"{model.name}@{model.identity}"
+            name = f"{model.name}@{model.digest}"
             self._adapters[model.name] = LoRARequest(name, next(self._numbers), str(model.path))
         with self._lock:
             self._table.add(model)

@@ -14,9 +14,11 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from meswitch_cli.engine.contract import Sampling
-from meswitch_cli.engine.expert import ServedModel, load_tokenizer
+from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.grammar import Grammar, Grammars
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY
+from meswitch_cli.errors import ArtifactError
+from meswitch_cli.model.tokenizer import load_tokenizer
 
 
 class _Constraint:
@@ -68,14 +70,19 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def _grammar(self, asked: Mapping[str, Any]) -> Grammar:
-        identity = asked["identity"]
-        if identity not in self._models:
+        digest = asked["digest"]
+        if digest not in self._models:
             path = Path(asked["path"])
-            self._models[identity] = ServedModel(
-                "", path, identity, load_tokenizer(path), asked["vocabulary"], frozenset(asked["end_ids"])
+            self._models[digest] = ServedModel(
+                name="",
+                path=path,
+                digest=digest,
+                tokenizer=load_tokenizer(path, ArtifactError),
+                vocabulary=asked["vocabulary"],
+                end_ids=frozenset(asked["end_ids"]),
             )
         schema = asked["schema"]
         sampling = Sampling(json_object=True) if schema is None else Sampling(json_schema=json.loads(schema))
-        grammar = self._grammars.grammar(sampling, self._models[identity])
+        grammar = self._grammars.grammar(sampling, self._models[digest])
         assert grammar is not None
         return grammar

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Banks, Parts, read_parts
 from meswitch_cli.engine.batch import Batch, CurrentBatch
@@ -31,11 +29,10 @@ class ExpertAdapter:
     Attributes:
         id: vLLM's number of the adapter.
         artifact: None for one that vLLM makes up to try itself out, which changes nothing.
-        identity: SHA-256 of the artifact's manifest, hex.
     """
 
-    def __init__(self, adapter_id: int, artifact: Artifact | None = None, identity: str = "") -> None:
-        self.id, self.artifact, self.identity = adapter_id, artifact, identity
+    def __init__(self, adapter_id: int, artifact: Artifact | None = None) -> None:
+        self.id, self.artifact = adapter_id, artifact
 
 
 class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
@@ -106,8 +103,8 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def remove_adapter(self, adapter_id: int) -> bool:
         self.unpin_adapter(adapter_id)
         adapter = self._registered_adapters.cache.get(adapter_id)
-        if adapter is not None:
-            self._copies.forget(adapter.identity)
+        if adapter is not None and adapter.artifact is not None:
+            self._copies.forget(adapter.artifact.digest)
         removed: bool = super().remove_adapter(adapter_id)
         return removed
 
@@ -129,18 +126,18 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             return
         started = time.perf_counter()
         manifest = adapter.artifact.manifest
-        self.nbytes += self.banks.load(slot, manifest, self._parts(adapter.artifact, adapter.identity))
+        self.nbytes += self.banks.load(slot, manifest, self._parts(adapter.artifact))
         self._limits[slot + 1] = expert_vocabulary(manifest, self._vocabulary)
         self.seconds += time.perf_counter() - started
 
-    def _parts(self, artifact: Artifact, identity: str) -> Parts:
-        found = self._copies.get(identity)
+    def _parts(self, artifact: Artifact) -> Parts:
+        found = self._copies.get(artifact.digest)
         if found is not None:
             return found
         parts = read_parts(artifact)
         if self.banks.base.device.type == "cuda":
             parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
-        self._copies.put(identity, parts)
+        self._copies.put(artifact.digest, parts)
         return parts
 
 
@@ -158,10 +155,9 @@ class ExpertWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """
         path = Path(lora_request.lora_path)
         artifact = Artifact.open(path)
-        identity = hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
-        if identity != lora_request.lora_name.rpartition("@")[2]:
+        if artifact.digest != lora_request.lora_name.rpartition("@")[2]:
             raise EngineError(f"{path}: has changed since it was taken in; unload it and load it again")
-        return ExpertAdapter(lora_request.lora_int_id, artifact, identity)
+        return ExpertAdapter(lora_request.lora_int_id, artifact)
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
         return default_rank

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meswitch_cli.checkpoint.architecture import Architecture
 from meswitch_cli.engine.banks import Layout, Room
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.model.architecture import Architecture
 
 #: Under this key of vLLM's `additional_config` stands what `worker_config` made.
 CONFIG_KEY = "meswitch"

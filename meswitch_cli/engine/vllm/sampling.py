@@ -78,7 +78,7 @@ def _grammar(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
     """What `grammar.GrammarProcessor` makes a grammar of, as plain values that reach another process."""
     return {
         "path": str(model.path),
-        "identity": model.identity,
+        "digest": model.digest,
         "vocabulary": model.vocabulary,
         "end_ids": sorted(model.end_ids),
         "schema": None if sampling.json_schema is None else json.dumps(dict(sampling.json_schema)),

@@ -17,7 +17,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.base_model import without_gain
 from meswitch_cli.engine.batch import CurrentBatch
@@ -31,6 +30,7 @@ from meswitch_cli.engine.vllm.layers import (
     VocabularyLimits,
 )
 from meswitch_cli.engine.vllm.names import BaseNames, base_names
+from meswitch_cli.model.architecture import Storage, architecture
 
 #: Where vLLM keeps what runs the families that it has no code for. Its layers see tokens in another dimension.
 TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
@@ -106,7 +106,7 @@ def serve_layers(model: Any, base: Checkpoint, current: CurrentBatch, slots: int
     layers = ServedLayers(
         linears, norms, embedding, head, names.embedding_name, names.head_name, tied, limits, device, dtype
     )
-    _compare(layers, base, described.stored_names(base))
+    _compare(layers, base, described.stored(base))
     return layers
 
 
@@ -147,13 +147,13 @@ def _logits_processor(model: Any) -> nn.Module:
     return processor
 
 
-def _compare(layers: ServedLayers, base: Checkpoint, stored: dict[str, str]) -> None:
+def _compare(layers: ServedLayers, base: Checkpoint, stored: dict[str, Storage]) -> None:
     """Some families' rows are rearranged as vLLM loads them; a delta would then be added to the wrong ones."""
     vocabulary = {layers.embedding_name: layers.embedding, layers.head_name: layers.head}
     for name, rows in (layers.linears | vocabulary).items():
         if f"{name}.weight" not in stored:  # a tied head
             continue
-        info = base.tensors[stored[f"{name}.weight"]]
+        info = stored[f"{name}.weight"].info(base)
         places = torch.linspace(0, info.shape[0] - 1, COMPARED_ROWS).long()
         ours = rows.weight[places.to(rows.weight.device)].cpu()
         with safe_open(str(info.path), framework="pt") as file:

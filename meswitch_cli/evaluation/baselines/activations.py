@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 
 from meswitch_cli.calibration.data import random_window, read_calibration, token_windows
-from meswitch_cli.calibration.stream import stream_statistics
+from meswitch_cli.calibration.stream import calibration_dtype, stream_statistics
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.subjects import Expert
-from meswitch_cli.evaluation.weights import vocabulary_size
+from meswitch_cli.model.dtype import stored_dtype
 
 #: Windows and tokens of calibration data that statistics are taken over.
 SAMPLES, SEQUENCE_LENGTH = 32, 512
@@ -64,15 +64,13 @@ class Activations:
     def measure(self, source: str, *, gram: bool) -> Mapping[str, InputStatistics]:
         """Run the expert over the file's windows, or over the random tokens that `meswitch compress` would use."""
         weights, random = self.expert.weights, source == "random"
-        stored = next(iter(weights.checkpoint.tensors.values())).dtype
         found: dict[str, InputStatistics] = {}
-        head = stream_statistics(
-            weights.checkpoint,
-            weights.architecture,
-            random_window(vocabulary_size(weights), self.seed) if random else self.windows(),
-            lambda _, layer: found.update(layer),
+        for _, statistics in stream_statistics(
+            weights,
+            random_window(weights.architecture.vocabulary, self.seed) if random else self.windows(),
             gram=gram,
             keep=random,
-            dtype=torch.bfloat16 if random and stored == torch.bfloat16 else None,
-        )
-        return found | head
+            dtype=calibration_dtype(stored_dtype(weights.checkpoint), "cpu", few_tokens=random),
+        ):
+            found |= statistics
+        return found

@@ -11,8 +11,8 @@ from torch import nn
 
 from meswitch_cli.evaluation.baselines.activations import Activations
 from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, Trained, packed_bytes
-from meswitch_cli.evaluation.model import build_model
-from meswitch_cli.evaluation.weights import Weights
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Meth
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Method):
+class LowRankMethod(Method):
     """`low-rank`: the best approximation of a rank (Eckart and Young), its two factors in 16 bit.
 
     Singular values are split evenly. `rank` 0: as many directions as fit into `bits` bits a weight.

@@ -15,7 +15,7 @@ from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import BITS, QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines.activations import Activations
-from meswitch_cli.evaluation.weights import Weights
+from meswitch_cli.model.weights import Weights
 
 #: Of one linear, where the method wants any.
 Inputs = InputStatistics | None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from meswitch_cli.checkpoint.architecture import Architecture
-from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, make_plan
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
 from meswitch_cli.evaluation.baselines.activations import Activations
 from meswitch_cli.evaluation.baselines.method import Approximation, Method, Trained
 from meswitch_cli.evaluation.baselines.registry import parse_method
 from meswitch_cli.evaluation.subjects import Candidate, Expert
-from meswitch_cli.evaluation.weights import CheckpointWeights
+from meswitch_cli.model.matching import Plan, PlannedTensor, make_plan
+from meswitch_cli.model.weights import CheckpointWeights
 
 #: Models up to this size keep their approximated weights in memory between passes.
 KEPT_BYTES = 4 << 30
@@ -34,7 +31,9 @@ class BaselineWeights:
     ) -> None:
         """`trained` stands for what the method would train; None: it does, when it is first asked for."""
         self.method, self.base, self.expert = method, base, expert
+        self.name, self.config = f"{method} of {expert.label}", expert.weights.config
         self.plan: Plan = make_plan(base.checkpoint, expert.weights.checkpoint)
+        self.architecture = self.plan.architecture
         self._planned = {item.name: item for item in self.plan.tensors}
         self._activations = activations
         self._kept: dict[str, torch.Tensor] = {}
@@ -42,18 +41,6 @@ class BaselineWeights:
         self._trained = trained
         numel = sum(torch.Size(item.shape).numel() for item in self.plan.tensors)
         self._keep = 4 * numel <= KEPT_BYTES
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} of {self.expert.label}"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.expert.weights.config
-
-    @property
-    def architecture(self) -> Architecture:
-        return self.plan.architecture
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +67,8 @@ class BaselineWeights:
         return self._trained
 
     def _made(self, item: PlannedTensor) -> tuple[torch.Tensor, int]:
-        stored = self.expert.weights.checkpoint.read(item.expert_stored)
-        base = self.base.checkpoint.read(item.base_stored)
+        stored = item.expert.read(self.expert.weights.checkpoint)
+        base = item.base.read(self.base.checkpoint)
         kept_whole = item.kind != "linear" and self.method.embedding == 16
         if item.kind == "dense" or kept_whole:
             same = stored.shape == base.shape and torch.equal(stored.float(), base.float())

@@ -16,7 +16,7 @@ BASELINES = {
     "bitdelta": "bitdelta.BitDelta",
     "rtn": "rtn.RoundToNearest",
     "per-axis": "per_axis.PerAxis",
-    "low-rank": "low_rank.LowRank",
+    "low-rank": "low_rank.LowRankMethod",
     "delta-come": "delta_come.DeltaCome",
     "sparse": "sparse.Sparse",
     "meswitch": "meswitch.MeSwitch",

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from meswitch_cli.artifact.base import base_fingerprint
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.texts import load_tokenizer, mean_over_tokens, native_dtype, quiet_transformers
+from meswitch_cli.errors import RouterError, reason_of
+from meswitch_cli.model.architecture import decoder_layers
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.weights import CheckpointWeights
+from meswitch_cli.router.backends.texts import mean_over_tokens, native_dtype, quiet_transformers
 from meswitch_cli.token_batches import batches_by_length, padded
 
 
@@ -81,7 +82,7 @@ class FolderBase:
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = base_fingerprint(self.checkpoint, architecture(self.checkpoint.config, self.name))
+            self._fingerprint = CheckpointWeights(self.checkpoint).fingerprint
         return self._fingerprint
 
     @property
@@ -92,7 +93,7 @@ class FolderBase:
         return BaseHiddenStates(self.name, layers)
 
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.checkpoint.source.path)
+        return load_tokenizer(self.checkpoint.source.path, RouterError)
 
 
 class BaseHiddenStates:
@@ -188,11 +189,5 @@ def _load(folder: Path, layers: int, dtype: torch.dtype) -> tuple[Any, nn.Module
                 folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
             )
     except Exception as error:  # transformers raises many kinds for a checkpoint it cannot load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: cannot be loaded for its hidden states: {reason}") from error
-    found = [
-        module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if not found:
-        raise RouterError(f"{folder}: no list of {layers} decoder layers found in {type(model).__name__}")
-    return model.eval(), found[0]
+        raise RouterError(f"{folder}: cannot be loaded for its hidden states: {reason_of(error)}") from error
+    return model.eval(), decoder_layers(model, str(folder))[1]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.errors import RouterError, UsageError, reason_of
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
-from meswitch_cli.router.backends.texts import encode, load_tokenizer, mean_over_tokens, quiet_transformers
+from meswitch_cli.router.backends.texts import encode, mean_over_tokens, quiet_transformers
 from meswitch_cli.router.decide.conversation import clip_characters
 from meswitch_cli.token_batches import batches_by_length, padded
 
@@ -37,11 +38,10 @@ class Encoder(Backend):
                     folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
                 )
         except Exception as error:  # transformers raises many kinds for a folder it cannot load
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RouterError(f"{folder}: the encoder cannot be loaded: {reason}") from error
+            raise RouterError(f"{folder}: the encoder cannot be loaded: {reason_of(error)}") from error
         self._folder = folder
         self._model = model.eval()
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(folder, RouterError)
         self.size = int(model.config.hidden_size)
         self.max_tokens = min(max_tokens, int(getattr(model.config, "max_position_embeddings", max_tokens)))
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from meswitch_cli.checkpoint.source import resolve
-from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.errors import RouterError, UsageError, reason_of
+from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, SavedBackend, all_features
 from meswitch_cli.router.backends.lm_training import fine_tune
-from meswitch_cli.router.backends.texts import encode, load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.router.backends.texts import encode, native_dtype, quiet_transformers
 from meswitch_cli.router.decide.conversation import clip_characters
 from meswitch_cli.router.decide.head import Head
 from meswitch_cli.token_batches import batches_by_length, padded
@@ -49,9 +50,8 @@ class LetterModel(Backend):
                     use_safetensors=True,
                 ).eval()
         except Exception as error:  # transformers raises many kinds for a folder it cannot load
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RouterError(f"{folder}: the language model cannot be loaded: {reason}") from error
-        self.tokenizer = load_tokenizer(folder)
+            raise RouterError(f"{folder}: the language model cannot be loaded: {reason_of(error)}") from error
+        self.tokenizer = load_tokenizer(folder, RouterError)
         self.options = options
         self.size = int(self.model.config.get_text_config().hidden_size)
         self.max_tokens = max_tokens

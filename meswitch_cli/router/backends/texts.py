@@ -1,4 +1,4 @@
-"""Texts into models of transformers: tokenizers, token budgets, data types, and means over tokens."""
+"""Texts into models of transformers: token budgets, data types, and means over tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.errors import RouterError
 from meswitch_cli.router.decide.conversation import clip_characters, clip_tokens
 
 
@@ -28,22 +27,6 @@ class quiet_transformers:
         logging.set_verbosity(self._verbosity)
         if self._bars:
             logging.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A checkpoint's own tokenizer.
-
-    Raises:
-        RouterError: it has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Without a length of its own: prompts are cut here, and it need not warn of them.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=1 << 30)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:

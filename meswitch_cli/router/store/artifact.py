@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -215,7 +214,7 @@ def _describe(folder: Path, path: Path) -> RouterFile:
 
 
 def manifest_digest(folder: Path) -> str | None:
-    """SHA-256 of an expert artifact's manifest; None for a folder that is a plain checkpoint.
+    """The digest of an expert's artifact; None for a folder that is a plain checkpoint.
 
     Raises:
         RouterError: there is no such folder.
@@ -225,4 +224,4 @@ def manifest_digest(folder: Path) -> str | None:
     if not folder.is_dir():
         raise RouterError(f"{folder}: no such folder; give an artifact of meswitch compress, or a checkpoint")
     file = folder / ARTIFACT_MANIFEST
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return file_digest(file) if file.is_file() else None

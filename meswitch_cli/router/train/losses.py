@@ -15,8 +15,9 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.errors import RouterError
-from meswitch_cli.router.backends.texts import load_tokenizer, native_dtype, quiet_transformers
+from meswitch_cli.errors import RouterError, reason_of
+from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.router.backends.texts import native_dtype, quiet_transformers
 from meswitch_cli.router.train.data import Example
 from meswitch_cli.token_batches import batches_by_length, padded
 
@@ -62,15 +63,14 @@ def response_losses(folder: Path, examples: Sequence[Example]) -> torch.Tensor:
     """Mean loss per response token of one model, nats, `[n]`; prompts go through its own chat template."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, RouterError)
     try:
         with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=native_dtype(), local_files_only=True, use_safetensors=True
             ).eval()
     except Exception as error:  # transformers raises many kinds for a checkpoint it cannot load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"{folder}: the expert cannot be loaded: {reason}") from error
+        raise RouterError(f"{folder}: the expert cannot be loaded: {reason_of(error)}") from error
     encoded = [_encode(tokenizer, example) for example in examples]
     result = torch.empty(len(examples))
     for batch in batches_by_length([len(ids) for ids, _ in encoded]):

@@ -13,7 +13,6 @@ import torch
 from engine.family import Family
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings
 from meswitch_cli.engine.banks import Layout, bank_layout
@@ -25,6 +24,7 @@ from meswitch_cli.engine.vllm.engine import VllmEngine
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, base_names, layout_of, worker_config
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY, generator_seed, sampling_options
 from meswitch_cli.engine.vllm.version import check_vllm
+from meswitch_cli.model.architecture import architecture
 from zoo.tiny import make_pair
 
 MODEL = ServedModel("alpha", Path("/artifacts/alpha"), "abc", None, 300, frozenset({1, 7}))  # type: ignore[arg-type]

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from meswitch_cli.checkpoint.architecture import Architecture, Kind, Parameter, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import CheckpointError
+from meswitch_cli.model.architecture import Architecture, Kind, Storage, architecture
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the expert beside the base tensor it is taken against.
 
-    `base_name` and `expert_name` are the parameters that hold the values (the embedding where a head is tied to it);
-    `base_stored` and `expert_stored` are their names inside the checkpoints. Rows past `shared_rows` exist in the
-    expert alone (added vocabulary).
+    `base` and `expert` say which parameters hold the values (the embedding where a head is tied to it), and where the
+    checkpoints have them.
     """
 
     name: str
     kind: Kind
     layer: int | None
-    shape: tuple[int, ...]
-    base_shape: tuple[int, ...]
-    base_name: str
-    expert_name: str
-    base_stored: str
-    expert_stored: str
+    base: Storage
+    expert: Storage
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.expert.parameter.shape
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        return self.base.parameter.shape
 
     @property
     def shared_rows(self) -> int:
+        """Rows that both have; further ones are the expert's alone (added vocabulary)."""
         return min(self.shape[0], self.base_shape[0]) if self.shape else 0
 
 
@@ -65,38 +68,25 @@ def make_plan(base: Checkpoint, expert: Checkpoint) -> Plan:
     base_model = architecture(base.config, str(base.source.path))
     expert_model = architecture(expert.config, str(expert.source.path))
     _refuse_other_widths(base, expert, base_model, expert_model)
-    base_names = base_model.stored_names(base)
-    expert_names = expert_model.stored_names(expert)
+    stored, expert_stored = base_model.stored(base), expert_model.stored(expert)
     units: list[list[PlannedTensor]] = [[] for _ in range(expert_model.num_layers + 1)]
     for name, item in expert_model.parameters.items():
         if item.tied_to and base_model.parameters[name].tied_to:
             continue  # tied in both: the embedding's delta is the head's
-        base_item = base_model.parameters[name]
-        base_name, expert_name = base_item.tied_to or name, item.tied_to or name
-        base_stored, expert_stored = base_names[base_name], expert_names[expert_name]
-        _check_stored_shape(expert, expert_stored, item)
-        _check_stored_shape(base, base_stored, base_item)
+        ours, theirs = stored[base_model.holder(name).name], expert_stored[expert_model.holder(name).name]
+        _check_stored_shape(expert, theirs)
+        _check_stored_shape(base, ours)
         units[-1 if item.layer is None else item.layer].append(
-            PlannedTensor(
-                name,
-                item.kind,
-                item.layer,
-                item.shape,
-                base_item.shape,
-                base_name,
-                expert_name,
-                base_stored,
-                expert_stored,
-            )
+            PlannedTensor(name=name, kind=item.kind, layer=item.layer, base=ours, expert=theirs)
         )
     return Plan(expert_model, tuple(tuple(unit) for unit in units))
 
 
-def _check_stored_shape(checkpoint: Checkpoint, stored: str, expected: Parameter) -> None:
-    info = checkpoint.tensors[stored]
-    if info.shape != expected.shape:
+def _check_stored_shape(checkpoint: Checkpoint, storage: Storage) -> None:
+    info, expected = storage.info(checkpoint), storage.parameter.stored_shape
+    if info.shape != expected:
         raise CheckpointError(
-            f"{info.path}: tensor {stored!r} is {list(info.shape)}, config.json says {list(expected.shape)}"
+            f"{info.path}: tensor {info.name!r} is {list(info.shape)}, config.json says {list(expected)}"
         )
 
 
@@ -113,13 +103,3 @@ def _refuse_other_widths(base: Checkpoint, expert: Checkpoint, ours: Architectur
                 f"base and expert differ in width: {name!r} is {list(mine.shape)} in {base.source.path}, "
                 f"{list(other.shape)} in {expert.source.path}"
             )
-
-
-def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The config entries that change what the model computes, where expert and base differ (base's, expert's)."""
-    ignored = {
-        "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
-    }  # fmt: skip
-    keys = (set(base) | set(expert)) - ignored
-    return {key: (base.get(key), expert.get(key)) for key in sorted(keys) if base.get(key) != expert.get(key)}

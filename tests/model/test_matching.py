@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
-from meswitch_cli.checkpoint.plan import Plan, config_differences, make_plan
 from meswitch_cli.errors import CheckpointError
+from meswitch_cli.model.architecture import architecture
+from meswitch_cli.model.matching import Plan, make_plan
 from zoo.tiny import DENSE_FAMILIES, make_pair
 
 
@@ -20,7 +20,7 @@ def _plan(base: Path, expert: Path) -> Plan:
 def test_every_tensor_of_every_family_is_planned_once(tmp_path: Path, family: str) -> None:
     base, expert = make_pair(tmp_path, family)
     plan = _plan(base, expert)
-    names = [item.expert_stored for item in plan.tensors]
+    names = [item.expert.name for item in plan.tensors]
     assert sorted(names) == sorted(Checkpoint.open(str(expert)).tensors)
     assert len(plan.units) == plan.architecture.num_layers + 1
     for index, unit in enumerate(plan.units[:-1]):
@@ -101,7 +101,7 @@ def test_names_without_the_prefix_are_understood(tmp_path: Path) -> None:
     renamed = {name.removeprefix("model."): value for name, value in tensors.items()}
     safetensors.torch.save_file(renamed, base / "model.safetensors")
     plan = _plan(base, expert)
-    assert all(f"model.{item.base_stored}" == item.base_name or item.kind == "head" for item in plan.tensors)
+    assert all(f"model.{item.base.name}" == item.base.parameter.name or item.kind == "head" for item in plan.tensors)
 
 
 def test_unknown_model_type(tmp_path: Path) -> None:
@@ -119,11 +119,6 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     (base / "evil.py").write_text("raise SystemExit('ran')")
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     assert architecture(config, str(base)).model_type == "llama"
-
-
-def test_config_differences_leave_out_what_does_not_matter() -> None:
-    base = {"rope_theta": 1e4, "vocab_size": 10, "torch_dtype": "float32"}
-    assert config_differences(base, {"rope_theta": 1e6, "vocab_size": 12}) == {"rope_theta": (1e4, 1e6)}
 
 
 def test_fingerprint_is_of_tensors_not_of_files(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""A compression that metadata says can be done, and how it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meswitch_cli.calibration.data import CalibrationFile
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.model.config import config_differences
+from meswitch_cli.model.matching import Plan, PlannedTensor
+
+#: Called with (what is being done, bytes of the checkpoints handled by it, units done).
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Two checkpoints that belong together, what to do with them, and where the artifact goes."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    plan: Plan
+    settings: CompressionSettings
+    calibration: CalibrationFile | None
+    out: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that will be read."""
+        return self.nbytes_of(self.plan.tensors)
+
+    def nbytes_of(self, items: Iterable[PlannedTensor]) -> int:
+        return sum(item.base.info(self.base).nbytes + item.expert.info(self.expert).nbytes for item in items)
+
+    def config_differences(self) -> dict[str, tuple[Any, Any]]:
+        return config_differences(self.base.config, self.expert.config)

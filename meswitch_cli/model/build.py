@@ -1,0 +1,36 @@
+"""A transformers model out of any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from meswitch_cli.model.skeleton import materialise_buffers, set_parameter, skeleton
+from meswitch_cli.model.weights import Weights
+
+
+def build_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """The whole model in memory, in evaluation mode.
+
+    Raises:
+        CheckpointError: a buffer of this family does not follow from its config.
+    """
+    model: Any = skeleton(weights.config, weights.name)
+    materialise_buffers(model, device, weights.name)
+    names = [name for name, item in weights.architecture.parameters.items() if item.tied_to is None]
+    fill(model, "", names, weights, device, dtype)
+    model.tie_weights()
+    return model.eval()
+
+
+def fill(
+    module: nn.Module, prefix: str, names: Iterable[str], weights: Weights, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a module these parameters; `prefix` and a name are what the weights call one."""
+    for name in names:
+        full = prefix + name
+        value = weights.read(full).to(device=device, dtype=dtype)
+        set_parameter(module, name, weights.architecture.holder(full).to_stored(value))

@@ -1,0 +1,41 @@
+"""config.json as transformers reads it, and what of it makes two models compute differently."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+#: Entries that would name code of the checkpoint's, or speak of how it was stored.
+_NOT_THE_MODELS = ("auto_map", "quantization_config")
+
+#: Entries that do not change what the layers compute.
+_HARMLESS = frozenset((
+    "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_implementation",
+    "bos_token_id", "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
+    "hidden_dropout", "id2label", "initializer_range", "label2id", "max_position_embeddings", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "sep_token_id", "task_specific_params", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
+))  # fmt: skip
+
+
+def parsed_config(config: dict[str, Any]) -> Any:
+    """The transformers configuration that the content of a config.json describes; runs no code of the checkpoint's.
+
+    Raises:
+        Exception: of many kinds, where transformers does not know the model or cannot use an entry.
+    """
+    from transformers import AutoConfig
+
+    if not config.get("model_type"):
+        raise ValueError("config.json names no model_type")
+    return AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _NOT_THE_MODELS})
+
+
+def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The entries that make two models compute differently, as (base's, expert's).
+
+    Both are compared as transformers reads them, defaults filled in: two spellings of one thing are no difference.
+    """
+    ours, theirs = (json.loads(parsed_config(config).to_json_string(use_diff=False)) for config in (base, expert))
+    keys = (set(ours) | set(theirs)) - _HARMLESS
+    return {key: (ours.get(key), theirs.get(key)) for key in sorted(keys) if ours.get(key) != theirs.get(key)}

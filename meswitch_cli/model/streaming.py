@@ -1,0 +1,115 @@
+"""A model whose weights are in memory only while they are at work: one decoder layer at a time.
+
+The model's own forward runs once over all rows; what makes it stream is that each decoder layer is wrapped to load its
+weights when its turn comes, run the rows through in small batches, and drop the weights again. Masks, rotary tables
+and every family's particulars stay transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from meswitch_cli.model.build import fill
+from meswitch_cli.model.skeleton import materialise_buffers, set_parameter, skeleton
+from meswitch_cli.model.weights import Weights
+
+#: Tokens run through a layer at once; bounds the activations in memory.
+BATCH_TOKENS = 4096
+
+
+class StreamedModel:
+    """A transformers model with its weights elsewhere. Call it under `torch.no_grad`.
+
+    Attributes:
+        root: the model, on the meta device but for its buffers.
+        body: the part of it before the head.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+        """Build the module tree.
+
+        Raises:
+            CheckpointError: a buffer of this family does not follow from its config.
+        """
+        self.weights, self.device, self.dtype = weights, device, dtype
+        root: Any = skeleton(weights.config, weights.name)
+        materialise_buffers(root, device, weights.name)
+        layers = root.get_submodule(weights.architecture.layers_prefix)
+        for index, layer in enumerate(layers):
+            layers[index] = _Streamed(layer, partial(self.run_layer, index, layer))
+        self.root, self.body = root, getattr(root, root.base_model_prefix)
+
+    def last_hidden_state(self, ids: torch.Tensor) -> torch.Tensor:
+        """What reaches the head, `[rows, length, hidden size]`; the embedding is in memory meanwhile."""
+        with self.loaded(self.root.base_model_prefix, self.body):
+            hidden: torch.Tensor = self.body(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return hidden
+
+    def run_layer(
+        self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A decoder layer's output for `hidden` `[rows, length, hidden size]`."""
+        with self.loaded(f"{self.weights.architecture.layers_prefix}.{index}", layer):
+            return run_in_batches(layer, hidden, args, kwargs)
+
+    @contextmanager
+    def loaded(self, prefix: str, module: nn.Module) -> Iterator[None]:
+        """Give a module of the tree its weights for the time of the block."""
+        names = [name for name, _ in module.named_parameters()]
+        fill(module, f"{prefix}.", names, self.weights, self.device, self.dtype)
+        try:
+            yield
+        finally:
+            for name in names:
+                set_parameter(module, name, module.get_parameter(name).to("meta"))
+
+
+class _Streamed(nn.Module):
+    """Stands in a decoder layer's place."""
+
+    def __init__(self, layer: nn.Module, run: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)  # not a submodule: its weights come and go
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        """Families read attributes of their layers (attention type and the like)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._run(hidden_states, args, kwargs)
+
+
+def run_in_batches(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's output for `hidden` `[rows, length, hidden size]`, `BATCH_TOKENS` tokens at a time."""
+    rows, length = hidden.shape[:2]
+    size = max(1, BATCH_TOKENS // length)
+    outputs = [
+        layer(
+            hidden[start : start + size],
+            *(_batch_of(item, start, size, rows) for item in args),
+            **{key: _batch_of(item, start, size, rows) for key, item in kwargs.items()},
+        )
+        for start in range(0, rows, size)
+    ]
+    if isinstance(outputs[0], tuple):
+        return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+    return torch.cat(outputs)
+
+
+def _batch_of(value: Any, start: int, size: int, rows: int) -> Any:
+    """Take the batch out of a tensor that has one row for each of all rows; pass anything else on."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == rows > 1:
+        return value[start : start + size]
+    if isinstance(value, tuple):
+        return tuple(_batch_of(item, start, size, rows) for item in value)
+    return value
