@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from meswitch_cli.artifact.disk import disk_errors, exclusive, file_digest, sync_folder, write_atomically
-from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, TensorEntry
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest
+from meswitch_cli.delta.stored import TensorEntry
 from meswitch_cli.errors import ArtifactError
 
 _IDENTITY_FILE = "identity.json"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from meswitch_cli.delta.settings import BITS, ChannelScale, QuantizerSettings, Rounding, StepRule
+from meswitch_cli.delta.codes import CODES, LISTED
+from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
 #: Calibration by random tokens.
@@ -65,8 +66,8 @@ class CompressionSettings:
             linears = self.linears()
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if self.embedding_bits not in BITS:
-            raise UsageError(f"--embedding-bits must be 1, 2 or 4, not {self.embedding_bits}")
+        if self.embedding_bits not in CODES:
+            raise UsageError(f"--embedding-bits must be {LISTED}, not {self.embedding_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -96,6 +97,11 @@ class CompressionSettings:
     def embedding(self) -> QuantizerSettings:
         """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
         return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
+
+    def quantizer_settings(self, kind: str) -> QuantizerSettings | None:
+        """Settings of a kind of tensor; None for one that is stored whole."""
+        of_kind = {"linear": self.linears, "head": self.head, "embedding": self.embedding}
+        return of_kind[kind]() if kind in of_kind else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -58,7 +58,7 @@ class ExpertHead(ExpertLinear):
         rows = x.reshape(-1, x.shape[-1])
         slots, groups = step.of_rows(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
-        if bank.max_added_rows:
+        if bank.capacity.added_rows:
             added = self.added_logits(rows, bank.added_rows, bank.added_counts, slots)
             if self.added_bias is not None:
                 added = added + self.added_bias.index_select(0, slots.long() + 1)

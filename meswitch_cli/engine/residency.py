@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from meswitch_cli.engine.banks import Parts
 from meswitch_cli.engine.contract import BASE, Residency
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.generation import Generation
@@ -245,37 +244,3 @@ class SlotTable:
         self.slots[index] = Slot(expert.model.name, loading=True, since=now, used=now)
         expert.slot = index
         return Load(expert.model.name, index)
-
-
-class HostCopies:
-    """Experts' tensors in host memory, the least recently used given up first. `limit` bytes; None is no limit."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self._parts: OrderedDict[str, Parts] = OrderedDict()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
-
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(parts) for parts in tuple(self._parts.values()))
-
-    def get(self, name: str) -> Parts | None:
-        if name in self._parts:
-            self._parts.move_to_end(name)
-        return self._parts.get(name)
-
-    def put(self, name: str, parts: Parts) -> None:
-        if self.limit is not None and _nbytes(parts) > self.limit:
-            return
-        self._parts[name] = parts
-        while self.limit is not None and self.nbytes > self.limit:
-            self._parts.popitem(last=False)
-
-    def forget(self, name: str) -> None:
-        self._parts.pop(name, None)
-
-
-def _nbytes(parts: Parts) -> int:
-    return sum(tensor.nbytes for tensor in parts.values())

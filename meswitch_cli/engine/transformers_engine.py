@@ -14,8 +14,9 @@ from meswitch_cli.engine.expert import ServedModel, open_base
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStates
+from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.loader import Loader
-from meswitch_cli.engine.residency import HostCopies, Load, SlotTable
+from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine

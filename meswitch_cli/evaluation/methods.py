@@ -15,6 +15,7 @@ from meswitch_cli.calibration.data import random_window, read_calibration, token
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.checkpoint.architecture import Architecture
 from meswitch_cli.checkpoint.plan import Plan, PlannedTensor, make_plan
+from meswitch_cli.delta.codes import CODES
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
@@ -136,7 +137,7 @@ def _check(method: Method) -> None:
         "masks": (1, 2, 3, 4),
         "axis": ("row", "column", "best"),
         "saliency": ("error", "random", "magnitude", "activation"),
-        "embedding": (1, 2, 4, 16),
+        "embedding": (*CODES, 16),
         "activations": ("auto", "file", "random", "none"),
     }
     for key, value in method.options.items():

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 
-from meswitch_cli.artifact.shard import delta_tensors
-from meswitch_cli.delta.packing import packed_width
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.evaluation.baselines import Approximation
 
 Saliency = Literal["error", "random", "magnitude", "activation"]
@@ -36,7 +35,7 @@ def salient_delta(
         result = quantize(torch.zeros_like(delta), delta, settings, statistics)
         if result is None:
             return Approximation(torch.zeros_like(delta), 0)
-        return Approximation(dequantize(result[0]), sum(item.nbytes for item in delta_tensors("x", result[0]).values()))
+        return Approximation(dequantize(result[0]), result[0].nbytes)
     chosen = _score(delta, saliency, statistics, generator).topk(settings.salient).indices.sort().values
     return with_channels(delta, settings, chosen, statistics)
 
@@ -57,9 +56,7 @@ def with_channels(
     value = delta.half().float()  # what a salient channel's code and residual add up to, to 16 bit
     found = quantize(torch.zeros_like(delta[:, rest]), delta[:, rest].contiguous(), alone, _part(statistics, rest))
     value[:, rest] = dequantize(found[0]) if found else 0.0
-    out, width = delta.shape
-    nbytes = 4 * out * packed_width(width, settings.bits) + 4 * out + (4 + 2 * out) * len(chosen)
-    return Approximation(value, nbytes + (2 * width if settings.channel_scale != "none" else 0))
+    return Approximation(value, expected_entry(settings, tuple(delta.shape)).expected_nbytes(2))
 
 
 def _score(

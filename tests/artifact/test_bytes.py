@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import safetensors.torch
 import torch
 
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, ModelReference, TensorEntry
-from meswitch_cli.artifact.shard import Shard, delta_tensors, encode_shard
-from meswitch_cli.delta.low_rank import LowRank
-from meswitch_cli.delta.quantize import QuantizedDelta
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, ModelReference
+from meswitch_cli.artifact.shard import Shard, encode_shard
+from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from zoo.tiny import make_pair
 
 UNIT = 2.0**-6
@@ -135,7 +135,7 @@ ROWS, COLUMNS = 20, 72
 
 def given_delta(
     bits: int, salient: int, group_size: int, channel_scale: bool, rank: int, generator: torch.Generator
-) -> QuantizedDelta:
+) -> StoredDelta:
     """Any codes, steps and values."""
 
     def words(rows: int, width: int) -> torch.Tensor:
@@ -143,26 +143,17 @@ def given_delta(
 
     groups = -(-COLUMNS // group_size) if group_size else 1
     steps = integers((ROWS, groups), 1, 100, generator) * UNIT
-    return QuantizedDelta(
-        bits,
-        COLUMNS,
-        group_size,
-        words(ROWS, COLUMNS * bits),
-        steps.half() if group_size else steps,
-        torch.randperm(COLUMNS, generator=generator)[:salient].sort().values.to(torch.int32),
-        (integers((ROWS, salient), -99, 100, generator) * UNIT).half(),
-        (integers((COLUMNS,), 1, 100, generator) * UNIT).half() if channel_scale else None,
-        LowRank(
-            ROWS,
-            COLUMNS,
-            words(rank, ROWS * 4),
-            integers((rank, 1), 1, 100, generator) * UNIT,
-            words(rank, COLUMNS * 4),
-            integers((rank, 1), 1, 100, generator) * UNIT,
-        )
-        if rank
-        else None,
-    )
+    parts = {"codes": words(ROWS, COLUMNS * bits), "steps": steps.half() if group_size else steps}
+    index = torch.randperm(COLUMNS, generator=generator)[:salient].sort().values.to(torch.int32)
+    residual = (integers((ROWS, salient), -99, 100, generator) * UNIT).half()
+    if salient:
+        parts |= {"salient_index": index, "salient_value": residual}
+    if channel_scale:
+        parts["channel_scale"] = (integers((COLUMNS,), 1, 100, generator) * UNIT).half()
+    for side, length in (("left", ROWS), ("right", COLUMNS)) if rank else ():
+        parts[f"{side}_codes"] = words(rank, length * 4)
+        parts[f"{side}_steps"] = integers((rank, 1), 1, 100, generator) * UNIT
+    return StoredDelta(bits=bits, in_features=COLUMNS, group_size=group_size, **parts)
 
 
 #: By rank: the manifest, then the shards of 1, 2 and 4 bits.
@@ -178,16 +169,17 @@ def test_the_writer_writes_the_same_bytes(rank: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     shards: list[bytes] = []
     entries: list[TensorEntry] = []
-    given: dict[str, QuantizedDelta] = {}
+    given: dict[str, StoredDelta] = {}
     for index, bits in enumerate((1, 2, 4)):
         shard = f"delta-{index + 1:05d}-of-00003.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for salient, group_size, scale, added in itertools.product((0, 3), (0, 32), (False, True), (0, 2)):
             name = f"{bits}.{salient}.{group_size}.{scale}.{added}.weight"
-            given[name] = given_delta(bits, salient, group_size, scale, rank, generator)
-            own = delta_tensors(name, given[name])
+            delta = given_delta(bits, salient, group_size, scale, rank, generator)
             if added:
-                own[f"{name}.added_rows"] = integers((added, COLUMNS), -9, 10, generator).to(torch.bfloat16)
+                rows = integers((added, COLUMNS), -9, 10, generator).to(torch.bfloat16)
+                delta = replace(delta, added_rows=rows)
+            given[name] = delta
             entries.append(
                 TensorEntry(
                     name=name,
@@ -197,22 +189,16 @@ def test_the_writer_writes_the_same_bytes(rank: int, tmp_path: Path) -> None:
                     base_shape=(ROWS, COLUMNS),
                     layer=index,
                     shard=shard,
-                    nbytes=sum(tensor.nbytes for tensor in own.values()),
-                    bits=bits,
-                    salient=salient,
-                    group_size=group_size,
-                    channel_scale=scale,
-                    rank=rank,
-                    added_rows=added,
+                    **delta.stored_as,
                     delta_energy=2.0,
                     weight_error=0.25,
                     output_error=None if scale else 0.5,
                 )
             )
-            tensors |= own
+            tensors |= delta.named(name)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             name = f"{bits}.{dtype}.bias"
-            tensors[f"{name}.value"] = integers((ROWS,), -9, 10, generator).to(dtype)
+            given[name] = StoredDelta(value=integers((ROWS,), -9, 10, generator).to(dtype))
             entries.append(
                 TensorEntry(
                     name=name,
@@ -220,11 +206,11 @@ def test_the_writer_writes_the_same_bytes(rank: int, tmp_path: Path) -> None:
                     shape=(ROWS,),
                     base=name,
                     base_shape=(ROWS,),
-                    layer=None,
                     shard=shard,
-                    nbytes=tensors[f"{name}.value"].nbytes,
+                    **given[name].stored_as,
                 )
             )
+            tensors |= given[name].named(name)
         shards.append(encode_shard(tensors))
     manifest = Manifest(
         base=ModelReference("base", None, f"sha256:{'0' * 64}"),
@@ -246,11 +232,16 @@ def test_the_writer_writes_the_same_bytes(rank: int, tmp_path: Path) -> None:
     assert [manifest_digest(manifest.to_json()), *map(digest, shards)] == ENCODED[rank]
     for file, data in zip(manifest.shards, shards, strict=True):
         (tmp_path / file.name).write_bytes(data)
-        shard = Shard(tmp_path / file.name, [entry for entry in entries if entry.shard == file.name])
-        assert len(list(shard.check_values())) == 19
-        for name, wanted in given.items():
-            if shard.has(name, "codes"):
-                found = shard.delta(name)
-                assert delta_tensors(name, found).keys() == delta_tensors(name, wanted).keys()
-                for part, tensor in delta_tensors(name, wanted).items():
-                    assert torch.equal(delta_tensors(name, found)[part], tensor)
+        own = [entry for entry in entries if entry.shard == file.name]
+        shard = Shard(tmp_path / file.name, own)
+        at_once = shard.read_all()
+        assert list(at_once) == list(shard.check_values()) == [entry.name for entry in own]
+        for entry in own:
+            for found in (shard.delta(entry.name), at_once[entry.name]):
+                wanted = given[entry.name]
+                assert found.tensors.keys() == wanted.tensors.keys()
+                assert replace(found, **dict.fromkeys(found.tensors)) == replace(
+                    wanted, **dict.fromkeys(wanted.tensors)
+                )
+                for part, tensor in wanted.tensors.items():
+                    assert torch.equal(found.tensors[part], tensor)

@@ -111,7 +111,7 @@ class ExpertVocabularyMethod(_ExpertMethod):
             raise RuntimeError(f"vLLM asks for logits of {x.shape[0]} tokens, {slots.shape[0]} were announced")
         bank = rows.bank
         y = self.multiply(x, rows, None if bias is None else rows.bias, slots, groups, bank)
-        if bank.max_added_rows:
+        if bank.capacity.added_rows:
             added = self.backend.added_logits(x, bank.added_rows, bank.added_counts, slots)
             if rows.added_bias is not None:
                 added = added + rows.added_bias.index_select(0, slots.long() + 1)

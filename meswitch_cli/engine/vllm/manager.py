@@ -15,11 +15,11 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.banks import Banks, Parts, read_parts
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
+from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.modules import kernels
-from meswitch_cli.engine.residency import HostCopies
 from meswitch_cli.engine.step import Step, Steps
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, layout_of
 from meswitch_cli.engine.vllm.served_layers import serve_layers
@@ -128,20 +128,11 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._limits[slot + 1] = self._vocabulary
             return
         started = time.perf_counter()
-        manifest = adapter.artifact.manifest
-        self.nbytes += self.banks.load(slot, manifest, self._parts(adapter.artifact, adapter.identity))
+        manifest, pinned = adapter.artifact.manifest, self.banks.base.device.type == "cuda"
+        stored = self._copies.fetch(adapter.identity, adapter.artifact, pinned=pinned)
+        self.nbytes += self.banks.load(slot, manifest, stored)
         self._limits[slot + 1] = expert_vocabulary(manifest, self._vocabulary)
         self.seconds += time.perf_counter() - started
-
-    def _parts(self, artifact: Artifact, identity: str) -> Parts:
-        found = self._copies.get(identity)
-        if found is not None:
-            return found
-        parts = read_parts(artifact)
-        if self.banks.base.device.type == "cuda":
-            parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
-        self._copies.put(identity, parts)
-        return parts
 
 
 class ExpertWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
