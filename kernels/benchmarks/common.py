@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meswitch_kernels import ExpertBank
+from meswitch_kernels import ExpertBank, ExpertDelta
 from meswitch_kernels.packing import words_per_row
 
 SHAPES = {
@@ -83,15 +83,23 @@ def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: i
     for slot in range(slots):
         codes = torch.randint(-(1 << 31), 1 << 31, (out_features, words), device=bank.device, dtype=torch.int64)
         steps = torch.full((out_features, 1), 0.1 * in_features**-0.5, device=bank.device)
-        index = torch.arange(bank.max_salient, dtype=torch.int32) * (in_features // bank.max_salient)
-        value = torch.randn(out_features, bank.max_salient, device=bank.device).mul(in_features**-0.5)
+        k = bank.capacity.salient
+        index = torch.arange(k, dtype=torch.int32) * (in_features // k)
+        value = torch.randn(out_features, k, device=bank.device).mul(in_features**-0.5)
         left = right = None
-        if rank := bank.max_rank:
+        if rank := bank.capacity.rank:
             left = torch.randn(out_features, rank, device=bank.device).mul(rank**-0.5)
             right = torch.randn(rank, in_features, device=bank.device).mul(0.1 * in_features**-0.5)
-        bank.load(
-            slot, codes.to(torch.int32), steps, index, value.to(torch.bfloat16), bits=bits, left=left, right=right
+        delta = ExpertDelta(
+            bits=bits,
+            codes=codes.to(torch.int32),
+            steps=steps,
+            salient_index=index,
+            salient_value=value.to(torch.bfloat16),
+            left=left,
+            right=right,
         )
+        bank.load(slot, delta)
 
 
 def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank: int = 0) -> int:

@@ -14,7 +14,7 @@ import torch
 from common import SHAPES, commit, delta_bytes, load_experts, machine, median_times, read_bandwidth, table
 from torch.nn.functional import linear
 
-from meswitch_kernels import ExpertBank, cpu_groups, expert_linear
+from meswitch_kernels import Capacity, ExpertBank, cpu_groups, expert_linear
 
 EXPERTS = 8
 PREFILL_TOKENS = 256
@@ -26,7 +26,7 @@ def measure(
     """The decode row, the mixed row and the prefill row of one layer."""
     weight = torch.randn(out_features, in_features).mul(in_features**-0.5).to(torch.bfloat16)
     delta = torch.randn_like(weight)
-    bank = ExpertBank(EXPERTS, in_features, out_features, bits, max_rank=rank)
+    bank = ExpertBank(EXPERTS, in_features, out_features, Capacity(bits=bits, salient=8, rank=rank))
     load_experts(bank, EXPERTS, in_features, out_features, bits)
     dense = [weight] + [torch.randn_like(weight) for _ in range(EXPERTS - 1)]
     x = torch.randn(EXPERTS, in_features).to(torch.bfloat16)
@@ -65,7 +65,7 @@ def measure(
 def crossover(name: str, out_features: int, in_features: int, bits: int, rank: int) -> list[list[object]]:
     """Both ways of the CPU backend for a growing number of tokens of one expert."""
     weight = torch.randn(out_features, in_features).mul(in_features**-0.5).to(torch.bfloat16)
-    bank = ExpertBank(1, in_features, out_features, bits, max_rank=rank)
+    bank = ExpertBank(1, in_features, out_features, Capacity(bits=bits, salient=8, rank=rank))
     load_experts(bank, 1, in_features, out_features, bits)
     rows: list[list[object]] = []
     for tokens in (2, 4, 8, 16, 32, 64):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from meswitch_kernels import (
+    Capacity,
     ExpertBank,
     GainBank,
     TokenGroups,
@@ -32,6 +33,7 @@ from meswitch_kernels.dispatch import backend_module, default_backend
 
 HIDDEN, INTERMEDIATE, QKV, VOCAB = 4096, 14336, 6144, 32000
 BITS, EXPERTS, EPSILON = 2, 16, 1e-5
+CAPACITY = Capacity(bits=BITS, salient=8)
 PARTS = {
     "qkv": (QKV, HIDDEN),
     "o": (HIDDEN, HIDDEN),
@@ -49,11 +51,11 @@ class Decoder:
             self.weights.append(
                 {n: torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.01 for n, s in PARTS.items()}
             )
-            self.banks.append({n: ExpertBank(EXPERTS, s[1], s[0], BITS, device="cuda") for n, s in PARTS.items()})
+            self.banks.append({n: ExpertBank(EXPERTS, s[1], s[0], CAPACITY, device="cuda") for n, s in PARTS.items()})
             own = torch.randn(2, HIDDEN, device="cuda", dtype=torch.bfloat16).mul(0.1).add(1)
             self.gains.append([GainBank(EXPERTS, gain) for gain in own])
         self.table = torch.randn(VOCAB, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        self.vocabulary = ExpertBank(EXPERTS, HIDDEN, VOCAB, BITS, device="cuda")
+        self.vocabulary = ExpertBank(EXPERTS, HIDDEN, VOCAB, CAPACITY, device="cuda")
         load_experts(self.vocabulary, EXPERTS, HIDDEN, VOCAB, BITS)
         for name, (out_features, in_features) in PARTS.items():
             load_experts(self.banks[0][name], EXPERTS, in_features, out_features, BITS)

@@ -18,7 +18,7 @@ from common import SHAPES, commit, delta_bytes, graph_seconds, load_experts, rot
 from torch import Tensor
 from torch.nn.functional import linear
 
-from meswitch_kernels import ExpertBank, expert_linear, group_tokens
+from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens
 
 BITS, EXPERTS = 2, 16
 LAYERS = SHAPES["Mistral-7B"]
@@ -47,7 +47,8 @@ def decode(name: str, out_features: int, in_features: int, rank: int, bandwidth:
     """Rows of the decode table of one layer."""
     copies = min(16, copies_of(out_features * in_features * 2))
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    banks = [ExpertBank(EXPERTS, in_features, out_features, BITS, device="cuda", max_rank=rank) for _ in range(2)]
+    capacity = Capacity(bits=BITS, salient=8, rank=rank)
+    banks = [ExpertBank(EXPERTS, in_features, out_features, capacity, device="cuda") for _ in range(2)]
     for bank in banks:
         load_experts(bank, EXPERTS, in_features, out_features, BITS)
     rows = []
@@ -88,7 +89,7 @@ def decode(name: str, out_features: int, in_features: int, rank: int, bandwidth:
 def prefill(name: str, out_features: int, in_features: int, rank: int, rate: float) -> list[list[object]]:
     """Rows of the prefill table of one layer."""
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    bank = ExpertBank(1, in_features, out_features, BITS, device="cuda", max_rank=rank)
+    bank = ExpertBank(1, in_features, out_features, Capacity(bits=BITS, salient=8, rank=rank), device="cuda")
     load_experts(bank, 1, in_features, out_features, BITS)
     merged = (weight.float() + bank.dequantize(0)).to(torch.bfloat16)
     rows = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import SHAPES, graph_seconds, load_experts
 
-from meswitch_kernels import ExpertBank, expert_linear, group_tokens, triton_ops, tuning
+from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops, tuning
 from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.tuning import LaunchSettings, launch_settings, token_bucket
 
@@ -39,7 +39,7 @@ CANDIDATES = {
 def best(kernel: str, out_features: int, in_features: int, tokens: int) -> LaunchSettings:
     """The fastest candidate; those that do not fit the card are passed over."""
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    bank = ExpertBank(SLOTS, in_features, out_features, 2, device="cuda")
+    bank = ExpertBank(SLOTS, in_features, out_features, Capacity(bits=2, salient=8), device="cuda")
     load_experts(bank, SLOTS, in_features, out_features, 2)
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
     slots = torch.arange(tokens, dtype=torch.int32, device="cuda") % SLOTS

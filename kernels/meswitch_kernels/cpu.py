@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from array import array
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ from .cpu_groups import CpuGroups, Few, group_tokens
 from .cpu_norm import rms_norm as rms_norm
 from .cpu_threads import run_task
 from .cpu_vector import ROWS
+from .delta import VALUE_DTYPES
 from .groups import TokenGroups
-from .packing import words_per_row
+from .packing import codes_per_word, widths_in, words_per_row
 from .scratch import scratch
 
 MERGE_BYTES = 4 << 20
@@ -66,9 +66,12 @@ expert_embedding = naive.expert_embedding
 added_logits = naive.added_logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Strides and places, in bytes, of what `rows` prepares for itself, and how many weight rows are worked on."""
+    """What `rows` prepares for itself: strides, and places (`_at`) in its memory of `size`, in bytes.
+
+    `rows` is how many weight rows are worked on at once.
+    """
 
     plain: int
     spread: int
@@ -77,7 +80,12 @@ class _Layout:
     of_word: int
     acc: int
     rows: int
-    places: tuple[int, ...]
+    plain_at: int
+    spread_at: int
+    salient_at: int
+    z_at: int
+    of_word_at: int
+    acc_at: int
     size: int
 
 
@@ -93,32 +101,67 @@ def _layout(
     groups: int,
     threads: int,
 ) -> _Layout:
-    # A slot of fewer bits packs more channels into the words that are padded to 16, so both widths count.
-    padded = {width: -(-words_per_row(in_features, width) // 16) * 16 for width in (1, bits)}
+    # A slot of fewer bits packs more channels into the words that are padded to 16, so every width counts.
+    padded = {width: -(-words_per_row(in_features, width) // 16) * 16 for width in widths_in(bits)}
     plain = -(-in_features * size // 64) * 64
-    spread = max(words * (32 // width) for width, words in padded.items()) * size
+    spread = max(words * codes_per_word(width) for width, words in padded.items()) * size
     salient, z = -(-max_salient // 16) * 64, -(-max_rank // 16) * 64
-    of_word = padded[bits] * 4 if grouped else 0
+    of_word = max(padded.values()) * 4 if grouped else 0
     acc = 4 * ROWS * 64
-    sizes = (plain * tokens, spread * tokens, salient * tokens, z * tokens, of_word * groups, acc * threads)
-    ends = tuple(itertools.accumulate(sizes, initial=0))
-    rows = max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS))
-    return _Layout(plain, spread, salient, z, of_word, acc, rows, ends[:-1], ends[-1])
-
-
-def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> tuple[int, ...]:
-    """The fields that every task begins with; SELF, NEXT and THREAD are set by `_run`."""
-    return (
-        0,
-        0,
-        0,
-        x.dtype == torch.bfloat16,
-        weight.shape[1],
-        weight.shape[0],
-        weight.data_ptr(),
-        weight.stride(0) * weight.element_size(),
-        *bank.addresses,
+    spread_at = plain * tokens
+    salient_at = spread_at + spread * tokens
+    z_at = salient_at + salient * tokens
+    of_word_at = z_at + z * tokens
+    acc_at = of_word_at + of_word * groups
+    return _Layout(
+        plain=plain,
+        spread=spread,
+        salient=salient,
+        z=z,
+        of_word=of_word,
+        acc=acc,
+        rows=max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS)),
+        plain_at=0,
+        spread_at=spread_at,
+        salient_at=salient_at,
+        z_at=z_at,
+        of_word_at=of_word_at,
+        acc_at=acc_at,
+        size=acc_at + acc * threads,
     )
+
+
+def _bank_fields(bank: BankTensors) -> array[int]:
+    """A task's fields, those set that are the bank's; strides in bytes."""
+    fields = array("q", bytes(8 * max(kernels.DECODE, kernels.MERGE)))
+    fields[kernels.CODES] = bank.codes.data_ptr()
+    fields[kernels.CODES_SLOT] = bank.codes.shape[1] * 4
+    fields[kernels.STEPS] = bank.steps.data_ptr()
+    fields[kernels.STEPS_SLOT] = bank.steps.shape[1] * 4
+    fields[kernels.SALIENT_INDEX] = bank.salient_index.data_ptr()
+    fields[kernels.SALIENT_VALUE] = bank.salient_value.data_ptr()
+    fields[kernels.MAX_SALIENT] = bank.salient_index.shape[1]
+    fields[kernels.SALIENT_KIND] = VALUE_DTYPES.index(bank.salient_value.dtype)
+    fields[kernels.CHANNEL_SCALE] = bank.channel_scale.data_ptr()
+    fields[kernels.BIAS_DELTA] = bank.bias_delta.data_ptr()
+    fields[kernels.SLOT_BITS] = bank.slot_bits.data_ptr()
+    fields[kernels.SLOT_GROUP] = bank.slot_group.data_ptr()
+    fields[kernels.LEFT] = bank.left.data_ptr()
+    fields[kernels.RIGHT] = bank.right.data_ptr()
+    fields[kernels.SLOT_RANK] = bank.slot_rank.data_ptr()
+    fields[kernels.MAX_RANK] = bank.left.shape[2]
+    return fields
+
+
+def _fields(x: Tensor, weight: Tensor, bank: BankTensors) -> array[int]:
+    """Fields of a task of this call; SELF is set by `_run`, the task's own by the caller."""
+    fields = bank.once(_bank_fields)[:]
+    fields[kernels.BF16] = x.dtype == torch.bfloat16
+    fields[kernels.IN_FEATURES] = weight.shape[1]
+    fields[kernels.OUT_FEATURES] = weight.shape[0]
+    fields[kernels.WEIGHT] = weight.data_ptr()
+    fields[kernels.WEIGHT_STRIDE] = weight.stride(0) * weight.element_size()
+    return fields
 
 
 def _run(task: int, fields: array[int], units: int) -> None:
@@ -151,39 +194,30 @@ def _decode(
         torch.get_num_threads(),
     )
     base = scratch.take(layout.size)
-    fields = array(
-        "q",
-        (
-            *_fields(x, weight, bank),
-            x.data_ptr(),
-            x.stride(0) * size,
-            y.data_ptr(),
-            y.stride(0) * size,
-            0 if bias is None else bias.data_ptr(),
-            count,
-            ints_at,
-            ints_at + 4 * count,
-            ints_at + 8 * count,
-            groups,
-            base + layout.places[0],
-            layout.plain,
-            base + layout.places[1],
-            layout.spread,
-            base + layout.places[2],
-            layout.salient,
-            base + layout.places[4],
-            layout.of_word,
-            base + layout.places[5],
-            layout.acc,
-            layout.rows,
-            0,
-            0,
-            base + layout.places[3],
-            layout.z,
-            0,
-            0,
-        ),
-    )
+    fields = _fields(x, weight, bank)
+    fields[kernels.X] = x.data_ptr()
+    fields[kernels.X_STRIDE] = x.stride(0) * size
+    fields[kernels.Y] = y.data_ptr()
+    fields[kernels.Y_STRIDE] = y.stride(0) * size
+    fields[kernels.BIAS] = 0 if bias is None else bias.data_ptr()
+    fields[kernels.TOKENS] = count
+    fields[kernels.ORDER] = ints_at
+    fields[kernels.SLOT_OF] = ints_at + 4 * count
+    fields[kernels.GROUPS] = ints_at + 8 * count
+    fields[kernels.GROUP_COUNT] = groups
+    fields[kernels.PLAIN] = base + layout.plain_at
+    fields[kernels.PLAIN_STRIDE] = layout.plain
+    fields[kernels.SPREAD] = base + layout.spread_at
+    fields[kernels.SPREAD_STRIDE] = layout.spread
+    fields[kernels.SALIENT] = base + layout.salient_at
+    fields[kernels.SALIENT_STRIDE] = layout.salient
+    fields[kernels.Z] = base + layout.z_at
+    fields[kernels.Z_STRIDE] = layout.z
+    fields[kernels.WORD_GROUP] = base + layout.of_word_at
+    fields[kernels.WORD_GROUP_STRIDE] = layout.of_word
+    fields[kernels.ACC] = base + layout.acc_at
+    fields[kernels.ACC_STRIDE] = layout.acc
+    fields[kernels.ROWS_TOGETHER] = layout.rows
     _run(_tasks()[0], fields, -(-out_features // kernels.CHUNK_ROWS))
 
 
@@ -209,18 +243,11 @@ def _prefill(x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, 
     if rank:
         x = torch.cat([x, x @ bank.right[slot, :rank].to(x.dtype).T], 1)
     merged = scratch.tensor(min(rows, out_features), in_features + rank, x.dtype)
-    fields = array(
-        "q",
-        (
-            *_fields(x, weight, bank),
-            merged.data_ptr(),
-            merged.stride(0) * x.element_size(),
-            0,
-            0,
-            slot,
-            scale.data_ptr(),
-        ),
-    )
+    fields = _fields(x, weight, bank)
+    fields[kernels.MERGED] = merged.data_ptr()
+    fields[kernels.MERGED_STRIDE] = merged.stride(0) * x.element_size()
+    fields[kernels.SLOT] = slot
+    fields[kernels.SCALE] = scale.data_ptr()
     merge_task = _tasks()[1]
     for first in range(0, out_features, rows):
         last = min(first + rows, out_features)

@@ -158,44 +158,37 @@ def decode_attention(
     out = query.new_empty(requests, heads, width)
     blocks = -(-longest // LANES)
     memory = (4 * shared * (2 * padded + LANES * blocks) + 8 * LANES * blocks + 63) // 64 * 64
-    fields = array(
-        "q",
-        (
-            0,
-            0,
-            0,
-            query.dtype == torch.bfloat16,
-            requests,
-            key_heads,
-            shared,
-            width,
-            query.data_ptr(),
-            query.stride(0) * size,
-            query.stride(1) * size,
-            key.data_ptr(),
-            key.stride(0) * size,
-            key.stride(1) * size,
-            value.data_ptr(),
-            value.stride(0) * size,
-            value.stride(1) * size,
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            key_cache.stride(0) * size,
-            key_cache.stride(1) * size,
-            rows.data_ptr(),
-            ends.data_ptr(),
-            writes.data_ptr(),
-            out.data_ptr(),
-            width * size,
-            heads * width * size,
-            float_bits(scale),
-            float_bits(softcap or 0.0),
-            scratch.take(memory * threads),
-            memory,
-            padded,
-            blocks,
-        ),
-    )
+    fields = array("q", bytes(8 * FIELDS))
+    fields[BF16] = query.dtype == torch.bfloat16
+    fields[REQUESTS] = requests
+    fields[KEY_HEADS] = key_heads
+    fields[SHARED] = shared
+    fields[WIDTH] = width
+    fields[QUERY] = query.data_ptr()
+    fields[QUERY_HEAD] = query.stride(0) * size
+    fields[QUERY_TOKEN] = query.stride(1) * size
+    fields[KEY] = key.data_ptr()
+    fields[KEY_HEAD] = key.stride(0) * size
+    fields[KEY_TOKEN] = key.stride(1) * size
+    fields[VALUE] = value.data_ptr()
+    fields[VALUE_HEAD] = value.stride(0) * size
+    fields[VALUE_TOKEN] = value.stride(1) * size
+    fields[KEY_CACHE] = key_cache.data_ptr()
+    fields[VALUE_CACHE] = value_cache.data_ptr()
+    fields[CACHE_ROW] = key_cache.stride(0) * size
+    fields[CACHE_HEAD] = key_cache.stride(1) * size
+    fields[ROWS] = rows.data_ptr()
+    fields[ENDS] = ends.data_ptr()
+    fields[WRITES] = writes.data_ptr()
+    fields[OUT] = out.data_ptr()
+    fields[OUT_HEAD] = width * size
+    fields[OUT_TOKEN] = heads * width * size
+    fields[SCALE] = float_bits(scale)
+    fields[CAP] = float_bits(softcap or 0.0)
+    fields[SCRATCH] = scratch.take(memory * threads)
+    fields[SCRATCH_STRIDE] = memory
+    fields[PADDED] = padded
+    fields[BLOCKS] = blocks
     address = fields.buffer_info()[0]
     fields[SELF] = address
     run_task(_attend_all.address, address, requests * key_heads)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from numba import carray, cfunc, njit, types
 
-from . import cpu_attention_tiles, cpu_tiles, cpu_vector
+from . import cpu_attention_tiles, cpu_codes, cpu_tiles, cpu_vector, packing
+from .cpu_codes import code_at, codes_per_word, words_per_row
 from .cpu_tiles import finish_tile, merge_tile, product_tile, project_tile
 from .cpu_vector import (
     ROWS,
@@ -28,6 +29,7 @@ from .cpu_vector import (
     write_i16,
     write_i32,
 )
+from .packing import BIT_WIDTHS
 
 # Fields of every task; SELF is their own address. Strides are in bytes, *_SLOT from one slot to the next.
 (
@@ -55,17 +57,18 @@ MERGE_ROWS = 8
 _ONE = 0x3C00
 """1 as float16, the scale of most channels."""
 
-_INLINED = (cpu_attention_tiles, cpu_tiles, cpu_vector)
+_INLINED = (cpu_attention_tiles, cpu_codes, cpu_tiles, cpu_vector, packing)
 _SOURCES = f"{zlib.crc32(b''.join(Path(str(module.__file__)).read_bytes() for module in _INLINED)):08x}"
 
-# Variants by number: tokens and, for products, bits, groups and dtype; for the others, the bank's dtype and x's.
+# Variants by number: tokens and, for products, bits, groups and dtype; for merging, bits and dtype; for the others, the
+# bank's dtype and x's.
 _TOGETHER = (4, 2, 1)
 _product = chosen(
     15,
     {
         64 * tokens + 8 * bits + 2 * grouped + bf16: product_tile(tokens, bits, grouped, bf16)
         for tokens in _TOGETHER
-        for bits in (0, 1, 2, 4)
+        for bits in (0, *BIT_WIDTHS)
         for grouped in (False, True)
         for bf16 in (False, True)
         # Two sets of sums for groups of channels: four tokens would not fit the registers.
@@ -84,8 +87,7 @@ _finish, _project_rows = (
     )
     for arguments, tile in ((16, finish_tile), (8, project_tile))
 )
-_merge_bf16_1, _merge_bf16_2, _merge_bf16_4 = (merge_tile(bits, True) for bits in (1, 2, 4))
-_merge_f32_1, _merge_f32_2, _merge_f32_4 = (merge_tile(bits, False) for bits in (1, 2, 4))
+_merge = chosen(7, {2 * bits + bf16: merge_tile(bits, bf16) for bits in BIT_WIDTHS for bf16 in (False, True)})
 
 
 def versioned(task):
@@ -129,9 +131,9 @@ def _scaled_bf16(x, scale, channel, in_features):
 @njit
 def _spread_to_codes(x, target, bf16, in_features, bits, scale):
     """x times its channel scales, permuted so that each vector meets the codes unpacked beside it."""
-    per_word = 32 // bits
+    per_word = codes_per_word(bits)
     half = per_word // 2
-    blocks = (in_features * bits + 511) // 512
+    blocks = (words_per_row(in_features, bits) + 15) // 16
     for word in range(16 * blocks):
         block, lane, first = word >> 4, word & 15, word * per_word
         if bf16:
@@ -159,7 +161,7 @@ def _name_groups(f, g):
     if group_size > 0:
         table = f[WORD_GROUP] + g * f[WORD_GROUP_STRIDE]
         for word in range(f[WORD_GROUP_STRIDE] // 4):
-            write_i32(table + 4 * word, word * (32 // bits) // group_size)
+            write_i32(table + 4 * word, word * codes_per_word(bits) // group_size)
 
 
 @njit
@@ -250,7 +252,7 @@ def _multiply(f, slot, g, t, count, first_row, last_row, acc):
         k = 0
     else:
         bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
-        words = (in_features * bits + 31) // 32
+        words = words_per_row(in_features, bits)
         if group_size > 0:
             groups = (in_features + group_size - 1) // group_size
         codes, steps = f[CODES] + slot * f[CODES_SLOT], f[STEPS] + slot * f[STEPS_SLOT]
@@ -280,7 +282,7 @@ def _multiply(f, slot, g, t, count, first_row, last_row, acc):
 def _prefetch_group(f, slot, row, count):
     """Ask for the codes of some rows; they arrive while other slots' products run."""
     if slot >= 0:
-        row_bytes = (f[IN_FEATURES] * read_i32(f[SLOT_BITS] + 4 * slot) + 31) // 32 * 4
+        row_bytes = 4 * words_per_row(f[IN_FEATURES], read_i32(f[SLOT_BITS] + 4 * slot))
         prefetch(f[CODES] + slot * f[CODES_SLOT] + row * row_bytes, count * row_bytes)
 
 
@@ -318,22 +320,6 @@ def rows(fields):
                     t += count
 
 
-@njit
-def _merge(bf16, bits, weight, codes, step, scale, merged, first, last):
-    if bf16 and bits == 1:
-        _merge_bf16_1(weight, codes, step, scale, merged, first, last)
-    elif bf16 and bits == 2:
-        _merge_bf16_2(weight, codes, step, scale, merged, first, last)
-    elif bf16:
-        _merge_bf16_4(weight, codes, step, scale, merged, first, last)
-    elif bits == 1:
-        _merge_f32_1(weight, codes, step, scale, merged, first, last)
-    elif bits == 2:
-        _merge_f32_2(weight, codes, step, scale, merged, first, last)
-    else:
-        _merge_f32_4(weight, codes, step, scale, merged, first, last)
-
-
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 @versioned
 def merge(fields):
@@ -343,7 +329,7 @@ def merge(fields):
     size = 2 if bf16 else 4
     bits, group_size = read_i32(f[SLOT_BITS] + 4 * slot), read_i32(f[SLOT_GROUP] + 4 * slot)
     span = group_size if group_size > 0 else in_features
-    words, groups = (in_features * bits + 31) // 32, (in_features + span - 1) // span
+    words, groups = words_per_row(in_features, bits), (in_features + span - 1) // span
     while True:
         start = fetch_add(f[SELF] + 8 * NEXT, 1) * MERGE_ROWS
         if start >= f[ROW_COUNT]:
@@ -355,17 +341,8 @@ def merge(fields):
             steps = f[STEPS] + slot * f[STEPS_SLOT] + row * groups * 4
             for g in range(groups):
                 first = g * span
-                _merge(
-                    bf16,
-                    bits,
-                    weight,
-                    codes,
-                    steps + 4 * g,
-                    f[SCALE],
-                    merged,
-                    first,
-                    min(first + span, in_features),
-                )
+                last = min(first + span, in_features)
+                _merge(2 * bits + f[BF16], weight, codes, steps + 4 * g, f[SCALE], merged, first, last)
             for j in range(k):
                 channel = read_i32(f[SALIENT_INDEX] + 4 * (slot * k + j))
                 index = (slot * f[OUT_FEATURES] + row) * k + j
@@ -376,8 +353,7 @@ def merge(fields):
                 else:
                     residual = read_f32(f[SALIENT_VALUE] + 4 * index)
                 if residual != 0:
-                    word = read_i32(codes + 4 * (channel * bits // 32))
-                    code = (word >> (channel * bits % 32)) & ((1 << bits) - 1)
+                    code = code_at(codes, channel, bits)
                     step = read_f32(steps + 4 * (channel // span)) * read_f32(f[SCALE] + 4 * channel)
                     value = _read(weight + size * channel, bf16) + (code - (2**bits - 1) / 2) * step + residual
                     _write(merged + size * channel, types.float32(value), bf16)

@@ -99,24 +99,18 @@ def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Ten
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
     y, size = x.new_empty(rows, width), x.element_size()
-    fields = array(
-        "q",
-        (
-            0,
-            0,
-            rows,
-            width,
-            x.data_ptr(),
-            x.stride(0) * size,
-            table.data_ptr(),
-            width * table.element_size(),
-            gain_rows.data_ptr(),
-            y.data_ptr(),
-            width * size,
-            float_bits(epsilon),
-            2 * (table.dtype == torch.bfloat16) + (x.dtype == torch.bfloat16),
-        ),
-    )
+    fields = array("q", bytes(8 * FIELDS))
+    fields[ROWS] = rows
+    fields[WIDTH] = width
+    fields[X] = x.data_ptr()
+    fields[X_STRIDE] = x.stride(0) * size
+    fields[GAINS] = table.data_ptr()
+    fields[GAINS_STRIDE] = width * table.element_size()
+    fields[GAIN_ROWS] = gain_rows.data_ptr()
+    fields[Y] = y.data_ptr()
+    fields[Y_STRIDE] = width * size
+    fields[EPSILON] = float_bits(epsilon)
+    fields[VARIANT] = 2 * (table.dtype == torch.bfloat16) + (x.dtype == torch.bfloat16)
     address = fields.buffer_info()[0]
     fields[SELF] = address
     run_task(_norm.address, address, rows // ROWS_TOGETHER // 4)

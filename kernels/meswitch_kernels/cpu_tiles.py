@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from .cpu_codes import code_pairs, code_values, values_of_channels, word_of
 from .cpu_vector import (
     F32,
     I16,
@@ -26,12 +27,8 @@ from .cpu_vector import (
     Emit,
     broadcast,
     chunks,
-    code_lanes,
-    code_pairs,
-    code_values,
     constants,
     dot_pairs,
-    emitted,
     fma,
     gather_floats,
     lanes_below,
@@ -46,6 +43,7 @@ from .cpu_vector import (
     widen_bf16,
     widen_f16,
 )
+from .packing import codes_per_word
 
 Totals = list[list[Any]]
 """Where the sums of each token and row are kept."""
@@ -123,7 +121,8 @@ def _add_codes(
 ) -> None:
     """Add step · (code values · x) to totals that are 0."""
     # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
-    block_bytes = LANES * (32 // bits) * (2 if bf16 else 4)
+    per_word = codes_per_word(bits)
+    block_bytes = LANES * per_word * (2 if bf16 else 4)
     unpack, multiply = (code_pairs, dot_pairs) if bf16 else (code_values, _fma_last)
     codes, codes_stride, x, x_stride, words, steps, steps_stride, word_group = args
     rows = _rows(builder, codes, codes_stride, valid)
@@ -140,7 +139,7 @@ def _add_codes(
         before = [[builder.load(total) for total in of_token] for of_token in totals]
         sums = [[ir.Constant(V16F, None)] * ROWS for _ in tokens] if grouped else before
         # All rows meet an input while it is in a register.
-        for s in range((16 if bf16 else 32) // bits):
+        for s in range(per_word // 2 if bf16 else per_word):
             values = [unpack(builder, words_of_row, bits, s) for words_of_row in packed]
             for t in tokens:
                 place = builder.add(_offset(builder, inputs[t], index, block_bytes), I64(64 * s))
@@ -278,7 +277,7 @@ def finish_tile(tokens: int, values_dtype: str, bf16: bool) -> Emit:
     return emit
 
 
-def merge_tile(bits: int, bf16: bool) -> Any:
+def merge_tile(bits: int, bf16: bool) -> Emit:
     """f(weight, codes, step, scale, merged, first, last): W + Δ̂ of one row's channels.
 
     Channels `first` to `last`, `first` a multiple of 32, share the step at address `step`; `scale` float32
@@ -286,33 +285,14 @@ def merge_tile(bits: int, bf16: bool) -> Any:
     """
     size = 2 if bf16 else 4
     kind = ir.VectorType(I16, LANES) if bf16 else V16F
-    per_word = 32 // bits
 
     def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         weight, codes, step, scale, merged, first, last = args
         step_vector = broadcast(builder, load(builder, step, F32))
-        last_word = builder.udiv(builder.sub(last, I64(1)), I64(per_word))
-
-        def word(index: Any) -> Any:
-            within = builder.icmp_signed("<", index, last_word)
-            return load(builder, _offset(builder, codes, builder.select(within, index, last_word), 4), I32)
+        last_word = word_of(builder, builder.sub(last, I64(1)), bits)
 
         def chunk(channel: Any, mask: Any) -> None:
-            index = builder.udiv(channel, I64(per_word))
-            if bits == 4:
-                pair = builder.insert_element(ir.Constant(ir.VectorType(I32, 2), ir.Undefined), word(index), I32(0))
-                pair = builder.insert_element(pair, word(builder.add(index, I64(1))), I32(1))
-                words = builder.shuffle_vector(pair, pair, constants([0] * 8 + [1] * 8, I32))
-                shifts = constants([4 * (lane % 8) for lane in range(LANES)], I32)
-            else:
-                whole = word(index)
-                if bits == 1:
-                    whole = builder.lshr(whole, builder.trunc(builder.urem(channel, I64(32)), I32))
-                words, shifts = (
-                    broadcast(builder, whole),
-                    constants([bits * lane for lane in range(LANES)], I32),
-                )
-            value = code_lanes(builder, builder.lshr(words, shifts), bits)
+            value = values_of_channels(builder, codes, channel, last_word, bits)
             factor = builder.fmul(step_vector, load(builder, _offset(builder, scale, channel, 4), V16F))
             place = _offset(builder, weight, channel, size)
             base = load(builder, place, kind) if mask is None else load_masked(builder, place, kind, mask)
@@ -332,4 +312,4 @@ def merge_tile(bits: int, bf16: bool) -> Any:
         with cgutils.if_likely(builder, builder.icmp_signed(">", tail, I64(0))):
             chunk(builder.sub(last, tail), lanes_below(builder, tail))
 
-    return emitted(7, emit)
+    return emit

@@ -129,7 +129,7 @@ def lanes_below(builder: ir.IRBuilder, count: Any, lanes: int = LANES) -> Any:
 def load_masked(builder: ir.IRBuilder, address: Any, kind: ir.VectorType, mask: Any) -> Any:
     """Load the lanes that `mask` names and zeros in the others, touching no other memory."""
     suffix = f"v{kind.count}{kind.element.intrinsic_name}"
-    function = _declare(
+    function = declare(
         builder,
         f"llvm.masked.load.{suffix}.p0",
         ir.FunctionType(kind, [kind.as_pointer(), I32, mask.type, kind]),
@@ -142,7 +142,7 @@ def store_masked(builder: ir.IRBuilder, value: Any, address: Any, mask: Any) -> 
     """Store the lanes that `mask` names."""
     kind = value.type
     suffix = f"v{kind.count}{kind.element.intrinsic_name}"
-    function = _declare(
+    function = declare(
         builder,
         f"llvm.masked.store.{suffix}.p0",
         ir.FunctionType(ir.VoidType(), [kind, kind.as_pointer(), I32, mask.type]),
@@ -152,13 +152,13 @@ def store_masked(builder: ir.IRBuilder, value: Any, address: Any, mask: Any) -> 
 
 def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once."""
-    function = _declare(builder, "llvm.fma.v16f32", ir.FunctionType(V16F, [V16F, V16F, V16F]))
+    function = declare(builder, "llvm.fma.v16f32", ir.FunctionType(V16F, [V16F, V16F, V16F]))
     return builder.call(function, [a, b, c])
 
 
 def square_root(builder: ir.IRBuilder, value: Any) -> Any:
     """The root of a float32."""
-    return builder.call(_declare(builder, "llvm.sqrt.f32", ir.FunctionType(F32, [F32])), [value])
+    return builder.call(declare(builder, "llvm.sqrt.f32", ir.FunctionType(F32, [F32])), [value])
 
 
 def sum_rows(builder: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
@@ -211,7 +211,7 @@ def narrow_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
         return round_bf16(builder, floats)
     name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
     kind = ir.FunctionType(ir.VectorType(I16, LANES), [V16F])
-    return builder.call(_declare(builder, name, kind), [floats])
+    return builder.call(declare(builder, name, kind), [floats])
 
 
 def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
@@ -219,7 +219,7 @@ def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     a, b = builder.bitcast(a, V16I), builder.bitcast(b, V16I)
     if HAS_BF16:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        function = _declare(builder, name, ir.FunctionType(V16F, [V16F, V16I, V16I]))
+        function = declare(builder, name, ir.FunctionType(V16F, [V16F, V16I, V16I]))
         return builder.call(function, [total, a, b])
     low, high = splat(16, I32), splat(0xFFFF0000, I32)
     for part in (lambda v: builder.shl(v, low), lambda v: builder.and_(v, high)):
@@ -227,50 +227,11 @@ def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return total
 
 
-def code_pairs(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
-    """The values of codes s and s + 16 // bits of each of 16 words, as bfloat16 pairs (32 x i16).
-
-    One is from either half of a word, so that 16-bit shifts do.
-    """
-    halves = builder.bitcast(words, V32H)
-    per_lookup = 4 // bits if HAS_BF16 else 1
-    shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
-    if HAS_BF16:
-        # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
-        place = s % per_lookup * bits
-        table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
-        name = "llvm.x86.avx512.permvar.hi.512"
-        function = _declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
-        return builder.call(function, [constants(table, I16), shifted])
-    codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
-    wide = builder.uitofp(codes, ir.VectorType(F32, 32))
-    exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
-    as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
-    return builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H)
-
-
-def code_values(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
-    """The float32 values of code s of each of 16 words."""
-    return code_lanes(builder, builder.lshr(words, splat(s * bits, I32)), bits)
-
-
-def code_lanes(builder: ir.IRBuilder, shifted: Any, bits: int) -> Any:
-    """The float32 values of codes that lie in the low bits of 16 lanes of i32, whatever is above them."""
-    middle = (2**bits - 1) / 2
-    if HAS_BF16:
-        # vpermps reads the low four bits; the table heeds those that are the code.
-        table = constants([i % 2**bits - middle for i in range(LANES)], F32)
-        name = "llvm.x86.avx512.permvar.sf.512"
-        return builder.call(_declare(builder, name, ir.FunctionType(V16F, [V16F, V16I])), [table, shifted])
-    codes = builder.and_(shifted, splat(2**bits - 1, I32))
-    return builder.fsub(builder.sitofp(codes, V16F), splat(middle, F32))
-
-
 def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> Any:
     """float32 values at `base + 4 * index` for the lanes that `mask` names."""
     offsets = builder.mul(builder.sext(index, ir.VectorType(I64, LANES)), splat(4, I64))
     pointers = builder.inttoptr(builder.add(broadcast(builder, base), offsets), ir.VectorType(F32.as_pointer(), LANES))
-    function = _declare(
+    function = declare(
         builder,
         "llvm.masked.gather.v16f32.v16p0",
         ir.FunctionType(V16F, [pointers.type, I32, mask.type, V16F]),
@@ -289,7 +250,8 @@ def bf16_bits(value: float) -> int:
     return float_bits(value) >> 16
 
 
-def _declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:
+def declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:
+    """An LLVM intrinsic by name."""
     return cgutils.get_or_insert_function(builder.module, kind, name)
 
 
@@ -318,7 +280,7 @@ write_i32 = emitted(2, lambda b, a: store(b, b.trunc(a[1], I32), a[0]))
 
 def _prefetch(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
     byte = ir.IntType(8).as_pointer()
-    function = _declare(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]))
+    function = declare(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]))
     with cgutils.for_range(builder, builder.sdiv(builder.add(args[1], I64(63)), I64(64))) as loop:
         line = builder.add(args[0], builder.mul(loop.index, I64(64)))
         builder.call(function, [pointer(builder, line, ir.IntType(8)), I32(0), I32(2), I32(1)])
@@ -330,7 +292,7 @@ prefetch = emitted(2, _prefetch)
 
 def _copy(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(1)
-    function = _declare(builder, "llvm.memcpy.p0.p0.i64", ir.FunctionType(ir.VoidType(), [byte, byte, I64, flag]))
+    function = declare(builder, "llvm.memcpy.p0.p0.i64", ir.FunctionType(ir.VoidType(), [byte, byte, I64, flag]))
     source, target, size = args
     given, taken = (pointer(builder, address, ir.IntType(8)) for address in (source, target))
     builder.call(function, [taken, given, size, flag(0)])

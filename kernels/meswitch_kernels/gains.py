@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bank import VALUE_DTYPES
+from .delta import VALUE_DTYPES
 
 
 class GainBank:

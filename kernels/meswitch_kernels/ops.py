@@ -72,8 +72,8 @@ def expert_embedding(
         raise ValueError(f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}")
     if weight.device != bank.device or ids.device != bank.device:
         raise ValueError(f"ids are on {ids.device}, weight on {weight.device}, the bank on {bank.device}")
-    if bank.max_rank:
-        raise ValueError(f"an embedding has no low-rank part, but the bank has max_rank {bank.max_rank}")
+    if bank.capacity.rank:
+        raise ValueError(f"an embedding has no low-rank part, but the bank has rank {bank.capacity.rank}")
     name = _choose(backend, weight)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.meswitch.expert_embedding(
@@ -95,12 +95,12 @@ def expert_head(
     groups: TokenGroups | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Logits `[tokens, vocab + bank.max_added_rows]`: `expert_linear`, then the slot's added vocabulary rows.
+    """Logits `[tokens, vocab + bank.capacity.added_rows]`: `expert_linear`, then the slot's added vocabulary rows.
 
     A logit is -inf where the token's slot has no such row, so that it is never sampled.
     """
     logits = expert_linear(x, weight, bias, bank, slot_of_token, groups, backend)
-    if not bank.max_added_rows:
+    if not bank.capacity.added_rows:
         return logits
     name = _choose(backend, x)
     if torch.compiler.is_compiling():

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORD_BITS = 32
 BIT_WIDTHS = (1, 2, 4)
-"""The widths a code may have. Each divides 32, so that no code straddles two words."""
+"""The widths a code may have, ascending. Each divides 32, so that no code straddles two words."""
+
+
+def widths_in(bits: int) -> tuple[int, ...]:
+    """The widths that slots of a bank of `bits` may have, widest first."""
+    return tuple(width for width in reversed(BIT_WIDTHS) if width <= bits)
 
 
 def check_bits(bits: int) -> int:
@@ -16,9 +22,14 @@ def check_bits(bits: int) -> int:
     return bits
 
 
+def codes_per_word(bits: int) -> int:
+    """Number of codes that an int32 word holds."""
+    return WORD_BITS // bits
+
+
 def words_per_row(in_features: int, bits: int) -> int:
     """Number of int32 words that hold one output row of `in_features` codes."""
-    return -(-in_features * bits // 32)
+    return (in_features * bits + WORD_BITS - 1) // WORD_BITS
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -33,7 +44,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """
     check_bits(bits)
     out_features, in_features = codes.shape
-    per_word = 32 // bits
+    per_word = codes_per_word(bits)
     words = words_per_row(in_features, bits)
     padded = torch.zeros(out_features, words * per_word, dtype=torch.int64, device=codes.device)
     padded[:, :in_features] = codes
@@ -45,6 +56,6 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(words: Tensor, bits: int, in_features: int) -> Tensor:
     """Unpack int32 words `[out, words]` into uint8 codes `[out, in_features]`."""
     check_bits(bits)
-    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
+    shifts = torch.arange(codes_per_word(bits), device=words.device, dtype=torch.int32) * bits
     codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :in_features].to(torch.uint8)

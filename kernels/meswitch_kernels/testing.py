@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import naive
 from .bank import BankTensors, ExpertBank
+from .delta import Capacity, ExpertDelta
 from .packing import group_count, pack_codes
 
 SLOT_PATTERNS = ("base", "one", "different", "skewed", "mixed")
@@ -18,40 +19,6 @@ ERROR_BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 Half precision rounds the output once (up to 2^-9 bfloat16, 2^-12 float16, relative), and in prefill W + Δ̂.
 """
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One expert's tensors for one linear, as an artifact stores them."""
-
-    codes: Tensor
-    steps: Tensor
-    salient_index: Tensor
-    salient_value: Tensor
-    channel_scale: Tensor | None
-    bias_delta: Tensor | None
-    bits: int
-    group_size: int
-    added_rows: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    def load_into(self, bank: ExpertBank, slot: int) -> None:
-        """Load this expert into a slot of a bank."""
-        bank.load(
-            slot,
-            self.codes,
-            self.steps,
-            self.salient_index,
-            self.salient_value,
-            self.channel_scale,
-            self.bias_delta,
-            self.bits,
-            group_size=self.group_size,
-            added_rows=self.added_rows,
-            left=self.left,
-            right=self.right,
-        )
 
 
 def random_expert(
@@ -65,7 +32,7 @@ def random_expert(
     bias: bool = False,
     added: int = 0,
     rank: int = 0,
-) -> Expert:
+) -> ExpertDelta:
     """An expert whose delta is about as large as a base weight of variance 1 / in_features.
 
     So is its low-rank part, where it has one.
@@ -78,7 +45,7 @@ def random_expert(
     value = torch.randn(out_features, k, generator=rng).mul(4 * scale).to(torch.bfloat16)
     channel = (torch.rand(in_features, generator=rng) + 0.5).to(torch.float16) if channel_scale else None
     factors = random_low_rank(seed, in_features, out_features, rank) if rank else (None, None)
-    return Expert(
+    return ExpertDelta(
         codes=pack_codes(codes, bits),
         steps=steps.to(torch.float16),
         salient_index=index,
@@ -161,9 +128,8 @@ def random_call(
     rng = torch.Generator().manual_seed(seed)
     widths = (bits,) if isinstance(bits, int) else bits
     ranks = (rank,) if isinstance(rank, int) else rank
-    bank = ExpertBank(
-        slots, in_features, out_features, max(widths), group_size, max(k, 1), dtype, device, max_rank=max(ranks)
-    )
+    capacity = Capacity(bits=max(widths), group_size=group_size, salient=max(k, 1), rank=max(ranks))
+    bank = ExpertBank(slots, in_features, out_features, capacity, dtype, device)
     for slot in range(slots):
         expert = random_expert(
             seed + slot + 1,
@@ -176,7 +142,7 @@ def random_call(
             bias,
             rank=ranks[slot % len(ranks)],
         )
-        expert.load_into(bank, slot)
+        bank.load(slot, expert)
     weight = torch.randn(out_features, in_features, generator=rng) * in_features**-0.5
     return Call(
         x=torch.randn(tokens, in_features, generator=rng).to(device, dtype),

@@ -12,18 +12,12 @@ from typing import Any
 import torch
 
 from meswitch_cli.artifact.disk import file_digest
-from meswitch_cli.artifact.manifest import (
-    MANIFEST_FILE,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    parse_manifest,
-)
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.delta.quantize import dequantize
+from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
 
@@ -85,6 +79,16 @@ class Artifact:
         """As the function `expert_tensor`, for an entry of this artifact."""
         return expert_tensor(self.shard(entry.shard), entry, base)
 
+    def read_all(self) -> dict[str, StoredDelta]:
+        """What is stored of every parameter, by name, one read a shard.
+
+        Raises:
+            ArtifactError: a shard is damaged, or disagrees with the manifest.
+        """
+        return {
+            name: delta for file in self.manifest.shards for name, delta in self.shard(file.name).read_all().items()
+        }
+
     def verify(self) -> Iterator[FileEntry]:
         """Check every file's size and hash and every tensor's shape and values; yield each file when it is proven.
 
@@ -111,17 +115,17 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
     Raises:
         ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
     """
-    if entry.kind == "dense":
-        return shard.read(entry.name, "value").float()
+    stored = shard.delta(entry.name)
+    if stored.value is not None:
+        return stored.value.float()
     if tuple(base.shape) != entry.base_shape:
         raise ArtifactError(
             f"tensor {entry.name!r} was made for a base of {list(entry.base_shape)}, this base has "
             f"{list(base.shape)}: wrong base"
         )
-    rows = min(entry.shape[0], entry.base_shape[0])
-    value = base[:rows].to(torch.float32, copy=True)
-    if entry.bits:
-        value += dequantize(shard.delta(entry.name))
-    if entry.added_rows:
-        value = torch.cat([value, shard.read(entry.name, "added_rows").float()])
+    value = base[: entry.rows].to(torch.float32, copy=True)
+    if stored.bits:
+        value += dequantize(stored)
+    if stored.added_rows is not None:
+        value = torch.cat([value, stored.added_rows.float()])
     return value

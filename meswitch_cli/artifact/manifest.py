@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meswitch_cli.delta.low_rank import FACTOR_BITS
-from meswitch_cli.delta.packing import packed_width
+from meswitch_cli.delta.codes import CODES
+from meswitch_cli.delta.stored import PARTS, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
-#: Version 2 has low-rank parts; what has none is written as version 1, which older readers know.
-FORMAT_VERSIONS = (1, 2)
+#: The newest version of the format; what needs only an older one is written as that, which older readers know.
+FORMAT_VERSION = max(*(part.version for part in PARTS), *(code.version for code in CODES.values()))
 MANIFEST_FILE = "meswitch.json"
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DIMENSION = 1 << 26
@@ -38,68 +38,6 @@ class ModelReference:
     id: str
     revision: str | None
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of the expert.
-
-    A `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
-    `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. Errors are relative (see
-    `DeltaError`), None where they were not measured.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    base: str
-    base_shape: tuple[int, ...]
-    layer: int | None
-    shard: str
-    nbytes: int
-    bits: int = 0
-    salient: int = 0
-    group_size: int = 0
-    channel_scale: bool = False
-    rank: int = 0
-    added_rows: int = 0
-    delta_energy: float | None = None
-    weight_error: float | None = None
-    output_error: float | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def projection(self) -> str:
-        """The last part of the weight's name: q_proj, down_proj, ..."""
-        return self.name.removesuffix(".weight").rpartition(".")[2]
-
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that the shard must hold for this entry, by name, with their shapes."""
-        if self.kind == "dense":
-            return {f"{self.name}.value": self.shape}
-        rows, columns = min(self.shape[0], self.base_shape[0]), self.shape[1]
-        groups = -(-columns // self.group_size) if 0 < self.group_size < columns else 1
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.bits:  # else the base's rows are unchanged; rows were added to them, or the last ones left out
-            shapes = {
-                f"{self.name}.codes": (rows, packed_width(columns, self.bits)),
-                f"{self.name}.steps": (rows, groups),
-            }
-            if self.salient:
-                shapes[f"{self.name}.salient_index"] = (self.salient,)
-                shapes[f"{self.name}.salient_value"] = (rows, self.salient)
-            if self.channel_scale:
-                shapes[f"{self.name}.channel_scale"] = (columns,)
-            if self.rank:
-                for side, length in (("left", rows), ("right", columns)):
-                    shapes[f"{self.name}.{side}_codes"] = (self.rank, packed_width(length, FACTOR_BITS))
-                    shapes[f"{self.name}.{side}_steps"] = (self.rank, 1)
-        if self.added_rows:
-            shapes[f"{self.name}.added_rows"] = (self.added_rows, columns)
-        return shapes
 
 
 @dataclass(frozen=True)
@@ -139,7 +77,7 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        return 2 if any(entry.rank for entry in self.tensors) else 1
+        return max((entry.version for entry in self.tensors), default=1)
 
     def to_json(self) -> str:
         """The manifest's file."""
@@ -164,10 +102,10 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         raise ArtifactError(f"{where}: not valid JSON: {error}") from error
     fields = _Fields(value, where)
     version = fields.size("format_version")
-    if version not in FORMAT_VERSIONS:
+    if not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
-            f"{where}: format version {version}; this meswitch reads 1 to {FORMAT_VERSIONS[-1]}"
-            + ("; upgrade meswitch" if version > FORMAT_VERSIONS[-1] else "")
+            f"{where}: format version {version}; this meswitch reads 1 to {FORMAT_VERSION}"
+            + ("; upgrade meswitch" if version > FORMAT_VERSION else "")
         )
     manifest = Manifest(
         base=_model_reference(fields.object("base")),
@@ -231,7 +169,7 @@ def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
         layer=layer,
         shard=fields.matching("shard", _SHARD_NAME),
         nbytes=fields.size("nbytes", _MAX_BYTES),
-        bits=fields.size("bits", 4),
+        bits=fields.size("bits", max(CODES)),
         salient=fields.size("salient"),
         group_size=fields.size("group_size"),
         channel_scale=fields.boolean("channel_scale"),
@@ -241,29 +179,10 @@ def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
         weight_error=fields.optional_number("weight_error"),
         output_error=fields.optional_number("output_error"),
     )
-    problem = _entry_problem(entry)
+    problem = entry.problem()
     if problem:
         raise ArtifactError(f"{fields.where}: tensor {entry.name!r}: {problem}")
     return entry
-
-
-def _entry_problem(entry: TensorEntry) -> str | None:
-    if entry.kind == "dense":
-        quantised = (
-            entry.bits or entry.salient or entry.group_size or entry.channel_scale or entry.rank or entry.added_rows
-        )
-        return "a dense tensor cannot have quantisation settings" if quantised else None
-    if len(entry.shape) != 2 or len(entry.base_shape) != 2 or entry.shape[1] != entry.base_shape[1]:
-        return f"shape {list(entry.shape)} does not go with base shape {list(entry.base_shape)}"
-    if entry.bits not in (1, 2, 4) and not (entry.bits == 0 and entry.shape != entry.base_shape):
-        return f"bits must be 1, 2 or 4, not {entry.bits}"
-    if entry.salient > entry.shape[1] or entry.group_size % 32:
-        return f"salient {entry.salient} or group size {entry.group_size} is impossible"
-    if entry.rank and (entry.kind != "linear" or not entry.bits or entry.rank > min(*entry.shape, *entry.base_shape)):
-        return f"rank {entry.rank} is impossible"
-    if entry.added_rows != max(0, entry.shape[0] - entry.base_shape[0]):
-        return f"{entry.added_rows} added rows do not go with the shapes"
-    return None
 
 
 def _refuse_constant(name: str) -> Any:

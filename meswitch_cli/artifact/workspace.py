@@ -24,7 +24,8 @@ from meswitch_cli.artifact.disk import (
     put_in_place,
     write_atomically,
 )
-from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, TensorEntry
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest
+from meswitch_cli.delta.stored import TensorEntry
 from meswitch_cli.errors import ArtifactError
 
 _INPUTS_FILE = "identity.json"

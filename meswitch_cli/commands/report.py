@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from meswitch_cli.artifact.manifest import Manifest, TensorEntry
+from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.plan import Job

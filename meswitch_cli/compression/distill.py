@@ -18,16 +18,16 @@ from torch import nn
 
 from meswitch_cli.artifact.artifact import expert_tensor
 from meswitch_cli.artifact.disk import write_atomically
-from meswitch_cli.artifact.manifest import TensorEntry, shard_name
-from meswitch_cli.artifact.shard import Shard, delta_tensors
+from meswitch_cli.artifact.manifest import shard_name
+from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace
 from meswitch_cli.checkpoint.tensorfile import read_header, read_tensor
 from meswitch_cli.compression.plan import Job, OnProgress
 from meswitch_cli.compression.unit import shard_file
 from meswitch_cli.compression.windows import calibration_windows
-from meswitch_cli.delta.codes import grouped, multiples_of
-from meswitch_cli.delta.packing import unpack
-from meswitch_cli.delta.quantize import QuantizedDelta, dequantize
+from meswitch_cli.delta.quantize import dequantize
+from meswitch_cli.delta.steps import grouped
+from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.weights import CheckpointWeights
 
@@ -71,17 +71,17 @@ class _StepLinear(torch.autograd.Function):
 class DistilledLinear(nn.Module):
     """A linear whose weight is a fixed part plus codes times trainable steps."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, delta: QuantizedDelta) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, delta: StoredDelta) -> None:
         """Split `weight` `[out, in]`, the compressed expert's, into what the steps make and the rest."""
         super().__init__()
         self.group_size = delta.group_size if delta.group_size < delta.in_features else 0
-        multiples = (2 * multiples_of(unpack(delta.codes, delta.bits, delta.in_features), delta.bits)).to(torch.int8)
-        multiples[:, delta.salient_index.long()] = 0  # what a salient channel holds must not move
+        multiples = (2 * delta.multiples()).to(torch.int8)
+        multiples[:, delta.salient_channels] = 0  # what a salient channel holds must not move
         scale = torch.ones(delta.in_features) if delta.channel_scale is None else delta.channel_scale.float()
         device = weight.device
         self.register_buffer("doubled", multiples.to(device))
         self.register_buffer("scale", scale.to(device))
-        self.register_buffer("steps", delta.steps.float().to(device))
+        self.register_buffer("steps", delta.coded[1].float().to(device))
         self.factors = nn.Parameter(torch.ones_like(self.get_buffer("steps")))
         self.register_buffer("fixed", torch.zeros_like(weight))
         self.register_buffer("fixed", weight - self.weight(self.factors.detach()))
@@ -138,7 +138,7 @@ def _final_unit(
         changes: dict[str, Any] = {"shard": name}
         if entry.name in trained:
             delta = with_steps(shard.delta(entry.name), trained[entry.name])
-            tensors |= delta_tensors(entry.name, delta)
+            tensors |= delta.named(entry.name)
             item = planned[entry.name]
             exact = item.expert.read(job.expert).float() - item.base.read(job.base).float()
             error = float((exact - dequantize(delta)).double().square().sum())
@@ -148,12 +148,12 @@ def _final_unit(
     return data, dataclasses.replace(record, shard=file, tensors=tuple(entries))
 
 
-def with_steps(delta: QuantizedDelta, steps: torch.Tensor) -> QuantizedDelta:
+def with_steps(delta: StoredDelta, steps: torch.Tensor) -> StoredDelta:
     """A delta with other steps, its salient channels' values kept by adapting their residuals."""
-    replaced = dataclasses.replace(delta, steps=steps.to(delta.steps.dtype))
-    if not delta.salient_index.numel():
+    replaced = dataclasses.replace(delta, steps=steps.to(delta.coded[1].dtype))
+    if delta.salient_value is None:
         return replaced
-    index = delta.salient_index.long()
+    index = delta.salient_channels
     residual = dequantize(delta)[:, index] - dequantize(replaced)[:, index] + delta.salient_value.float()
     return dataclasses.replace(replaced, salient_value=residual.to(delta.salient_value.dtype))
 

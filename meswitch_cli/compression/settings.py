@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from meswitch_cli.delta.settings import BITS, ChannelScale, QuantizerSettings, Rounding, StepRule
+from meswitch_cli.delta.codes import CODES, LISTED
+from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
 #: Calibration by random tokens.
@@ -66,8 +67,8 @@ class CompressionSettings:
             linears = self.linears()
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if self.embedding_bits not in BITS:
-            raise UsageError(f"--embedding-bits must be 1, 2 or 4, not {self.embedding_bits}")
+        if self.embedding_bits not in CODES:
+            raise UsageError(f"--embedding-bits must be {LISTED}, not {self.embedding_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):

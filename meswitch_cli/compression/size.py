@@ -5,38 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from meswitch_cli.artifact.shard import LOW_RANK_PARTS
-from meswitch_cli.compression.unit import planned_entry, tensor_settings
+from meswitch_cli.delta.stored import expected_entry
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.plan import Job
 
-_ITEM_BYTES = {"codes": 4, "steps": 4, "salient_index": 4, "salient_value": 2, "channel_scale": 2} | dict.fromkeys(
-    LOW_RANK_PARTS, 4
-)
-
 
 def expected_bytes(job: Job) -> int:
     """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
-    total = 0
+    total, by_kind = 0, job.settings.by_kind()
     for item in job.plan.tensors:
-        settings = tensor_settings(item, job.settings)
+        settings = by_kind.get(item.kind)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
             total += math.prod(item.shape) * itemsize
-            continue
-        entry = planned_entry(
-            item,
-            "",
-            {},
-            bits=settings.bits,
-            salient=settings.salient,
-            group_size=settings.group_size,
-            channel_scale=settings.channel_scale == "rms",
-            rank=min(settings.rank, item.shared_rows, item.shape[1]),
-        )
-        for name, shape in entry.stored_shapes().items():
-            part = name.rpartition(".")[2]
-            size = 2 if part == "steps" and settings.group_size else _ITEM_BYTES.get(part, itemsize)
-            total += math.prod(shape) * size
+        else:
+            total += expected_entry(settings, item.shape, item.base_shape).expected_nbytes(itemsize)
     return total

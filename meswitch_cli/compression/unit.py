@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
-from meswitch_cli.artifact.manifest import FileEntry, TensorEntry
-from meswitch_cli.artifact.shard import delta_tensors, encode_shard
+from meswitch_cli.artifact.manifest import FileEntry
+from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
 from meswitch_cli.compression.pairs import TensorPair
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
-from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.matching import PlannedTensor
-
-
-def tensor_settings(planned: PlannedTensor, settings: CompressionSettings) -> QuantizerSettings | None:
-    """How a tensor is quantised; None for one that is stored whole."""
-    return settings.by_kind().get(planned.kind)
 
 
 def compress_unit(
@@ -44,12 +41,13 @@ def compress_unit(
     for pair in pairs:
         base_digests[pair.planned.base.parameter.name] = pair.base_digest
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
-        entry, tensors = _compress_tensor(pair, shard, settings, statistics, device)
-        if entry is None:
+        found = _compress_tensor(pair, settings, statistics, device)
+        if found is None:
             unchanged.append(pair.planned.name)
         else:
-            entries.append(entry)
-            stored |= tensors
+            delta, errors = found
+            entries.append(_entry(pair.planned, shard, delta, errors))
+            stored |= delta.named(pair.planned.name)
         del pair  # its memory serves the next one
     data, file = shard_file(stored, shard)
     return data, UnitRecord(file, tuple(entries), tuple(unchanged), base_digests, expert_digests)
@@ -63,66 +61,36 @@ def shard_file(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[bytes, F
 
 def _compress_tensor(
     pair: TensorPair,
-    shard: str,
     settings: CompressionSettings,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
-) -> tuple[TensorEntry | None, dict[str, torch.Tensor]]:
+) -> tuple[StoredDelta, dict[str, Any]] | None:
+    """What is stored of a tensor, and how far it is off; None where it equals the base's."""
     planned, name = pair.planned, pair.planned.name
-    quantizer = tensor_settings(planned, settings)
+    quantizer = settings.by_kind().get(planned.kind)
     if quantizer is None:
         _refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
-            return None, {}
-        tensors = {f"{name}.value": pair.expert}
-        return planned_entry(planned, shard, tensors), tensors
+            return None
+        return StoredDelta(value=pair.expert), {}
     rows = planned.shared_rows
     try:
         result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
     except FloatingPointError as error:
         _refuse_non_finite(pair)
         raise CheckpointError(f"{pair.expert_file}: tensor {name!r}: its delta is beyond fp32") from error
+    if result is None and planned.shape == planned.base_shape:
+        return None
+    delta, errors = (result[0], asdict(result[1])) if result else (StoredDelta(), {})
     added = pair.expert[rows:]
-    tensors = delta_tensors(name, result[0]) if result else {}
     if len(added):
         _refuse_non_finite(pair)
-        tensors[f"{name}.added_rows"] = added.clone()
-    if not tensors and planned.shape == planned.base_shape:
-        return None, {}
-    if result is None:
-        return planned_entry(planned, shard, tensors), tensors
-    delta, error_ = result
-    entry = planned_entry(
-        planned,
-        shard,
-        tensors,
-        bits=delta.bits,
-        salient=delta.salient_index.numel(),
-        group_size=delta.group_size,
-        channel_scale=delta.channel_scale is not None,
-        rank=len(delta.low_rank.left_steps) if delta.low_rank else 0,
-        delta_energy=error_.delta_energy,
-        weight_error=error_.weight_error,
-        output_error=error_.output_error,
-    )
-    return entry, tensors
+        delta = replace(delta, added_rows=added.clone())
+    return delta, errors
 
 
-def planned_entry(
-    planned: PlannedTensor,
-    shard: str,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    bits: int = 0,
-    salient: int = 0,
-    group_size: int = 0,
-    channel_scale: bool = False,
-    rank: int = 0,
-    delta_energy: float | None = None,
-    weight_error: float | None = None,
-    output_error: float | None = None,
-) -> TensorEntry:
-    """The manifest's entry for a planned tensor that is stored as `tensors`."""
+def _entry(planned: PlannedTensor, shard: str, delta: StoredDelta, errors: dict[str, Any]) -> TensorEntry:
+    """The manifest's entry for a planned tensor of which `delta` is stored."""
     return TensorEntry(
         name=planned.name,
         kind=planned.kind,
@@ -131,16 +99,8 @@ def planned_entry(
         base_shape=planned.base_shape,
         layer=planned.layer,
         shard=shard,
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
-        bits=bits,
-        salient=salient,
-        group_size=group_size,
-        channel_scale=channel_scale,
-        rank=rank,
-        added_rows=0 if planned.kind == "dense" else planned.shape[0] - planned.shared_rows,
-        delta_energy=delta_energy,
-        weight_error=weight_error,
-        output_error=output_error,
+        **delta.stored_as,
+        **errors,
     )
 
 

@@ -1,83 +1,74 @@
-"""Mid-rise uniform codes and the steps that belong to them, for a block of rows.
+"""The codes that a delta may be stored in, one entry a kind, and how a row of them lies in 32-bit words.
 
-A code stands for a signed multiple of the step, code - (2^bits - 1) / 2: -1.5, -0.5, 0.5, 1.5 at 2 bits. Blocks, fp32
-`[rows, in]`, already divided by the channel scale; steps are `[rows, groups]`. The hot path of compression: every
-function passes over a block as few times as it can.
+Codes are mid-rise uniform: code c stands for c - (2^bits - 1) / 2 times the step, for -1.5, -0.5, 0.5 or 1.5 at 2 bits.
+Torch is imported where it is used: the command line offers these codes, and its help must not wait.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
-#: Step of the best mid-rise uniform quantiser of a unit Gaussian (Max 1960, table II), by bits: where fitting starts.
-GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352}
+if TYPE_CHECKING:
+    import torch
 
-#: Rounds of (round, refit the step) for the codes that are kept. A third changed the mean squared error of a Gaussian
-#: row by less than 0.01 %.
-FIT_ROUNDS = 2
+WORD_BITS = 32
 
 
-def grouped(block: torch.Tensor, group_size: int) -> torch.Tensor:
-    """View `[rows, in]` as `[rows, groups, group]`, padded with zeros where the last group is short."""
-    rows, columns = block.shape
-    if not group_size or group_size >= columns:
-        return block.unsqueeze(1)
-    padding = -columns % group_size
-    if padding:
-        block = torch.nn.functional.pad(block, (0, padding))
-    return block.view(rows, -1, group_size)
+class Code(NamedTuple):
+    """One kind of code.
 
-
-def per_channel(steps: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor:
-    """Spread steps `[rows, groups]` over the input channels: `[rows, in]`, or `[rows, 1]` for a single group."""
-    if steps.shape[1] == 1:
-        return steps
-    return steps.repeat_interleave(group_size, dim=1)[:, :in_features]
-
-
-def nearest_multiples(block: torch.Tensor, steps: torch.Tensor, bits: int) -> torch.Tensor:
-    """Nearest multiples for `[rows, in]`, given steps `[rows, 1]` or `[rows, in]`; a step of 0 is allowed."""
-    largest = ((1 << bits) - 1) / 2
-    inverse = torch.where(steps > 0, 1.0 / steps, torch.zeros_like(steps))
-    return (block * inverse).floor_().add_(0.5).clamp_(-largest, largest)
-
-
-def codes_of(multiples: torch.Tensor, bits: int) -> torch.Tensor:
-    """Multiples of the step as unsigned codes, uint8."""
-    return (multiples + ((1 << bits) - 1) / 2).to(torch.uint8)
-
-
-def multiples_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned codes as multiples of the step, fp32."""
-    return codes.float().sub_(((1 << bits) - 1) / 2)
-
-
-def initial_steps(energy: torch.Tensor, bits: int, counts: torch.Tensor) -> torch.Tensor:
-    """Steps that suit a Gaussian, given the groups' energies `[rows, groups]` and how many channels each has."""
-    return GAUSSIAN_STEP[bits] * (energy / counts.clamp(min=1)).sqrt()
-
-
-def energies(block: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Squared norms `[rows, groups]` of the rows' groups."""
-    return dots(block, block, group_size)
-
-
-def dots(left: torch.Tensor, right: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Inner products `[rows, groups]` of the rows' groups."""
-    products: torch.Tensor = torch.linalg.vecdot(grouped(left, group_size), grouped(right, group_size))
-    return products
-
-
-def column_energy(block: torch.Tensor) -> torch.Tensor:
-    """Squared norms `[in]` of the columns."""
-    return block.square().sum(0)
-
-
-def step_ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide into steps, 0 where a row has nothing to fit or its codes point away from it.
-
-    With d the delta and q its multiples: <q, d> / <q, q> is the least-squares step; <d, d> / <q, d> the unbiased one,
-    with <d_hat, d> = <d, d>, which keeps the delta's length along itself where least squares shrinks it; and
-    (q H d) / (q H q), H the inputs' gram matrix, minimises the layer's output error.
+    Attributes:
+        bits: that a weight takes.
+        gaussian_step: step of the best such quantiser of a unit Gaussian (Max 1960, table II): where fitting starts.
+        version: of the artifact's format, the first whose readers know the code.
     """
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator)).clamp_(min=0)
+
+    bits: int
+    gaussian_step: float
+    version: int = 1
+
+    @property
+    def largest(self) -> float:
+        """The largest multiple of the step."""
+        return ((1 << self.bits) - 1) / 2
+
+
+CODES = {code.bits: code for code in (Code(1, 1.5958), Code(2, 0.9957), Code(4, 0.3352))}
+#: The widths as messages list them.
+LISTED = " or ".join(", ".join(map(str, CODES)).rsplit(", ", 1))
+
+
+def packed_width(in_features: int, bits: int) -> int:
+    """Words that one row of codes takes."""
+    return -(-in_features * bits // WORD_BITS)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes `[out, in]` uint8 into `[out, ceil(in * bits / 32)]` int32; padding bits are zero.
+
+    Code i of a row lies at bits (i * bits) % 32 and up of word (i * bits) // 32.
+    """
+    import torch
+
+    rows, columns = codes.shape
+    width = packed_width(columns, bits)
+    padding = width * WORD_BITS // bits - columns
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding))
+    bytes_together = {1: torch.int64, 2: torch.int32, 4: torch.int16}[bits]  # the codes of a packed byte, a byte each
+    lanes = codes.contiguous().flatten().view(bytes_together)  # flat: a single row may have any stride
+    joined = 1  # codes that lie side by side, without a gap, at the bottom of each byte
+    while joined < 8 // bits:
+        lanes = lanes | lanes >> (joined * (8 - bits))
+        joined *= 2
+    return (lanes & 0xFF).to(torch.uint8).view(torch.int32).view(rows, width)
+
+
+def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
+    """Invert `pack`: `[out, words]` int32 to codes `[out, in_features]` uint8."""
+    import torch
+
+    as_bytes = packed.contiguous().view(torch.uint8)
+    mask = (1 << bits) - 1
+    lanes = [(as_bytes >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(lanes, dim=-1).reshape(packed.shape[0], -1)[:, :in_features]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from meswitch_cli.delta.codes import nearest_multiples
+from meswitch_cli.delta.steps import nearest_multiples
 
 #: Added to the gram matrix's diagonal, as a share of its mean, so that it can be inverted (GPTQ, section 3.3).
 DAMPING = 0.01
 #: Columns handled before their errors are passed on in one product; any value gives the same result.
 BLOCK = 128
+#: Elements of the delta's blocks: few tall ones, so that a column is worth a call.
+FEEDBACK_BLOCK_ELEMENTS = 1 << 22
 
 
 def inverse_factor(gram: torch.Tensor) -> torch.Tensor:

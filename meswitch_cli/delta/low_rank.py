@@ -11,12 +11,12 @@ salient channels for the same bytes, 0.21.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from meswitch_cli.delta.codes import (
+from meswitch_cli.delta.codes import pack, unpack
+from meswitch_cli.delta.steps import (
     FIT_ROUNDS,
     codes_of,
     column_energy,
@@ -26,7 +26,6 @@ from meswitch_cli.delta.codes import (
     nearest_multiples,
     step_ratio,
 )
-from meswitch_cli.delta.packing import pack, unpack
 
 #: Code width of the factors. In the same bytes 32 vectors at 2 bits gave three times the KL of 16 at 4; at 16 bits, for
 #: four times the bytes, a quarter of it went.
@@ -38,32 +37,20 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 1
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """Factors of a low-rank part `[out, in]`, in codes of `FACTOR_BITS`, a step for every vector.
+class Factors(NamedTuple):
+    """The factors of a low-rank part `[out, in]`, in codes of `FACTOR_BITS`, a step for every vector.
 
     Attributes:
-        out_features, in_features: lengths of the vectors.
         left_codes: `[rank, ceil(out * 4 / 32)]` int32, the columns of L.
         left_steps: `[rank, 1]` fp32.
         right_codes: `[rank, ceil(in * 4 / 32)]` int32, the rows of R.
         right_steps: `[rank, 1]` fp32.
     """
 
-    out_features: int
-    in_features: int
     left_codes: torch.Tensor
     left_steps: torch.Tensor
     right_codes: torch.Tensor
     right_steps: torch.Tensor
-
-    def left(self) -> torch.Tensor:
-        """L, fp32 `[out, rank]`."""
-        return vectors_of(self.left_codes, self.left_steps, self.out_features).T
-
-    def right(self) -> torch.Tensor:
-        """R, fp32 `[rank, in]`."""
-        return vectors_of(self.right_codes, self.right_steps, self.in_features)
 
 
 def vectors_of(codes: torch.Tensor, steps: torch.Tensor, length: int) -> torch.Tensor:
@@ -124,7 +111,7 @@ class Fit(NamedTuple):
     """Factors, and what they leave: of the channels that are kept exactly all of it, `[out, k]`, of each column the
     energy, float64 `[in]`."""
 
-    factors: LowRank
+    factors: Factors
     left_over: torch.Tensor
     energy: torch.Tensor
 
@@ -155,7 +142,7 @@ def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: 
     energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
     left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
     stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
-    return Fit(LowRank(*shape, *stored), left_over, energy.clamp_(min=0))
+    return Fit(Factors(*stored), left_over, energy.clamp_(min=0))
 
 
 def rounded(vectors: torch.Tensor) -> Rounded:

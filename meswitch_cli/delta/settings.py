@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from meswitch_cli.delta.codes import CODES, LISTED
+
 ChannelScale = Literal["none", "rms"]
 Rounding = Literal["nearest", "feedback"]
 StepRule = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"]
 
-BITS = (1, 2, 4)
 GROUP_MULTIPLE = 32
 MAX_SALIENT = 4096
 MAX_RANK = 1024
@@ -20,7 +21,7 @@ class QuantizerSettings:
     """Settings of `quantize`.
 
     Attributes:
-        bits: code width, 1, 2 or 4.
+        bits: width of the codes, one of `CODES`.
         salient: input channels a tensor keeps in 16 bit.
         group_size: input channels that share a step, a multiple of 32; 0 is one step per output channel.
         channel_scale: `rms` scales each input channel by the root mean square of the delta's column.
@@ -42,8 +43,8 @@ class QuantizerSettings:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"bits must be 1, 2 or 4, not {self.bits}")
+        if self.bits not in CODES:
+            raise ValueError(f"bits must be {LISTED}, not {self.bits}")
         if not 0 <= self.salient <= MAX_SALIENT:
             raise ValueError(f"salient must lie between 0 and {MAX_SALIENT}, not {self.salient}")
         if not 0 <= self.rank <= MAX_RANK:

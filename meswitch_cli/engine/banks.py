@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.manifest import Manifest, TensorEntry
-from meswitch_cli.delta.low_rank import vectors_of
+from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
-from meswitch_kernels import ExpertBank, GainBank
+from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
 
-#: Parts of an artifact's tensors, by parameter name and part, as `Shard.read` names them.
-Parts = dict[tuple[str, str], Tensor]
+#: What is stored of an expert, by parameter name.
+Stored = Mapping[str, StoredDelta]
 
 
 class LayerNames(Protocol):
@@ -55,40 +54,34 @@ class Layers(LayerNames, Protocol):
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the slots of one bank must hold at most."""
-
-    bits: int = 1
-    group_size: int = 0
-    salient: int = 0
-    added_rows: int = 0
-    rank: int = 0
-
-    def joined(self, other: Room) -> Room:
-        return Room(
-            max(self.bits, other.bits),
-            min((size for size in (self.group_size, other.group_size) if size), default=0),
-            max(self.salient, other.salient),
-            max(self.added_rows, other.added_rows),
-            max(self.rank, other.rank),
-        )
-
-
-@dataclass(frozen=True)
 class Layout:
-    """The banks that a set of experts needs: rooms by module name, and the norms that they change."""
+    """The banks that a set of experts needs: capacities by module name, and the norms that they change."""
 
-    rooms: dict[str, Room]
+    capacities: dict[str, Capacity]
     norms: frozenset[str]
 
     def joined(self, other: Layout) -> Layout:
         """The layout that holds what either holds."""
-        names = self.rooms.keys() | other.rooms.keys()
-        rooms = {name: self.rooms.get(name, Room()).joined(other.rooms.get(name, Room())) for name in sorted(names)}
-        return Layout(rooms, self.norms | other.norms)
+        names = sorted(self.capacities.keys() | other.capacities.keys())
+        none = Capacity()
+        capacities = {name: self.capacities.get(name, none).joined(other.capacities.get(name, none)) for name in names}
+        return Layout(capacities, self.norms | other.norms)
 
     def holds(self, other: Layout) -> bool:
         return self.joined(other) == self.joined(self)
+
+
+def capacity_of(entry: TensorEntry) -> Capacity:
+    """What a bank must hold for what an entry tells of."""
+    if not entry.bits:
+        return Capacity(added_rows=entry.added_rows)
+    return Capacity(
+        bits=entry.bits,
+        group_size=entry.group_size,
+        salient=entry.salient,
+        added_rows=entry.added_rows,
+        rank=entry.rank,
+    )
 
 
 def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
@@ -99,7 +92,7 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
     Raises:
         EngineError: an expert changes a parameter that no layer here serves.
     """
-    rooms: dict[str, Room] = {}
+    capacities: dict[str, Capacity] = {}
     norms: set[str] = set()
     for manifest in manifests:
         for entry in manifest.tensors:
@@ -110,21 +103,16 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
                 served = module in base.linears or module == base.head_name
                 if leaf != "bias" or not served:
                     raise EngineError(f"{manifest.expert.id}: {entry.name} cannot be served from the base")
-                rooms.setdefault(module, Room())
+                capacities.setdefault(module, Capacity())
             elif module in base.linears or module in (base.head_name, base.embedding_name):
-                own = Room(entry.bits, entry.group_size, entry.salient, entry.added_rows, entry.rank)
-                rooms[module] = rooms.get(module, Room()).joined(own)
+                capacities[module] = capacities.get(module, Capacity()).joined(capacity_of(entry))
             else:
                 raise EngineError(f"{manifest.expert.id}: {entry.name} is in no layer of the base")
-    return Layout(_with_shared_head(base, rooms), frozenset(norms))
-
-
-def _with_shared_head(base: LayerNames, rooms: dict[str, Room]) -> dict[str, Room]:
-    """Where the head has a bank of its own, experts that tie it load their embedding's delta there too."""
-    embedding, head = rooms.get(base.embedding_name), rooms.get(base.head_name)
+    # Where the head has a bank of its own, experts that tie it load their embedding's delta there too.
+    embedding, head = capacities.get(base.embedding_name), capacities.get(base.head_name)
     if embedding and head:
-        rooms[base.head_name] = head.joined(embedding)
-    return rooms
+        capacities[base.head_name] = head.joined(embedding)
+    return Layout(capacities, frozenset(norms))
 
 
 class Banks:
@@ -136,9 +124,9 @@ class Banks:
 
     def __init__(self, base: Layers, layout: Layout, slots: int) -> None:
         self.base, self.layout, self.slots = base, layout, slots
-        self.banks = {name: self._bank(name, room) for name, room in layout.rooms.items()}
+        self.banks = {name: self._bank(name, capacity) for name, capacity in layout.capacities.items()}
         self.added_bias: Tensor | None = None
-        head = layout.rooms.get(base.head_name)
+        head = layout.capacities.get(base.head_name)
         if head and head.added_rows and base.head.bias is not None:
             self.added_bias = torch.zeros(slots + 1, head.added_rows, dtype=base.dtype, device=base.device)
         self.gains: dict[str, GainBank] = {}
@@ -175,30 +163,35 @@ class Banks:
     def slot_nbytes(self) -> int:
         return self.nbytes // self.slots
 
-    def load(self, slot: int, manifest: Manifest, parts: Parts) -> int:
+    def load(self, slot: int, manifest: Manifest, stored: Stored) -> int:
         """Put an expert into a slot that no token uses; return the bytes copied."""
-        return self._load(slot, {entry.name: entry for entry in manifest.tensors}, self._ties_head(manifest), parts)
+        return self._load(slot, stored, ties_head=f"{self.base.head_name}.weight" not in manifest.unchanged)
 
     def load_base(self, slot: int) -> int:
         """Put an expert that changes nothing into a slot; return the bytes copied."""
-        return self._load(slot, {}, False, {})
+        return self._load(slot, {}, ties_head=False)
 
-    def _load(self, slot: int, entries: Mapping[str, TensorEntry], ties_head: bool, parts: Parts) -> int:
+    def _load(self, slot: int, stored: Stored, *, ties_head: bool) -> int:
         moved = 0
         if self.added_bias is not None:
             self.added_bias[slot + 1] = 0
         for name, bank in self.banks.items():
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            if name == self.base.head_name and weight not in entries and ties_head:
-                weight = f"{self.base.embedding_name}.weight"
-            moved += self._load_bank(bank, slot, entries.get(weight), bias, parts)
+            weight = stored.get(f"{name}.weight")
+            if name == self.base.head_name and weight is None and ties_head:
+                weight = stored.get(f"{self.base.embedding_name}.weight")
+            bias = _value(stored, f"{name}.bias")
+            if bias is not None and self.added_bias is not None and name == self.base.head_name:
+                added = bias[bank.out_features :]
+                self.added_bias[slot + 1, : added.shape[0]] = added
+            bank.load(slot, self._delta(name, bank, weight or StoredDelta(), bias))
+            moved += sum(item.nbytes for item in (weight, bias) if item is not None)
         for name, gains in self.gains.items():
             norm = self.base.norms[name]
-            value = parts.get((f"{name}.weight", "value"), norm.base.weight)
+            value = _value(stored, f"{name}.weight", norm.base.weight)
             gains.load(slot, effective_gain(norm, value.to(gains.table.device)).to(gains.table.dtype))
             moved += gains.table[0].nbytes
         for name, shifts in self.shifts.items():
-            shift = parts.get((f"{name}.bias", "value"), self.base.norms[name].base.bias)
+            shift = _value(stored, f"{name}.bias", self.base.norms[name].base.bias)
             shifts.load(slot, shift.to(shifts.table.dtype))
             moved += shifts.table[0].nbytes
         if self.base.device.type == "cuda":
@@ -211,92 +204,44 @@ class Banks:
         for gains in (*self.gains.values(), *self.shifts.values()):
             gains.clear(slot)
 
-    def _bank(self, name: str, room: Room) -> ExpertBank:
-        weight: Tensor = self.base.layer(name).weight
-        out_features, in_features = weight.shape
-        return ExpertBank(
-            self.slots,
-            in_features,
-            out_features,
-            room.bits,
-            room.group_size,
-            room.salient,
-            self.base.dtype,
-            self.base.device,
-            max_added_rows=room.added_rows,
-            max_rank=room.rank,
-        )
+    def _bank(self, name: str, capacity: Capacity) -> ExpertBank:
+        out_features, in_features = self.base.layer(name).weight.shape
+        return ExpertBank(self.slots, in_features, out_features, capacity, self.base.dtype, self.base.device)
 
-    def _ties_head(self, manifest: Manifest) -> bool:
-        return f"{self.base.head_name}.weight" not in manifest.unchanged
-
-    def _load_bank(self, bank: ExpertBank, slot: int, entry: TensorEntry | None, bias: str, parts: Parts) -> int:
-        name = entry.name if entry else ""
-
-        def part(kind: str) -> Tensor | None:
-            return parts.get((name, kind))
-
-        codes, steps, bits = part("codes"), part("steps"), entry.bits if entry and entry.bits else 1
-        if codes is None or steps is None:  # equal to the base's, apart from a bias or added rows
-            words = -(-bank.in_features // 32)
-            codes, steps = torch.zeros(bank.out_features, words, dtype=torch.int32), torch.zeros(bank.out_features, 1)
-        missing = bank.out_features - codes.shape[0]
-        salient_value = part("salient_value")
-        if missing:  # the expert's vocabulary is shorter; the sampler refuses the rows that follow
-            codes, steps = _pad_rows(codes, missing), _pad_rows(steps, missing)
-            salient_value = None if salient_value is None else _pad_rows(salient_value, missing)
-        bias_value = parts.get((bias, "value"))
-        if bias_value is not None:
-            if self.added_bias is not None and bias == f"{self.base.head_name}.bias":
-                added = bias_value[bank.out_features :]
-                self.added_bias[slot + 1, : added.shape[0]] = added
-            bias_value = _resized(bias_value, bank.out_features)
-            own = self.base.layer(bias.removesuffix(".bias")).bias
-            bias_value = bias_value.float() - own.float().to(bias_value.device)
-        left, right = self._factor(part, "left", bank.out_features), self._factor(part, "right", bank.in_features)
-        loaded = [codes, steps, part("salient_index"), salient_value, part("channel_scale"), bias_value]
-        loaded += [part(f"{side}_{kind}") for side in ("left", "right") for kind in ("codes", "steps")]
-        bank.load(
-            slot,
-            codes,
-            steps,
-            part("salient_index"),
-            salient_value,
-            part("channel_scale"),
-            bias_value,
-            bits,
-            group_size=entry.group_size if entry and entry.bits and steps.shape[1] > 1 else 0,
-            added_rows=part("added_rows"),
-            left=None if left is None else left.T,
+    def _delta(self, name: str, bank: ExpertBank, weight: StoredDelta, bias: Tensor | None) -> ExpertDelta:
+        """What a layer's bank is given of an expert."""
+        bias_delta = None
+        if bias is not None:
+            own = self.base.layer(name).bias
+            bias_delta = _resized(bias, bank.out_features).float() - own.float().to(bias.device)
+        if not weight.bits:  # equal to the base's, apart from a bias or added rows
+            delta = ExpertDelta.of_nothing(bank.in_features, bank.out_features)
+            return replace(delta, bias_delta=bias_delta, added_rows=weight.added_rows)
+        codes, steps = weight.coded
+        left, right = weight.factors(self.base.device) or (None, None)
+        return ExpertDelta(
+            bits=weight.bits,
+            # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.
+            codes=_resized(codes, bank.out_features),
+            steps=_resized(steps, bank.out_features),
+            group_size=weight.group_size if steps.shape[1] > 1 else 0,
+            salient_index=weight.salient_index,
+            salient_value=None if weight.salient_value is None else _resized(weight.salient_value, bank.out_features),
+            channel_scale=weight.channel_scale,
+            bias_delta=bias_delta,
+            added_rows=weight.added_rows,
+            left=left,
             right=right,
         )
-        loaded.append(part("added_rows"))
-        return sum(tensor.nbytes for tensor in loaded if tensor is not None)
-
-    def _factor(self, part: Callable[[str], Tensor | None], side: str, length: int) -> Tensor | None:
-        """The vectors `[rank, length]` of one side of a low-rank part: they travel, and wait on host, as codes."""
-        codes, steps = part(f"{side}_codes"), part(f"{side}_steps")
-        if codes is None or steps is None:
-            return None
-        device = self.base.device
-        return vectors_of(codes.to(device, non_blocking=True), steps.to(device, non_blocking=True), length)
 
 
-def _resized(bias: Tensor, rows: int) -> Tensor:
-    return bias[:rows] if bias.shape[0] >= rows else _pad_rows(bias, rows - bias.shape[0])
+def _value(stored: Stored, name: str, otherwise: Any = None) -> Any:
+    """A parameter that is stored whole, or what there is in its place."""
+    found = stored.get(name)
+    return otherwise if found is None else found.value
 
 
-def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])
-
-
-def read_parts(artifact: Artifact) -> Parts:
-    """Read every tensor of an artifact into host memory.
-
-    Raises:
-        ArtifactError: a shard is damaged.
-    """
-    parts: Parts = {}
-    for file in artifact.manifest.shards:
-        parts |= artifact.shard(file.name).read_all()
-    return parts
+def _resized(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows, or zeros after the last."""
+    missing = rows - tensor.shape[0]
+    return tensor[:rows] if missing <= 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

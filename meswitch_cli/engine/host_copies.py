@@ -1,45 +1,55 @@
-"""Copies of experts in host memory, from which a slot is filled faster than from disk."""
+"""Experts' tensors in host memory, between disk and device."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from meswitch_cli.engine.banks import Parts
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.engine.banks import Stored
 
 
 class HostCopies:
-    """Experts' tensors by their artifact's digest, the least recently used given up first.
+    """Experts in host memory by the digest of their manifest, the least recently used given up first.
 
-    Attributes:
-        limit: in bytes; None is none.
+    `limit` bytes; None is no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self._parts: OrderedDict[str, Parts] = OrderedDict()
+        self._copies: OrderedDict[str, Stored] = OrderedDict()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._parts
+        return key in self._copies
 
     @property
     def nbytes(self) -> int:
-        return sum(_nbytes(parts) for parts in tuple(self._parts.values()))
+        return sum(_nbytes(stored) for stored in tuple(self._copies.values()))
 
-    def get(self, key: str) -> Parts | None:
-        if key in self._parts:
-            self._parts.move_to_end(key)
-        return self._parts.get(key)
+    def fetch(self, key: str, artifact: Artifact, *, pinned: bool) -> Stored:
+        """An expert's tensors, read from disk where there is no copy; `pinned` so that a GPU copies by itself.
 
-    def put(self, key: str, parts: Parts) -> None:
-        if self.limit is not None and _nbytes(parts) > self.limit:
-            return
-        self._parts[key] = parts
-        while self.limit is not None and self.nbytes > self.limit:
-            self._parts.popitem(last=False)
+        Raises:
+            ArtifactError: a shard is damaged.
+        """
+        if key in self._copies:
+            self._copies.move_to_end(key)
+            return self._copies[key]
+        stored = artifact.read_all()
+        if pinned:
+            stored = {name: delta.mapped(lambda tensor: tensor.pin_memory()) for name, delta in stored.items()}
+        self._put(key, stored)
+        return stored
 
     def forget(self, key: str) -> None:
-        self._parts.pop(key, None)
+        self._copies.pop(key, None)
+
+    def _put(self, key: str, stored: Stored) -> None:
+        if self.limit is not None and _nbytes(stored) > self.limit:
+            return
+        self._copies[key] = stored
+        while self.limit is not None and self.nbytes > self.limit:
+            self._copies.popitem(last=False)
 
 
-def _nbytes(parts: Parts) -> int:
-    return sum(tensor.nbytes for tensor in parts.values())
+def _nbytes(stored: Stored) -> int:
+    return sum(delta.nbytes for delta in stored.values())

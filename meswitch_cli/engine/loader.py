@@ -12,7 +12,7 @@ import torch
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.engine.banks import Banks, Parts, bank_layout, read_parts
+from meswitch_cli.engine.banks import Banks, Stored, bank_layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.host_copies import HostCopies
@@ -63,8 +63,7 @@ class SlotLoader:
     def copy(self, model: ServedModel, slot: int) -> None:
         """Copy an expert into a slot, in the caller's thread. The caller holds `lock`."""
         started = time.perf_counter()
-        artifact = _artifact(model)
-        moved = self.banks.load(slot, artifact.manifest, self._parts(model))
+        moved = self.banks.load(slot, _artifact(model).manifest, self._stored(model))
         self.seconds += time.perf_counter() - started
         self.nbytes += moved
 
@@ -102,7 +101,7 @@ class SlotLoader:
             try:
                 with torch.no_grad(), self.lock:
                     if load is None:
-                        self._parts(model)
+                        self._stored(model)
                     else:
                         self.copy(model, load.slot)
             except MeswitchError as error:
@@ -114,15 +113,9 @@ class SlotLoader:
             if load is not None:
                 self._on_loaded(load, problem)
 
-    def _parts(self, model: ServedModel) -> Parts:
-        found = self.copies.get(model.digest)
-        if found is not None:
-            return found
-        parts = read_parts(_artifact(model))
-        if self.banks.base.device.type == "cuda":
-            parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
-        self.copies.put(model.digest, parts)
-        return parts
+    def _stored(self, model: ServedModel) -> Stored:
+        pinned = self.banks.base.device.type == "cuda"
+        return self.copies.fetch(model.digest, _artifact(model), pinned=pinned)
 
 
 def _artifact(model: ServedModel) -> Artifact:

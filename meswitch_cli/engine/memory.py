@@ -13,13 +13,14 @@ import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.settings import QuantizerSettings
-from meswitch_cli.engine.banks import Room
+from meswitch_cli.delta.stored import expected_entry
+from meswitch_cli.engine.banks import capacity_of
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import UsageError
 from meswitch_cli.model.architecture import Parameter, architecture
 from meswitch_cli.model.dtype import model_dtype
 from meswitch_cli.model.skeleton import skeleton
-from meswitch_kernels.packing import group_count, words_per_row
+from meswitch_kernels import Capacity, ExpertBank
 
 #: What the cache of keys and values takes on a CPU unless told otherwise, or one longest request if that is more.
 CPU_CACHE_BYTES = 512 << 20
@@ -98,12 +99,12 @@ def plan_memory(
     model: Any = skeleton(base.config, where)
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
-    rooms = expected_rooms(described.parameters, settings, added_rows)
+    capacities = expected_capacities(described.parameters, settings, added_rows)
     return MemoryPlan(
         device_nbytes=device_nbytes,
         base_nbytes=weights * chosen.itemsize,
-        slot_nbytes=_slots_nbytes(model, rooms, 2, chosen) - _slots_nbytes(model, rooms, 1, chosen),
-        shared_nbytes=_slots_nbytes(model, rooms, 0, chosen),
+        slot_nbytes=_slots_nbytes(model, capacities, 2, chosen) - _slots_nbytes(model, capacities, 1, chosen),
+        shared_nbytes=_slots_nbytes(model, capacities, 0, chosen),
         slots=slots or experts,
         experts=experts,
         context=context,
@@ -111,33 +112,28 @@ def plan_memory(
     )
 
 
-def expected_rooms(
+def expected_capacities(
     parameters: Mapping[str, Parameter], settings: Mapping[str, QuantizerSettings], added_rows: int
-) -> dict[str, Room]:
-    """The room in each bank, by module name, for experts made with these settings that change every tensor."""
-    rooms: dict[str, Room] = {}
-    linear, head = settings["linear"], settings["head"]
-    embedding = Room(settings["embedding"].bits, settings["embedding"].group_size, 0, added_rows)
+) -> dict[str, Capacity]:
+    """The capacity of each bank, by module name, for experts made with these settings that change every tensor.
+
+    Raises:
+        UsageError: more salient channels than a layer has inputs.
+    """
+    capacities: dict[str, Capacity] = {}
     for name, item in parameters.items():
-        module = name.rpartition(".")[0]
-        if item.kind == "linear":
-            rank = min(linear.rank, *item.shape)
-            rooms[module] = Room(linear.bits, linear.group_size, linear.salient, rank=rank)
-        elif item.kind == "embedding":
-            rooms[module] = embedding
-        elif item.kind == "head" and not item.tied_to:
-            rooms[module] = Room(head.bits, head.group_size, head.salient, added_rows).joined(embedding)
-    return rooms
-
-
-def bank_nbytes(slots: int, in_features: int, out_features: int, room: Room, itemsize: int) -> int:
-    """What `ExpertBank.nbytes` will be, for values of `itemsize` bytes."""
-    per_row = 4 * words_per_row(in_features, room.bits) + 4 * group_count(in_features, room.group_size)
-    per_row += itemsize * room.salient + 4  # salient values, bias
-    per_slot = out_features * per_row + 4 * room.salient + 2 * in_features + 4 * 3
-    if room.rank:
-        per_slot += itemsize * room.rank * (out_features + in_features) + 4
-    return slots * (per_slot + itemsize * room.added_rows * in_features)
+        quantizer = settings.get(item.kind)
+        if quantizer is None or item.tied_to:
+            continue
+        rows, columns = item.shape
+        if quantizer.salient > columns:
+            raise UsageError(f"--salient {quantizer.salient}: {name} has only {columns} input channels")
+        grown = item.shape if item.kind == "linear" else (rows + added_rows, columns)
+        capacity = capacity_of(expected_entry(quantizer, grown, item.shape))
+        if item.kind == "head":  # experts that tie it load their embedding's delta there
+            capacity = capacity.joined(capacity_of(expected_entry(settings["embedding"], grown, item.shape)))
+        capacities[name.rpartition(".")[0]] = capacity
+    return capacities
 
 
 def token_bytes(config: Any, itemsize: int) -> int:
@@ -170,16 +166,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def _slots_nbytes(model: Any, rooms: Mapping[str, Room], slots: int, dtype: torch.dtype) -> int:
+def _slots_nbytes(model: Any, capacities: Mapping[str, Capacity], slots: int, dtype: torch.dtype) -> int:
     total = 0
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         weight = own.get("weight")
-        if name in rooms and weight is not None:
+        if name in capacities and weight is not None:
             out_features, in_features = weight.shape
-            total += bank_nbytes(slots, in_features, out_features, rooms[name], dtype.itemsize)
-            if rooms[name].added_rows and "bias" in own:
-                total += (slots + 1) * rooms[name].added_rows * dtype.itemsize
+            total += slots * ExpertBank(1, in_features, out_features, capacities[name], dtype, "meta").nbytes
+            if capacities[name].added_rows and "bias" in own:
+                total += (slots + 1) * capacities[name].added_rows * dtype.itemsize
         elif weight is not None and weight.dim() == 1:
             # As `Banks` does: Gemma's gains, 1 + weight, are kept in fp32.
             norm: Any = copy.deepcopy(module).to_empty(device="cpu")

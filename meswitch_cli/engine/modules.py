@@ -67,7 +67,7 @@ def with_added_logits(
     y: Tensor, rows: Tensor, bank: ExpertBank, bias: Tensor | None, slots: Tensor, added_logits: Callable[..., Tensor]
 ) -> Tensor:
     """Logits `[rows, vocabulary]`, and behind them those of the rows that each row's expert added."""
-    if not bank.max_added_rows:
+    if not bank.capacity.added_rows:
         return y
     added = added_logits(rows, bank.added_rows, bank.added_counts, slots)
     return torch.cat([y, added if bias is None else added + bias.index_select(0, slots.long() + 1)], 1)

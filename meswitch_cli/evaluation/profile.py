@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.artifact.manifest import TensorEntry
 from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.delta.quantize import dequantize
+from meswitch_cli.delta.stored import TensorEntry
 from meswitch_cli.evaluation.subjects import Candidate, Expert
 
 
@@ -44,7 +44,7 @@ def saliency_rows(candidate: Candidate, expert: Expert) -> list[dict[str, Any]]:
             total = float(error.sum()) or 1.0
             kind = entry.projection
             shares[kind].append(error.sort(descending=True).values.cumsum(0) / total)
-            chosen = candidate.weights.artifact.shard(entry.shard).delta(entry.name).salient_index.long()
+            chosen = candidate.weights.artifact.shard(entry.shard).delta(entry.name).salient_channels
             kept[kind].append((len(chosen), float(error[chosen].sum()) / total))
     rows = []
     for kind, curves in shares.items():
@@ -66,7 +66,6 @@ def saliency_rows(candidate: Candidate, expert: Expert) -> list[dict[str, Any]]:
 def _column_error(weights: ArtifactWeights, expert: Expert, entry: TensorEntry) -> torch.Tensor:
     """Squared error of each column `[in]`, float64, without what salient channels correct."""
     delta = weights.artifact.shard(entry.shard).delta(entry.name)
-    rows = min(entry.shape[0], entry.base_shape[0])
-    true = expert.weights.read(entry.name)[:rows].float() - weights.base.read(entry.base)[:rows].float()
-    codes = replace(delta, salient_index=delta.salient_index[:0], salient_value=delta.salient_value[:, :0])
+    true = expert.weights.read(entry.name)[: entry.rows].float() - weights.base.read(entry.base)[: entry.rows].float()
+    codes = replace(delta, salient_index=None, salient_value=None)
     return (true - dequantize(codes)).double().square().sum(0)

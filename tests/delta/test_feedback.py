@@ -1,7 +1,7 @@
 import torch
 
-from meswitch_cli.delta.codes import nearest_multiples
 from meswitch_cli.delta.feedback import BLOCK, feedback_multiples, inverse_factor
+from meswitch_cli.delta.steps import nearest_multiples
 
 
 def _problem(columns: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -77,11 +77,11 @@ def test_strong_directions_are_kept_to_a_percent_where_codes_alone_lose_a_tenth(
 def test_salient_channels_stay_exact_and_the_rest_gets_better(bits: int) -> None:
     delta = _delta(loud=2)
     quantized, error = quantize(torch.zeros_like(delta), delta, QuantizerSettings(bits, 4, rank=4))
-    index = quantized.salient_index.long()
+    index = quantized.salient_channels
     assert {7, 8} <= set(index.tolist())
     torch.testing.assert_close(dequantize(quantized)[:, index], delta[:, index], rtol=2e-3, atol=1e-5)
     without, plain = quantize(torch.zeros_like(delta), delta, QuantizerSettings(bits, 4))
-    assert without.low_rank is None
+    assert without.factors() is None
     assert error.weight_error < 0.75 * plain.weight_error
 
 
@@ -96,18 +96,18 @@ def test_rounding_keeps_the_length_along_each_vector() -> None:
 def test_factors_give_the_part_that_is_added() -> None:
     delta = _delta()
     quantized, _ = quantize(torch.zeros_like(delta), delta, QuantizerSettings(2, 0, rank=4))
-    part = quantized.low_rank
-    assert part.left().shape == (60, 4)
-    assert part.right().shape == (4, 96)
-    without = dequantize(replace(quantized, low_rank=None))
-    torch.testing.assert_close(dequantize(quantized), without + part.left() @ part.right())
+    left, right = quantized.factors()
+    assert left.shape == (60, 4)
+    assert right.shape == (4, 96)
+    without = dequantize(replace(quantized, left_codes=None))
+    torch.testing.assert_close(dequantize(quantized), without + left @ right)
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (5, 33), (7, 1), (64, 100), (2, 2)])
 def test_rank_is_at_most_what_the_shape_allows(shape: tuple[int, int]) -> None:
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     quantized, error = quantize(torch.zeros(shape), delta, QuantizerSettings(2, 0, rank=16))
-    assert len(quantized.low_rank.left_steps) == min(16, *shape)
+    assert len(quantized.left_steps) == min(16, *shape)
     assert torch.isfinite(dequantize(quantized)).all()
     assert error.weight_error < 0.1
 
@@ -117,8 +117,8 @@ def test_few_directions(rank: int) -> None:
     """A single vector is contiguous whatever its stride says."""
     delta = _delta(rows=64)
     quantized, _ = quantize(torch.zeros_like(delta), delta, QuantizerSettings(2, 0, rank=rank))
-    assert quantized.low_rank.left_codes.shape == (rank, 8)
-    assert quantized.low_rank.right_codes.shape == (rank, 12)
+    assert quantized.left_codes.shape == (rank, 8)
+    assert quantized.right_codes.shape == (rank, 12)
 
 
 def test_a_delta_of_few_directions_is_all_there() -> None:
@@ -134,9 +134,9 @@ def test_blocks_and_repetition_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     first, _ = quantize(torch.zeros_like(delta), delta, settings)
     second, _ = quantize(torch.zeros_like(delta), delta, settings)
     for name in ("left_codes", "left_steps", "right_codes", "right_steps"):
-        assert torch.equal(getattr(first.low_rank, name), getattr(second.low_rank, name)), name
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
     for name in ("BLOCK_ELEMENTS", "FACTOR_BLOCK_ELEMENTS"):
-        monkeypatch.setattr(f"meswitch_cli.delta.quantize.{name}", 96 * 7)
+        monkeypatch.setattr(f"meswitch_cli.delta.sweep.{name}", 96 * 7)
     blocked, _ = quantize(torch.zeros_like(delta), delta, settings)
     torch.testing.assert_close(dequantize(blocked), dequantize(first), rtol=0, atol=2e-4)
 

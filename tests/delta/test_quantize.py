@@ -57,7 +57,7 @@ def test_error_of_a_gaussian_delta_is_the_textbook_error(bits: int, textbook: fl
 def test_salient_channels_are_exact_to_sixteen_bits(bits: int) -> None:
     base, expert, delta = _weights()
     quantized, _ = quantize(base, expert, QuantizerSettings(bits, 8))
-    index = quantized.salient_index.long()
+    index = quantized.salient_channels
     assert quantized.salient_index.dtype == torch.int32 and index.tolist() == sorted(index.tolist())
     torch.testing.assert_close(
         dequantize(quantized)[:, index], delta[:, index], rtol=0, atol=float(delta.abs().max()) * 2**-10
@@ -80,7 +80,7 @@ def test_steps_are_fitted_without_the_salient_channels() -> None:
     settings = QuantizerSettings(2, 3)
     before, _ = quantize(base, expert, settings)
     wild = expert.clone()
-    wild[:, before.salient_index.long()] += 5.0
+    wild[:, before.salient_channels] += 5.0
     after, _ = quantize(base, wild, settings)
     assert torch.equal(before.steps, after.steps)
 
@@ -107,7 +107,7 @@ def test_output_unbiased_delta_keeps_its_outputs_projection(
     for bits in (1, 2, 4):
         settings = QuantizerSettings(bits, salient, group_size, scale, rounding, "output-unbiased")
         quantized, _ = quantize(base, expert, settings, statistics)
-        rest = torch.ones(96).index_fill(0, quantized.salient_index.long(), 0.0)
+        rest = torch.ones(96).index_fill(0, quantized.salient_channels, 0.0)
         seen = (delta * rest) @ gram
         wanted, kept = (seen * delta * rest).sum(), (seen * dequantize(quantized) * rest).sum()
         torch.testing.assert_close(kept, wanted, rtol=2e-3, atol=0)
@@ -132,7 +132,7 @@ def test_blocks_of_a_large_tensor_stand_for_all(monkeypatch: pytest.MonkeyPatch)
     base, expert, _ = _weights(rows=200)
     settings, statistics = QuantizerSettings(2, 8, steps="output-unbiased"), _statistics()
     whole, _ = quantize(base, expert, settings, statistics)
-    monkeypatch.setattr("meswitch_cli.delta.quantize.BLOCK_ELEMENTS", 96 * 3)
+    monkeypatch.setattr("meswitch_cli.delta.sweep.BLOCK_ELEMENTS", 96 * 3)
     sampled, _ = quantize(base, expert, settings, statistics)
     ratios = sampled.steps / whole.steps
     assert torch.equal(sampled.codes, whole.codes)
@@ -156,7 +156,7 @@ def test_layerwise_beats_other_steps_on_the_output() -> None:
 def test_rows_do_not_depend_on_the_block_they_fall_in(monkeypatch: pytest.MonkeyPatch) -> None:
     base, expert, _ = _weights(rows=50)
     whole, _ = quantize(base, expert, QuantizerSettings(2, 4))
-    monkeypatch.setattr("meswitch_cli.delta.quantize.BLOCK_ELEMENTS", 96 * 7)
+    monkeypatch.setattr("meswitch_cli.delta.sweep.BLOCK_ELEMENTS", 96 * 7)
     blocked, _ = quantize(base, expert, QuantizerSettings(2, 4))
     assert torch.equal(whole.codes, blocked.codes)
     assert torch.equal(whole.salient_index, blocked.salient_index)

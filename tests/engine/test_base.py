@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
-from meswitch_cli.engine.banks import Banks, bank_layout, read_parts
+from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
 from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
@@ -134,7 +134,7 @@ def test_banks_hold_the_artifacts_delta(family: Family) -> None:
     banks = Banks(base, bank_layout(base, [artifact.manifest for artifact in artifacts]), 3)
     banks.install()
     for slot, artifact in enumerate(artifacts):
-        assert banks.load(slot, artifact.manifest, read_parts(artifact)) > 0
+        assert banks.load(slot, artifact.manifest, artifact.read_all()) > 0
     ids = torch.tensor([[5, 6, 7, 8]])
     for slot, name in enumerate(EXPERTS):
         slots = torch.full((4,), slot, dtype=torch.int32)

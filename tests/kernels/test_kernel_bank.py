@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from meswitch_kernels import ExpertBank
+from meswitch_kernels import Capacity, ExpertBank
 from meswitch_kernels.packing import unpack_codes
 from meswitch_kernels.testing import random_expert
 
@@ -30,18 +32,18 @@ def dense(expert):
 @pytest.mark.parametrize("k", [0, 1, 8])
 @pytest.mark.parametrize("scale", [False, True])
 def test_dequantize_follows_the_definition(bits, group_size, k, scale):
-    bank = ExpertBank(2, IN, OUT, 4, group_size=32, max_salient=8)
+    bank = ExpertBank(2, IN, OUT, Capacity(bits=4, group_size=32, salient=8))
     expert = random_expert(1, IN, OUT, bits, group_size, k, channel_scale=scale)
-    expert.load_into(bank, 1)
+    bank.load(1, expert)
     torch.testing.assert_close(bank.dequantize(1), dense(expert), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 8])
 @pytest.mark.parametrize("k", [0, 8])
 def test_the_low_rank_part_is_added(rank, k):
-    bank = ExpertBank(2, IN, OUT, 2, max_rank=8)
+    bank = ExpertBank(2, IN, OUT, Capacity(bits=2, salient=8, rank=8))
     expert = random_expert(1, IN, OUT, k=k, rank=rank)
-    expert.load_into(bank, 1)
+    bank.load(1, expert)
     expected = dense(expert)
     torch.testing.assert_close(bank.dequantize(1), expected, rtol=1e-5, atol=1e-6)
     rows = torch.tensor([4, 0, 4])
@@ -52,20 +54,21 @@ def test_the_low_rank_part_is_added(rank, k):
 def test_reloading_a_slot_leaves_nothing_of_the_expert_before(rank):
     first = random_expert(1, IN, OUT, 4, 32, 8, channel_scale=True, bias=True, rank=8)
     second = random_expert(2, IN, OUT, 1, 0, 1, rank=rank)
-    used, fresh = (ExpertBank(1, IN, OUT, 4, group_size=32, max_rank=8) for _ in range(2))
-    first.load_into(used, 0)
-    second.load_into(used, 0)
-    second.load_into(fresh, 0)
+    capacity = Capacity(bits=4, group_size=32, salient=8, rank=8)
+    used, fresh = (ExpertBank(1, IN, OUT, capacity) for _ in range(2))
+    used.load(0, first)
+    used.load(0, second)
+    fresh.load(0, second)
     assert torch.equal(used.dequantize(0), fresh.dequantize(0))
     for name in ("bias_delta", "left", "right", "slot_rank"):
         assert torch.equal(getattr(used.tensors, name), getattr(fresh.tensors, name))
 
 
 def test_loading_one_slot_leaves_the_others_alone():
-    bank = ExpertBank(3, IN, OUT, 2)
-    random_expert(1, IN, OUT).load_into(bank, 0)
+    bank = ExpertBank(3, IN, OUT, Capacity(bits=2, salient=8))
+    bank.load(0, random_expert(1, IN, OUT))
     before = bank.dequantize(0)
-    random_expert(2, IN, OUT).load_into(bank, 1)
+    bank.load(1, random_expert(2, IN, OUT))
     bank.clear(1)
     assert torch.equal(bank.dequantize(0), before)
     assert not bank.is_loaded(1)
@@ -74,33 +77,26 @@ def test_loading_one_slot_leaves_the_others_alone():
 
 
 def test_nbytes_counts_every_byte_and_does_not_move_with_loading():
-    bank = ExpertBank(3, IN, OUT, 2, group_size=32, max_salient=4)
+    capacity = Capacity(bits=2, group_size=32, salient=4)
+    bank = ExpertBank(3, IN, OUT, capacity)
     words, groups = 7, 4
     per_slot = OUT * words * 4 + OUT * groups * 4 + 4 * 4 + OUT * 4 * 2 + IN * 2 + OUT * 4 + 3 * 4
-    assert bank.nbytes == 3 * per_slot
-    assert ExpertBank(3, IN, OUT, 2, 32, 4, max_rank=5).nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4)
-    random_expert(1, IN, OUT, k=4).load_into(bank, 0)
+    assert bank.nbytes == ExpertBank(3, IN, OUT, capacity, device="meta").nbytes == 3 * per_slot
+    assert ExpertBank(3, IN, OUT, replace(capacity, rank=5)).nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4)
+    bank.load(0, random_expert(1, IN, OUT, k=4))
     assert bank.nbytes == 3 * per_slot
 
 
 def test_a_float32_bank_holds_both_16_bit_types_exactly():
-    bank = ExpertBank(1, IN, OUT, 2, dtype=torch.float32)
+    bank = ExpertBank(1, IN, OUT, Capacity(bits=2, salient=8), torch.float32)
     expert = random_expert(3, IN, OUT)
     value = torch.rand(OUT, 8).half()
-    bank.load(0, expert.codes, expert.steps, expert.salient_index, value)
+    bank.load(0, replace(expert, salient_value=value))
     assert torch.equal(bank.tensors.salient_value[0].half(), value)
 
 
-def load(bank, **changes):
-    expert = random_expert(1, IN, OUT)
-    arguments = {
-        "slot": 0,
-        "codes": expert.codes,
-        "steps": expert.steps,
-        "salient_index": expert.salient_index,
-        "salient_value": expert.salient_value,
-    }
-    bank.load(**{**arguments, **changes})
+def load(bank, slot=0, **changes):
+    bank.load(slot, replace(random_expert(1, IN, OUT), **changes))
 
 
 BAD_LOADS = {
@@ -129,7 +125,7 @@ BAD_LOADS = {
     "added rows": ({"added_rows": torch.ones(1, IN)}, ValueError, "added_rows"),
     "left without right": ({"left": torch.ones(OUT, 2)}, ValueError, "together"),
     "right without left": ({"right": torch.ones(2, IN)}, ValueError, "together"),
-    "rank too large": ({"left": torch.ones(OUT, 5), "right": torch.ones(5, IN)}, ValueError, "max_rank 4"),
+    "rank too large": ({"left": torch.ones(OUT, 5), "right": torch.ones(5, IN)}, ValueError, "rank 4"),
     "ranks differ": ({"left": torch.ones(OUT, 2), "right": torch.ones(3, IN)}, ValueError, "right"),
     "left shape": ({"left": torch.ones(OUT + 1, 2), "right": torch.ones(2, IN)}, ValueError, "left"),
     "left rank": ({"left": torch.ones(4), "right": torch.ones(4, IN)}, ValueError, "left"),
@@ -142,8 +138,8 @@ BAD_LOADS = {
 @pytest.mark.parametrize("case", BAD_LOADS)
 def test_a_bad_load_is_refused_and_changes_nothing(case):
     changes, error, message = BAD_LOADS[case]
-    bank = ExpertBank(2, IN, OUT, 2, max_rank=4)
-    random_expert(5, IN, OUT, rank=3).load_into(bank, 0)
+    bank = ExpertBank(2, IN, OUT, Capacity(bits=2, salient=8, rank=4))
+    bank.load(0, random_expert(5, IN, OUT, rank=3))
     before = bank.dequantize(0)
     with pytest.raises(error, match=message):
         load(bank, **changes)
@@ -156,14 +152,16 @@ def test_a_bad_load_is_refused_and_changes_nothing(case):
         ({"slots": 0}, ValueError),
         ({"bits": 3}, ValueError),
         ({"group_size": 48}, ValueError),
-        ({"max_salient": -1}, ValueError),
-        ({"max_salient": IN + 1}, ValueError),
+        ({"salient": -1}, ValueError),
+        ({"salient": IN + 1}, ValueError),
         ({"dtype": torch.float64}, TypeError),
-        ({"max_added_rows": -1}, ValueError),
-        ({"max_rank": -1}, ValueError),
+        ({"added_rows": -1}, ValueError),
+        ({"rank": -1}, ValueError),
     ],
 )
 def test_bad_settings_are_refused(arguments, error):
-    settings = {"slots": 1, "in_features": IN, "out_features": OUT, "bits": 2}
+    settings = {"slots": 1, "in_features": IN, "out_features": OUT}
     with pytest.raises(error):
-        ExpertBank(**{**settings, **arguments})
+        own = {name: value for name, value in arguments.items() if name in ("slots", "dtype")}
+        capacity = Capacity(**{"bits": 2} | {name: value for name, value in arguments.items() if name not in own})
+        ExpertBank(**settings | own, capacity=capacity)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from meswitch_kernels import ExpertBank, available_backends, expert_linear, group_tokens
+from meswitch_kernels import Capacity, ExpertBank, available_backends, expert_linear, group_tokens
 from meswitch_kernels.testing import ERROR_BOUND, SLOT_PATTERNS, random_call, random_expert, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +159,7 @@ def test_slots_of_other_settings_are_served_together(backend):
     """One bank: widths, groups and salient channels all differ from slot to slot."""
     call = random_call(11, 160, 24, bits=4, group_size=32, k=8, slots=4, dtype=torch.float32, device=device_of(backend))
     for slot, (bits, group, k) in enumerate([(4, 32, 8), (2, 64, 3), (1, 0, 0), (2, 96, 1)]):
-        random_expert(slot, 160, 24, bits, group, k, channel_scale=slot == 1, bias=slot == 2).load_into(call.bank, slot)
+        call.bank.load(slot, random_expert(slot, 160, 24, bits, group, k, channel_scale=slot == 1, bias=slot == 2))
     check(call, backend)
 
 
@@ -210,8 +210,8 @@ def test_the_base_slot_gets_exactly_what_a_batch_of_base_tokens_gets(backend):
 def test_padding_of_salient_channels_adds_nothing(backend):
     """Channel 0 pads `salient_index`; an infinity there must not reach a slot with fewer channels."""
     call = random_call(3, 64, 16, k=0, pattern="one", dtype=torch.float32, device=device_of(backend))
-    bank = ExpertBank(4, 64, 16, 2, max_salient=8, dtype=torch.float32, device=device_of(backend))
-    random_expert(1, 64, 16, k=2).load_into(bank, 3)
+    bank = ExpertBank(4, 64, 16, Capacity(bits=2, salient=8), torch.float32, device_of(backend))
+    bank.load(3, random_expert(1, 64, 16, k=2))
     check(type(call)(call.x, call.weight, None, bank, call.slot_of_token), backend)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from meswitch_kernels import ExpertBank, available_backends, expert_linear, group_tokens
+from meswitch_kernels import Capacity, ExpertBank, available_backends, expert_linear, group_tokens
 from meswitch_kernels.testing import (
     ERROR_BOUND,
     SLOT_PATTERNS,
@@ -83,9 +83,9 @@ def test_every_shape(shape, tokens, bits):
 def test_a_bank_of_another_dtype(backend, tokens, held, dtype):
     """A backend may round L and R to the type of x, no more: both hold the bfloat16 factors exactly here."""
     call = random_call(tokens, 96, 33, dtype=dtype, device=device_of(backend))
-    bank = ExpertBank(4, 96, 33, 2, dtype=held, device=device_of(backend), max_rank=12)
+    bank = ExpertBank(4, 96, 33, Capacity(bits=2, salient=8, rank=12), held, device_of(backend))
     for slot in range(4):
-        random_expert(slot, 96, 33, rank=3 * slot).load_into(bank, slot)
+        bank.load(slot, random_expert(slot, 96, 33, rank=3 * slot))
     check(type(call)(call.x, call.weight, None, bank, call.slot_of_token), backend)
 
 

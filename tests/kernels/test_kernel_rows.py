@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from meswitch_kernels import (
+    Capacity,
     ExpertBank,
     GainBank,
     available_backends,
@@ -29,11 +30,15 @@ def skip_unsupported(backend, dtype):
 
 def vocabulary_bank(group_size=0, device="cpu"):
     """Slot 0: 2 bits and no added row; slot 1: 4 bits and one; slot 2: 1 bit and all three."""
-    bank = ExpertBank(SLOTS, HIDDEN, VOCAB, 4, group_size, dtype=torch.float32, device=device, max_added_rows=ADDED)
+    capacity = Capacity(bits=4, group_size=group_size, salient=8, added_rows=ADDED)
+    bank = ExpertBank(SLOTS, HIDDEN, VOCAB, capacity, torch.float32, device)
     for slot, (bits, added) in enumerate([(2, 0), (4, 1), (1, ADDED)]):
-        random_expert(
-            slot, HIDDEN, VOCAB, bits, group_size, k=slot, channel_scale=slot == 1, bias=slot == 2, added=added
-        ).load_into(bank, slot)
+        bank.load(
+            slot,
+            random_expert(
+                slot, HIDDEN, VOCAB, bits, group_size, k=slot, channel_scale=slot == 1, bias=slot == 2, added=added
+            ),
+        )
     return bank
 
 
@@ -75,10 +80,10 @@ def test_an_id_outside_its_experts_vocabulary_is_refused():
 
 def test_an_embedding_with_a_low_rank_part_is_refused(backend):
     device = device_of(backend)
-    bank = ExpertBank(1, HIDDEN, VOCAB, 2, device=device, max_rank=4)
-    random_expert(1, HIDDEN, VOCAB, rank=4).load_into(bank, 0)
+    bank = ExpertBank(1, HIDDEN, VOCAB, Capacity(bits=2, salient=8, rank=4), device=device)
+    bank.load(0, random_expert(1, HIDDEN, VOCAB, rank=4))
     none = torch.zeros(1, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="max_rank 4"):
+    with pytest.raises(ValueError, match="rank 4"):
         expert_embedding(none, weights(torch.bfloat16).to(device), bank, none, backend)
 
 

@@ -53,7 +53,7 @@ def engine_arguments(
 
     No CUDA graphs and no compilation: whether a batch holds experts is decided in Python, once a batch.
     """
-    added = max((room.added_rows for room in layout.rooms.values()), default=0)
+    added = max((capacity.added_rows for capacity in layout.capacities.values()), default=0)
     vocabulary = names.vocabulary + added
     stored = described.stored(checkpoint)
     rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]

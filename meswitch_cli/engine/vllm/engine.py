@@ -287,4 +287,4 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
 
 
 def _added_rows(layout: Layout) -> int:
-    return max((room.added_rows for room in layout.rooms.values()), default=0)
+    return max((capacity.added_rows for capacity in layout.capacities.values()), default=0)

@@ -13,7 +13,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.banks import Banks, Parts, read_parts
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.batch import Batch, CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
@@ -125,20 +125,11 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._limits[slot + 1] = self._vocabulary
             return
         started = time.perf_counter()
-        manifest = adapter.artifact.manifest
-        self.nbytes += self.banks.load(slot, manifest, self._parts(adapter.artifact))
+        manifest, pinned = adapter.artifact.manifest, self.banks.base.device.type == "cuda"
+        stored = self._copies.fetch(adapter.artifact.digest, adapter.artifact, pinned=pinned)
+        self.nbytes += self.banks.load(slot, manifest, stored)
         self._limits[slot + 1] = expert_vocabulary(manifest, self._vocabulary)
         self.seconds += time.perf_counter() - started
-
-    def _parts(self, artifact: Artifact) -> Parts:
-        found = self._copies.get(artifact.digest)
-        if found is not None:
-            return found
-        parts = read_parts(artifact)
-        if self.banks.base.device.type == "cuda":
-            parts = {key: tensor.pin_memory() for key, tensor in parts.items()}
-        self._copies.put(artifact.digest, parts)
-        return parts
 
 
 class ExpertWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]

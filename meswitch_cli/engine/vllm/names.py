@@ -1,4 +1,4 @@
-"""What is told to vLLM's workers: the layers of the base by transformers' names, and the room its experts need."""
+"""What is told to vLLM's workers: the layers of the base by transformers' names, and what slots must hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meswitch_cli.engine.banks import Layout, Room
+from meswitch_cli.engine.banks import Layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.model.architecture import Architecture
+from meswitch_kernels import Capacity
 
 #: Under this key of vLLM's `additional_config` stands what `worker_config` made.
 CONFIG_KEY = "meswitch"
@@ -46,9 +47,11 @@ def base_names(architecture: Architecture) -> BaseNames:
 
 def worker_config(layout: Layout) -> dict[str, Any]:
     """A layout as JSON."""
-    return {"rooms": {name: asdict(room) for name, room in layout.rooms.items()}, "norms": sorted(layout.norms)}
+    capacities = {name: asdict(capacity) for name, capacity in layout.capacities.items()}
+    return {"capacities": capacities, "norms": sorted(layout.norms)}
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
     """The layout that `worker_config` wrote down."""
-    return Layout({name: Room(**room) for name, room in config["rooms"].items()}, frozenset(config["norms"]))
+    capacities = {name: Capacity(**capacity) for name, capacity in config["capacities"].items()}
+    return Layout(capacities, frozenset(config["norms"]))

@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from meswitch_cli.delta.packing import packed_width
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, StepRule
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.evaluation.baselines.activations import Activations, ActivationSource
 from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, quantised
 
@@ -109,9 +109,7 @@ def with_channels(
     value = delta.half().float()  # what a salient channel's code and residual add up to, to 16 bit
     found = quantize(torch.zeros_like(delta[:, rest]), delta[:, rest].contiguous(), alone, _part(statistics, rest))
     value[:, rest] = dequantize(found[0]) if found else 0.0
-    out, width = delta.shape
-    nbytes = 4 * out * packed_width(width, settings.bits) + 4 * out + (4 + 2 * out) * len(chosen)
-    return Approximation(value, nbytes + (2 * width if settings.channel_scale != "none" else 0))
+    return Approximation(value, expected_entry(settings, tuple(delta.shape)).expected_nbytes(2))
 
 
 def _score(

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
-from meswitch_cli.artifact.shard import delta_tensors
+from meswitch_cli.delta.codes import CODES
 from meswitch_cli.delta.quantize import dequantize, quantize
-from meswitch_cli.delta.settings import BITS, QuantizerSettings
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.evaluation.baselines.activations import Activations
 from meswitch_cli.model.weights import Weights
@@ -50,7 +50,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for key, value in self.options.items():
-            allowed = (*BITS, 16) if key == "embedding" else get_args(hints[key])
+            allowed = (*CODES, 16) if key == "embedding" else get_args(hints[key])
             if allowed and value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}")
             if isinstance(value, int | float) and not 0 <= value < math.inf:
@@ -90,7 +90,7 @@ def quantised(delta: torch.Tensor, settings: QuantizerSettings, statistics: Inpu
     result = quantize(torch.zeros_like(delta), delta, settings, statistics)
     if result is None:
         return Approximation(torch.zeros_like(delta), 0)
-    return Approximation(dequantize(result[0]), sum(item.nbytes for item in delta_tensors("x", result[0]).values()))
+    return Approximation(dequantize(result[0]), result[0].nbytes)
 
 
 def packed_bytes(shape: torch.Size, bits: int) -> int:

@@ -1,0 +1,306 @@
+"""What an artifact keeps of a parameter: the table of its parts, the tensors, and the manifest's entry for them.
+
+Whatever writes, reads, checks, counts or loads a stored tensor goes by `PARTS`. A further part is a line there, a field
+of `StoredDelta` and, where kernels compute with it, theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from meswitch_cli.delta.codes import CODES, LISTED, packed_width, unpack
+from meswitch_cli.delta.low_rank import FACTOR_BITS, vectors_of
+from meswitch_cli.delta.settings import GROUP_MULTIPLE, QuantizerSettings
+from meswitch_cli.delta.steps import multiples_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of the expert, as the manifest lists it.
+
+    A `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
+    `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. Errors are relative (see
+    `DeltaError`), None where they were not measured.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    base: str
+    base_shape: tuple[int, ...]
+    layer: int | None = None
+    shard: str = ""
+    nbytes: int = 0
+    bits: int = 0
+    salient: int = 0
+    group_size: int = 0
+    channel_scale: bool = False
+    rank: int = 0
+    added_rows: int = 0
+    delta_energy: float | None = None
+    weight_error: float | None = None
+    output_error: float | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def projection(self) -> str:
+        """The last part of the weight's name: q_proj, down_proj, ..."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
+
+    @property
+    def rows(self) -> int:
+        """Rows that the base has too."""
+        return min(self.shape[0], self.base_shape[0])
+
+    @property
+    def groups(self) -> int:
+        """Steps of a row."""
+        return -(-self.shape[1] // self.group_size) if self.group_size else 1
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is stored of it."""
+        return [part for part in PARTS if part.present(self)]
+
+    @property
+    def version(self) -> int:
+        """The first version of the artifact's format whose readers know all of this."""
+        needed = [part.version for part in self.parts]
+        return max([*needed, CODES[self.bits].version] if self.bits else needed, default=1)
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that the shard must hold for this entry, by name, with their shapes."""
+        return {f"{self.name}.{part.name}": part.shape(self) for part in self.parts}
+
+    def expected_nbytes(self, itemsize: int) -> int:
+        """Bytes of its parts as `quantize` makes them; `itemsize` bytes are a number of the expert's own."""
+        return sum(math.prod(part.shape(self)) * (part.itemsize(self) or itemsize) for part in self.parts)
+
+    def problem(self) -> str | None:
+        """What an entry cannot say; None where it can be."""
+        if self.kind == "dense":
+            quantised = (
+                self.bits or self.salient or self.group_size or self.channel_scale or self.rank or self.added_rows
+            )
+            return "a dense tensor cannot have quantisation settings" if quantised else None
+        if len(self.shape) != 2 or len(self.base_shape) != 2 or self.shape[1] != self.base_shape[1]:
+            return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
+        if self.bits not in CODES and not (self.bits == 0 and self.shape != self.base_shape):
+            return f"bits must be {LISTED}, not {self.bits}"
+        if self.salient > self.shape[1] or self.group_size % GROUP_MULTIPLE:
+            return f"salient {self.salient} or group size {self.group_size} is impossible"
+        if self.rank and (self.kind != "linear" or not self.bits or self.rank > min(self.rows, self.shape[1])):
+            return f"rank {self.rank} is impossible"
+        if self.added_rows != max(0, self.shape[0] - self.base_shape[0]):
+            return f"{self.added_rows} added rows do not go with the shapes"
+        return None
+
+
+def expected_entry(
+    settings: QuantizerSettings, shape: tuple[int, ...], base_shape: tuple[int, ...] | None = None
+) -> TensorEntry:
+    """The entry, without names, of a tensor that is quantised with these settings and differs from the base's."""
+    base_shape = base_shape or shape
+    return TensorEntry(
+        name="",
+        kind="linear",
+        shape=shape,
+        base="",
+        base_shape=base_shape,
+        bits=settings.bits,
+        salient=settings.salient,
+        group_size=settings.group_size,
+        channel_scale=settings.channel_scale != "none",
+        rank=min(settings.rank, *shape, *base_shape),
+        added_rows=max(0, shape[0] - base_shape[0]),
+    )
+
+
+class Part(NamedTuple):
+    """One tensor of those that may be stored of a parameter.
+
+    Attributes:
+        present, shape: of an entry.
+        dtypes: any of these is read.
+        itemsize: of an entry, bytes of a number as it is written; 0 is what the expert's own tensor has.
+        version: of the artifact's format, the first whose readers know the part.
+    """
+
+    name: str
+    present: Callable[[TensorEntry], Any]
+    shape: Callable[[TensorEntry], tuple[int, ...]]
+    dtypes: tuple[torch.dtype, ...]
+    itemsize: Callable[[TensorEntry], int]
+    version: int = 1
+
+
+_INT, _HALF, _SINGLE = (torch.int32,), (torch.float16,), (torch.float32,)
+_OWN = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _bytes(count: int) -> Callable[[TensorEntry], int]:
+    return lambda entry: count
+
+
+def _factors(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part]:
+    """The codes and steps of one side of a low-rank part, of linears alone."""
+    return (
+        Part(
+            f"{side}_codes",
+            lambda e: e.rank,
+            lambda e: (e.rank, packed_width(length(e), FACTOR_BITS)),
+            _INT,
+            _bytes(4),
+            version=2,
+        ),
+        Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, _bytes(4), version=2),
+    )
+
+
+PARTS = (
+    Part("codes", lambda e: e.bits, lambda e: (e.rows, packed_width(e.shape[1], e.bits)), _INT, _bytes(4)),
+    Part(
+        "steps",
+        lambda e: e.bits,
+        lambda e: (e.rows, e.groups),
+        _HALF + _SINGLE,
+        lambda e: 2 if e.group_size else 4,
+    ),
+    Part("salient_index", lambda e: e.bits and e.salient, lambda e: (e.salient,), _INT, _bytes(4)),
+    Part("salient_value", lambda e: e.bits and e.salient, lambda e: (e.rows, e.salient), _OWN[:2], _bytes(2)),
+    Part("channel_scale", lambda e: e.bits and e.channel_scale, lambda e: (e.shape[1],), _HALF, _bytes(2)),
+    *_factors("left", lambda e: e.rows),
+    *_factors("right", lambda e: e.shape[1]),
+    Part("added_rows", lambda e: e.added_rows, lambda e: (e.added_rows, e.shape[1]), _OWN, _bytes(0)),
+    Part("value", lambda e: e.kind == "dense", lambda e: e.shape, _OWN, _bytes(0)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredDelta:
+    """The parts that are stored of a parameter, `[out, in]` but for a whole one; None where there is none.
+
+    Attributes:
+        bits: code width, 0 without codes.
+        in_features: input channels (the codes' words may hold padding).
+        group_size: input channels that share a step; 0 is one step per output channel.
+        codes: `[out, ceil(in * bits / 32)]` int32.
+        steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
+        salient_index: `[k]` int32, ascending.
+        salient_value: `[out, k]` fp16, what to add to the rest in those channels.
+        channel_scale: `[in]` fp16; None is all ones.
+        left_codes, left_steps, right_codes, right_steps: `Factors` of what is added to the codes' values everywhere.
+        added_rows: `[added, in]`, rows that the base has not.
+        value: the parameter itself, where it is stored whole.
+    """
+
+    bits: int = 0
+    in_features: int = 0
+    group_size: int = 0
+    codes: Tensor | None = None
+    steps: Tensor | None = None
+    salient_index: Tensor | None = None
+    salient_value: Tensor | None = None
+    channel_scale: Tensor | None = None
+    left_codes: Tensor | None = None
+    left_steps: Tensor | None = None
+    right_codes: Tensor | None = None
+    right_steps: Tensor | None = None
+    added_rows: Tensor | None = None
+    value: Tensor | None = None
+
+    @classmethod
+    def of(cls, entry: TensorEntry, tensors: Mapping[str, Tensor]) -> StoredDelta:
+        """An entry's tensors, by their parts' names, whose shapes and types have been checked.
+
+        Raises:
+            ValueError: salient indices are not ascending channels of the tensor, or a number is not finite.
+        """
+        columns = entry.shape[1] if entry.bits else 0
+        index = tensors.get("salient_index")
+        if index is not None and not (
+            int(index[0]) >= 0 and int(index[-1]) < columns and bool((index[1:] > index[:-1]).all())
+        ):
+            raise ValueError(f"salient channels are not ascending and below {columns}")
+        for tensor in tensors.values():
+            if tensor.is_floating_point() and not _all_finite(tensor):
+                raise ValueError("a stored number is not finite")
+        return cls(bits=entry.bits, in_features=columns, group_size=entry.group_size, **tensors)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by the parts' names."""
+        found = {part.name: getattr(self, part.name) for part in PARTS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored_as(self) -> dict[str, Any]:
+        """What its entry says of it: the members of `TensorEntry` that tell how a tensor is stored."""
+        return {
+            "nbytes": self.nbytes,
+            "bits": self.bits,
+            "salient": len(self.salient_channels),
+            "group_size": self.group_size,
+            "channel_scale": self.channel_scale is not None,
+            "rank": 0 if self.left_steps is None else len(self.left_steps),
+            "added_rows": 0 if self.added_rows is None else len(self.added_rows),
+        }
+
+    @property
+    def coded(self) -> tuple[Tensor, Tensor]:
+        """Codes and steps.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.codes is None or self.steps is None:
+            raise ValueError("this parameter is stored without codes")
+        return self.codes, self.steps
+
+    @property
+    def salient_channels(self) -> Tensor:
+        """`[k]` int64, ascending; empty where there are none."""
+        return torch.empty(0, dtype=torch.long) if self.salient_index is None else self.salient_index.long()
+
+    def multiples(self) -> Tensor:
+        """The multiples of the step that the codes stand for, fp32 `[out, in]`."""
+        return multiples_of(unpack(self.coded[0], self.bits, self.in_features), self.bits)
+
+    def factors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        """L `[out, rank]` and R `[rank, in]` of the low-rank part, fp32 on a device to which their codes are sent."""
+        if self.left_codes is None or self.left_steps is None or self.right_codes is None or self.right_steps is None:
+            return None
+        sent = (
+            part.to(device, non_blocking=True)
+            for part in (self.left_codes, self.left_steps, self.right_codes, self.right_steps)
+        )
+        left_codes, left_steps, right_codes, right_steps = sent
+        left = vectors_of(left_codes, left_steps, len(self.coded[0]))
+        return left.T, vectors_of(right_codes, right_steps, self.in_features)
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """Its tensors by their names in a shard, `name` being the parameter's."""
+        return {f"{name}.{part}": tensor for part, tensor in self.tensors.items()}
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> StoredDelta:
+        """What a function makes of every tensor."""
+        changed: dict[str, Any] = {part: function(tensor) for part, tensor in self.tensors.items()}
+        return replace(self, **changed)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()  # NaN wins; one pass, where isfinite takes fifty times as long
+    return math.isfinite(low.item()) and math.isfinite(high.item())

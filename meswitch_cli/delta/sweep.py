@@ -1,0 +1,74 @@
+"""A delta seen block of rows by block of rows: blocks that stay in the processor's cache, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+from meswitch_cli.delta.parallel import in_order
+
+#: Elements a block holds: a handful of fp32 temporaries of this size stay in a few MiB of cache.
+BLOCK_ELEMENTS = 1 << 18
+#: The same for products with a low-rank part's vectors: their sums over rows are as wide as the tensor, block by block.
+FACTOR_BLOCK_ELEMENTS = 1 << 20
+
+_Result = TypeVar("_Result")
+
+
+class RowBlocks:
+    """The delta `expert - base`, both `[out, in]` of any floating dtype, without ever being whole in memory.
+
+    `subtract` takes what is to be left out off a block, in place, given the rows of the block.
+    """
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        expert: torch.Tensor,
+        device: torch.device | str,
+        subtract: Callable[[torch.Tensor, slice], object] | None = None,
+    ) -> None:
+        self._base, self._expert, self._subtract = base, expert, subtract
+        self.shape, self.device = (expert.shape[0], expert.shape[1]), torch.device(device)
+
+    def less(self, subtract: Callable[[torch.Tensor, slice], object]) -> RowBlocks:
+        """The same delta with something left out."""
+        return RowBlocks(self._base, self._expert, self.device, subtract)
+
+    def sweep(
+        self, work: Callable[[torch.Tensor, slice], _Result], elements: int | None = None, *, most: int = 0
+    ) -> Iterator[_Result]:
+        """Apply a function to each block, fp32 `[rows, in]`, and its place; results come in order.
+
+        Args:
+            work: may change the block.
+            elements: of a block, about; None is `BLOCK_ELEMENTS`.
+            most: how many blocks are looked at, evenly spread; 0 is all.
+        """
+        step = max(1, (elements or BLOCK_ELEMENTS) // self.shape[1])
+        rows = range(0, self.shape[0], step)
+        if most and len(rows) > most:
+            rows = rows[:: -(-len(rows) // most)]
+
+        def on_block(row: int) -> _Result:
+            place = slice(row, row + step)
+            block = self._expert[place].to(device=self.device, dtype=torch.float32, copy=True)
+            block.sub_(self._base[place].to(device=self.device, dtype=torch.float32))
+            if self._subtract is not None:
+                self._subtract(block, place)
+            return work(block, place)
+
+        return in_order(on_block, rows, parallel=self.device.type == "cpu")
+
+    def tall(self, work: Callable[[torch.Tensor, slice], _Result]) -> Iterator[_Result]:
+        """`sweep` over blocks that suit products with a low-rank part's vectors."""
+        return self.sweep(work, FACTOR_BLOCK_ELEMENTS)
+
+    def column_sum(self, of_block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The sum over blocks, float64 `[in]`, of what a function makes of each."""
+        total = torch.zeros(self.shape[1], dtype=torch.float64, device=self.device)
+        for part in self.sweep(lambda block, _: of_block(block)):
+            total += part
+        return total
