@@ -27,7 +27,7 @@ def run(
     from meswitch_cli.commands.router_tables import print_decision
 
     if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     artifact, hidden_states, tokenizer = open_router(router, base)
     logger, handler = logging.getLogger("meswitch_cli.router"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from meswitch_cli.errors import UsageError
+from meswitch_cli.jsonl import read_jsonl
 
 Popularity = Literal["uniform", "zipf"]
 
@@ -82,21 +82,11 @@ def read_prompts(path: Path) -> list[str]:
         UsageError: it cannot be read, or a line has neither.
     """
     prompts = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            prompt = item.get("prompt", item.get("text"))
-        except (ValueError, AttributeError) as error:
-            raise UsageError(f"--prompts {path}:{number}: not a JSON object") from error
+    for number, item in read_jsonl(path, UsageError, "what --prompts names").values:
+        if not isinstance(item, dict):
+            raise UsageError(f"--prompts {path}: line {number}: not a JSON object")
+        prompt = item.get("prompt", item.get("text"))
         if not isinstance(prompt, str):
-            raise UsageError(f'--prompts {path}:{number}: needs "prompt" or "text"')
+            raise UsageError(f'--prompts {path}: line {number}: needs "prompt" or "text"')
         prompts.append(prompt)
-    if not prompts:
-        raise UsageError(f"--prompts {path}: holds no prompt")
     return prompts

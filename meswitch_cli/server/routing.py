@@ -90,7 +90,8 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
         if router is not None and session is not None:  # the conversation goes on with whom it was pinned to
             await service.routing(lambda: router.route(subject or "", session=session, pinned=model))
     else:
-        names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, AUTO))
+        routed = (AUTO,) if service.router else ()
+        names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, *routed))
         raise ApiError(
             404, f"model {model!r} is not served; there are {names}", code="model_not_found", parameter="model"
         )

@@ -1,15 +1,15 @@
-"""What requests may hold. A member that is not here is refused by name; none is read and dropped."""
+"""What requests may hold. A member that is not here is refused by name, unless it is null or empty and asks nothing."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from meswitch_cli.engine.contract import Sampling
-from meswitch_cli.server.errors import ASKS_NOTHING, ApiError
+from meswitch_cli.server.errors import NOT_SUPPORTED, ApiError
 
 MAX_STOPS = 16
 MAX_LOGIT_BIASES = 1024
@@ -18,9 +18,12 @@ MAX_COMPLETION_LOGPROBS = 5
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
+#: What asks for nothing, whatever a member's name: libraries send these for what their user has not set.
+_NOTHING: tuple[Any, ...] = (None, [], {})
+
 
 class Strict(BaseModel):
-    """Every member is named, of its own type, and finite."""
+    """Every member is named, of its own type, and finite; null is as good as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -31,11 +34,23 @@ class Strict(BaseModel):
             return data
         if not (_is_text(list(data)) and all(_is_text(value) for value in data.values())):
             raise PydanticCustomError("not_text", "half of a surrogate pair is no text")
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         return {
             name: value
             for name, value in data.items()
-            if name in cls.model_fields or name not in ASKS_NOTHING or value not in ASKS_NOTHING[name]
+            if value is not None and (name in known or value not in (*_NOTHING, *NOT_SUPPORTED.get(name, ())))
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """As pydantic describes it, and what is left out before it looks."""
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        described["additionalProperties"] = {"enum": list(_NOTHING)}
+        for name, member in described["properties"].items():
+            if name not in described.get("required", ()) and {"type": "null"} not in member.get("anyOf", ()):
+                described["properties"][name] = {"anyOf": [member, {"type": "null"}]}
+        return schema
 
 
 def _is_text(value: Any) -> bool:
@@ -88,7 +103,7 @@ class ResponseFormat(Strict):
 
 
 class GenerationParameters(Strict):
-    """What chat and text completions have in common. null is as good as absent."""
+    """What chat and text completions have in common."""
 
     model: Annotated[str, Field(max_length=256)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
