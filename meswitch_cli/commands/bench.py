@@ -40,7 +40,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Draw latencies by expert: a .png or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Exit status 1 where a request failed.
+    """Exit status 1 where a request failed, or nothing was measured.
 
     Example: meswitch bench --url http://127.0.0.1:8000 --concurrency 16 --popularity zipf --plot load.png
     """
@@ -98,6 +98,8 @@ def run(
     if result["failed"]:
         why = next(iter(result["errors"]))
         raise MeswitchError(f"{result['failed']} of {requests} requests failed, most of them: {why}")
+    if not result["completion_tokens"]:
+        raise MeswitchError(f"{url}: every answer was empty, so nothing was measured")
 
 
 def _table(result: dict[str, Any]) -> Table:
