@@ -16,6 +16,7 @@ from typing import Any
 from meswitch_cli.delta.low_rank import FACTOR_BITS
 from meswitch_cli.delta.packing import packed_width
 from meswitch_cli.errors import ArtifactError
+from meswitch_cli.names import is_name
 
 #: Version 2 has low-rank parts; what has none is written as version 1, which older readers know.
 FORMAT_VERSIONS = (1, 2)
@@ -300,9 +301,9 @@ class _Fields:
 
     def string(self, key: str) -> str:
         value = self._get(key)
-        if not isinstance(value, str) or not 0 < len(value) <= 512 or not value.isprintable():
+        if not is_name(value):
             raise self._fail(key, "a short printable string")
-        return value
+        return str(value)
 
     def optional_string(self, key: str) -> str | None:
         return None if self._get(key) is None else self.string(key)

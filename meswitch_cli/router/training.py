@@ -13,6 +13,7 @@ import torch
 
 from meswitch_cli.engine.contract import BASE
 from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.names import require_name
 from meswitch_cli.router.backends.backend import Backend, Kind
 from meswitch_cli.router.backends.tfidf import Tfidf
 from meswitch_cli.router.data import Example, RoutingData
@@ -106,6 +107,8 @@ def train_router(
     started = time.perf_counter()
     parts = split(data.examples, settings.seed)
     identity = _identity(base) if settings.backend == "probe" else (None, None)
+    if identity[0] is not None:
+        require_name(identity[0], f"--base {base}", RouterError)
     fitted = _fit_backend(parts, data.labels, settings, base, model, on_progress)
     scaling, store = _store(parts, data.labels, fitted)
     router_model = fit_model(
