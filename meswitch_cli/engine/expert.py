@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,9 @@ from meswitch_cli.artifact.manifest import MANIFEST_FILE, Manifest
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.architecture import architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
+from meswitch_cli.checkpoint.config import model_differences
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
 from meswitch_cli.errors import ArtifactError
-
-#: Config entries that do not change what the layers compute.
-_HARMLESS = (
-    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "hidden_dropout",
-    "attention_probs_dropout_prob", "id2label", "initializer_range", "label2id", "max_position_embeddings",
-    "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "sep_token_id", "task_specific_params",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +60,7 @@ def open_expert(name: str, path: Path, base: Checkpoint, fingerprint: str) -> Se
     for _ in artifact.verify():
         pass
     config = read_json(path / CONFIG_FILE, "an artifact carries the expert's config.json")
-    differences = computing_differences(base.config, config)
+    differences = model_differences(base.config, config)
     if differences:
         raise EngineError(
             f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
@@ -106,13 +97,6 @@ class ExpertOpener:
         return self._fingerprint[1]
 
 
-def computing_differences(base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-    """The config entries, as transformers reads them, that make two models compute differently."""
-    ours, theirs = _parsed(base), _parsed(expert)
-    keys = (set(ours) | set(theirs)) - set(_HARMLESS)
-    return sorted(key for key in keys if ours.get(key) != theirs.get(key))
-
-
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer from its files alone.
 
@@ -130,24 +114,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json and config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    for file in ("generation_config.json", CONFIG_FILE):
-        if (path / file).is_file():
-            value = read_json(path / file, "").get("eos_token_id")
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, int) and item >= 0:
-                    found.add(item)
-            if found:
-                break
-    if not found and isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
-    return frozenset(found)
+    """Ids that end a text: those of generation_config.json, of config.json and of the tokenizer, all of them.
 
-
-def _parsed(config: dict[str, Any]) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    parsed: dict[str, Any] = json.loads(AutoConfig.for_model(**plain).to_json_string(use_diff=False))
-    return parsed
+    Fine-tuning adds an end of turn to one of the three and often leaves the others as the base had them.
+    """
+    configs = [
+        read_json(path / file, "") for file in ("generation_config.json", CONFIG_FILE) if (path / file).is_file()
+    ]
+    configs += [item for config in configs for item in config.values() if isinstance(item, dict)]  # text_config
+    named = [config.get("eos_token_id") for config in configs] + [tokenizer.eos_token_id]
+    ids = [item for value in named for item in (value if isinstance(value, list) else [value])]
+    return frozenset(item for item in ids if type(item) is int and item >= 0)

@@ -20,11 +20,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.config import model_differences
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout, read_parts
 from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
-from meswitch_cli.engine.expert import computing_differences, end_ids
+from meswitch_cli.engine.expert import end_ids
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.step import Step
 from meswitch_cli.engine.version import check_transformers
@@ -166,11 +167,13 @@ def test_config_spelled_differently_is_the_same() -> None:
     plain = {
         "model_type": "llama",
         "hidden_size": 64,
+        "num_attention_heads": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    old = {"model_type": "llama", "hidden_size": 64, "rope_theta": 10000.0, "max_position_embeddings": 4096}
-    assert computing_differences(plain, old) == []
-    assert computing_differences(plain, old | {"rope_theta": 5e5}) == ["rope_parameters"]
+    old = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e4}
+    old |= {"max_position_embeddings": 4096}
+    assert model_differences(plain, old) == []
+    assert model_differences(plain, old | {"rope_theta": 5e5}) == ["rope_parameters"]
 
 
 def test_ends_of_text(tmp_path: Path) -> None:
@@ -179,9 +182,11 @@ def test_ends_of_text(tmp_path: Path) -> None:
 
     assert end_ids(tmp_path, Tokenizer()) == {9}
     (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert end_ids(tmp_path, Tokenizer()) == {3}
+    assert end_ids(tmp_path, Tokenizer()) == {3, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
-    assert end_ids(tmp_path, Tokenizer()) == {4, 5}
+    assert end_ids(tmp_path, Tokenizer()) == {3, 4, 5, 9}
+    (tmp_path / "config.json").write_text('{"eos_token_id": null, "text_config": {"eos_token_id": [6, true, -1]}}')
+    assert end_ids(tmp_path, Tokenizer()) == {4, 5, 6, 9}
 
 
 def test_a_norm_of_another_formula_is_refused() -> None:
