@@ -77,7 +77,7 @@ def run(
     ] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
-    """Serve the base and every expert from one copy of the base, behind OpenAI's API, with a chat page at /.
+    """All of them share one copy of the base. The page is at /; curl and OpenAI's clients find the API at /v1.
 
     Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
     """
