@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
 
@@ -19,6 +20,12 @@ def is_this_machine(host: str) -> bool:
     """Whether a client that connects to the address stays on this machine."""
     address = _address(host.strip("[]"))
     return is_loopback(host) or (address is not None and address.is_unspecified)
+
+
+def without_proxy(host: str) -> None:
+    """Have every client of this process that heeds the environment's proxies reach a host without one."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -14,6 +14,6 @@ def user_path(text: str | Path) -> Path:
         UsageError: there is no such user.
     """
     try:
-        return Path(text).expanduser()
+        return Path(text).expanduser() if str(text).startswith("~") else Path(text)
     except RuntimeError as error:
         raise UsageError(f"{text}: {error}") from error

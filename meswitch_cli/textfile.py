@@ -42,7 +42,7 @@ def read_text(path: Path, error: type[MeswitchError], holds: str) -> TextFile:
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror}") from reason
     try:
-        return TextFile(raw.decode("utf-8-sig"), raw)
+        return TextFile(raw.decode().removeprefix("\ufeff"), raw)
     except UnicodeDecodeError as reason:
         number = len(_LINE_END.findall(raw[: reason.start].decode("utf-8", "replace"))) + 1
         other = next((name for mark, name in _OTHER_MARKS.items() if raw.startswith(mark)), None)
