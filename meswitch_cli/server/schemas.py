@@ -1,4 +1,4 @@
-"""What requests may hold. A member that is not here is refused by name, unless it is null or empty and asks nothing."""
+"""What requests may hold. A member that is not here is refused by name, unless it asks for nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_COMPLETION_LOGPROBS = 5
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
-#: What asks for nothing, whatever a member's name: libraries send these for what their user has not set.
-_NOTHING: tuple[Any, ...] = (None, [], {})
+#: Values of a member in NOT_SUPPORTED that ask for nothing, whichever it is.
+_EMPTY: tuple[Any, ...] = ([], {})
 
 
 class Strict(BaseModel):
@@ -38,7 +38,8 @@ class Strict(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None and (name in known or value not in (*_NOTHING, *NOT_SUPPORTED.get(name, ())))
+            if value is not None  # libraries send it for what their users have not set
+            and (name in known or name not in NOT_SUPPORTED or value not in (*_EMPTY, *NOT_SUPPORTED[name]))
         }
 
     @classmethod
@@ -46,7 +47,7 @@ class Strict(BaseModel):
         """As pydantic describes it, and what is left out before it looks."""
         schema = handler(core_schema)
         described = handler.resolve_ref_schema(schema)
-        described["additionalProperties"] = {"enum": list(_NOTHING)}
+        described["additionalProperties"] = {"type": "null"}
         for name, member in described["properties"].items():
             if name not in described.get("required", ()) and {"type": "null"} not in member.get("anyOf", ()):
                 described["properties"][name] = {"anyOf": [member, {"type": "null"}]}
