@@ -23,7 +23,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.config import model_differences
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout, read_parts
-from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
+from meswitch_cli.engine.base_model import gain_weight, load_base, load_plain, rms_epsilon, without_gain
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.expert import end_ids
 from meswitch_cli.engine.modules import kernels
@@ -174,6 +174,16 @@ def test_config_spelled_differently_is_the_same() -> None:
     old |= {"max_position_embeddings": 4096}
     assert model_differences(plain, old) == []
     assert model_differences(plain, old | {"rope_theta": 5e5}) == ["rope_parameters"]
+
+
+def test_another_device_than_the_cpu_needs_no_accelerate(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for the other device, since every machine has it."""
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    model = load_plain(pair[0], torch.device("meta"), torch.bfloat16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in model.parameters()} == {("meta", torch.bfloat16)}
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
 
 
 def test_ends_of_text(tmp_path: Path) -> None:
