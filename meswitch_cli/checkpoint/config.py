@@ -217,7 +217,14 @@ class _AnyValue(TorchFunctionMode):
 
     def __init__(self, answer: bool) -> None:
         super().__init__()
-        self._answers = {"__bool__": answer, "__float__": 1.0, "__int__": 1, "__index__": 1, "item": 1}
+        self._answers = {
+            "__bool__": answer,
+            "__contains__": False,
+            "__float__": 1.0,
+            "__int__": 1,
+            "__index__": 1,
+            "item": 1,
+        }
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = getattr(function, "__name__", "")

@@ -34,6 +34,7 @@ BASES: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "rope_scaling": LONG, "original_max_position_embeddings": 128},
     "granite": {"model_type": "granite"},
     "gpt_neox": {"model_type": "gpt_neox"},
+    "gpt2": {"model_type": "gpt2"},
 }
 NO_EFFECT: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"unsloth_version": "2025.1.5", "unsloth_fixed": True}),
@@ -51,6 +52,7 @@ NO_EFFECT: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"hidden_act": "gelu"}),  # which the family does not look at
     ("phi3", {"resid_pdrop": 0.3, "embd_pdrop": 0.3}),
     ("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3, "classifier_dropout": 0.3}),
+    ("gpt2", {"summary_type": "x", "attn_pdrop": 0.3, "unsloth_version": "1"}),
     ("mistral", {"max_length": 4096, "do_sample": True, "temperature": 0.7, "model_max_length": 4096}),
 ]
 READ: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -73,6 +75,11 @@ READ: list[tuple[str, dict[str, Any], list[str]]] = [
     ("phi3", {"rope_scaling": LONG | {"long_factor": [3.0] * 4}}, ["rope_parameters"]),
     ("granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}, ["embedding_multiplier", "logits_scaling"]),
     ("granite", {"residual_multiplier": 0.5}, ["residual_multiplier"]),
+    (
+        "gpt2",
+        {"activation_function": "relu", "scale_attn_weights": False},
+        ["activation_function", "scale_attn_weights"],
+    ),
     ("gpt_neox", {"rotary_pct": 0.5}, ["rope_parameters"]),
     ("gpt_neox", {"use_parallel_residual": False, "layer_norm_eps": 0.1}, ["layer_norm_eps", "use_parallel_residual"]),
 ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
+from meswitch_cli.engine.contract import Chunk, GenerationRequest, Sampling
 from meswitch_cli.engine.detokenizer import Detokenizer, StopStrings
+from meswitch_cli.engine.expert import ServedModel
+from meswitch_cli.engine.generation import Generation
 from zoo.tiny_tokenizer import tiny_tokenizer
 
 TEXT = "naïve 日本 🙂🏽 done"
@@ -128,3 +132,36 @@ def shown_before_a_stop(text: str, stops: tuple[str, ...]) -> str:
         if places:
             return shown[: min(places)]
     return text.replace("#", "")
+
+
+class Chosen:
+    """A continuation that only remembers."""
+
+    complete = False
+
+    def __init__(self) -> None:
+        self.generated: list[int] = []
+
+    def take(self, token: int) -> None:
+        self.generated.append(token)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "answer", "reason"),
+    [
+        ("done</s>", "not done</s>", "not ", "done</s>"),
+        ("done", "not do</s>", "not do", None),
+        ("<|user|></s>", "ab<|user|></s>", "ab", "<|user|></s>"),
+        ("</s>", "ab</s>", "ab", "</s>"),
+    ],
+)
+def test_an_end_of_text_may_complete_a_stop_string(stop: str, text: str, answer: str, reason: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    model = ServedModel("red", Path("red"), "", tokenizer, 268, frozenset({tokens[-1]}))
+    request = GenerationRequest("1", "red", (5,), Sampling(stop=(stop,), max_tokens=50))
+    chunks: list[Chunk] = []
+    generation = Generation(request, model, Chosen(), chunks.append)
+    assert [generation.accept(token, None) for token in tokens] == [False] * (len(tokens) - 1) + [True]
+    assert "".join(chunk.text for chunk in chunks) == answer
+    assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == ("stop", reason)
