@@ -79,14 +79,14 @@ class AnswerDecoder:
 def _progress(chunk: Mapping[str, Any]) -> Progress:
     if (error := chunk.get("error")) is not None:
         raise FailedAnswerError(error_message(error))
-    choices, usage = chunk.get("choices"), chunk.get("usage") or {}
-    if choices is None and not usage:
+    choices, usage = chunk.get("choices") or (), chunk.get("usage") or {}
+    if "choices" not in chunk and not usage:
         raise LookupError("an event has neither choices nor usage")
-    deltas = [choice.get("delta") or {} for choice in choices or ()]
+    deltas = [choice.get("delta") or {} for choice in choices]
     return Progress(
         text="".join(_text(delta.get("content")) for delta in deltas),
         generated=any(delta.get(name) for delta in deltas for name in _GENERATED),
-        ended=any(choice.get("finish_reason") for choice in choices or ()),
+        ended=any(choice.get("finish_reason") for choice in choices),
         model=chunk.get("model"),
         prompt_tokens=usage["prompt_tokens"] if usage else None,
         completion_tokens=usage["completion_tokens"] if usage else None,

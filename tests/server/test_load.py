@@ -115,6 +115,7 @@ USAGE = {"model": "m", "choices": None, "usage": {"prompt_tokens": 3, "completio
         (raw(*WHOLE, form="event: ping\ndata: ping\n\ndata:\n\ndata: {}\n\n", mark=b"\xef\xbb\xbf"), "a bc", 2),
         (raw(NO_DELTA, *WHOLE[:3], NO_DELTA, ENDED, "[DONE]"), "a bc", 2),
         (raw(*WHOLE[:3], ENDED, USAGE), "a bc", 7),
+        (raw({"choices": None}, {"choices": [], "prompt_filter_results": []}, *WHOLE), "a bc", 2),
         (raw(*WHOLE[:3], "[DONE]"), "a bc", 2),
         ([b'data: {"choices":\ndata: [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'], "a", 1),
         (['{"choices": [{"delta": {"content": "x\u2028y\u0085z"}, "finish_reason": "stop"}]}'], "x\u2028y\u0085z", 1),
