@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from meswitch_cli.checkpoint.architecture import skeleton
+from meswitch_cli.errors import CheckpointError
 
 #: Entries that speak of the vocabulary, in which each expert has its own tokenizer, ids, embedding and head, or of what
 #: whoever runs the model decides: number type, implementation of attention, what else is returned.
@@ -90,7 +91,11 @@ def _parsed(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    described = AutoConfig.for_model(**copy.deepcopy(plain))  # which changes what it is given
+    try:
+        described = AutoConfig.for_model(**copy.deepcopy(plain))  # which changes what it is given
+    except Exception as error:  # transformers raises many kinds for an entry that it cannot use
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"config.json of a {config.get('model_type')}: {reason}") from error
     return dict(json.loads(described.to_json_string(use_diff=False), object_hook=_one_spelling))
 
 
@@ -147,7 +152,8 @@ class ModelTraits:
             with contextlib.suppress(Exception), _recorded(owners, read), _AnyValue(answer), torch.no_grad():
                 model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
                 ran += 1
-        return cls(layers, _buffers(model), held, frozenset(read)) if ran else None
+        buffers = _buffers(model)
+        return cls(layers, buffers, held, frozenset(read)) if ran and buffers is not None else None
 
     def computes_as(self, other: ModelTraits) -> bool:
         """Whether the two compute the same with the same weights."""
@@ -233,16 +239,22 @@ class _AnyValue(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def _buffers(model: Any) -> dict[str, torch.Tensor]:
-    """The buffers as they follow from the config: rotary tables, scales of embeddings. NaN where one does not."""
+def _buffers(model: Any) -> dict[str, torch.Tensor] | None:
+    """The buffers as they follow from the config: rotary tables, scales of embeddings. NaN where one does not.
+
+    None where transformers cannot make them.
+    """
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         own = dict(module.named_buffers(recurse=False))
         for key, buffer in own.items():
             empty = float("nan") if buffer.is_floating_point() else 0
             setattr(module, key, torch.full(buffer.shape, empty, dtype=buffer.dtype))
-        if own:
-            model._init_weights(module)
+        try:
+            if own:
+                model._init_weights(module)
+        except Exception:  # of many kinds: some families initialise weights, which are not there, along with buffers
+            return None
         found |= {f"{name}.{key}": getattr(module, key) for key in own}
     return found
 
@@ -264,12 +276,14 @@ def _plain(value: Any, level: int = 0) -> Any:
         return (value.dtype, tuple(value.shape), None if value.is_meta else value.tolist())
     if isinstance(value, functools.partial):
         return (_plain(value.func), _plain(value.args), _plain(value.keywords))
+    if level >= _MOST_LEVELS:
+        return type(value).__qualname__
     if isinstance(value, Mapping):
         return {str(key): _plain(item, level + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, level + 1) for item in value]
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
     opaque = isinstance(value, nn.Module | PreTrainedConfig) or callable(value)  # what these hold, they hold themselves
-    if opaque or level >= _MOST_LEVELS or not hasattr(value, "__dict__"):
+    if opaque or not hasattr(value, "__dict__"):
         return name
     return (name, {key: _plain(item, level + 1) for key, item in vars(value).items()})

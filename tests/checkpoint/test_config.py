@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from meswitch_cli.checkpoint.config import model_differences
+from meswitch_cli.errors import CheckpointError
 
 COMMON = {
     "vocab_size": 72,
@@ -103,3 +104,13 @@ def test_configs_are_left_as_they_are() -> None:
     before = str(base)
     assert model_differences(base, base | {"rope_theta": 7.0}) == ["rope_parameters"]
     assert str(base) == before
+
+
+UNUSABLE = [{"rope_scaling": 3}, {"model_type": "nothing"}, {"hidden_act": "no such"}, {"num_hidden_layers": "x"}]
+
+
+@pytest.mark.parametrize("change", UNUSABLE, ids=str)
+def test_a_config_that_transformers_cannot_use_ends_in_a_sentence(change: dict[str, Any]) -> None:
+    base = COMMON | BASES["llama"]
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        model_differences(base, base | change)
