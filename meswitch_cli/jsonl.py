@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.textfile import read_text
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,9 @@ def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines
     Raises:
         MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON, or no line with data.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as reason:
-        raise error(f"{path}: cannot be read: {reason.strerror}") from reason
-    try:
-        lines = raw.decode("utf-8").split("\n")  # not splitlines: a JSON string may hold Unicode's other separators
-    except UnicodeDecodeError as reason:
-        number = raw[: reason.start].count(b"\n") + 1
-        raise error(f"{path}: line {number}: not UTF-8 text; {holds} is JSONL") from reason
+    file = read_text(path, error, holds)
     values: list[tuple[int, Any]] = []
-    for number, line in enumerate(lines[:most_lines], 1):
+    for number, line in enumerate(file.lines[:most_lines], 1):
         if not line.strip():
             continue
         try:
@@ -50,4 +43,4 @@ def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines
             raise error(f"{path}: line {number}: not JSON: {reason}") from reason
     if not values:
         raise error(f"{path}: no line with data; {holds} is JSONL with one example a line")
-    return JsonLines(tuple(values), hashlib.sha256(raw).hexdigest())
+    return JsonLines(tuple(values), hashlib.sha256(file.raw).hexdigest())

@@ -16,6 +16,7 @@ from typing import Any
 from meswitch_cli.delta.codes import CODES
 from meswitch_cli.delta.stored import PARTS, TensorEntry
 from meswitch_cli.errors import ArtifactError
+from meswitch_cli.printable import is_name
 
 #: The newest version of the format; what needs only an older one is written as that, which older readers know.
 FORMAT_VERSION = max(*(part.version for part in PARTS), *(code.version for code in CODES.values()))
@@ -224,9 +225,9 @@ class _Fields:
 
     def string(self, key: str) -> str:
         value = self._get(key)
-        if not isinstance(value, str) or not 0 < len(value) <= 512 or not value.isprintable():
+        if not is_name(value):
             raise self._fail(key, "a short printable string")
-        return value
+        return str(value)
 
     def optional_string(self, key: str) -> str | None:
         return None if self._get(key) is None else self.string(key)

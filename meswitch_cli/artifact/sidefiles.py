@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def model_card(
     settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: meswitch
-base_model: {base_id}
+base_model: {json.dumps(base_id, ensure_ascii=False)}
 base_model_relation: quantized
 tags:
 - meswitch
@@ -79,8 +80,8 @@ tags:
 It needs the base to run: every number of the fine-tune is the base's plus what is stored here.
 
 ```
-meswitch verify . --base {base_id}
-meswitch restore . --base {base_id} --out restored
+meswitch verify . --base {shlex.quote(base_id)}
+meswitch restore . --base {shlex.quote(base_id)} --out restored
 ```
 
 | setting | value |

@@ -24,7 +24,7 @@ from meswitch_cli.artifact.disk import (
     put_in_place,
     write_atomically,
 )
-from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest
+from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from meswitch_cli.delta.stored import TensorEntry
 from meswitch_cli.errors import ArtifactError
 
@@ -143,6 +143,8 @@ class Workspace:
         Raises:
             ArtifactError: a shard is not what its record says, or the disk refuses.
         """
+        raw = manifest.to_json().encode()
+        parse_manifest(raw, str(self.out))  # what could not be opened again is not published
         for name, data in side_files.items():
             write_atomically(self.artifact / name, data)
         paths = [self.artifact / shard.name for shard in manifest.shards]
@@ -150,7 +152,7 @@ class Workspace:
             for path, shard, digest in zip(paths, manifest.shards, threads.map(file_digest, paths), strict=True):
                 if digest != shard.sha256:
                     raise ArtifactError(f"{path}: changed on disk since it was written; delete it and run again")
-        write_atomically(self.artifact / MANIFEST_FILE, manifest.to_json().encode())
+        write_atomically(self.artifact / MANIFEST_FILE, raw)
         keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
         with disk_errors(self.out):
             for path in self.artifact.iterdir():

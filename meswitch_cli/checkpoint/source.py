@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meswitch_cli.errors import CheckpointError, reason_of
+from meswitch_cli.paths import user_path
 
 #: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -28,7 +29,8 @@ def resolve(name: str, *, files: list[str] | None = None) -> Source:
     Raises:
         CheckpointError: there is neither such a folder nor such a repository, or it cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
+    _refuse_other_encoding(path)
     if path.is_dir():
         return Source(path, *_identify(path.resolve()))
     if path.exists():
@@ -36,6 +38,14 @@ def resolve(name: str, *, files: list[str] | None = None) -> Source:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and not a Hub id (owner/name)")
     return _download(name, files or CHECKPOINT_FILES)
+
+
+def _refuse_other_encoding(path: Path) -> None:
+    """Tokenizers and safetensors open UTF-8 paths alone, and a model is called by its folder's name."""
+    try:
+        f"{path}{path.resolve().name}".encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{str(path)!r}: not a UTF-8 path; rename the folder") from error
 
 
 def _identify(path: Path) -> tuple[str, str | None]:

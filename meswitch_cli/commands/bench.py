@@ -40,7 +40,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Draw latencies by expert: a .png or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Exit status 1 where a request failed.
+    """Exit status 1 where a request failed, or nothing was measured.
 
     Example: meswitch bench --url http://127.0.0.1:8000 --concurrency 16 --popularity zipf --plot load.png
     """
@@ -50,9 +50,9 @@ def run(
     import asyncio
     import time
 
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+    from meswitch_cli.commands.console import console, progress_bar
     from meswitch_cli.errors import MeswitchError
     from meswitch_cli.load import Endpoint, figures, make_workload, run_load
     from meswitch_cli.load.figures import check_plot
@@ -76,8 +76,7 @@ def run(
         ignore_eos=ignore_eos,
         seed=seed,
     )
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
+    with progress_bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("requests", total=requests)
         started = time.perf_counter()
         outcomes = asyncio.run(run_load(endpoint, workload, lambda outcome: progress.advance(task)))
@@ -92,25 +91,27 @@ def run(
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        Console().print(_table(result))
+        console().print(_table(result))
     if plot is not None and result["requests"]:
         draw(outcomes, plot)
     if result["failed"]:
         why = next(iter(result["errors"]))
         raise MeswitchError(f"{result['failed']} of {requests} requests failed, most of them: {why}")
+    if not result["completion_tokens"]:
+        raise MeswitchError(f"{url}: every answer was empty, so nothing was measured")
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
+    from meswitch_cli.commands.console import table
 
-    table = Table(title=f"{result['requests']} requests in {result['seconds']:.1f} s, {result['concurrency']} at once")
-    for column in ("answered by", "requests", "failed", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)"):
-        table.add_column(column, justify="left" if column == "answered by" else "right")
+    title = f"{result['requests']} requests in {result['seconds']:.1f} s, {result['concurrency']} at once"
+    columns = ("answered by", "requests", "failed", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)")
+    shown = table(title, *columns)
     for name, row in (*result["experts"].items(), ("all", result)):
         times = [
             f"{row[kind][which]:,.1f}" if row[kind] else ""
             for kind in ("ttft_ms", "itl_ms")
             for which in ("p50", "p99")
         ]
-        table.add_row(name, str(row["requests"]), str(row["failed"]), f"{row['tokens_per_second']:,.1f}", *times)
-    return table
+        shown.add_row(name, str(row["requests"]), str(row["failed"]), f"{row['tokens_per_second']:,.1f}", *times)
+    return shown

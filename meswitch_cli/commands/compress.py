@@ -84,9 +84,10 @@ def run(
     )
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.model.device import choose_device
+    from meswitch_cli.paths import user_path
 
     chosen = choose_device(device)
-    data = None if calibration in (RANDOM, "none") else read_calibration(Path(calibration))
+    data = None if calibration in (RANDOM, "none") else read_calibration(user_path(calibration))
     rule = steps or DEFAULT_STEPS
     of_use = salient or rule == "output-unbiased"
     settings = CompressionSettings(

@@ -8,6 +8,7 @@ from meswitch_cli.artifact.disk import disk_errors
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.commands.report import by_projection
 from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.plot_labels import plain_label
 
 FORMATS = (".png", ".svg")
 
@@ -51,6 +52,7 @@ def plot_artifact(manifest: Manifest, path: Path) -> None:
     sizes.set_ylabel("size, MB")
     sizes.set_xlabel("decoder layer")
     errors.legend(ncols=4, fontsize="small")
-    figure.suptitle(f"{manifest.expert.id} against {manifest.base.id}, {manifest.nbytes / 1e6:.1f} MB")
+    title = f"{manifest.expert.id} against {manifest.base.id}, {manifest.nbytes / 1e6:.1f} MB"
+    figure.suptitle(plain_label(title))
     with disk_errors(path):
         figure.savefig(path, dpi=150)

@@ -7,10 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.commands.console import console, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
@@ -27,26 +25,25 @@ def print_plan(job: Job) -> None:
     """What will be done, from metadata alone; on stderr, since it is not the result."""
     from meswitch_cli.compression.size import expected_bytes
 
-    console = Console(stderr=True)
-    table = Table(title=f"{job.expert.source.id} against {job.base.source.id} ({job.plan.architecture.model_type})")
-    for column in ("kind", "tensors", "weights", "to"):
-        table.add_column(column, justify="left" if column in ("kind", "to") else "right")
+    out = console(stderr=True)
+    out.print(f"base    {job.base.source.path}", soft_wrap=True)
+    out.print(f"expert  {job.expert.source.path}", soft_wrap=True)
+    title = f"{job.expert.source.id} against {job.base.source.id} ({job.plan.architecture.model_type})"
+    shown = table(title, "kind", "tensors", "weights", "to")
     for kind in ("linear", "embedding", "head", "dense"):
         items = [item for item in job.plan.tensors if item.kind == kind]
         bits = job.settings.bits if kind == "linear" else job.settings.embedding_bits
         if items:
             weights = sum(math.prod(item.shape) for item in items)
-            table.add_row(
+            shown.add_row(
                 kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else f"{bits} bit"
             )
-    console.print(table)
+    out.print(shown)
     if job.plan.added_rows:
-        console.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
+        out.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
     for key, (ours, theirs) in job.config_differences().items():
-        console.print(f"[yellow]config differs: {key}: base {ours!r}, expert {theirs!r}[/]", highlight=False)
-    console.print(
-        f"expected size {megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}", highlight=False
-    )
+        out.print(f"config differs: {key}: base {ours!r}, expert {theirs!r}", style="yellow")
+    out.print(f"expected size {megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
 
 
 def summary(manifest: Manifest, expert_nbytes: int | None = None) -> dict[str, Any]:
@@ -81,17 +78,16 @@ def by_projection(manifest: Manifest) -> dict[str, list[TensorEntry]]:
 
 def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     """Size, ratio, bits a weight, and the error of each kind of projection."""
-    console = Console()
+    out = console()
     if not manifest.tensors:
-        console.print("The expert is identical to its base: nothing is stored.")
+        out.print("The expert is identical to its base: nothing is stored.")
         return
     figures = summary(manifest, expert_nbytes)
-    table = Table(title=f"{manifest.expert.id} against {manifest.base.id}")
-    for column in ("projection", "bits", "tensors", "size", "weight error", "output error"):
-        table.add_column(column, justify="left" if column == "projection" else "right")
+    title = f"{manifest.expert.id} against {manifest.base.id}"
+    shown = table(title, "projection", "bits", "tensors", "size", "weight error", "output error")
     for kind, entries in by_projection(manifest).items():
         errors = _errors(entries)
-        table.add_row(
+        shown.add_row(
             kind,
             "/".join(str(bits) for bits in sorted({entry.bits for entry in entries})),
             str(len(entries)),
@@ -101,14 +97,20 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         )
     whole = [entry for entry in manifest.tensors if not entry.bits]
     if whole:
-        table.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
-    console.print(table)
+        shown.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
+    out.print(shown)
     line = f"{megabytes(manifest.nbytes)}, {figures['bits_per_weight']:.2f} bits a weight"
     if expert_nbytes is not None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
-    console.print(line, highlight=False)
+    out.print(line)
+    if any((entry.weight_error or 0.0) > 1 for entry in manifest.tensors):
+        out.print(
+            "weight errors beyond the delta: these codes lie farther from the expert's weights than the base's weights "
+            "do, as where an update leaves most weights alone. --bits 4 lowers them; meswitch eval says what they do "
+            "to answers."
+        )
     if manifest.unchanged:
-        console.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room", highlight=False)
+        out.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room")
 
 
 def print_worst_layers(manifest: Manifest) -> None:
@@ -119,10 +121,8 @@ def print_worst_layers(manifest: Manifest) -> None:
     by_output = any(entry.output_error is not None for entry in measured)
     which = "output error" if by_output else "weight error"
     worst = sorted(measured, key=lambda item: -(_error_of(item, by_output) or 0.0))[:WORST_LAYERS]
-    Console().print(
-        f"largest {which}: " + ", ".join(f"{item.name} {_percent(_error_of(item, by_output))}" for item in worst),
-        highlight=False,
-    )
+    named = ", ".join(f"{item.name} {_percent(_error_of(item, by_output))}" for item in worst)
+    console().print(f"largest {which}: {named}")
 
 
 def _error_of(entry: TensorEntry, by_output: bool) -> float | None:
@@ -142,4 +142,7 @@ def _errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
+    """An error as a part of the delta; one that is larger than all of it, as a multiple."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if value <= 1 else f"{value:,.1f} x delta"

@@ -27,7 +27,7 @@ def run(
     from meswitch_cli.router import open_router
 
     if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     opened = open_router(router, base)
     logger, handler = logging.getLogger("meswitch_cli.router"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+from meswitch_cli.commands.console import progress_bar
 
 
 def announce(message: str) -> None:
@@ -18,8 +19,6 @@ def announce(message: str) -> None:
 @contextmanager
 def router_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar where stderr is a terminal; the yielded function takes what is done, how much, and of how much."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

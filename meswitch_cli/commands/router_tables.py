@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from meswitch_cli.commands.console import console, table
 from meswitch_cli.router.train.report import interval, percent
 
 if TYPE_CHECKING:
@@ -17,57 +15,48 @@ if TYPE_CHECKING:
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Domains, where prompts go, and the figures that sum it up."""
-    console, test = Console(), report["test"]
+    out, test = console(), report["test"]
     if "per_domain" in test:
-        domains = _table("held-out prompts", "domain", "prompts", "precision", "recall")
+        domains = table("held-out prompts", "domain", "prompts", "precision", "recall")
         for label, item in test["per_domain"].items():
             domains.add_row(label, f"{item['prompts']:.0f}", percent(item["precision"]), percent(item["recall"]))
-        console.print(domains)
+        out.print(domains)
     rows = test["confusion"]
-    went = _table("after both gates", "truth", *next(iter(rows.values())))
+    went = table("after both gates", "truth", *next(iter(rows.values())))
     for label, row in rows.items():
         went.add_row(label, *(str(count) for count in row.values()))
-    console.print(went)
+    out.print(went)
     if "accuracy" in test:
         gates = test["at_the_gates"]
         line = f"accuracy {interval(test['accuracy'])} %, ECE {test['after_calibration']['ece']:.3f}; "
         line += f"routed {percent(gates['coverage']['value'])}, of those right {percent(gates['precision']['value'])}"
         if "out_of_domain" in test:
             line += f"; out-of-domain AUROC {test['out_of_domain']['auroc']:.3f}"
-        console.print(line, highlight=False)
+        out.print(line)
     for name, figures in report.get("baselines", {}).items():
         shown = interval(figures["accuracy"]) + " %" if "accuracy" in figures else figures.get("failed", "")
-        console.print(f"baseline {name}: {shown}", highlight=False)
+        out.print(f"baseline {name}: {shown}")
 
 
 def print_decision(decision: RouteDecision) -> None:
     """A decision as a table."""
-    table = _table(f"{decision.expert} ({decision.reason})", "expert", "probability")
+    shown = table(f"{decision.expert} ({decision.reason})", "expert", "probability")
     for label, value in sorted(decision.probabilities.items(), key=lambda item: -item[1]):
-        table.add_row(label, percent(value))
-    console = Console()
-    console.print(table)
-    console.print(f"confidence {decision.confidence:.3f}, {decision.latency_ms:.1f} ms", highlight=False)
+        shown.add_row(label, percent(value))
+    out = console()
+    out.print(shown)
+    out.print(f"confidence {decision.confidence:.3f}, {decision.latency_ms:.1f} ms")
 
 
 def print_edit(edit: Edit) -> None:
     """What the other experts had and have."""
-    table = _table("recall on held-out prompts, % [95 %]", "expert", "before", "after", "change, points")
+    shown = table("recall on held-out prompts, % [95 %]", "expert", "before", "after", "change, points")
     for label, before in edit.before.items():
         after = edit.after[label]
         change = 100 * (after["value"] - before["value"])
-        table.add_row(label, interval(before), interval(after), f"{change:+.1f}")
+        shown.add_row(label, interval(before), interval(after), f"{change:+.1f}")
     if edit.added is not None:
-        table.add_row("new", "", interval(edit.added), "")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"new prompts read in {edit.feature_seconds:.1f} s, refitted in {edit.refit_seconds:.1f} s", highlight=False
-    )
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
+        shown.add_row("new", "", interval(edit.added), "")
+    out = console()
+    out.print(shown)
+    out.print(f"new prompts read in {edit.feature_seconds:.1f} s, refitted in {edit.refit_seconds:.1f} s")

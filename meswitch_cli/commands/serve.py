@@ -77,21 +77,22 @@ def run(
     ] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
-    """Serve the base and every expert from one copy of the base, behind OpenAI's API, with a chat page at /.
+    """All of them share one copy of the base. The page is at /; curl and OpenAI's clients find the API at /v1.
 
     Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
     """
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
+    from meswitch_cli.addresses import is_loopback
     from meswitch_cli.server.experts import named_experts
-    from meswitch_cli.server.settings import ServerSettings, is_loopback, read_keys
+    from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
     experts, refused = named_experts(expert or (), experts_dir)
     settings = ServerSettings(
         api_keys=read_keys(api_key_file) if api_key_file else (),
         admin_keys=read_keys(admin_key_file) if admin_key_file else (),
-        cors_origins=tuple(cors_origin or ()),
+        cors_origins=tuple(map(read_origin, cors_origin or ())),
         experts_dir=experts_dir,
         max_body_bytes=max_body,
         max_choices=max_n,

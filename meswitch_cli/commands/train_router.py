@@ -125,6 +125,7 @@ def run(
 def pairs(values: list[str], option: str) -> dict[str, Path]:
     """NAME=PATH options as a mapping. Raises UsageError for any other form and for a name given twice."""
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.paths import user_path
 
     result: dict[str, Path] = {}
     for value in values:
@@ -133,5 +134,5 @@ def pairs(values: list[str], option: str) -> dict[str, Path]:
             raise UsageError(f"{option} {value!r}: must be NAME=PATH")
         if name in result:
             raise UsageError(f"{option}: {name!r} is given twice")
-        result[name] = Path(path)
+        result[name] = user_path(path)
     return result

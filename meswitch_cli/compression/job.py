@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,9 +24,10 @@ from meswitch_cli.compression.plan import Job, OnProgress
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.compression.windows import calibration_windows
-from meswitch_cli.errors import ArtifactError, UsageError
+from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
 from meswitch_cli.model.matching import make_plan
+from meswitch_cli.printable import require_name
 
 _QUANTISED = "unit"
 _FINAL = "final"
@@ -41,6 +43,8 @@ def prepare(
         UsageError: more salient channels asked for than a layer has inputs.
     """
     opened_base, opened_expert = Checkpoint.open(base), Checkpoint.open(expert)
+    for opened in (opened_base, opened_expert):
+        require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
     narrowest = min((item for item in plan.tensors if item.kind == "linear"), key=lambda item: item.shape[1])
     if settings.salient > narrowest.shape[1]:
@@ -207,7 +211,7 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         files=tuple(
             FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
         ),
-        config_differences={key: list(values) for key, values in job.config_differences().items()},
+        config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
     return manifest, side_files

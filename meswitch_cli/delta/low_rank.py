@@ -107,7 +107,7 @@ def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: 
     return Directions(rounded((basis @ turn).T.contiguous()).values.T, rounded(turn.T @ seen).values, energy)
 
 
-class Fit(NamedTuple):
+class FactorFit(NamedTuple):
     """Factors, and what they leave: of the channels that are kept exactly all of it, `[out, k]`, of each column the
     energy, float64 `[in]`."""
 
@@ -116,7 +116,7 @@ class Fit(NamedTuple):
     energy: torch.Tensor
 
 
-def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: tuple[int, int]) -> Fit:
+def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: tuple[int, int]) -> FactorFit:
     """The factors of what a sweep shows, `[out, in]`.
 
     Args:
@@ -142,7 +142,7 @@ def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: 
     energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
     left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
     stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
-    return Fit(Factors(*stored), left_over, energy.clamp_(min=0))
+    return FactorFit(Factors(*stored), left_over, energy.clamp_(min=0))
 
 
 def rounded(vectors: torch.Tensor) -> Rounded:

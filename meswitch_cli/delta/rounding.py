@@ -27,7 +27,7 @@ FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
 
-class Fit(NamedTuple):
+class RoundingFit(NamedTuple):
     """Multiples `[rows, in]` of a block and two kinds of steps for them, `[rows, groups]`."""
 
     multiples: torch.Tensor
@@ -88,7 +88,7 @@ class Rounder:
         block -= self.values(fit.multiples, steps)
         return packed, steps
 
-    def rounded(self, block: torch.Tensor, squares: torch.Tensor | None = None) -> Fit:
+    def rounded(self, block: torch.Tensor, squares: torch.Tensor | None = None) -> RoundingFit:
         """The multiples that are kept of a scaled block, by error feedback where asked, and steps for them."""
         fit = self.fit(block, FIT_ROUNDS, squares)
         if self.factor is None:
@@ -98,7 +98,7 @@ class Rounder:
         multiples = feedback_multiples(block, spread, self.settings.bits, self.factor, exact)
         return self._measured(block, multiples, self._row_sums(block.square()))
 
-    def fit(self, block: torch.Tensor, rounds: int, squares: torch.Tensor | None = None) -> Fit:
+    def fit(self, block: torch.Tensor, rounds: int, squares: torch.Tensor | None = None) -> RoundingFit:
         """Nearest multiples and their least-squares steps, fitted in turns on the channels that are not salient.
 
         `squares` are the block's where they are known; they are overwritten.
@@ -113,10 +113,10 @@ class Rounder:
             steps = fit.least_squares
         return fit
 
-    def _measured(self, block: torch.Tensor, multiples: torch.Tensor, energy: torch.Tensor) -> Fit:
+    def _measured(self, block: torch.Tensor, multiples: torch.Tensor, energy: torch.Tensor) -> RoundingFit:
         own = self._row_sums(multiples.square())
         projection = self._row_sums(multiples * block)
-        return Fit(multiples, step_ratio(projection, own), step_ratio(energy, projection))
+        return RoundingFit(multiples, step_ratio(projection, own), step_ratio(energy, projection))
 
     def _row_sums(self, products: torch.Tensor) -> torch.Tensor:
         """Sums `[rows, groups]` over the channels that are not salient; the products are overwritten in the others."""
@@ -124,7 +124,7 @@ class Rounder:
             products.index_fill_(1, self.salient, 0.0)
         return grouped(products, self.settings.group_size).sum(-1)
 
-    def _final_steps(self, block: torch.Tensor, fit: Fit) -> torch.Tensor:
+    def _final_steps(self, block: torch.Tensor, fit: RoundingFit) -> torch.Tensor:
         rule = self.settings.steps
         steps = fit.unbiased if rule in ("unbiased", "output-unbiased") else fit.least_squares
         if rule == "output-unbiased":

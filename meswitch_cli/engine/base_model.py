@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,30 +67,35 @@ def served_dtype(checkpoint: Checkpoint, settings: EngineSettings) -> torch.dtyp
 
 
 def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load the weights from safetensors straight to the device, and replace the layers.
+    """Load the weights from safetensors, and replace the layers.
 
     Raises:
         CheckpointError: the checkpoint is damaged or not of its own architecture.
         EngineError: the family computes in a way this engine does not serve.
     """
-    from transformers import AutoModelForCausalLM
-
     described = architecture(checkpoint.config, str(checkpoint.source.path))
     described.stored(checkpoint)  # a missing weight would be initialised at random
     try:
-        with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.source.path,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                attn_implementation=register() if device.type == "cpu" else "sdpa",
-            )
+        model = load_plain(checkpoint.source.path, device, dtype)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason_of(error)}") from error
     model.eval().requires_grad_(False)
     return replace_layers(model, described, str(checkpoint.source.path))
+
+
+def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model as transformers makes it, by way of host memory: straight to a device, it asks for accelerate."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        attn_implementation=register() if device.type == "cpu" else "sdpa",
+    )
+    return model.to(device)
 
 
 def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:

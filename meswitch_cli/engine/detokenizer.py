@@ -34,37 +34,71 @@ class Detokenizer:
         self._start, self._told = self._told, len(self._tokens)
         return after[len(before) :]
 
+    def left_out(self, token: int) -> str:
+        """The text of a special token, which the answer leaves out; empty for every other token."""
+        shown, whole = (self._tokenizer.decode([token], skip_special_tokens=skip) for skip in (True, False))
+        return "" if shown == whole else whole
+
     def _decode(self, stop: int) -> str:
         return self._tokenizer.decode(self._tokens[self._start : stop], skip_special_tokens=True)
 
 
 class StopStrings:
-    """Holds text back while it may still become a stop string."""
+    """Holds text back while it may still become a stop string.
+
+    A stop string is looked for in the text as it is shown, and in the text with its special tokens in their places.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
+        # The end of the text with special tokens, and how much of the shown text stood before each character of it.
+        self._whole, self._places = "", list[int]()
+        self._given = 0
         self.found: str | None = None
 
-    def push(self, text: str) -> str:
-        """Add text; return what can no longer be part of a stop string. `found` is set at the first stop string."""
+    def __bool__(self) -> bool:
+        return bool(self._stops)
+
+    def push(self, text: str, special: str = "") -> str:
+        """Add text, or a special token; return the text that can no longer be part of a stop string.
+
+        `found` is set at the first stop string, and what stands before it is returned.
+        """
         if not self._stops:
             return text
+        before = self._given + len(self._held)
         self._held += text
-        places = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
-        if places:
-            place, self.found = min(places, key=lambda item: (item[0], -len(item[1])))
+        self._whole += text + special
+        self._places += [*range(before, before + len(text)), *[before + len(text)] * len(special)]
+        ends = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        ends += [(self._place(self._whole.find(stop)), stop) for stop in self._stops if stop in self._whole]
+        if ends:
+            place, self.found = min(ends, key=lambda item: (item[0], -len(item[1])))
             result, self._held = self._held[:place], ""
             return result
-        keep = max(self._overlap(stop) for stop in self._stops)
-        result, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        overlap = self._overlap(self._whole)
+        self._whole, self._places = (
+            self._whole[len(self._whole) - overlap :],
+            self._places[len(self._places) - overlap :],
+        )
+        free = min(len(self._held) - self._overlap(self._held), self._place(0) if overlap else len(self._held))
+        result, self._held = self._held[:free], self._held[free:]
+        self._given += free
         return result
 
     def flush(self) -> str:
         result, self._held = self._held, ""
         return result
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+    def _place(self, index: int) -> int:
+        """Where in the held text a character of the whole text stands."""
+        return self._places[index] - self._given
+
+    def _overlap(self, text: str) -> int:
+        """Length of the longest end of a text that begins a stop string."""
+        longest = min(max(map(len, self._stops)) - 1, len(text))
+        return next((size for size in range(longest, 0, -1) if self._begins_a_stop(text[len(text) - size :])), 0)
+
+    def _begins_a_stop(self, end: str) -> bool:
+        return any(len(stop) > len(end) and stop.startswith(end) for stop in self._stops)

@@ -13,7 +13,7 @@ from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
 from meswitch_cli.errors import ArtifactError
-from meswitch_cli.model.config import config_differences
+from meswitch_cli.model.differences import model_differences
 from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.model.weights import CheckpointWeights
 
@@ -69,7 +69,7 @@ class ExpertOpener:
         for _ in artifact.verify():
             pass
         config = artifact.config
-        differences = config_differences(base.config, config)
+        differences = model_differences(base.config, config)
         if differences:
             raise EngineError(
                 f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
@@ -100,16 +100,14 @@ def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json and config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    for file in ("generation_config.json", CONFIG_FILE):
-        if (path / file).is_file():
-            value = read_json(path / file, "").get("eos_token_id")
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, int) and item >= 0:
-                    found.add(item)
-            if found:
-                break
-    if not found and isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
-    return frozenset(found)
+    """Ids that end a text: those of generation_config.json, of config.json and of the tokenizer, all of them.
+
+    Fine-tuning adds an end of turn to one of the three and often leaves the others as the base had them.
+    """
+    configs = [
+        read_json(path / file, "") for file in ("generation_config.json", CONFIG_FILE) if (path / file).is_file()
+    ]
+    configs += [item for config in configs for item in config.values() if isinstance(item, dict)]  # text_config
+    named = [config.get("eos_token_id") for config in configs] + [tokenizer.eos_token_id]
+    ids = [item for value in named for item in (value if isinstance(value, list) else [value])]
+    return frozenset(item for item in ids if type(item) is int and item >= 0)

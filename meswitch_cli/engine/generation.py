@@ -65,12 +65,13 @@ class Generation:
         text = ""
         if token in sampling.stop_token_ids:
             ended, stop_reason = "stop", token
-        elif token in self.model.end_ids and not sampling.ignore_eos:
-            ended = "stop"
         else:
-            text = self._detokenizer.push(token)
+            if token in self.model.end_ids and not sampling.ignore_eos:
+                ended = "stop"
+            else:
+                text = self._detokenizer.push(token)
             if count >= sampling.min_tokens:
-                text = self._stops.push(text)
+                text = self._stops.push(text, self._detokenizer.left_out(token) if self._stops and not text else "")
             if self._stops.found is not None:
                 ended, stop_reason = "stop", self._stops.found
         if ended is None and self.sampler.complete:

@@ -30,6 +30,7 @@ from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artif
 from meswitch_cli.evaluation.task_choice import TaskChoice, choose_tasks
 from meswitch_cli.evaluation.task_source import require_harness
 from meswitch_cli.model.weights import CheckpointWeights, context_length, parameter_count
+from meswitch_cli.paths import user_path
 
 CPU = torch.device("cpu")
 ITEMS_FILE = "items.jsonl"
@@ -278,7 +279,7 @@ def _read_sets(request: Request) -> list[EvaluationSet]:
     sets: list[EvaluationSet] = []
     for option in request.texts:
         owner, path = split_label(option)
-        item = read_set(Path(path), owner)
+        item = read_set(user_path(path), owner)
         if any(item.name == other.name for other in sets):
             raise UsageError(f"--text {path}: two files are called {item.name!r}; rename one")
         sets.append(item)

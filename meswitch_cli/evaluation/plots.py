@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meswitch_cli.estimates import Z_95
+from meswitch_cli.plot_labels import plain_label
 
 
 def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -50,7 +51,11 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> str:
             capsize=2,
         )
         axes.annotate(
-            row["model"], (row["nbytes"] / 1e6, row["kl_mean"]), (4, 4), textcoords="offset points", fontsize=7
+            plain_label(row["model"]),
+            (row["nbytes"] / 1e6, row["kl_mean"]),
+            (4, 4),
+            textcoords="offset points",
+            fontsize=7,
         )
     if rows[0].get("base_kl_mean"):
         axes.axhline(rows[0]["base_kl_mean"], color="#b03030", linestyle="--", linewidth=1, label="base")
@@ -107,7 +112,7 @@ def flips(rows: Sequence[Mapping[str, Any]]) -> str:
         text = f"−{row['lost']} +{row['gained']} of {row['documents']}: {row['verdict']}"
         axes.annotate(text, (row["gained"], place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(places, [f"{row['model']}: {row['task']}" for row in rows], fontsize=7)
+    axes.set_yticks(places, [plain_label(f"{row['model']}: {row['task']}") for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")

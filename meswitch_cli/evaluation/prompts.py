@@ -11,6 +11,7 @@ from typing import Any, Literal
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.errors import CalibrationError, EvaluationError
 from meswitch_cli.evaluation.fidelity import EncodedItem
+from meswitch_cli.textfile import read_text
 
 #: Tokens of a window of plain text.
 WINDOW_TOKENS = 512
@@ -82,16 +83,10 @@ def read_set(path: Path, owner: str | None = None) -> EvaluationSet:
 
 
 def _read_text(path: Path, owner: str | None) -> EvaluationSet:
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
+    file = read_text(path, EvaluationError, "plain text to evaluate")
+    if not file.text.strip():
         raise EvaluationError(f"{path}: empty; there is nothing to evaluate")
-    return EvaluationSet(path.stem, path, hashlib.sha256(raw).hexdigest(), owner, (), (text,))
+    return EvaluationSet(path.stem, path, hashlib.sha256(file.raw).hexdigest(), owner, (), (file.text,))
 
 
 def encode_set(

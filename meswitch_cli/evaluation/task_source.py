@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.errors import EvaluationError, reason_of
 from meswitch_cli.jsonl import read_jsonl
+from meswitch_cli.paths import user_path
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -37,7 +38,7 @@ def load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool =
     found: list[Task] = []
     for name in names:
         broken: list[str] = []
-        path = Path(name) if name.endswith((".yaml", ".yml")) else _local_file(name, folders, broken)
+        path = user_path(name) if name.endswith((".yaml", ".yml")) else _local_file(name, folders, broken)
         with quiet():
             found += _from_file(path, allow_code) if path is not None else _from_harness(name, folders, broken)
     taken = [task.task_name for task in found]

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
+from meswitch_cli.addresses import is_this_machine, without_proxy
 from meswitch_cli.errors import EvaluationError, reason_of
 from meswitch_cli.estimates import wilson_interval
 from meswitch_cli.evaluation.paired import mean_interval
@@ -129,6 +131,9 @@ def served_model(url: str, name: str, *, context: int) -> Any:
     require_harness()
     from lm_eval.models.openai_completions import LocalChatCompletion
 
+    host = urlsplit(url).hostname or ""
+    if is_this_machine(host):  # the harness's client takes the environment's proxies even so
+        without_proxy(host)
     try:
         with quiet():
             return LocalChatCompletion(

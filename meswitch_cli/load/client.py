@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from meswitch_cli.addresses import is_this_machine
 from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.load.answers import AnswerDecoder, FailedAnswerError, message_of
 from meswitch_cli.load.workload import Workload, WorkloadRequest
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server: `url` without /v1, and the key that it wants, if any."""
+    """An OpenAI-compatible server: its `url`, with /v1 or without, and the key that it wants, if any."""
 
     url: str
     key: str | None = None
@@ -38,12 +40,50 @@ class Endpoint:
         if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
             raise UsageError(f"--url {self.url}: write it as http://HOST:PORT")
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+    def client(self) -> Any:
+        """An `httpx2.Client` of this server.
 
-    def options(self) -> dict[str, Any]:
-        return {"base_url": self.url.rstrip("/").removesuffix("/v1"), "headers": self.headers, "timeout": self.timeout}
+        Raises:
+            MeswitchError: the environment names a proxy that cannot be used.
+        """
+        import httpx2
+
+        return self._client(httpx2.Client, httpx2.HTTPTransport)
+
+    def async_client(self, concurrency: int) -> Any:
+        """An `httpx2.AsyncClient` of this server, for so many requests at once; raises as `client`."""
+        import httpx2
+
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        return self._client(httpx2.AsyncClient, httpx2.AsyncHTTPTransport, limits=limits)
+
+    def failure(self, error: Exception) -> MeswitchError:
+        """What to tell of a server that could not be talked to."""
+        reason = str(error) or type(error).__name__
+        through = f" It was asked for through the proxy that {self._proxies} names." if self._proxies else ""
+        return MeswitchError(f"{self.url}: {reason}; is a server running there?{through}")
+
+    def _client(self, make: Any, transport: Any, **options: Any) -> Any:
+        base = self.url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        if self._is_here:  # no proxy leads back to this machine; a transport that is given takes none
+            options = {"transport": transport(**options)}
+        try:
+            return make(base_url=base, headers=headers, timeout=self.timeout, **options)
+        except (ValueError, ImportError) as error:
+            raise MeswitchError(f"the proxy that {self._proxies} names cannot be used: {error}") from error
+
+    @property
+    def _is_here(self) -> bool:
+        import httpx2
+
+        return is_this_machine(httpx2.URL(self.url).host)
+
+    @property
+    def _proxies(self) -> str:
+        """Names of the variables that send requests through a proxy; empty where none does."""
+        schemes = () if self._is_here else (urlsplit(self.url).scheme, "all")
+        return " or ".join(f"{scheme.upper()}_PROXY" for scheme in schemes if scheme in getproxies())
 
     def models(self) -> list[dict[str, Any]]:
         """The entries of /v1/models.
@@ -54,10 +94,10 @@ class Endpoint:
         import httpx2
 
         try:
-            with httpx2.Client(**self.options()) as client:
+            with self.client() as client:
                 response = client.get("/v1/models")
         except httpx2.HTTPError as error:
-            raise MeswitchError(f"{self.url}: {error}; is a server running there?") from error
+            raise self.failure(error) from error
         if response.status_code != 200:
             raise MeswitchError(f"{self.url}: {message_of(response.content, response.status_code)}")
         try:
@@ -97,8 +137,6 @@ async def run_load(
     endpoint: Endpoint, workload: Workload, on_done: Callable[[Outcome], None] = lambda outcome: None
 ) -> list[Outcome]:
     """Send every request, `concurrency` at a time; a failed one is an outcome, not an exception."""
-    import httpx2
-
     waiting = iter(workload.requests)
     outcomes: list[Outcome] = []
 
@@ -108,8 +146,7 @@ async def run_load(
             outcomes.append(outcome)
             on_done(outcome)
 
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=workload.concurrency)
-    async with httpx2.AsyncClient(**endpoint.options(), limits=limits) as client:
+    async with endpoint.async_client(workload.concurrency) as client:
         await asyncio.gather(*(send_all(client) for _ in range(workload.concurrency)))
     return outcomes
 
@@ -128,52 +165,33 @@ async def _send(client: Any, request: WorkloadRequest, workload: Workload) -> Ou
     started = time.perf_counter()
     outcome = Outcome(request.model, request.model, started)
     last, pieces = started, 0
+    answer = AnswerDecoder()
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 outcome.error = message_of(await response.aread(), response.status_code)
                 return outcome
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    outcome.error = str(event["error"].get("message"))
-                    break
-                outcome.expert = event.get("model", outcome.expert)
-                if usage := event.get("usage"):
-                    outcome.prompt_tokens = usage["prompt_tokens"]
-                    outcome.completion_tokens = usage["completion_tokens"]
-                if not _is_piece(event, outcome.first_token is None):
-                    continue
-                now = time.perf_counter()
-                pieces += 1
-                if outcome.first_token is None:
-                    outcome.first_token = now - started
-                else:
-                    outcome.gaps.append(now - last)
-                last = now
+            async for content in response.aiter_bytes():
+                for progress in answer.push(content):
+                    outcome.expert = progress.model or outcome.expert
+                    outcome.prompt_tokens = progress.prompt_tokens or outcome.prompt_tokens
+                    outcome.completion_tokens = progress.completion_tokens or outcome.completion_tokens
+                    first = outcome.first_token is None
+                    # A role may come before any token; an answer without any has its end as its only piece.
+                    if not (progress.generated or (first and progress.ended)):
+                        continue
+                    now = time.perf_counter()
+                    pieces += 1
+                    if first:
+                        outcome.first_token = now - started
+                    else:
+                        outcome.gaps.append(now - last)
+                    last = now
+            answer.finish()
+    except FailedAnswerError as error:
+        outcome.error = str(error)
     except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:  # or no OpenAI's events
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - started
     outcome.completion_tokens = outcome.completion_tokens or pieces
     return outcome
-
-
-def _is_piece(event: dict[str, Any], first: bool) -> bool:
-    """Whether an event brings text; some servers send a role at once, before any token, and an end after the last.
-
-    An answer without any text has its end as its only piece.
-    """
-    return any(
-        (choice.get("delta") or {}).get("content") or (first and choice.get("finish_reason"))
-        for choice in event.get("choices") or ()
-    )
-
-
-def message_of(content: bytes, status: int) -> str:
-    """What an error's body says, in OpenAI's envelope or not."""
-    try:
-        return f"{status}: {json.loads(content)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{status}: {content[:200].decode('utf-8', 'replace')}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.load.client import Endpoint, message_of
+from meswitch_cli.load.answers import AnswerDecoder, message_of
+from meswitch_cli.load.client import Endpoint
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Conversation:
 
         asked = [*self.messages, {"role": "user", "content": text}]
         body: dict[str, Any] = {"model": self.model, "messages": asked, "stream": True} | self._options
-        answer = ""
+        answer, decoder = "", AnswerDecoder()
         try:
             with (
-                httpx2.Client(**self.endpoint.options()) as client,
+                self.endpoint.client() as client,
                 client.stream(
                     "POST", "/v1/chat/completions", json=body, headers={"x-meswitch-session": self._session}
                 ) as response,
@@ -76,16 +76,11 @@ class Conversation:
                     headers.get("x-meswitch-reason", "named"),
                     float(headers.get("x-meswitch-confidence", 1)),
                 )
-                for line in response.iter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise MeswitchError(str(event["error"]["message"]))
-                    for choice in event["choices"]:
-                        said = choice["delta"].get("content") or ""
-                        answer += said
-                        yield AnswerChunk(said)
+                for content in response.iter_bytes():
+                    for progress in decoder.push(content):
+                        answer += progress.text
+                        yield AnswerChunk(progress.text)
+                decoder.finish()
         except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:
-            raise MeswitchError(f"{self.endpoint.url}: {error}; is a server running there?") from error
+            raise self.endpoint.failure(error) from error
         self.messages = [*asked, {"role": "assistant", "content": answer}]

@@ -11,6 +11,7 @@ from typing import Any
 from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.estimates import percentiles
 from meswitch_cli.load.client import Outcome
+from meswitch_cli.plot_labels import plain_label
 
 PERCENTILES = (50, 90, 99)
 
@@ -92,7 +93,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         ):
             ordered = sorted(1000 * time for time in times)
             shares = [100 * (index + 1) / len(ordered) for index in range(len(ordered))]
-            axes.step(ordered, shares, where="post", label=name)
+            axes.step(ordered, shares, where="post", label=plain_label(name))
     for axes, label in ((first, "time to first token, ms"), (between, "between tokens, ms")):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)

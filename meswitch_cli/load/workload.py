@@ -82,9 +82,11 @@ def read_prompts(path: Path) -> list[str]:
         UsageError: it cannot be read, or a line has neither.
     """
     prompts = []
-    for number, item in read_jsonl(path, UsageError, "a file of prompts").values:
-        prompt = item.get("prompt", item.get("text")) if isinstance(item, dict) else None
+    for number, item in read_jsonl(path, UsageError, "what --prompts names").values:
+        if not isinstance(item, dict):
+            raise UsageError(f"--prompts {path}: line {number}: not a JSON object")
+        prompt = item.get("prompt", item.get("text"))
         if not isinstance(prompt, str):
-            raise UsageError(f'{path}: line {number}: needs "prompt" or "text"')
+            raise UsageError(f'--prompts {path}: line {number}: needs "prompt" or "text"')
         prompts.append(prompt)
     return prompts

@@ -48,8 +48,9 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", routing.SESSION_HEADER],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients' libraries send headers of their own; one that nobody reads does no harm
+            allow_private_network=True,  # a page of an allowed origin may call a server on its reader's machine
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(RequestContext, metrics=service.metrics)

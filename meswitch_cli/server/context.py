@@ -23,6 +23,7 @@ MAX_PROBABILITIES = 32
 #: What a browser's script from another origin may read.
 EXPOSED_HEADERS = (
     "x-request-id",
+    "retry-after",
     "x-meswitch-expert",
     "x-meswitch-confidence",
     "x-meswitch-reason",

@@ -22,27 +22,35 @@ from meswitch_cli.errors import MeswitchError
 #: Seconds after which a client that was turned away may try again.
 RETRY_AFTER = 1
 
-#: Members of OpenAI's API that this server has no use for, with the values that ask for nothing.
-ASKS_NOTHING: Mapping[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "metadata": (None, {}),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
-    "prediction": (None,),
-    "prompt_cache_key": (None,),
-    "reasoning_effort": (None,),
-    "refusal": (None,),
-    "safety_identifier": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
+#: Members of OpenAI's API, and of libraries for it, that this server has no use for, with the values that ask for
+#: nothing beside null and the empty ones, which never do.
+NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "annotations": (),
+    "audio": (),
+    "cache_control": (),
+    "function_call": ("none",),
+    "functions": (),
+    "images": (),
+    "metadata": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "provider_specific_fields": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "reasoning_effort": (),
+    "refusal": ("",),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "thinking_blocks": (),
+    "tool_calls": (),
+    "tool_choice": ("none",),
+    "tools": (),
+    "verbosity": (),
+    "web_search_options": (),
 }
 
 #: What kind of error a status is, where it is not the request's or the server's fault at large.
@@ -147,7 +155,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if parameter is None:
         message = "the body must be a JSON object, sent with content-type: application/json"
         return ApiError(400, message, code="invalid_body")
-    if kind == "extra_forbidden" and parameter.rpartition(".")[2] in ASKS_NOTHING:
+    if kind == "extra_forbidden" and parameter.rpartition(".")[2] in NOT_SUPPORTED:
         message = f"{parameter}: not supported by this server"
         return ApiError(400, message, code="unsupported_parameter", parameter=parameter)
     if kind == "extra_forbidden":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meswitch_cli.errors import UsageError
 from meswitch_cli.names import check_name
+from meswitch_cli.paths import user_path
 
 
 def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:
@@ -29,7 +30,7 @@ def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tupl
         check_name(name)
         if name in experts:
             raise UsageError(f"--expert {name}: given twice")
-        experts[name] = Path(path)
+        experts[name] = user_path(path)
     if experts_dir is None:
         return experts, refused
     if not experts_dir.is_dir():

@@ -81,7 +81,8 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
     if model == AUTO:
         return await _routed(service, request, subject, session)
     if not service.engine.serves(model):
-        names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, AUTO))
+        routed = (AUTO,) if service.router else ()
+        names = ", ".join(repr(name) for name in (*sorted(service.experts()), BASE, *routed))
         raise ApiError(
             404, f"model {model!r} is not served; there are {names}", code="model_not_found", parameter="model"
         )

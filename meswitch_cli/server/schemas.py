@@ -1,4 +1,4 @@
-"""What requests may hold. A member that is not here is refused by name; none is read and dropped."""
+"""What requests may hold. A member that is not here is refused by name, unless it asks for nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from meswitch_cli.engine.contract import Sampling
 from meswitch_cli.engine.sampling_ranges import MAX_STOPS, RANGES
-from meswitch_cli.server.errors import ASKS_NOTHING, ApiError, InvalidValueError
+from meswitch_cli.server.errors import NOT_SUPPORTED, ApiError, InvalidValueError
 
 MAX_LOGIT_BIASES = 1024
 MAX_COMPLETION_LOGPROBS = 5
@@ -21,6 +21,8 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 #: Messages in the form of chat templates, and what a router reads: those, or a text.
 Conversation = list[dict[str, str]]
 Subject = str | Conversation
+#: Values of a member in NOT_SUPPORTED that ask for nothing, whichever it is.
+_EMPTY: tuple[Any, ...] = ([], {})
 
 
 def _in_range(name: str) -> Any:
@@ -30,7 +32,7 @@ def _in_range(name: str) -> Any:
 
 
 class Strict(BaseModel):
-    """Every member is named, of its own type, and finite."""
+    """Every member is named, of its own type, and finite; null is as good as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -41,11 +43,24 @@ class Strict(BaseModel):
             return data
         if not (_is_text(list(data)) and all(_is_text(value) for value in data.values())):
             raise PydanticCustomError("not_text", "half of a surrogate pair is no text")
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         return {
             name: value
             for name, value in data.items()
-            if name in cls.model_fields or name not in ASKS_NOTHING or value not in ASKS_NOTHING[name]
+            if value is not None  # libraries send it for what their users have not set
+            and (name in known or name not in NOT_SUPPORTED or value not in (*_EMPTY, *NOT_SUPPORTED[name]))
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """As pydantic describes it, and what is left out before it looks."""
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        described["additionalProperties"] = {"type": "null"}
+        for name, member in described["properties"].items():
+            if name not in described.get("required", ()) and {"type": "null"} not in member.get("anyOf", ()):
+                described["properties"][name] = {"anyOf": [member, {"type": "null"}]}
+        return schema
 
 
 def _is_text(value: Any) -> bool:
@@ -102,7 +117,7 @@ class ResponseFormat(Strict):
 
 
 class GenerationParameters(Strict):
-    """What chat and text completions have in common. null is as good as absent."""
+    """What chat and text completions have in common."""
 
     model: Annotated[str, Field(max_length=256)]
     temperature: Annotated[float, _in_range("temperature")] | None = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from meswitch_cli.errors import MeswitchError
+from meswitch_cli.errors import MeswitchError, UsageError
+from meswitch_cli.textfile import read_text
 
 _MAX_KEY_FILE_BYTES = 1 << 20
+_USUAL_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,26 @@ class ServerSettings:
     log_prompts: bool = False
 
 
+def read_origin(text: str) -> str:
+    """An origin as browsers write it: `*`, `null`, or scheme, host and port in lower case, a usual port left out.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if text in ("*", "null"):
+        return text
+    problem = UsageError(f"--cors-origin {text!r}: write a page's scheme, host and port, as https://example.org")
+    try:
+        parts = urlsplit(text.strip().lower())
+        _ = parts.port
+    except ValueError as error:
+        raise problem from error
+    beyond = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
+    if not parts.scheme or not parts.hostname or any(beyond):
+        raise problem
+    return f"{parts.scheme}://{parts.netloc.removesuffix(f':{_USUAL_PORTS.get(parts.scheme)}')}"
+
+
 def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line; blank lines and lines that start with # do not count.
 
@@ -46,11 +68,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     try:
         if path.stat().st_size > _MAX_KEY_FILE_BYTES:
             raise MeswitchError(f"{path}: larger than a file of keys can be")
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except OSError as error:
         raise MeswitchError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise MeswitchError(f"{path}: not UTF-8 text") from error
+    lines = [line.strip() for line in read_text(path, MeswitchError, "a file of keys").lines]
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise MeswitchError(f"{path}: holds no key; write one a line")
@@ -58,11 +78,3 @@ def read_keys(path: Path) -> tuple[str, ...]:
         if not key.isascii() or any(character.isspace() or not character.isprintable() for character in key):
             raise MeswitchError(f"{path}: key {number} has characters that a header cannot carry")
     return keys
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -13,7 +13,18 @@ from meswitch_cli.errors import ArtifactError
 INPUTS = Inputs(version="1", settings={"bits": 2}, base_files="a", expert_files="b")
 RECORD = UnitRecord(
     shard=FileEntry("delta-00001-of-00001.safetensors", 3, "0" * 64),
-    tensors=(TensorEntry("x.weight", "linear", (4, 8), "x.weight", (4, 8), 0, "delta-00001-of-00001.safetensors", 3),),
+    tensors=(
+        TensorEntry(
+            name="x.weight",
+            kind="linear",
+            shape=(4, 8),
+            base="x.weight",
+            base_shape=(4, 8),
+            layer=0,
+            shard="delta-00001-of-00001.safetensors",
+            nbytes=3,
+        ),
+    ),
     unchanged=("norm.weight",),
     base_digests={"x.weight": "1"},
     expert_digests={"x.weight": "2"},

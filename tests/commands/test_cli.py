@@ -1,6 +1,7 @@
 """The command line as a user meets it: a real process, real files, exit status, streams."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -70,13 +71,16 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "transformers", "numpy", "meswitch_cli.commands"):
         assert f"'{module}'" not in loaded
-    times = []
+    times, work = [], []
     for _ in range(5):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = meswitch("--help")
         times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert all(name in shown.stdout for name in COMMANDS)
     assert min(times) < 0.6  # 0.2 s when the machine is quiet; the bound leaves room for a busy one
+    assert min(work) < 0.3
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

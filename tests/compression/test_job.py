@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.artifact.artifact import Artifact
@@ -333,3 +335,37 @@ def test_bf16_base_with_fp32_expert(tmp_path: Path) -> None:
         for entry in manifest.tensors
         if entry.kind == "linear"
     )
+
+
+def test_config_entries_that_json_does_not_know(pair: Pair, tmp_path: Path) -> None:
+    """Python writes them, transformers reads them, and no manifest may hold them."""
+    expert = tmp_path / "expert"
+    shutil.copytree(pair[1], expert)
+    config = json.loads((expert / "config.json").read_text())
+    config |= {"time_step_limit": [0.0, float("inf")], "odd": {"x": float("nan")}}
+    (expert / "config.json").write_text(json.dumps(config))
+    compress(prepare(str(pair[0]), str(expert), tmp_path / "art", CompressionSettings(salient=4), None))
+    differences = Artifact.open(tmp_path / "art").manifest.config_differences
+    assert differences["time_step_limit"] == [None, [0.0, "Infinity"]] and differences["odd"] == [None, {"x": "NaN"}]
+
+
+def test_a_manifest_that_could_not_be_opened_is_not_published(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "art"
+    compress(prepare(str(pair[0]), str(pair[1]), out, CompressionSettings(salient=4), None))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr("meswitch_cli.compression.job.__version__", "1\u3000")
+    with pytest.raises(ArtifactError, match="'created_with' is not a short printable string"):
+        compress(prepare(str(pair[0]), str(pair[1]), out, CompressionSettings(salient=4, bits=4), None), force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["base", "a: b [final] #x", 'it\'s "that"', "*x", "模型 v2"])
+def test_a_model_card_names_any_base(pair: Pair, tmp_path: Path, name: str) -> None:
+    shutil.copytree(pair[0], tmp_path / name)
+    _compress((tmp_path / name, pair[1]), tmp_path / "art")
+    _, front, text = (tmp_path / "art" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == name
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("meswitch ")]
+    assert [command[command.index("--base") + 1] for command in commands] == [name, name]

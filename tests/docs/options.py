@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from typer.models import ArgumentInfo, OptionInfo
 
 from meswitch_cli.app import COMMANDS
+from meswitch_cli.options import value_name
 
 PAGES = Path(__file__).parents[2] / "docs" / "commands"
 BEGIN, END = "<!-- options, generated -->\n", "<!-- end of options -->"
@@ -50,18 +51,7 @@ def _spelling(name: str, kind: Any, info: OptionInfo | ArgumentInfo) -> str:
     flag = info.default if isinstance(info.default, str) else "--" + name.replace("_", "-")
     if kind is bool:
         return flag
-    choices = [value for value in _values(kind) if isinstance(value, str)]
-    value = "\\|".join(choices) if choices else _metavar(kind)
-    return f"{flag} {value}"
-
-
-def _values(kind: Any) -> list[Any]:
-    return [leaf for value in get_args(kind) for leaf in (_values(value) or [value])]
-
-
-def _metavar(kind: Any) -> str:
-    kinds = {kind, *get_args(kind)} | {leaf for part in get_args(kind) for leaf in get_args(part)}
-    return "PATH" if Path in kinds else "N" if kinds & {int, float} else "TEXT"
+    return f"{flag} {value_name(kind)}".replace("|", "\\|")
 
 
 def _default(value: Any, info: OptionInfo | ArgumentInfo) -> str:

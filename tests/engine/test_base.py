@@ -22,13 +22,14 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout
-from meswitch_cli.engine.base_model import gain_weight, load_base, rms_epsilon, without_gain
+from meswitch_cli.engine.base_model import gain_weight, load_base, load_plain, rms_epsilon, without_gain
 from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.expert import end_ids
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.version import check_transformers
 from meswitch_cli.errors import CheckpointError, UsageError
+from meswitch_cli.model.differences import model_differences
 from zoo.tiny import make_pair
 
 Start = Callable[..., TransformersEngine]
@@ -162,15 +163,40 @@ def test_experts_that_compute_differently_are_refused(family: Family, start: Sta
     assert "rms_norm_eps" in engine.failed["other"]
 
 
+def test_config_spelled_differently_is_the_same() -> None:
+    plain = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    old = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e4}
+    old |= {"max_position_embeddings": 4096}
+    assert model_differences(plain, old) == []
+    assert model_differences(plain, old | {"rope_theta": 5e5}) == ["rope_parameters"]
+
+
+def test_another_device_than_the_cpu_needs_no_accelerate(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for the other device, since every machine has it."""
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    model = load_plain(pair[0], torch.device("meta"), torch.bfloat16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in model.parameters()} == {("meta", torch.bfloat16)}
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+
+
 def test_ends_of_text(tmp_path: Path) -> None:
     class Tokenizer:
         eos_token_id = 9
 
     assert end_ids(tmp_path, Tokenizer()) == {9}
     (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert end_ids(tmp_path, Tokenizer()) == {3}
+    assert end_ids(tmp_path, Tokenizer()) == {3, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
-    assert end_ids(tmp_path, Tokenizer()) == {4, 5}
+    assert end_ids(tmp_path, Tokenizer()) == {3, 4, 5, 9}
+    (tmp_path / "config.json").write_text('{"eos_token_id": null, "text_config": {"eos_token_id": [6, true, -1]}}')
+    assert end_ids(tmp_path, Tokenizer()) == {4, 5, 6, 9}
 
 
 def test_a_norm_of_another_formula_is_refused() -> None:

@@ -1,6 +1,8 @@
 """The folder of a router, whole and spoilt."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,24 @@ def test_manifest_digest_of_an_expert(tmp_path: Path) -> None:
     assert manifest_digest(tmp_path) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     with pytest.raises(RouterError, match="no such folder"):
         manifest_digest(tmp_path / "nothing")
+
+
+def test_a_manifest_that_could_not_be_read_replaces_none(trained_probe: TrainedRouter, probe_folder: Path) -> None:
+    before = (probe_folder / "router.json").read_bytes()
+    odd = dataclasses.replace(trained_probe.manifest, base_id="a\u3000base")
+    router = trained_probe.router
+    with pytest.raises(RouterError, match="'base_id' is not a name"):
+        write_router(probe_folder, odd, router.model, router.backend, trained_probe.store, force=True)
+    assert (probe_folder / "router.json").read_bytes() == before
+    assert RouterArtifact.open(probe_folder).manifest.base_id == trained_probe.manifest.base_id
+
+
+def test_a_base_whose_name_does_not_print_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "ba\u00adse"
+    shutil.copytree(base, odd)
+
+    def progress(what: str, done: int, total: int) -> None:
+        raise AssertionError(what)
+
+    with pytest.raises(RouterError, match="do not print \\(U\\+00AD\\)"):
+        train_router(gather(examples(COUNTS)), TrainingSettings(), base=str(odd), on_progress=progress)

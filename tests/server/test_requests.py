@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from server.family import Running, Start
 
-from meswitch_cli.server.settings import ServerSettings
+from meswitch_cli.errors import UsageError
+from meswitch_cli.server.settings import ServerSettings, read_origin
 
 CHAT = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 
@@ -98,6 +100,106 @@ def test_parameters_that_ask_for_nothing_are_taken(running: Running) -> None:
     assert running.post("/v1/chat/completions", CHAT | nothing).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"annotations": []},
+        {"annotations": None, "audio": None, "refusal": None, "function_call": None, "tool_calls": None},
+        {"provider_specific_fields": None, "reasoning_content": None, "thinking_blocks": None},
+        {"reasoning_content": "", "reasoning": "", "refusal": ""},
+        {"tool_calls": [], "name": None, "images": [], "provider_specific_fields": {}},
+        {"content": [{"type": "text", "text": "hello", "cache_control": None, "annotations": []}]},
+    ],
+    ids=str,
+)
+def test_a_message_may_come_back_as_a_library_dumps_it(running: Running, members: dict[str, Any]) -> None:
+    said = {"role": "assistant", "content": "hello"}
+    plain = CHAT | {"messages": [*CHAT["messages"], said, *CHAT["messages"]]}
+    dumped = CHAT | {"messages": [*CHAT["messages"], said | members, *CHAT["messages"]]}
+    answers = [running.post("/v1/chat/completions", body) for body in (plain, dumped)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+    whole, again = (answer.json() for answer in answers)
+    assert (whole["choices"], whole["usage"]) == (again["choices"], again["usage"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"whatever": None, "metadata": {}, "logprobs": None, "response_format": None}),
+        ("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"include_usage": None, "x": None}}),
+        ("/v1/chat/completions", CHAT | {"response_format": {"type": "text", "json_schema": None, "y": None}}),
+        ("/v1/completions", {"model": "red", "prompt": "x", "max_tokens": 2, "suffix": None, "echo": None}),
+        ("/tokenize", {"model": "red", "prompt": "x", "messages": None, "add_special_tokens": None}),
+        ("/detokenize", {"model": "red", "tokens": [9], "skip_special_tokens": None}),
+    ],
+    ids=str,
+)
+def test_null_is_absent_wherever_it_stands(running: Running, path: str, body: dict[str, Any]) -> None:
+    def without(value: Any) -> Any:
+        return {key: without(item) for key, item in value.items() if item is not None} if type(value) is dict else value
+
+    answers = [running.post(path, item) for item in (body, without(body))]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+
+
+def test_null_where_a_member_is_needed_is_a_missing_one(running: Running) -> None:
+    message = refused(running.post("/v1/chat/completions", CHAT | {"model": None}), 400, "model", "missing_parameter")
+    assert "model" in message
+    null = [{"role": "user", "content": None}]
+    refused(
+        running.post("/v1/chat/completions", CHAT | {"messages": null}), 400, "messages.0.content", "missing_parameter"
+    )
+
+
+@pytest.mark.parametrize("member", [{"metadata": {"a": "b"}}, {"annotations": [{"type": "x"}]}, {"reasoning": "hm"}])
+def test_what_asks_for_something_is_refused_by_name(running: Running, member: dict[str, Any]) -> None:
+    (name,) = member
+    refused(running.post("/v1/chat/completions", CHAT | member), 400, name, "unsupported_parameter")
+    messages = [{"role": "user", "content": "x"} | member]
+    refused(
+        running.post("/v1/chat/completions", CHAT | {"messages": messages}),
+        400,
+        f"messages.0.{name}",
+        "unsupported_parameter",
+    )
+
+
+@pytest.mark.parametrize(
+    ("stop", "biased", "text", "tokens"),
+    [
+        ("<|user|>", ["<|user|>"], "", 1),
+        (["Human:", "<|user|>"], ["<|user|>"], "", 1),
+        ("</s>", ["</s>"], "", 1),
+        ("<|user|><|user|>", ["<|user|>"], "", 2),
+        ("!<|user|>", ["!", "<|user|>"], None, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_may_be_special_tokens(
+    running: Running, stop: Any, biased: list[str], text: str | None, tokens: int | None, stream: bool
+) -> None:
+    """Only the biased tokens are ever drawn, and nothing else would end the text."""
+    tokenizer = running.service.engine.tokenizer("red")
+    bias = {str(tokenizer.encode(token, add_special_tokens=False)[0]): 100 for token in biased}
+    body = {"model": "red", "prompt": "x", "logit_bias": bias, "max_tokens": 60, "seed": 1, "temperature": 2}
+    whole = running.post("/v1/completions", body | {"stop": stop, "ignore_eos": True, "return_token_ids": True}).json()
+    choice = whole["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    if text is not None:
+        assert (choice["text"], whole["usage"]["completion_tokens"]) == (text, tokens)
+    else:  # the first ! that the special token follows
+        ids = list(bias)
+        made = "".join("!" if str(token) == ids[0] else "#" for token in choice["token_ids"])
+        assert made.endswith("!#") and made.count("!#") == 1
+        assert choice["text"] == made.removesuffix("!#").replace("#", "")
+    if stream:
+        answer = running.post("/v1/completions", body | {"stop": stop, "ignore_eos": True, "stream": True})
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        assert "".join(item["choices"][0]["text"] for item in events) == choice["text"]
+        assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
 def test_an_unknown_model_is_404_and_never_the_base(running: Running) -> None:
     for path, body in (
         ("/v1/chat/completions", CHAT),
@@ -114,6 +216,12 @@ def test_an_unknown_model_is_404_and_never_the_base(running: Running) -> None:
 def test_a_token_that_nobody_knows_has_no_text(running: Running, token: int) -> None:
     refused(running.post("/detokenize", {"model": "red", "tokens": [9, token]}), 400, "tokens", "invalid_value")
     assert running.post("/detokenize", {"model": "red", "tokens": [9]}).status_code == 200
+
+
+def test_nobody_is_offered_who_is_not_there(running: Running) -> None:
+    response = running.post("/v1/chat/completions", CHAT | {"model": "violet"})
+    message = refused(response, 404, "model", "model_not_found")
+    assert "'base'" in message and "auto" not in message
 
 
 def test_auto_without_a_router_says_so(running: Running) -> None:
@@ -209,6 +317,63 @@ def test_cors_is_closed_until_it_is_opened(running: Running, start_server: Start
     assert "x-meswitch-expert" in answer.headers["access-control-expose-headers"]
     other = server.get("/v1/models", headers={"origin": "https://evil.example", "authorization": "Bearer one"})
     assert "access-control-allow-origin" not in other.headers
+
+
+STAINLESS = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+def test_a_page_may_send_what_its_library_sends(start_server: Start) -> None:
+    server = start_server(settings=ServerSettings(cors_origins=("https://page.example",), api_keys=("one",)))
+    asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    for headers in (
+        STAINLESS,
+        "authorization,content-type,openai-organization,openai-project",
+        "authorization,content-type,user-agent",
+        "api-key,http-referer,x-title,x-meswitch-session,traceparent",
+    ):
+        wanted = asks | {"access-control-request-headers": headers}
+        allowed = server.request("OPTIONS", "/v1/chat/completions", headers=wanted)
+        assert allowed.status_code == 200, allowed.text
+        assert set(headers.split(",")) <= set(allowed.headers["access-control-allow-headers"].lower().split(","))
+    near = asks | {"access-control-request-private-network": "true"}
+    allowed = server.request("OPTIONS", "/v1/models", headers=near)
+    assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
+    other = asks | {"origin": "https://evil.example", "access-control-request-headers": STAINLESS}
+    denied = server.request("OPTIONS", "/v1/chat/completions", headers=other)
+    assert denied.status_code == 400 and "access-control-allow-origin" not in denied.headers
+    turned_away = server.get("/v1/models", headers={"origin": "https://page.example"})
+    assert turned_away.status_code == 401  # which the page may read, as any other answer
+    assert turned_away.headers["access-control-allow-origin"] == "https://page.example"
+    assert "retry-after" in turned_away.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://Page.Example", "https://page.example"),
+        ("https://page.example:443", "https://page.example"),
+        ("http://page.example:80/", "http://page.example"),
+        ("http://page.example:443", "http://page.example:443"),
+        ("chrome-extension://abc", "chrome-extension://abc"),
+        ("*", "*"),
+        ("null", "null"),
+    ],
+)
+def test_origins_as_people_write_them(given: str, origin: str) -> None:
+    assert read_origin(given) == origin
+
+
+@pytest.mark.parametrize(
+    "odd", ["localhost:3000", "page.example", "https://page.example/app", "", "http://[", "http://a:x"]
+)
+def test_origins_that_are_none(odd: str) -> None:
+    with pytest.raises(UsageError, match="--cors-origin"):
+        read_origin(odd)
 
 
 def test_request_ids_are_kept_or_made(running: Running) -> None:

@@ -201,7 +201,9 @@ def write_router(
         for name, data in (plots or {}).items():
             write_atomically(folder / name, data)
         done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
-        write_atomically(folder / MANIFEST_FILE, done.to_json().encode())
+        raw = done.to_json().encode()
+        parse_manifest(raw, str(out))  # what could not be read again does not replace what can
+        write_atomically(folder / MANIFEST_FILE, raw)
     return RouterArtifact.open(out)
 
 

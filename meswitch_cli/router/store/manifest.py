@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.printable import is_name
 from meswitch_cli.router.backends.registry import KINDS, Kind, backend_class
 from meswitch_cli.router.decide.labels import check_fallback, check_label
 from meswitch_cli.router.store.membership import TrainedFor
@@ -111,17 +112,17 @@ def parse_manifest(raw: bytes, where: str) -> RouterManifest:
     return RouterManifest(
         labels=labels,
         experts=take("experts", lambda item: _is_experts(item, labels), "the labels with their artifacts' SHA-256"),
-        fallback=check_fallback(take("fallback", _is_text, "a name"), labels),
+        fallback=check_fallback(take("fallback", is_name, "a name"), labels),
         backend=cast(Kind, backend),
         settings=take("settings", _is_object, "an object"),
-        base_id=take("base_id", _optional(_is_text), "a name"),
+        base_id=take("base_id", _optional(is_name), "a name"),
         base_fingerprint=base,
         numbers=_checked_numbers(take("numbers", _is_object, "an object"), where),
         split=take("split", _is_object, "an object"),
         training=take("training", _is_object, "an object"),
         metrics=take("metrics", _is_object, "an object"),
         files=tuple(_file(item, where) for item in take("files", _is_short_list, "a list of files")),
-        created_with=take("created_with", _is_text, "a name"),
+        created_with=take("created_with", is_name, "a name"),
     )
 
 
@@ -146,10 +147,6 @@ def _file(item: Any, where: str) -> RouterFile:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()
 
 
 def _is_object(value: Any) -> bool:

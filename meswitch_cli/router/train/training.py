@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.errors import RouterError, UsageError
+from meswitch_cli.printable import require_name
 from meswitch_cli.router.backends.base import FolderBase
 from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, LabelledTexts, Progress
 from meswitch_cli.router.backends.registry import Kind, backend_class
@@ -79,7 +80,9 @@ def train_router(
     if made.needs_base:
         if request.base is None:
             raise UsageError(f"--base is needed: the {settings.backend} reads the base's hidden states")
-        base_id, fingerprint = request.base.checkpoint.source.id, request.base.fingerprint
+        base_id = request.base.checkpoint.source.id
+        require_name(base_id, f"--base {base}", RouterError)
+        fingerprint = request.base.fingerprint
     fitted = made.fit(request)
     scaling, store = _store(parts, request.parts, fitted)
     router_model = fit_model(

@@ -1,0 +1,29 @@
+"""Where Rich's consoles, tables and bars are made: what they show is shown as it is, never read as markup or emoji.
+
+Names of models, config entries and messages come from outside and may hold square brackets or colons.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.table import Table
+
+
+def console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column stands at the left, the others at the right."""
+    made = Table(title=title)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    return made
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr, after its task's description; nothing where stderr is not a terminal."""
+    on = console(stderr=True)
+    described = TextColumn("{task.description}", markup=False)
+    return Progress(described, *columns, console=on, transient=True, disable=not on.is_terminal)

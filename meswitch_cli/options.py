@@ -1,0 +1,75 @@
+"""Command functions as Typer is given them: what help calls each value, and paths as users write them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
+
+
+def prepared(run: Callable[..., None]) -> Callable[..., None]:
+    """The function, with help that names each option's value and is shown as written, and `~` made out in its paths."""
+    from meswitch_cli.paths import user_path
+
+    hints = get_type_hints(run, include_extras=True)
+    parameters = []
+    for name, parameter in inspect.signature(run).parameters.items():
+        kind, info = get_args(hints[name])[:2]
+        if info.metavar is None:
+            info.metavar = name.upper() if isinstance(info, ArgumentInfo) else value_name(kind)
+        info.help = escape(info.help or "")
+        parameters.append(parameter.replace(annotation=hints[name]))
+
+    def call(**arguments: Any) -> None:
+        def made_out(value: Any) -> Any:
+            if isinstance(value, list):
+                return [made_out(item) for item in value]
+            return user_path(value) if isinstance(value, Path) else value
+
+        run(**{name: made_out(value) for name, value in arguments.items()})
+
+    call.__name__, call.__doc__ = run.__name__, run.__doc__
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def value_name(kind: Any) -> str:
+    """What help calls a value of a type: its choices, PATH, N or TEXT; nothing for a flag."""
+    leaves = _leaves(kind)
+    choices = [leaf for leaf in leaves if isinstance(leaf, str)]
+    if choices:
+        return "|".join(choices)
+    if bool in leaves:
+        return ""
+    return "PATH" if Path in leaves else "N" if {int, float} & set(leaves) else "TEXT"
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """The types, and values of Literals, that a type is made of."""
+    return [leaf for part in get_args(kind) for leaf in _leaves(part)] or [kind]
+
+
+class Command(TyperCommand):
+    """A command whose --help is shown as the flag that it is."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _as_flag(super().get_help_option(ctx))
+
+
+class Group(TyperGroup):
+    """As `Command`, for commands that have subcommands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _as_flag(super().get_help_option(ctx))
+
+
+def _as_flag(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option

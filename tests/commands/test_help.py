@@ -1,0 +1,86 @@
+"""What the command line says of itself: version, help of every command, values and flags by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from meswitch_cli import __version__
+from meswitch_cli.app import COMMANDS, build_app
+
+WIDE = {"COLUMNS": "240", "TERMINAL_WIDTH": "240", "NO_COLOR": "1"}
+
+
+def said(*arguments: str) -> str:
+    result = CliRunner().invoke(build_app(arguments), list(arguments), env=WIDE)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def functions() -> dict[tuple[str, ...], object]:
+    """Every command's function, by the words that name it."""
+    found: dict[tuple[str, ...], object] = {}
+    for name in COMMANDS:
+        module = importlib.import_module(f"meswitch_cli.commands.{name.replace('-', '_')}")
+        if not hasattr(module, "app"):
+            found[name,] = module.run
+            continue
+        for info in module.app.registered_commands:
+            found[name, info.name or info.callback.__name__] = info.callback
+    return found
+
+
+FUNCTIONS = functions()
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--version", "compress"), ("--version", "nonsense")])
+def test_version(arguments: tuple[str, ...]) -> None:
+    assert said(*arguments) == f"meswitch {__version__}\n"
+
+
+@pytest.mark.parametrize("command", FUNCTIONS, ids=" ".join)
+def test_help_shows_every_option_by_its_value(command: tuple[str, ...]) -> None:
+    shown = said(*command, "--help")
+    assert said(*command, "-h") == shown
+    assert not re.search(r"<bool|list\[|\\\[", shown)
+    assert not re.search(r"<\w", shown.split("─ Options ─")[1])
+    rows = {match[1]: match[2] for match in re.finditer(r"│ +(?:\* +)?(--[\w-]+)(?: +-\w)? +(.*)", shown)}
+    for name, parameter in inspect.signature(FUNCTIONS[command]).parameters.items():  # type: ignore[arg-type]
+        option = re.search(r"['\"](--[\w-]+)", str(parameter.annotation))
+        flag = option[1] if option else "--" + name.replace("_", "-")
+        if "Argument" in str(parameter.annotation):
+            assert name.upper() in shown
+        elif "bool" in str(parameter.annotation):
+            assert not re.match(r"TEXT|PATH|N ", rows[flag])
+        else:
+            assert re.match(r"TEXT|PATH|N |[\w-]+\|", rows[flag]), rows[flag]
+    assert not re.match(r"TEXT", rows["--help"])
+
+
+@pytest.mark.parametrize("command", FUNCTIONS, ids=" ".join)
+def test_help_says_a_sentence_once(command: tuple[str, ...]) -> None:
+    head = said(*command, "--help").split("╭")[0]
+    sentences = [sentence for sentence in re.split(r"(?<=[.:;]) +", " ".join(head.split())) if len(sentence) > 20]
+    beginnings = [sentence[:20] for sentence in sentences]
+    assert len(beginnings) == len(set(beginnings)), sentences
+
+
+def test_brackets_in_help_are_shown() -> None:
+    assert "meswitch[vllm]" in said("serve", "--help")
+    assert "[LABEL=]FILE" in said("eval", "--help")
+
+
+def test_help_of_the_whole_and_of_a_group() -> None:
+    assert said("--help") == said("-h")
+    for name, line in COMMANDS.items():
+        assert re.search(rf"{name} +{re.escape(line)}", said("--help"))
+    assert all(word in said("router", "-h") for word in ("add", "remove", "eval"))
+
+
+def test_an_unknown_option_is_a_wrong_call() -> None:
+    result = CliRunner().invoke(build_app(["plan"]), ["plan", "--nonsense[/]"], env=WIDE)
+    assert result.exit_code == 2 and "--nonsense[/]" in result.output
