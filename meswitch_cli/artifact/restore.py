@@ -150,4 +150,6 @@ def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | Non
             config = json.loads(data)
             config.pop("torch_dtype", None)
             data = (json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n").encode()
+        with disk_errors(folder / file.name):
+            (folder / file.name).parent.mkdir(exist_ok=True)
         write_atomically(folder / file.name, data)

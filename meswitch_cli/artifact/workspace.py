@@ -96,6 +96,11 @@ class Workspace:
         write_atomically(self.shard_path(record.shard.name), shard)
         write_atomically(self.state / f"{stage}-{index:05d}.json", record.to_json().encode())
 
+    def drop(self) -> None:
+        """Forget the work: nothing of it will be wanted."""
+        with disk_errors(self.state):
+            shutil.rmtree(self.state)
+
     def publish(self, manifest: Manifest, side_files: Mapping[str, bytes]) -> None:
         """Write the manifest and the side files, and move the artifact into place.
 
@@ -103,6 +108,8 @@ class Workspace:
             ArtifactError: a shard is not what its record says, or the disk refuses.
         """
         for name, data in side_files.items():
+            with disk_errors(self.artifact / name):
+                (self.artifact / name).parent.mkdir(exist_ok=True)
             write_atomically(self.artifact / name, data)
         paths = [self.artifact / shard.name for shard in manifest.shards]
         with ThreadPoolExecutor(2, "verify") as threads:
@@ -112,9 +119,9 @@ class Workspace:
         write_atomically(self.artifact / MANIFEST_FILE, manifest.to_json().encode())
         keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
         with disk_errors(self.out):
-            for path in self.artifact.iterdir():
-                if path.name not in keep:  # temporary files of interrupted writes
-                    path.unlink()
+            for path in self.artifact.rglob("*"):
+                if path.is_file() and path.relative_to(self.artifact).as_posix() not in keep:
+                    path.unlink()  # a temporary file of an interrupted write
             if self.out.exists():
                 self.out.rename(self.state / _REPLACED)
             self.artifact.rename(self.out)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.names import canonical_name, explain_names
 from meswitch_cli.errors import CheckpointError
 
-Kind = Literal["linear", "embedding", "head", "dense"]
+if TYPE_CHECKING:
+    from meswitch_cli.checkpoint.checkpoint import Checkpoint
 
-#: Names that transformers renames when it loads an older checkpoint, and that we rename likewise.
-_RENAMED = ((re.compile(r"^embed_out\."), "lm_head."),)
+#: Entries of config.json that choose an attention kernel, which may not be installed here.
+ATTENTION_ENTRIES = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+Kind = Literal["linear", "embedding", "head", "dense"]
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,28 @@ class Architecture:
         Raises:
             CheckpointError: a weight of the architecture is missing, or the checkpoint holds weights beyond it.
         """
-        stored = {self._canonical(name): name for name in checkpoint.tensors}
+        stored = {canonical_name(name, self.parameters, self.base_prefix): name for name in checkpoint.tensors}
+        for name, item in self.parameters.items():
+            if item.tied_to and item.tied_to not in stored and name in stored:
+                stored[item.tied_to] = stored.pop(name)  # one tensor for both, under the head's name
         where = checkpoint.source.path
         missing = [name for name, item in self.parameters.items() if name not in stored and not item.tied_to]
+        unknown = sorted(set(stored) - set(self.parameters))
+        reasons = [reason for reason in (explain_names(unknown, self.parameters, self.base_prefix),) if reason]
+        reasons += checkpoint.notes
+        because = "".join(f"; {reason}" for reason in reasons)
         if missing:
             raise CheckpointError(
                 f"{where}: {len(missing)} tensors of {self.model_type} are missing, the first is {missing[0]!r}"
+                + (f"; {len(unknown)} are not part of it, the first is {unknown[0]!r}" if unknown else "")
+                + because
             )
-        unknown = sorted(set(stored) - set(self.parameters))
         if unknown:
             raise CheckpointError(
                 f"{where}: {len(unknown)} tensors are not part of {self.model_type}, the first is {unknown[0]!r}"
+                + because
             )
         return {name: stored[name] for name in self.parameters if name in stored}
-
-    def _canonical(self, name: str) -> str:
-        for pattern, replacement in _RENAMED:
-            name = pattern.sub(replacement, name)
-        if name not in self.parameters and f"{self.base_prefix}.{name}" in self.parameters:
-            return f"{self.base_prefix}.{name}"
-        return name
 
 
 def skeleton(config: dict[str, Any], path: str) -> nn.Module:
@@ -75,9 +80,9 @@ def skeleton(config: dict[str, Any], path: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.get("auto_map"):
-        # The class named there would be code from the checkpoint; a built-in class of the same type is used instead.
-        config = {key: value for key, value in config.items() if key != "auto_map"}
+    # The class that auto_map names would be code from the checkpoint; a built-in class of the same type is used
+    # instead. How attention is computed is the machine's affair, not the checkpoint's.
+    config = _without(config, ("auto_map", *ATTENTION_ENTRIES))
     model_type = config.get("model_type")
     try:
         parsed = AutoConfig.for_model(**config) if model_type else None
@@ -91,6 +96,15 @@ def skeleton(config: dict[str, Any], path: str) -> nn.Module:
             f"{path}: {model_type}: not a causal language model transformers can build: {reason}"
         ) from (error)
     return model.eval()
+
+
+def _without(config: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A config without some entries, those of its parts included."""
+    return {
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in keys
+    }
 
 
 def architecture(config: dict[str, Any], path: str) -> Architecture:

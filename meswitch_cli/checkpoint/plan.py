@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from meswitch_cli.checkpoint.architecture import Architecture, Kind, Parameter, architecture
+from meswitch_cli.checkpoint.architecture import ATTENTION_ENTRIES, Architecture, Kind, Parameter, architecture
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.parsed_config import parsed_config
 from meswitch_cli.errors import CheckpointError
 
 
@@ -118,8 +119,10 @@ def _refuse_other_widths(base: Checkpoint, expert: Checkpoint, ours: Architectur
 def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The config entries that change what the model computes, where expert and base differ (base's, expert's)."""
     ignored = {
-        "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+        *ATTENTION_ENTRIES, "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+        "pad_token_id",
         "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
     }  # fmt: skip
-    keys = (set(base) | set(expert)) - ignored
-    return {key: (base.get(key), expert.get(key)) for key in sorted(keys) if base.get(key) != expert.get(key)}
+    ours, theirs = parsed_config(base), parsed_config(expert)
+    keys = (set(ours) | set(theirs)) - ignored
+    return {key: (ours.get(key), theirs.get(key)) for key in sorted(keys) if ours.get(key) != theirs.get(key)}
