@@ -18,7 +18,7 @@ from torch import nn
 from meswitch_cli.checkpoint.architecture import Architecture, skeleton
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.errors import CalibrationError
+from meswitch_cli.errors import CalibrationError, MeswitchError
 
 #: Called after a layer has run with (layer index, statistics by parameter name of its linears).
 OnLayer = Callable[[int, dict[str, InputStatistics]], None]
@@ -129,6 +129,7 @@ class _Stream:
         self.model, self.device, self.dtype = model, device, dtype
         self.on_layer, self.gram, self.keep, self.read = on_layer, gram, keep, read
         self.stored = model.stored_names(expert)
+        self.raised_by_caller: Exception | None = None
 
     @contextmanager
     def loaded(self, prefix: str, module: nn.Module) -> Iterator[None]:
@@ -152,7 +153,11 @@ class _Stream:
             collector = _Collector(prefix, layer, self.gram, self.keep)
             outputs = run_in_batches(layer, hidden, args, kwargs)
             statistics = collector.finish()
-        self.on_layer(index, statistics)
+        try:
+            self.on_layer(index, statistics)
+        except Exception as error:
+            self.raised_by_caller = error
+            raise
         return outputs
 
 
@@ -184,6 +189,9 @@ def stream_statistics(
 
     Returns:
         The statistics of the language-model head, by parameter name.
+
+    Raises:
+        CalibrationError: the family's layers cannot be run with their weights alone.
     """
     device = torch.device(device)
     own = next(iter(expert.tensors.values())).dtype
@@ -195,8 +203,17 @@ def stream_statistics(
     for index in range(len(layers)):
         layers[index] = StreamedLayer(layers[index], index, stream)
     body = getattr(root, root.base_model_prefix)
-    with stream.loaded(root.base_model_prefix, body):
-        hidden = body(input_ids=windows.to(device), use_cache=False).last_hidden_state
+    try:
+        with stream.loaded(root.base_model_prefix, body):
+            hidden = body(input_ids=windows.to(device), use_cache=False).last_hidden_state
+    except Exception as error:
+        if error is stream.raised_by_caller or isinstance(error, MeswitchError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"{expert.source.path}: {model.model_type}: its layers cannot be run one by one: {reason}; "
+            "compress it without calibration data (--calibration none)"
+        ) from error
     head = next((name for name, item in model.parameters.items() if item.kind == "head"), None)
     collector = _Collector("", nn.Module(), gram, keep)
     if head is not None:

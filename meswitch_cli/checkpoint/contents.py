@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from meswitch_cli.checkpoint.architecture import skeleton
 from meswitch_cli.checkpoint.names import canonical_name
@@ -48,7 +50,7 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     prefix = str(model.base_model_prefix)
     stored = {name: canonical_name(name, parameters | buffers, prefix) for name in tensors}
     _refuse_two_names(stored, where)
-    derived = _DerivedBuffers(model, parameters, buffers, where)
+    derived = _DerivedBuffers(model, parameters, buffers, config, where)
     kept: dict[str, TensorInfo] = {}
     ignored: list[str] = []
     for name, info in tensors.items():
@@ -94,8 +96,8 @@ def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:
 class _DerivedBuffers:
     """Which stored tensors follow from the config, read off the model that the config builds."""
 
-    def __init__(self, model: Any, parameters: set[str], buffers: set[str], where: str) -> None:
-        self._model, self._where = model, where
+    def __init__(self, model: Any, parameters: set[str], buffers: set[str], config: dict[str, Any], where: str) -> None:
+        self._model, self._config, self._where = model, config, where
         self._buffers = buffers
         self._saved = buffers & set(model.state_dict())
         self._modules = dict(model.named_modules())
@@ -132,19 +134,41 @@ class _DerivedBuffers:
         return any(re.search(pattern, own) for pattern in self._patterns)
 
     def _refuse_own_values(self, own: str, info: TensorInfo) -> None:
-        path, _, leaf = own.rpartition(".")
-        module = self._modules[path]
-        value = getattr(module, leaf)
-        if value.is_meta:
-            value = torch.zeros(value.shape, dtype=value.dtype)
-            setattr(module, leaf, value.fill_(float("nan")) if value.is_floating_point() else value)
-            self._model._init_weights(module)
-            value = getattr(module, leaf)
-        if value.shape != info.shape or not torch.equal(value.to(info.dtype), read_tensor(info)):
+        value = self._config_value(own)
+        if value is None or value.shape != info.shape or not torch.equal(value.to(info.dtype), read_tensor(info)):
+            module = self._modules[own.rpartition(".")[0]]
             raise CheckpointError(
                 f"{self._where}: {info.name!r} is a buffer of {type(module).__name__} with values of its own, "
                 "which meswitch does not compress"
             )
+
+    def _config_value(self, own: str) -> torch.Tensor | None:
+        """What the class puts into a buffer: as a constant when it is made, or when weights are initialised."""
+        constant = self._constants.get(own)
+        if constant is not None:
+            return constant
+        path, _, leaf = own.rpartition(".")
+        module = self._modules[path]
+        empty = torch.zeros(getattr(module, leaf).shape, dtype=getattr(module, leaf).dtype)
+        setattr(module, leaf, empty.fill_(float("nan")) if empty.is_floating_point() else empty)
+        self._model._init_weights(module)
+        value: torch.Tensor = getattr(module, leaf)
+        return value
+
+    @cached_property
+    def _constants(self) -> dict[str, torch.Tensor]:
+        with _RealConstants():
+            model = skeleton(self._config, self._where)
+        return {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+
+
+class _RealConstants(TorchFunctionMode):
+    """Makes what `torch.tensor` makes on the CPU, also where a model is built on the meta device."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*arguments, **(options or {}) | ({"device": "cpu"} if function is torch.tensor else {}))
 
 
 def _leaf(name: str) -> str:

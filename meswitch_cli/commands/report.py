@@ -25,6 +25,7 @@ def megabytes(nbytes: float) -> str:
 def print_plan(job: Job) -> None:
     """What will be done, from metadata alone; on stderr, since it is not the result."""
     from meswitch_cli.compression.size import expected_bytes
+    from meswitch_cli.compression.unit import tensor_settings
 
     console = Console(stderr=True)
     table = Table(title=f"{job.expert.source.id} against {job.base.source.id} ({job.plan.architecture.model_type})")
@@ -32,7 +33,8 @@ def print_plan(job: Job) -> None:
         table.add_column(column, justify="left" if column in ("kind", "to") else "right")
     for kind in ("linear", "embedding", "head", "dense"):
         items = [item for item in job.plan.tensors if item.kind == kind]
-        bits = job.settings.bits if kind == "linear" else job.settings.embedding_bits
+        widths = {settings.bits for item in items if (settings := tensor_settings(item, job.settings))}
+        bits = "/".join(str(width) for width in sorted(widths))
         if items:
             weights = sum(math.prod(item.shape) for item in items)
             table.add_row(

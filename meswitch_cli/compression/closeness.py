@@ -209,7 +209,7 @@ def refuse_weak(
         )
         if found.share < WEAK:
             return None
-    except CalibrationError:
+    except (CalibrationError, RuntimeError):
         weak, told = True, "this family's layers cannot be run one by one to see what the error does"
     nearness = "no nearer" if weak else "little nearer"
     text = f"{job.out}: what is stored is {nearness} to the expert than the base is ({told}); {advice(job, records)}"

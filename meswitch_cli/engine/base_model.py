@@ -104,11 +104,22 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
                 local_files_only=True,
                 attn_implementation=register() if device.type == "cpu" else "sdpa",
             )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:  # transformers raises many kinds for a folder that it cannot load
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason}") from error
     model.eval().requires_grad_(False)
+    _keep_own_head(model, described)
     return replace_layers(model, described, str(checkpoint.source.path))
+
+
+def _keep_own_head(model: Any, described: Architecture) -> None:
+    """Give the head a weight of its own where the checkpoint does: transformers ties one that rounding to the type in
+    which it loads makes equal to the embedding.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    own = any(item.kind == "head" and not item.tied_to for item in described.parameters.values())
+    if own and head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
 def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:
