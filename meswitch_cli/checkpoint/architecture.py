@@ -116,7 +116,7 @@ def architecture(config: dict[str, Any], path: str) -> Architecture:
     model: Any = skeleton(config, path)
     model_type = str(config["model_type"])
     prefix, count = _decoder_layers(model, model_type, path)
-    tied = _tied_head(model, config)
+    tied = _ties(model)
     parameters: dict[str, Parameter] = {}
     head = model.get_output_embeddings()
     for module_name, module in model.named_modules():
@@ -131,9 +131,12 @@ def architecture(config: dict[str, Any], path: str) -> Architecture:
                 )
             layer = int(name[len(prefix) + 1 :].split(".")[0]) if name.startswith(f"{prefix}.") else None
             parameters[name] = Parameter(name, kind, tuple(tensor.shape), layer, tied.get(name))
-    for name, target in tied.items():  # a tied head shares its tensor, so named_parameters lists it once
+    for name, target in tied.items():  # of modules that are one object, named_modules lists the first
         if name not in parameters:
-            parameters[name] = Parameter(name, "head", parameters[target].shape, None, target)
+            kind = parameters[target].kind
+            parameters[name] = Parameter(
+                name, "head" if kind == "embedding" else kind, parameters[target].shape, None, target
+            )
     return Architecture(model_type, prefix, count, parameters, str(model.base_model_prefix))
 
 
@@ -148,19 +151,15 @@ def _kind(module: nn.Module, leaf: str, tensor: torch.Tensor, is_head: bool) -> 
 
 
 def _decoder_layers(model: Any, model_type: str, path: str) -> tuple[str, int]:
-    expected = model.config.get_text_config().num_hidden_layers
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == expected > 0:
             return name, expected
     raise CheckpointError(f"{path}: family {model_type!r} cannot be compressed: no list of decoder layers found")
 
 
-def _tied_head(model: Any, config: dict[str, Any]) -> dict[str, str]:
-    """Name the head's tensor and the embedding's where the two are one."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return {}
-    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or embedding is None:
-        return {}
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+def _ties(model: Any) -> dict[str, str]:
+    """Tensors that share another's values, and whose: what transformers itself ties for this config. A class may
+    tie nothing although the config says `tie_word_embeddings`.
+    """
+    return dict(model.all_tied_weights_keys)

@@ -241,3 +241,20 @@ def test_a_plan_of_a_wrong_expert_says_what_was_odd_about_its_folder(folder: Pat
     _change(folder, lambda tensors: {name: item for name, item in tensors.items() if name != "model.norm.weight"})
     with pytest.raises(CheckpointError, match=r"missing, the first is 'model\.norm\.weight'.*fp16\.safetensors is not"):
         make_plan(Checkpoint.open(str(pair[0])), Checkpoint.open(str(folder)))
+
+
+def test_a_class_that_ties_nothing_keeps_its_head_whatever_the_config_says(tmp_path: Path) -> None:
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 1,
+        "encoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 48,
+    }
+    config = AutoConfig.for_model("bigbird_pegasus", **sizes, vocab_size=64, max_position_embeddings=64)
+    config.is_decoder, config.tie_word_embeddings = True, True
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert architecture(Checkpoint.open(str(tmp_path)).config, "").parameters[HEAD].tied_to is None
+    assert HEAD in _stored(tmp_path)
