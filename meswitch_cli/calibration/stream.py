@@ -151,7 +151,8 @@ class _Stream:
         prefix = f"{self.model.layers_prefix}.{index}"
         with self.loaded(prefix, layer):
             collector = _Collector(prefix, layer, self.gram, self.keep)
-            outputs = run_in_batches(layer, hidden, args, kwargs)
+            # A position table that a family computes in fp32 makes the first layer's input fp32 too.
+            outputs = run_in_batches(layer, hidden.to(self.dtype), args, kwargs)
             statistics = collector.finish()
         try:
             self.on_layer(index, statistics)
@@ -216,7 +217,7 @@ def stream_statistics(
         ) from error
     head = next((name for name, item in model.parameters.items() if item.kind == "head"), None)
     collector = _Collector("", nn.Module(), gram, keep)
-    if head is not None:
+    if head is not None and model.parameters[head].shape[1] == hidden.shape[-1]:  # some transform it before
         collector.add(head, hidden)
     gc.collect()  # the wrapped layers and the model refer to each other
     return collector.finish()
