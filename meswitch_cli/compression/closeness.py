@@ -203,14 +203,14 @@ def refuse_weak(
         return None
     try:
         found = closeness(job, space, records, device)
-        weak, told = (
-            found.share > 1,
-            f"KL {found.compressed:.2g} to the expert, the base's {found.base:.2g} nats a token",
-        )
+    except (CalibrationError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        weak, told = True, f"how near cannot be measured, since the layers do not run one by one: {reason}"
+    else:
         if found.share < WEAK:
             return None
-    except (CalibrationError, RuntimeError):
-        weak, told = True, "this family's layers cannot be run one by one to see what the error does"
+        weak = not found.share <= 1  # or not a number
+        told = f"KL {found.compressed:.2g} to the expert, the base's {found.base:.2g} nats a token"
     nearness = "no nearer" if weak else "little nearer"
     text = f"{job.out}: what is stored is {nearness} to the expert than the base is ({told}); {advice(job, records)}"
     if weak and not keep:
