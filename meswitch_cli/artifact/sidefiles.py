@@ -11,6 +11,7 @@ from typing import Any
 from meswitch_cli.artifact.manifest import SIDE_FILE_NAME
 from meswitch_cli.checkpoint.json_file import read_json
 from meswitch_cli.checkpoint.tensorfile import is_lfs_pointer
+from meswitch_cli.checkpoint.weight_files import NAMED_FILE
 from meswitch_cli.errors import CheckpointError
 
 MODEL_CARD = "README.md"
@@ -50,8 +51,8 @@ CARRIED_FILES = (
 )
 #: Where transformers keeps chat templates beside the default one, a file each.
 TEMPLATE_FOLDER = "additional_chat_templates"
-#: Entries that may name a path of the author's machine, or code to run.
-_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map")
+#: Entries that may name a path of the author's machine, code to run, or a file that restoring does not write.
+_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map", NAMED_FILE)
 
 
 def expert_files(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bytes]:

@@ -104,5 +104,8 @@ def test_the_config_is_the_models_where_the_file_says_otherwise(expert: Path) ->
     path = expert / "config.json"
     config = json.loads(path.read_text())
     assert expert_files(expert, config)["config.json"] == path.read_bytes()
-    path.write_text(json.dumps(config | {"tie_word_embeddings": True, "_name_or_path": "/home/me"}))
+    private = {"_name_or_path": "/home/me", "transformers_weights": "mine.safetensors"}
+    path.write_text(json.dumps(config | private))
+    assert json.loads(expert_files(expert)["config.json"]) == config
+    path.write_text(json.dumps(config | private | {"tie_word_embeddings": True}))
     assert json.loads(expert_files(expert, config)["config.json"]) == config
