@@ -26,7 +26,8 @@ _MAX_DIMENSION = 1 << 26
 _MAX_NUMEL = 1 << 36
 _MAX_BYTES = 1 << 44
 _SHARD_NAME = re.compile(r"delta-(\d{5})-of-(\d{5})\.safetensors")
-_SIDE_FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,127}")
+#: A file beside the shards: in the folder itself, or where transformers keeps further chat templates.
+SIDE_FILE_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][\w.-]{0,127}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 KINDS = ("linear", "embedding", "head", "dense")
@@ -118,7 +119,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         tensors=tuple(_tensor_entry(item, version) for item in fields.objects("tensors")),
         unchanged=tuple(fields.strings("unchanged")),
         shards=tuple(_file_entry(item, _SHARD_NAME) for item in fields.objects("shards")),
-        files=tuple(_file_entry(item, _SIDE_FILE_NAME) for item in fields.objects("files")),
+        files=tuple(_file_entry(item, SIDE_FILE_NAME) for item in fields.objects("files")),
         config_differences=fields.object("config_differences").value,
         created_with=fields.string("created_with"),
     )

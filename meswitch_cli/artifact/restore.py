@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
-from meswitch_cli.artifact.disk import refuse_occupied, whole_folder, write_atomically
+from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
@@ -138,4 +138,6 @@ def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | Non
             config = json.loads(data)
             config.pop("torch_dtype", None)
             data = (json.dumps(config | {"dtype": dtype_name(dtype)}, indent=2) + "\n").encode()
+        with disk_errors(folder / file.name):
+            (folder / file.name).parent.mkdir(exist_ok=True)
         write_atomically(folder / file.name, data)

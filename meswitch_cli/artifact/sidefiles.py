@@ -2,51 +2,94 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meswitch_cli.artifact.manifest import SIDE_FILE_NAME
+from meswitch_cli.checkpoint.json_file import read_json
+from meswitch_cli.checkpoint.tensorfile import is_lfs_pointer
+from meswitch_cli.checkpoint.weight_files import NAMED_FILE
 from meswitch_cli.errors import CheckpointError
 
 MODEL_CARD = "README.md"
 CONFIG_FILE = "config.json"
-EXPERT_FILES = (
+#: What is carried, by name: the config, what any of transformers' tokenizers reads, chat templates, and the terms
+#: under which a fine-tune may be passed on.
+CARRIED_FILES = (
     CONFIG_FILE,
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "vocab.bpe",
     "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    "dict.txt",
+    "bpe.codes",
+    "*.model",
+    "*.model.v*",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "tekken.json",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
-#: Entries that may name a path of the author's machine, or code to run.
-_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map")
+#: Where transformers keeps chat templates beside the default one, a file each.
+TEMPLATE_FOLDER = "additional_chat_templates"
+#: Entries that may name a path of the author's machine, code to run, or a file that restoring does not write.
+_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map", NAMED_FILE)
 
 
-def expert_files(folder: Path) -> dict[str, bytes]:
-    """Read the expert's files, free of local paths and of code references.
+def expert_files(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """Read the expert's files, by path in its folder, free of local paths and of code references.
+
+    `config` is what config.json must say, where the file itself says something else.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or is no more than a pointer to one.
     """
     files: dict[str, bytes] = {}
-    for name in EXPERT_FILES:
+    for name in _carried(folder):
         path = folder / name
-        if not path.is_file():
-            continue
         try:
             data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        if is_lfs_pointer(data):
+            raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+        if name == CONFIG_FILE and config is not None and read_json(path, "") != config:
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         files[name] = _without_private_keys(data) if name.endswith("config.json") else data
     return files
+
+
+def _carried(folder: Path) -> list[str]:
+    """The paths, inside the folder, of the files that are carried."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and SIDE_FILE_NAME.fullmatch(path.name)]
+    templates = [f"{TEMPLATE_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+    for name in templates:
+        if not SIDE_FILE_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{folder / name}: the name of a chat template may hold letters, digits, dots, _ and -; rename the file"
+            )
+    carried = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED_FILES)]
+    return carried + templates
 
 
 def _without_private_keys(data: bytes) -> bytes:

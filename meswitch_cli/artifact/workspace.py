@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -137,6 +138,11 @@ class Workspace:
         write_atomically(self.shard_path(record.shard.name), shard)
         write_atomically(self.state / f"{stage}-{index:05d}.json", record.to_json().encode())
 
+    def drop(self) -> None:
+        """Forget the work: nothing of it will be wanted."""
+        with disk_errors(self.state):
+            shutil.rmtree(self.state)
+
     def publish(self, manifest: Manifest, side_files: Mapping[str, bytes]) -> None:
         """Write the manifest and the side files, and move the artifact into place.
 
@@ -146,6 +152,8 @@ class Workspace:
         raw = manifest.to_json().encode()
         parse_manifest(raw, str(self.out))  # what could not be opened again is not published
         for name, data in side_files.items():
+            with disk_errors(self.artifact / name):
+                (self.artifact / name).parent.mkdir(exist_ok=True)
             write_atomically(self.artifact / name, data)
         paths = [self.artifact / shard.name for shard in manifest.shards]
         with ThreadPoolExecutor(2, "verify") as threads:
@@ -155,9 +163,9 @@ class Workspace:
         write_atomically(self.artifact / MANIFEST_FILE, raw)
         keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
         with disk_errors(self.out):
-            for path in self.artifact.iterdir():
-                if path.name not in keep:  # temporary files of interrupted writes
-                    path.unlink()
+            for path in self.artifact.rglob("*"):
+                if path.is_file() and path.relative_to(self.artifact).as_posix() not in keep:
+                    path.unlink()  # a temporary file of an interrupted write
         put_in_place(self.artifact, self.out, self.state)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from meswitch_cli.calibration.turns import in_turns
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.errors import CalibrationError, CheckpointError
+from meswitch_cli.errors import CalibrationError, CheckpointError, MeswitchError, reason_of
 from meswitch_cli.model.streaming import StreamedModel
 from meswitch_cli.model.weights import Weights
 
@@ -131,7 +131,7 @@ def stream_statistics(
         weights, so let go of them first.
 
     Raises:
-        CalibrationError: a buffer of this family does not follow from its config.
+        CalibrationError: the family's layers cannot be run with their weights alone.
     """
 
     @torch.no_grad()
@@ -140,10 +140,18 @@ def stream_statistics(
             model = _ObservedModel(weights, torch.device(device), dtype, gram, keep, report)
         except CheckpointError as error:
             raise CalibrationError(f"{error}; compress it without calibration (--calibration none)") from error
-        hidden = model.last_hidden_state(windows)
+        try:
+            hidden = model.last_hidden_state(windows)
+        except MeswitchError:
+            raise
+        except Exception as error:  # a family's layers may want what only the whole model gives them
+            raise CalibrationError(
+                f"{weights.name}: {weights.architecture.model_type}: its layers cannot be run one by one: "
+                f"{reason_of(error)}; compress it without calibration data (--calibration none)"
+            ) from error
         collector = _Collector({}, gram, keep)
         for name, item in weights.architecture.parameters.items():
-            if item.kind == "head":
+            if item.kind == "head" and item.shape[1] == hidden.shape[-1]:  # some transform it before
                 collector.add(name, hidden)
         del model, hidden
         gc.collect()  # the wrapped layers and the model refer to each other

@@ -19,6 +19,10 @@ from meswitch_cli.errors import MeswitchError
 
 #: The format's own limit on the header (safetensors, "Format"): it keeps a hostile length from exhausting memory.
 MAX_HEADER_BYTES = 100_000_000
+#: How a Git LFS pointer begins: what a clone without LFS holds in a file's place (git-lfs, "Specification").
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+#: Elements of two tensors that are compared at once.
+COMPARED_ELEMENTS = 1 << 24
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -67,6 +71,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as stream:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
+            if is_lfs_pointer(prefix + stream.peek(len(_LFS_POINTER))):
+                raise TensorFileError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise TensorFileError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
             raw = stream.read(length)
@@ -83,6 +89,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = {name: _tensor_info(path, name, entry, data_start, size) for name, entry in header.items()}
     _refuse_overlap(path, tensors)
     return tensors
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that starts with these bytes is a Git LFS pointer in place of the file itself."""
+    return start.startswith(_LFS_POINTER)
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
@@ -166,6 +177,27 @@ def _view(whole: torch.Tensor, info: TensorInfo, place: int) -> torch.Tensor:
     if place % info.dtype.itemsize:
         own = own.clone()
     return own.view(info.dtype).reshape(info.shape)
+
+
+def equal_tensors(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two stored tensors hold the same values, whatever their types; read in pieces, up to a difference.
+
+    Raises:
+        TensorFileError: the bytes cannot be read in full.
+    """
+    if first.shape != second.shape:
+        return False
+    return all(
+        torch.equal(read_tensor(_slice(first, start)).float(), read_tensor(_slice(second, start)).float())
+        for start in range(0, first.numel, COMPARED_ELEMENTS)
+    )
+
+
+def _slice(info: TensorInfo, start: int) -> TensorInfo:
+    """`COMPARED_ELEMENTS` elements of a tensor from this one on, as a tensor of one dimension."""
+    count = min(COMPARED_ELEMENTS, info.numel - start)
+    size = info.dtype.itemsize
+    return TensorInfo(info.name, info.dtype, (count,), info.path, info.offset + start * size, count * size)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -65,6 +65,10 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the artifact there, and drop unfinished work with other settings.")
     ] = False,
+    keep_weak: Annotated[
+        bool,
+        typer.Option("--keep-weak", help="Write the artifact even if it is farther from the expert than the base is."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """An interrupted run loses at most one decoder layer: the same command goes on, and ends with the same bytes.
@@ -73,6 +77,7 @@ def run(
     """
     from meswitch_cli.calibration.data import read_calibration
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import (
@@ -107,13 +112,20 @@ def run(
     job = prepare(base, expert, out, settings, data)
     if not as_json:
         report.print_plan(job)
+    notes = job.notes()
+    print_notes(notes)
+    weak: list[str] = []
     try:
         with work_progress(job.nbytes, len(job.plan.units)) as on_progress:
-            manifest = compress(job, device=chosen, force=force, on_progress=on_progress)
+            manifest = compress(
+                job, device=chosen, force=force, keep_weak=keep_weak, on_progress=on_progress, on_note=weak.append
+            )
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on from the last finished layer") from None
+    print_notes(weak)
     if as_json:
-        typer.echo(json.dumps({"artifact": str(out)} | report.summary(manifest, job.expert.nbytes)))
+        figures = report.summary(manifest, job.expert.nbytes)
+        typer.echo(json.dumps({"artifact": str(out)} | figures | {"warnings": [*notes, *weak]}))
     else:
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)

@@ -32,7 +32,9 @@ def print_plan(job: Job) -> None:
     shown = table(title, "kind", "tensors", "weights", "to")
     for kind in ("linear", "embedding", "head", "dense"):
         items = [item for item in job.plan.tensors if item.kind == kind]
-        bits = job.settings.bits if kind == "linear" else job.settings.embedding_bits
+        found = [job.settings.of(kind, unrelated=item.unrelated) for item in items]
+        widths = {settings.bits for settings in found if settings}
+        bits = "/".join(str(width) for width in sorted(widths))
         if items:
             weights = sum(math.prod(item.shape) for item in items)
             shown.add_row(

@@ -24,10 +24,12 @@ def run(
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.restore import restore
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
+    from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
 
     opened = Artifact.open(artifact)
     opened_base = Checkpoint.open(base)
+    print_notes(opened_base.notes)
     target = None if dtype == "auto" else getattr(torch, dtype)
     with byte_progress("restore", opened_base.nbytes) as advance:
         written = restore(opened, opened_base, out, dtype=target, force=force, on_tensor=advance)

@@ -18,12 +18,14 @@ def run(
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
+    from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
     from meswitch_cli.model.weights import CheckpointWeights
 
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     opened_base = Checkpoint.open(base) if base else None
+    print_notes(opened_base.notes if opened_base else ())
     if opened_base:
         check_base_shapes(manifest, opened_base)
     total = manifest.nbytes + (opened_base.nbytes if opened_base else 0)

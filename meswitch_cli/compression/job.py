@@ -18,6 +18,7 @@ from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
@@ -46,10 +47,19 @@ def prepare(
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
-    narrowest = min((item for item in plan.tensors if item.kind == "linear"), key=lambda item: item.shape[1])
-    if settings.salient > narrowest.shape[1]:
+    linears = [item for item in plan.tensors if item.kind == "linear"]
+    narrowest = min(linears, key=lambda item: item.shape[1], default=None)
+    if narrowest is not None and settings.salient > narrowest.shape[1]:
         raise UsageError(f"--salient {settings.salient}: {narrowest.name} has only {narrowest.shape[1]} input channels")
-    return Job(base=opened_base, expert=opened_expert, plan=plan, settings=settings, calibration=calibration, out=out)
+    return Job(
+        base=opened_base,
+        expert=opened_expert,
+        plan=plan,
+        settings=settings,
+        calibration=calibration,
+        out=out,
+        side_files=expert_files(opened_expert.source.path, opened_expert.config),
+    )
 
 
 def compress(
@@ -57,19 +67,32 @@ def compress(
     *,
     device: torch.device | str = "cpu",
     force: bool = False,
+    keep_weak: bool = False,
     on_progress: OnProgress = lambda what, nbytes, units: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Do the work, or go on where an interrupted run of the same work stopped.
+
+    `on_note` hears what the user should know of the result. Unfinished work is dropped where the result is too weak.
 
     Raises:
         ArtifactError: the output is occupied or cannot be written, or unfinished work there differs from this job.
         CheckpointError: a weight is damaged.
+        WeakDeltaError: the result is farther from the expert than the base is; `keep_weak` makes it a note.
     """
     with workspace(job.out, force=force) as space:
         _continue_or_start(job, space, force)
         records = _quantise(job, space, device, on_progress)
         if job.settings.steps == "distill":
             records = distill(job, space, records, device, on_progress, stage=_FINAL)
+        on_progress("check", 0, len(records))
+        try:
+            weakness = refuse_weak(job, space, records, device, keep=keep_weak)
+        except WeakDeltaError:
+            space.drop()
+            raise
+        if weakness:
+            on_note(weakness)
         manifest, side_files = _finish(job, records)
         space.publish(manifest, side_files)
     return manifest
@@ -189,7 +212,7 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
-    side_files = expert_files(expert.path)
+    side_files = dict(job.side_files)
     side_files[MODEL_CARD] = model_card(
         base_id=base.id,
         expert_id=expert.id,

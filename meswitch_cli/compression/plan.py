@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.config import config_differences
 from meswitch_cli.compression.settings import CompressionSettings
-from meswitch_cli.model.config import config_differences
 from meswitch_cli.model.matching import Plan, PlannedTensor
+from meswitch_cli.model.tokenizer import tokenizer_note
 
 #: Called with (what is being done, bytes of the checkpoints handled by it, units done).
 OnProgress = Callable[[str, int, int], None]
@@ -27,6 +28,7 @@ class Job:
     settings: CompressionSettings
     calibration: CalibrationFile | None
     out: Path
+    side_files: Mapping[str, bytes]
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +37,11 @@ class Job:
 
     def nbytes_of(self, items: Iterable[PlannedTensor]) -> int:
         return sum(item.base.info(self.base).nbytes + item.expert.info(self.expert).nbytes for item in items)
+
+    def notes(self) -> list[str]:
+        """What is odd about the two checkpoints, and does not keep them from being compressed."""
+        tokenizer = tokenizer_note(self.expert.source.path, self.plan.architecture.vocabulary)
+        return list(dict.fromkeys([*self.base.notes, *self.expert.notes, *([tokenizer] if tokenizer else [])]))
 
     def config_differences(self) -> dict[str, tuple[Any, Any]]:
         return config_differences(self.base.config, self.expert.config)

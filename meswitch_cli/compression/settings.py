@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from meswitch_cli.delta.codes import CODES, LISTED
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
+#: Code width of a delta that may be as large as the weight itself: it leaves 1 % of its energy as error, not 12 %.
+UNRELATED_BITS = 4
 #: Calibration by random tokens.
 RANDOM = "random"
 
@@ -98,6 +100,11 @@ class CompressionSettings:
     def embedding(self) -> QuantizerSettings:
         """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
         return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
+
+    def of(self, kind: str, *, unrelated: bool = False) -> QuantizerSettings | None:
+        """Settings of a kind of tensor, None for one that is stored whole; `unrelated` to what it is taken against."""
+        found = self.by_kind().get(kind)
+        return replace(found, bits=max(found.bits, UNRELATED_BITS)) if found and unrelated else found
 
     def by_kind(self) -> dict[str, QuantizerSettings]:
         """Settings by kind of tensor; one of any other kind is stored whole."""

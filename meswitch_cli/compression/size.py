@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def expected_bytes(job: Job) -> int:
     """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
-    total, by_kind = 0, job.settings.by_kind()
+    total = 0
     for item in job.plan.tensors:
-        settings = by_kind.get(item.kind)
+        settings = job.settings.of(item.kind, unrelated=item.unrelated)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
             total += math.prod(item.shape) * itemsize

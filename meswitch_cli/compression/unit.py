@@ -67,7 +67,7 @@ def _compress_tensor(
 ) -> tuple[StoredDelta, dict[str, Any]] | None:
     """What is stored of a tensor, and how far it is off; None where it equals the base's."""
     planned, name = pair.planned, pair.planned.name
-    quantizer = settings.by_kind().get(planned.kind)
+    quantizer = settings.of(planned.kind, unrelated=planned.unrelated)
     if quantizer is None:
         _refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):

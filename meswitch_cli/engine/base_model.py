@@ -77,9 +77,10 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     described.stored(checkpoint)  # a missing weight would be initialised at random
     try:
         model = load_plain(checkpoint.source.path, device, dtype)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:  # transformers raises many kinds for a folder that it cannot load
         raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason_of(error)}") from error
     model.eval().requires_grad_(False)
+    _keep_own_head(model, described)
     return replace_layers(model, described, str(checkpoint.source.path))
 
 
@@ -96,6 +97,16 @@ def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
         attn_implementation=register() if device.type == "cpu" else "sdpa",
     )
     return model.to(device)
+
+
+def _keep_own_head(model: Any, described: Architecture) -> None:
+    """Give the head a weight of its own where the checkpoint does: transformers ties one that rounding to the type in
+    which it loads makes equal to the embedding.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    own = any(item.kind == "head" and not item.tied_to for item in described.parameters.values())
+    if own and head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
 def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.engine.banks import capacity_of
@@ -19,7 +20,6 @@ from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import UsageError
 from meswitch_cli.model.architecture import Parameter, architecture
 from meswitch_cli.model.dtype import model_dtype
-from meswitch_cli.model.skeleton import skeleton
 from meswitch_kernels import Capacity, ExpertBank
 
 #: What the cache of keys and values takes on a CPU unless told otherwise, or one longest request if that is more.

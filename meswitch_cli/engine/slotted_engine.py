@@ -59,6 +59,8 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
         self.settings = settings
         self.failed: dict[str, str] = {}
         self._checkpoint = Checkpoint.open(settings.base)
+        for note in self._checkpoint.notes:
+            logger.warning("%s", note)
         self.base_id = self._checkpoint.source.id
         longest = self._checkpoint.config.get("max_position_embeddings")
         if longest and settings.max_model_len and settings.max_model_len > longest:

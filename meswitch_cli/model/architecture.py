@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,17 +10,15 @@ import torch
 from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.names import canonical_name, explain_names
+from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer
 from meswitch_cli.errors import CheckpointError
-from meswitch_cli.model.skeleton import skeleton
 
 Kind = Literal["linear", "embedding", "head", "dense"]
 
 #: Module classes whose weight is a linear's, by whether they keep it as `[in, out]`.
 LINEAR_CLASSES: dict[type[nn.Module], bool] = {nn.Linear: False}
-
-#: Names that transformers renames when it loads an older checkpoint, and that we rename likewise.
-_RENAMED = ((re.compile(r"^embed_out\."), "lm_head."),)
 
 
 @dataclass(frozen=True)
@@ -101,26 +98,27 @@ class Architecture:
         Raises:
             CheckpointError: a weight of the architecture is missing, or the checkpoint holds weights beyond it.
         """
-        stored = {self._canonical(name): name for name in checkpoint.tensors}
+        stored = {canonical_name(name, self.parameters, self.base_prefix): name for name in checkpoint.tensors}
+        for name, item in self.parameters.items():
+            if item.tied_to and item.tied_to not in stored and name in stored:
+                stored[item.tied_to] = stored.pop(name)  # one tensor for both, under the head's name
         where = checkpoint.source.path
         missing = [name for name, item in self.parameters.items() if name not in stored and not item.tied_to]
+        unknown = sorted(set(stored) - set(self.parameters))
+        reasons = [reason for reason in (explain_names(unknown, self.parameters, self.base_prefix),) if reason]
+        because = "".join(f"; {reason}" for reason in (*reasons, *checkpoint.notes))
         if missing:
             raise CheckpointError(
                 f"{where}: {len(missing)} tensors of {self.model_type} are missing, the first is {missing[0]!r}"
+                + (f"; {len(unknown)} are not part of it, the first is {unknown[0]!r}" if unknown else "")
+                + because
             )
-        unknown = sorted(set(stored) - set(self.parameters))
         if unknown:
             raise CheckpointError(
                 f"{where}: {len(unknown)} tensors are not part of {self.model_type}, the first is {unknown[0]!r}"
+                + because
             )
         return {name: Storage(item, stored[name]) for name, item in self.parameters.items() if name in stored}
-
-    def _canonical(self, name: str) -> str:
-        for pattern, replacement in _RENAMED:
-            name = pattern.sub(replacement, name)
-        if name not in self.parameters and f"{self.base_prefix}.{name}" in self.parameters:
-            return f"{self.base_prefix}.{name}"
-        return name
 
 
 def architecture(config: dict[str, Any], where: str) -> Architecture:
@@ -136,8 +134,8 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     embedding, head = names.get(id(model.get_input_embeddings())), model.get_output_embeddings()
     if embedding is None:
         raise CheckpointError(f"{where}: family {model_type!r} cannot be compressed: it looks up no tokens")
-    ties = head is not None and model.config.get_text_config().tie_word_embeddings
-    tied = {names[id(head)]: embedding} if ties else {}
+    # What transformers itself ties for this config: a class may tie nothing although it says tie_word_embeddings.
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
     parameters: dict[str, Parameter] = {}
     for module_name, module in model.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
@@ -153,9 +151,11 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
             transposed = kind in ("linear", "head") and LINEAR_CLASSES[type(module)]
             shape = tuple(tensor.shape[::-1] if transposed else tensor.shape)
             parameters[name] = Parameter(name, kind, shape, layer, tied.get(name), transposed)
-    for name, target in tied.items():  # a tied head shares its tensor, so named_parameters lists it once
+    for name, target in tied.items():  # of modules that are one object, named_modules lists the first
         if name not in parameters:
-            parameters[name] = Parameter(name, "head", parameters[target].shape, None, target)
+            kind = parameters[target].kind
+            shape = parameters[target].shape
+            parameters[name] = Parameter(name, "head" if kind == "embedding" else kind, shape, None, target)
     return Architecture(model_type, prefix, len(layers), parameters, str(model.base_model_prefix), embedding)
 
 
@@ -165,7 +165,7 @@ def decoder_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
     Raises:
         CheckpointError: it has none.
     """
-    expected = model.config.get_text_config().num_hidden_layers
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     modules = dict(model.named_modules())
     lists = {
         name: module

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meswitch_cli.model.skeleton import materialise_buffers, set_parameter, skeleton
+from meswitch_cli.checkpoint.skeleton import materialise_buffers, set_parameter, skeleton
 from meswitch_cli.model.weights import Weights
 
 

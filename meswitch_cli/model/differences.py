@@ -7,7 +7,6 @@ meanwhile, of the config and of their own attributes, is what counts, beside the
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import functools
 import json
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from meswitch_cli.errors import CheckpointError
-from meswitch_cli.model.skeleton import skeleton
+from meswitch_cli.checkpoint.config import parsed_config
+from meswitch_cli.checkpoint.skeleton import skeleton
+from meswitch_cli.errors import CheckpointError, reason_of
 
 #: Entries that speak of the vocabulary, in which each expert has its own tokenizer, ids, embedding and head, or of what
 #: whoever runs the model decides: number type, implementation of attention, what else is returned.
@@ -88,14 +88,10 @@ def _matters(key: str, base: ModelTraits, ours: dict[str, Any], theirs: dict[str
 
 def _parsed(config: dict[str, Any]) -> dict[str, Any]:
     """Every entry as transformers reads it, defaults and old spellings made out."""
-    from transformers import AutoConfig
-
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     try:
-        described = AutoConfig.for_model(**copy.deepcopy(plain))  # which changes what it is given
+        described = parsed_config(config)
     except Exception as error:  # transformers raises many kinds for an entry that it cannot use
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"config.json of a {config.get('model_type')}: {reason}") from error
+        raise CheckpointError(f"config.json of a {config.get('model_type')}: {reason_of(error)}") from error
     return dict(json.loads(described.to_json_string(use_diff=False), object_hook=_one_spelling))
 
 

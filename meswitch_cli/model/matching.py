@@ -32,6 +32,11 @@ class PlannedTensor:
         return self.base.parameter.shape
 
     @property
+    def unrelated(self) -> bool:
+        """Whether this is an untied head against a base that ties its own: the two may have nothing in common."""
+        return self.kind == "head" and self.base.parameter.name != self.name
+
+    @property
     def shared_rows(self) -> int:
         """Rows that both have; further ones are the expert's alone (added vocabulary)."""
         return min(self.shape[0], self.base_shape[0]) if self.shape else 0

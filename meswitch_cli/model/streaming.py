@@ -7,16 +7,16 @@ and every family's particulars stay transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from meswitch_cli.checkpoint.skeleton import materialise_buffers, set_parameter, skeleton
 from meswitch_cli.model.build import fill
-from meswitch_cli.model.skeleton import materialise_buffers, set_parameter, skeleton
 from meswitch_cli.model.weights import Weights
 
 #: Tokens run through a layer at once; bounds the activations in memory.
@@ -56,13 +56,23 @@ class StreamedModel:
     ) -> Any:
         """A decoder layer's output for `hidden` `[rows, length, hidden size]`."""
         with self.loaded(f"{self.weights.architecture.layers_prefix}.{index}", layer):
-            return run_in_batches(layer, hidden, args, kwargs)
+            # A position table that a family computes in fp32 makes the first layer's input fp32 too.
+            return run_in_batches(layer, hidden.to(self.dtype), args, kwargs)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[rows, length, vocabulary]`; everything outside the decoder layers is in memory meanwhile."""
+        names = [name for name, item in self.weights.architecture.parameters.items() if item.layer is None]
+        with self._holding(self.root, "", names):
+            logits: torch.Tensor = self.root(input_ids=ids.to(self.device), use_cache=False).logits
+        return logits
+
+    def loaded(self, prefix: str, module: nn.Module) -> AbstractContextManager[None]:
+        """Give a module of the tree its weights for the time of the block."""
+        return self._holding(module, f"{prefix}.", [name for name, _ in module.named_parameters()])
 
     @contextmanager
-    def loaded(self, prefix: str, module: nn.Module) -> Iterator[None]:
-        """Give a module of the tree its weights for the time of the block."""
-        names = [name for name, _ in module.named_parameters()]
-        fill(module, f"{prefix}.", names, self.weights, self.device, self.dtype)
+    def _holding(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[None]:
+        fill(module, prefix, names, self.weights, self.device, self.dtype)
         try:
             yield
         finally:

@@ -25,3 +25,21 @@ def load_tokenizer(folder: Path, error: type[MeswitchError] = CheckpointError) -
         )
     except Exception as problem:  # transformers and tokenizers raise many kinds for a file they cannot use
         raise error(f"{folder}: its tokenizer cannot be loaded: {reason_of(problem)}") from problem
+
+
+def tokenizer_note(folder: Path, vocabulary: int) -> str | None:
+    """What is wrong with the tokenizer of a model whose embedding has so many rows; None if nothing is.
+
+    Weights can be compressed and restored without one; serving needs it.
+    """
+    try:
+        tokenizer = load_tokenizer(folder)
+    except CheckpointError as error:
+        return f"{error}. The artifact can be restored but not served; copy the tokenizer's files into the folder"
+    longest = max(tokenizer.get_vocab().values(), default=-1)
+    if longest >= vocabulary:
+        return (
+            f"{folder}: its tokenizer knows tokens up to {longest}, its embedding has {vocabulary} rows; "
+            "a text that holds one of the others is refused"
+        )
+    return None

@@ -4,13 +4,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from meswitch_cli.calibration.stream import stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.errors import CalibrationError
 from meswitch_cli.model.weights import CheckpointWeights
-from zoo.tiny import DENSE_FAMILIES, make_pair
+from zoo.tiny import DENSE_FAMILIES, Pair, make_pair
 
 WINDOWS = torch.randint(4, 100, (7, 24), generator=torch.Generator().manual_seed(0))
 
@@ -71,3 +72,30 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
             seen.append({name.split(".")[2] for name in read if ".layers." in name})
     assert seen[:6] == [{str(item) for item in range(index + 1)} for index in range(6)]  # no layer before its turn
     assert len(read) == len(set(read))  # and none twice
+
+
+def test_a_family_that_adds_a_position_table_in_fp32_runs_in_bf16(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 48, "vocab_size": 128}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xglm", **sizes), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    weights = CheckpointWeights(Checkpoint.open(str(tmp_path)))
+    found: dict[str, InputStatistics] = {}
+    for _, own in stream_statistics(weights, WINDOWS, dtype=torch.bfloat16):
+        found |= own
+    expected = _whole_model(tmp_path)["model.layers.1.fc1.weight"].square().sum(0)
+    torch.testing.assert_close(found["model.layers.1.fc1.weight"].energy, expected, rtol=0.1, atol=0.1)
+
+
+def test_a_head_that_does_not_read_the_last_hidden_state_has_no_statistics(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "rembert", **sizes, vocab_size=128, input_embedding_size=16, output_embedding_size=24, is_decoder=True
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert not any(name.startswith("cls.predictions.decoder") for name in _streamed(tmp_path))
+
+
+def test_a_family_whose_layers_do_not_run_alone_is_one_line(pair: Pair) -> None:
+    weights = CheckpointWeights(Checkpoint.open(str(pair[0])))
+    with pytest.raises(CalibrationError, match=r"llama: its layers cannot be run one by one: .*--calibration none"):
+        list(stream_statistics(weights, WINDOWS + 10_000))

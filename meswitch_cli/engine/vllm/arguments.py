@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.config import parsed_config
 from meswitch_cli.engine.banks import Layout
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
 from meswitch_cli.engine.sampling_ranges import MAX_TOP_LOGPROBS
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
 from meswitch_cli.model.architecture import Architecture
-from meswitch_cli.model.config import parsed_config
 from meswitch_cli.model.dtype import dtype_name
 
 #: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.

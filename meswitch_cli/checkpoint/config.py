@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
-#: Entries that would name code of the checkpoint's, or speak of how it was stored.
-_NOT_THE_MODELS = ("auto_map", "quantization_config")
+#: Entries that would name code of the checkpoint's, speak of how it was stored, or choose an attention kernel, which
+#: is the machine's affair and may not be installed here.
+_NOT_THE_MODELS = frozenset((
+    "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+))  # fmt: skip
 
 #: Entries that do not change what the layers compute.
 _HARMLESS = frozenset((
@@ -28,7 +32,16 @@ def parsed_config(config: dict[str, Any]) -> Any:
 
     if not config.get("model_type"):
         raise ValueError("config.json names no model_type")
-    return AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _NOT_THE_MODELS})
+    return AutoConfig.for_model(**_own(config))
+
+
+def _own(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the entries that are not the model's, those of its parts included."""
+    return {
+        key: _own(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in config.items()
+        if key not in _NOT_THE_MODELS
+    }
 
 
 def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from meswitch_cli.checkpoint.config import parsed_config
 from meswitch_cli.errors import CheckpointError, reason_of
-from meswitch_cli.model.config import parsed_config
 
 
 def skeleton(config: dict[str, Any], where: str) -> nn.Module:

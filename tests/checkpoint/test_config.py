@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from meswitch_cli.model.config import config_differences
+from meswitch_cli.checkpoint.config import config_differences
 
 PLAIN: dict[str, Any] = {
     "model_type": "llama",

@@ -1,0 +1,211 @@
+"""What of a checkpoint's stored tensors is its model's, and whether its head is its own: as transformers loads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from meswitch_cli.checkpoint.names import canonical_name
+from meswitch_cli.checkpoint.skeleton import skeleton
+from meswitch_cli.checkpoint.tensorfile import TensorInfo, equal_tensors, read_tensor
+from meswitch_cli.errors import CheckpointError
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TIE_ENTRY = "tie_word_embeddings"
+#: transformers drops these from any checkpoint whose model has such a buffer (`_adjust_missing_and_unexpected_keys`).
+_MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint as its model sees it.
+
+    Attributes:
+        config: config.json with `tie_word_embeddings` as the weights have it.
+        tensors: what the model loads, by stored name; a tensor that no model knows is still among them.
+        notes: what was decided against config.json, or left out.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    notes: tuple[str, ...]
+
+
+def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> Contents:
+    """Leave out what transformers does not load or computes from the config, and decide what is tied.
+
+    Raises:
+        CheckpointError: transformers cannot build the model; a tensor is stored twice or in a type that is not read;
+            a buffer holds values of its own.
+    """
+    model: Any = skeleton(config, where)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = str(model.base_model_prefix)
+    stored = {name: canonical_name(name, parameters | buffers, prefix) for name in tensors}
+    _refuse_two_names(stored, where)
+    derived = _DerivedBuffers(model, parameters, buffers, config, where)
+    kept: dict[str, TensorInfo] = {}
+    ignored: list[str] = []
+    for name, info in tensors.items():
+        own = stored[name]
+        if own in parameters:
+            kept[name] = info
+        elif derived.has(own, info):
+            continue
+        elif derived.is_ignored(own):
+            ignored.append(name)
+        else:
+            kept[name] = info
+    for info in kept.values():
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{info.path}: tensor {info.name!r} is {info.dtype}; weights must be bf16, fp16 or fp32"
+            )
+    notes = []
+    if ignored:
+        notes.append(
+            f"{where}: {len(ignored)} tensors are left out, as transformers does for {config['model_type']}; "
+            f"the first is {ignored[0]!r}"
+        )
+    by_own = {stored[name]: info for name, info in kept.items()}
+    untied = _stored_apart(getattr(model, "all_tied_weights_keys", None) or {}, by_own, where)
+    if untied:
+        config = config | {TIE_ENTRY: False}
+        notes.append(
+            f"{where}: config.json says {TIE_ENTRY}, but {untied!r} is stored and differs from what it would be tied "
+            "to: it is kept as it is, as transformers does"
+        )
+    return Contents(config, kept, tuple(notes))
+
+
+def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:
+    seen: dict[str, str] = {}
+    for name, own in stored.items():
+        if own in seen:
+            raise CheckpointError(f"{where}: holds {own!r} twice, as {seen[own]!r} and as {name!r}")
+        seen[own] = name
+
+
+class _DerivedBuffers:
+    """Which stored tensors follow from the config, read off the model that the config builds."""
+
+    def __init__(self, model: Any, parameters: set[str], buffers: set[str], config: dict[str, Any], where: str) -> None:
+        self._model, self._config, self._where = model, config, where
+        self._buffers = buffers
+        self._saved = buffers & set(model.state_dict())
+        self._modules = dict(model.named_modules())
+        #: Last parts of the names of modules that compute something from the config and learn nothing: `rotary_emb`.
+        self._computing = {
+            name.rpartition(".")[2]
+            for name, module in self._modules.items()
+            if next(module.buffers(), None) is not None and next(module.parameters(), None) is None
+        }
+        self._leaves = {_leaf(name) for name in buffers - self._saved} - {_leaf(name) for name in parameters}
+        moved = {pattern for pattern in _MOVED_BUFFERS if any(re.search(pattern, name) for name in buffers)}
+        self._patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | moved
+
+    def has(self, own: str, info: TensorInfo) -> bool:
+        """Whether a tensor that is no parameter follows from the config.
+
+        Raises:
+            CheckpointError: it is a buffer that transformers would load, with other values than the config gives.
+        """
+        if own in self._saved:
+            self._refuse_own_values(own, info)
+            return True
+        path, _, leaf = own.rpartition(".")
+        return (
+            own in self._buffers
+            or leaf in self._leaves
+            or _leaf(path) in self._computing
+            or (path in self._modules and (_is_mask(info) or leaf == "masked_bias"))
+            or _is_range(info)
+        )
+
+    def is_ignored(self, own: str) -> bool:
+        """Whether the family's class leaves such names out when it loads."""
+        return any(re.search(pattern, own) for pattern in self._patterns)
+
+    def _refuse_own_values(self, own: str, info: TensorInfo) -> None:
+        value = self._config_value(own)
+        if value is None or value.shape != info.shape or not torch.equal(value.to(info.dtype), read_tensor(info)):
+            module = self._modules[own.rpartition(".")[0]]
+            raise CheckpointError(
+                f"{self._where}: {info.name!r} is a buffer of {type(module).__name__} with values of its own, "
+                "which meswitch does not compress"
+            )
+
+    def _config_value(self, own: str) -> torch.Tensor | None:
+        """What the class puts into a buffer: as a constant when it is made, or when weights are initialised."""
+        constant = self._constants.get(own)
+        if constant is not None:
+            return constant
+        path, _, leaf = own.rpartition(".")
+        module = self._modules[path]
+        empty = torch.zeros(getattr(module, leaf).shape, dtype=getattr(module, leaf).dtype)
+        setattr(module, leaf, empty.fill_(float("nan")) if empty.is_floating_point() else empty)
+        self._model._init_weights(module)
+        value: torch.Tensor = getattr(module, leaf)
+        return value
+
+    @cached_property
+    def _constants(self) -> dict[str, torch.Tensor]:
+        with _RealConstants():
+            model = skeleton(self._config, self._where)
+        return {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+
+
+class _RealConstants(TorchFunctionMode):
+    """Makes what `torch.tensor` makes on the CPU, also where a model is built on the meta device."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*arguments, **(options or {}) | ({"device": "cpu"} if function is torch.tensor else {}))
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_mask(info: TensorInfo) -> bool:
+    """Whether this has the shape of a causal mask over all positions, which old checkpoints carry."""
+    return len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
+
+
+def _is_range(info: TensorInfo) -> bool:
+    """Whether this is 0, 1, 2, ... as integers: position ids."""
+    if info.dtype not in (torch.int64, torch.int32) or not info.numel or info.shape[-1] != info.numel:
+        return False
+    return torch.equal(read_tensor(info).flatten(), torch.arange(info.numel, dtype=info.dtype))
+
+
+def _stored_apart(ties: Mapping[str, str], stored: Mapping[str, TensorInfo], where: str) -> str | None:
+    """The stored name of a tensor that config.json ties to another and that differs from it, else None.
+
+    transformers compares after it has cast both to the type in which it loads; here they are compared as stored.
+
+    Raises:
+        CheckpointError: others of the model's ties hold, which no config.json can say.
+    """
+    apart = [
+        target
+        for target, source in ties.items()
+        if target in stored and source in stored and not equal_tensors(stored[target], stored[source])
+    ]
+    if not apart:
+        return None
+    together = sorted(target for target in ties if target not in stored)
+    if together:
+        raise CheckpointError(
+            f"{where}: {stored[apart[0]].name!r} is stored and differs from what config.json ties it to, "
+            f"{together[0]!r} is not stored; meswitch ties both or neither"
+        )
+    return stored[apart[0]].name
