@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
-from meswitch_cli.artifact.workspace import workspace
+from meswitch_cli.artifact.workspace import Inputs, workspace
 from meswitch_cli.calibration.data import random_window, read_calibration
 from meswitch_cli.checkpoint.checkpoint import SINGLE_FILE, Checkpoint
 from meswitch_cli.compression.closeness import WINDOWS, WeakDeltaError, closeness, doubtful
@@ -142,7 +142,7 @@ def test_closeness_is_what_transformers_measures(tmp_path: Path, family: str, op
     base, expert = make_pair(tmp_path, family, **options)
     job = prepare(str(base), str(expert), tmp_path / "art", _settings(), None)
     with workspace(job.out, force=False) as space:
-        space.begin({})
+        space.begin(Inputs(version="", settings={}, base_files="", expert_files=""))
         records = _quantise(job, space, "cpu", lambda what, nbytes, units: None)
         found = closeness(job, space, records, "cpu")
         space.drop()
@@ -170,7 +170,7 @@ def test_a_family_whose_layers_do_not_run_alone_is_judged_by_its_weights(
     def fails(*_: Any) -> None:
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr("meswitch_cli.compression.closeness.run_in_batches", fails)
+    monkeypatch.setattr("meswitch_cli.model.streaming.run_in_batches", fails)
     expert = _sparse_expert(base, tmp_path / "expert", 0.02)
     settings = _settings(bits=2, calibration=None, steps="unbiased")
     with pytest.raises(WeakDeltaError, match=r"do not run one by one: no such layer.*With --bits 4"):
