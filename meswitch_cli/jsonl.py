@@ -30,8 +30,8 @@ def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines
         most_lines: None for all.
 
     Raises:
-        MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON or holds what is no text, or
-            no line with data.
+        MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON or holds what is no text,
+            or no line with data.
     """
     file = read_text(path, error, holds)
     values: list[tuple[int, Any]] = []

@@ -89,5 +89,5 @@ def test_what_no_tokenizer_takes_is_refused_by_its_line(tmp_path: Path, reader: 
     path.write_text(good)
     assert READERS[reader](path) == ["a 😀 face"]
     path.write_text(good + '{"prompt": "a \\uD800 half", "response": "x"}\n')
-    with pytest.raises(MeswitchError, match="line 2: .*binary data, not text"):
+    with pytest.raises(MeswitchError, match=r"line 2: .*binary data, not text"):
         READERS[reader](path)
