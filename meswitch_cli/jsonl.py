@@ -30,7 +30,8 @@ def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines
         most_lines: None for all.
 
     Raises:
-        MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON, or no line with data.
+        MeswitchError: of the kind `error`: no such file, not UTF-8, a line that is not JSON or holds what is no text,
+            or no line with data.
     """
     file = read_text(path, error, holds)
     values: list[tuple[int, Any]] = []
@@ -38,9 +39,21 @@ def read_jsonl(path: Path, error: type[MeswitchError], holds: str, *, most_lines
         if not line.strip():
             continue
         try:
-            values.append((number, json.loads(line)))
+            value = json.loads(line)
         except (ValueError, RecursionError) as reason:
             raise error(f"{path}: line {number}: not JSON: {reason}") from reason
+        if "\\ud" in line.lower() and not _is_text(value):
+            raise error(f"{path}: line {number}: binary data, not text: half of a surrogate pair")
+        values.append((number, value))
     if not values:
         raise error(f"{path}: no line with data; {holds} is JSONL with one example a line")
     return JsonLines(tuple(values), hashlib.sha256(file.raw).hexdigest())
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all of it can be written as UTF-8: JSON's escapes can say what is no character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -80,3 +80,14 @@ def test_other_encodings_are_named(tmp_path: Path, raw: bytes, said: str | None)
         return
     with pytest.raises(MeswitchError, match=said):
         read_text(path, MeswitchError, "a file of keys")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_no_tokenizer_takes_is_refused_by_its_line(tmp_path: Path, reader: str) -> None:
+    path = tmp_path / "data.jsonl"
+    good = '{"prompt": "a \\ud83d\\ude00 face", "response": "\\\\ud800"}\n'
+    path.write_text(good)
+    assert READERS[reader](path) == ["a 😀 face"]
+    path.write_text(good + '{"prompt": "a \\uD800 half", "response": "x"}\n')
+    with pytest.raises(MeswitchError, match=r"line 2: .*binary data, not text"):
+        READERS[reader](path)
