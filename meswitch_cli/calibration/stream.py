@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from meswitch_cli.calibration.turns import in_turns
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import CalibrationError, CheckpointError
 from meswitch_cli.model.streaming import StreamedModel
@@ -17,11 +17,10 @@ from meswitch_cli.model.weights import Weights
 
 #: The statistics of a layer's linears by parameter name.
 LayerStatistics = dict[str, InputStatistics]
-OnStatistics = Callable[[tuple[int, LayerStatistics]], None]
 
 
 class _Collector:
-    """Sums of second moments of linears' inputs, filled by forward hooks."""
+    """Sums of second moments of linears' inputs, filled by forward hooks while it is entered."""
 
     def __init__(self, linears: Mapping[str, nn.Module], gram: bool, keep: bool) -> None:
         self._gram, self._keep = gram, keep
@@ -30,7 +29,16 @@ class _Collector:
         self._tokens: dict[str, int] = {}
         self._inputs: dict[str, list[torch.Tensor]] = {}
         self._last: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
-        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
+        self._linears, self._handles = linears, list[RemovableHandle]()
+
+    def __enter__(self) -> _Collector:
+        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()]
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = (None, None, None)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -59,10 +67,7 @@ class _Collector:
         self._last = (inputs, energy, gram)
         return energy, gram
 
-    def finish(self) -> LayerStatistics:
-        for handle in self._handles:
-            handle.remove()
-        self._last = (None, None, None)
+    def statistics(self) -> LayerStatistics:
         return {
             name: InputStatistics(
                 energy.float(),
@@ -74,30 +79,6 @@ class _Collector:
         }
 
 
-class _ObservedModel(StreamedModel):
-    """Reports the statistics of each layer when it has run and its weights are gone."""
-
-    def __init__(
-        self, weights: Weights, device: torch.device, dtype: torch.dtype, gram: bool, keep: bool, report: OnStatistics
-    ) -> None:
-        super().__init__(weights, device, dtype)
-        self._gram, self._keep, self._report = gram, keep, report
-
-    def run_layer(
-        self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        prefix = f"{self.weights.architecture.layers_prefix}.{index}."
-        linears = {
-            name: layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
-            for name, item in self.weights.architecture.parameters.items()
-            if item.layer == index and item.kind == "linear"
-        }
-        collector = _Collector(linears, self._gram, self._keep)
-        outputs = super().run_layer(index, layer, hidden, args, kwargs)
-        self._report((index, collector.finish()))
-        return outputs
-
-
 def calibration_dtype(stored: torch.dtype, device: torch.device | str, *, few_tokens: bool) -> torch.dtype:
     """What to run a model in whose weights are stored so: fp32 on a CPU, else as they are.
 
@@ -107,6 +88,7 @@ def calibration_dtype(stored: torch.dtype, device: torch.device | str, *, few_to
     return stored if as_stored else torch.float32
 
 
+@torch.no_grad()
 def stream_statistics(
     weights: Weights,
     windows: torch.Tensor,
@@ -127,26 +109,32 @@ def stream_statistics(
 
     Yields:
         (index, statistics by parameter name): of every decoder layer in order, and last, under the number of layers,
-        of the language-model head. Nothing is computed until the next is asked for; a layer's may be as large as its
-        weights, so let go of them first.
+        of the language-model head. A layer's may be larger than its weights: let go of them before asking for the next.
 
     Raises:
-        CalibrationError: a buffer of this family does not follow from its config.
+        CalibrationError, CheckpointError: this family cannot be run one layer at a time.
     """
+    parameters = weights.architecture.parameters
 
-    @torch.no_grad()
-    def run(report: OnStatistics) -> None:
-        try:
-            model = _ObservedModel(weights, torch.device(device), dtype, gram, keep, report)
-        except CheckpointError as error:
-            raise CalibrationError(f"{error}; compress it without calibration (--calibration none)") from error
-        hidden = model.last_hidden_state(windows)
-        collector = _Collector({}, gram, keep)
-        for name, item in weights.architecture.parameters.items():
-            if item.kind == "head":
-                collector.add(name, hidden)
-        del model, hidden
-        gc.collect()  # the wrapped layers and the model refer to each other
-        report((weights.architecture.num_layers, collector.finish()))
+    def watch(index: int, layer: nn.Module) -> _Collector:
+        prefix = f"{weights.architecture.layers_prefix}.{index}."
+        names = [name for name, item in parameters.items() if item.layer == index and item.kind == "linear"]
+        linears = {name: layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight")) for name in names}
+        return _Collector(linears, gram, keep)
 
-    return in_turns(run)
+    try:
+        model = StreamedModel(weights, torch.device(device), dtype)
+    except CheckpointError as error:
+        raise CalibrationError(f"{error}; compress it without calibration (--calibration none)") from error
+    for index, collector in model.layers(windows, watch):
+        statistics = collector.statistics()
+        del collector
+        yield index, statistics
+        del statistics
+    head = _Collector({}, gram, keep)
+    for name, item in parameters.items():
+        if item.kind == "head":
+            head.add(name, model.last_hidden_state)
+    del model
+    gc.collect()  # the stand-ins and the model refer to each other
+    yield weights.architecture.num_layers, head.statistics()

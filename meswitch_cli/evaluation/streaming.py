@@ -32,7 +32,7 @@ def streamed_logits(
     head_name = next(name for name, module in root.named_modules() if module is head)
     for batch in batches_by_length(items, group_tokens):
         ids = padded([items[index] for index in batch]).to(device)
-        hidden = model.last_hidden_state(ids)
+        hidden = model.run(ids)
         with model.loaded(head_name, head):
             for row, index in enumerate(batch):
                 start, stop = items[index].answer_start - 1, len(items[index].tokens) - 1

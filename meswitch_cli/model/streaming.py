@@ -1,26 +1,30 @@
 """A model whose weights are in memory only while they are at work: one decoder layer at a time.
 
-The model's own forward runs once over all rows; what makes it stream is that each decoder layer is wrapped to load its
-weights when its turn comes, run the rows through in small batches, and drop the weights again. Masks, rotary tables
-and every family's particulars stay transformers' own.
+The body's own forward, with stand-ins in the layers' places, shows what each layer is given beside the hidden state.
+The layers are run one after another by that, and the same forward makes of the last one's output what comes after them.
+So masks, rotary tables and every family's particulars stay transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.build import fill
 from meswitch_cli.model.skeleton import materialise_buffers, set_parameter, skeleton
 from meswitch_cli.model.weights import Weights
 
 #: Tokens run through a layer at once; bounds the activations in memory.
 BATCH_TOKENS = 4096
+
+T = TypeVar("T")
+#: What a decoder layer's place is called with, and gives back.
+_Answer = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class StreamedModel:
@@ -29,7 +33,10 @@ class StreamedModel:
     Attributes:
         root: the model, on the meta device but for its buffers.
         body: the part of it before the head.
+        last_hidden_state: what reaches the head, `[rows, length, hidden size]`, once all layers have run.
     """
+
+    last_hidden_state: torch.Tensor
 
     def __init__(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         """Build the module tree.
@@ -40,23 +47,42 @@ class StreamedModel:
         self.weights, self.device, self.dtype = weights, device, dtype
         root: Any = skeleton(weights.config, weights.name)
         materialise_buffers(root, device, weights.name)
-        layers = root.get_submodule(weights.architecture.layers_prefix)
-        for index, layer in enumerate(layers):
-            layers[index] = _Streamed(layer, partial(self.run_layer, index, layer))
+        modules = root.get_submodule(weights.architecture.layers_prefix)
+        self._layers = list(modules)
+        self._places = [_Place(layer) for layer in self._layers]
+        for index, place in enumerate(self._places):
+            modules[index] = place
         self.root, self.body = root, getattr(root, root.base_model_prefix)
 
-    def last_hidden_state(self, ids: torch.Tensor) -> torch.Tensor:
-        """What reaches the head, `[rows, length, hidden size]`; the embedding is in memory meanwhile."""
-        with self.loaded(self.root.base_model_prefix, self.body):
-            hidden: torch.Tensor = self.body(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        return hidden
+    def run(self, ids: torch.Tensor) -> torch.Tensor:
+        """`last_hidden_state` of token ids `[rows, length]`."""
+        for _ in self.layers(ids, lambda index, layer: nullcontext()):
+            pass
+        return self.last_hidden_state
 
-    def run_layer(
-        self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A decoder layer's output for `hidden` `[rows, length, hidden size]`."""
-        with self.loaded(f"{self.weights.architecture.layers_prefix}.{index}", layer):
-            return run_in_batches(layer, hidden, args, kwargs)
+    def layers(
+        self, ids: torch.Tensor, watch: Callable[[int, nn.Module], AbstractContextManager[T]]
+    ) -> Iterator[tuple[int, T]]:
+        """Run token ids `[rows, length]` through the decoder layers in order, and through what comes after them.
+
+        `watch` is entered while a layer runs. Once it has run, and its weights are gone, (index, what `watch` gave) is
+        yielded. The embedding stays in memory throughout.
+
+        Raises:
+            CheckpointError: this family does something to the hidden state between its layers.
+        """
+        ids, prefix = ids.to(self.device), self.weights.architecture.layers_prefix
+        with self.loaded(self.root.base_model_prefix, self.body):
+            hidden, given = self._look(ids, None)
+            for index, layer in enumerate(self._layers):
+                with watch(index, layer) as watched, self.loaded(f"{prefix}.{index}", layer):
+                    output = run_in_batches(layer, hidden, *given[index])
+                hidden = _hidden_of(output)
+                if index == 0:
+                    hidden, given = self._look(ids, output)
+                yield index, watched
+                del watched  # it may be large, and the next layer is about to run
+            self.last_hidden_state = self._forward(ids, lambda *_: output)
 
     @contextmanager
     def loaded(self, prefix: str, module: nn.Module) -> Iterator[None]:
@@ -69,14 +95,53 @@ class StreamedModel:
             for name in names:
                 set_parameter(module, name, module.get_parameter(name).to("meta"))
 
+    def _look(
+        self, ids: torch.Tensor, output: Any
+    ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """The hidden state that reaches the layers, and what each of them is given beside it.
 
-class _Streamed(nn.Module):
+        What a layer gives back differs by family: before one has run (`output` None), the first is all that is seen.
+        """
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states: list[torch.Tensor] = []
+
+        def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given.append((args, kwargs))
+            states[:] = [hidden]
+            if len(given) > 1 and hidden is not _hidden_of(output):
+                raise CheckpointError(
+                    f"{self.weights.name}: {self.root.config.model_type} does more between its decoder layers than "
+                    "hand the hidden state on, so they cannot be run one at a time: --calibration none, --mode resident"
+                )
+            if output is None or len(given) == len(self._layers):
+                raise _Seen
+            return output
+
+        try:
+            self._forward(ids, note)
+        except _Seen:
+            return states[0], given
+        raise AssertionError("a forward that calls no layer")
+
+    def _forward(self, ids: torch.Tensor, answer: _Answer) -> torch.Tensor:
+        for place in self._places:
+            place.answer = answer
+        hidden: torch.Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+
+class _Seen(Exception):
+    """Ends a forward of which nothing more is wanted."""
+
+
+class _Place(nn.Module):
     """Stands in a decoder layer's place."""
 
-    def __init__(self, layer: nn.Module, run: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    answer: _Answer
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)  # not a submodule: its weights come and go
-        self._run = run
 
     def __getattr__(self, name: str) -> Any:
         """Families read attributes of their layers (attention type and the like)."""
@@ -86,7 +151,13 @@ class _Streamed(nn.Module):
             return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._run(hidden_states, args, kwargs)
+        return self.answer(hidden_states, args, kwargs)
+
+
+def _hidden_of(output: Any) -> torch.Tensor:
+    """The hidden state in what a layer gives back."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def run_in_batches(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
