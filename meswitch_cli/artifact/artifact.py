@@ -34,12 +34,13 @@ class Artifact:
     digest: str
 
     @classmethod
-    def open(cls, path: Path) -> Artifact:
+    def open(cls, path: str | Path) -> Artifact:
         """Open a folder.
 
         Raises:
             ArtifactError: it is no artifact, of another version, or its manifest is damaged.
         """
+        path = Path(path)
         file = path / MANIFEST_FILE
         try:
             if file.stat().st_size > MAX_MANIFEST_BYTES:

@@ -80,31 +80,23 @@ def run(
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import (
-        DEFAULT_STEPS,
-        RANDOM,
-        CompressionSettings,
-        default_channel_scale,
-        default_rank,
-    )
+    from meswitch_cli.compression.settings import RANDOM, CompressionSettings
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.model.device import choose_device
     from meswitch_cli.paths import user_path
 
     chosen = choose_device(device)
     data = None if calibration in (RANDOM, "none") else read_calibration(user_path(calibration))
-    rule = steps or DEFAULT_STEPS
-    of_use = salient or rule == "output-unbiased"
-    settings = CompressionSettings(
+    settings = CompressionSettings.with_defaults(
         bits=int(bits),
         salient=salient,
-        rank=default_rank(int(bits)) if rank is None else rank,
+        rank=rank,
         group_size=group_size,
-        channel_scale=channel_scale or default_channel_scale(int(bits)),
+        channel_scale=channel_scale,
         rounding=rounding,
-        steps=rule,
-        embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
-        calibration=data.sha256 if data else RANDOM if calibration == RANDOM and of_use else None,
+        steps=steps,
+        embedding_bits=int(embedding_bits) if embedding_bits else None,
+        calibration=data.sha256 if data else RANDOM if calibration == RANDOM else None,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

@@ -37,15 +37,15 @@ def run(
 ) -> None:
     """From metadata alone: no weight is read. Exit status 1 where the experts do not fit."""
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
-    from meswitch_cli.compression.settings import CompressionSettings, default_rank
+    from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.engine.memory import parse_bytes, plan_memory
 
-    settings = CompressionSettings(
+    settings = CompressionSettings.with_defaults(
         bits=int(bits),
         salient=salient,
-        rank=default_rank(int(bits)) if rank is None else rank,
+        rank=rank,
         group_size=group_size,
-        embedding_bits=int(embedding_bits) if embedding_bits else max(2, int(bits)),
+        embedding_bits=int(embedding_bits) if embedding_bits else None,
     )
     plan = plan_memory(
         Checkpoint.describe(base),

@@ -77,6 +77,39 @@ class CompressionSettings:
             wanted = "--rounding feedback" if self.rounding == "feedback" else f"--steps {self.steps}"
             raise UsageError(f"{wanted} needs calibration data: give --calibration FILE.jsonl")
 
+    @classmethod
+    def with_defaults(
+        cls,
+        *,
+        bits: int = 2,
+        salient: int = 8,
+        rank: int | None = None,
+        channel_scale: ChannelScale | None = None,
+        steps: StepMethod | None = None,
+        embedding_bits: int | None = None,
+        calibration: str | None = RANDOM,
+        **others: Any,
+    ) -> CompressionSettings:
+        """The settings that `meswitch compress` takes: what is None follows from the others.
+
+        Raises:
+            UsageError: a value is not possible, or there is no such setting.
+        """
+        if unknown := sorted(set(others) - {field.name for field in fields(cls)}):
+            raise UsageError(f"no such setting: {', '.join(unknown)}")
+        rule = steps or DEFAULT_STEPS
+        of_use = salient or rule == "output-unbiased"
+        return cls(
+            bits=bits,
+            salient=salient,
+            rank=default_rank(bits) if rank is None else rank,
+            channel_scale=channel_scale or default_channel_scale(bits),
+            steps=rule,
+            embedding_bits=embedding_bits or max(2, bits),
+            calibration=calibration if calibration != RANDOM or of_use else None,
+            **others,
+        )
+
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps

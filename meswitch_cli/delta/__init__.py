@@ -1,0 +1,23 @@
+"""Deltas as tensors: to codes and back. No files."""
+
+from typing import TYPE_CHECKING
+
+from meswitch_cli.lazy import exporter
+
+if TYPE_CHECKING:
+    from meswitch_cli.delta.quantize import dequantize, quantize
+    from meswitch_cli.delta.settings import QuantizerSettings
+    from meswitch_cli.delta.stored import StoredDelta, TensorEntry
+
+__all__ = ["QuantizerSettings", "StoredDelta", "TensorEntry", "dequantize", "quantize"]
+
+__getattr__ = exporter(
+    __name__,
+    {
+        "dequantize": "quantize",
+        "quantize": "quantize",
+        "QuantizerSettings": "settings",
+        "StoredDelta": "stored",
+        "TensorEntry": "stored",
+    },
+)

@@ -1,7 +1,8 @@
 """How close compressed experts are to the full ones, what they still can do, and whether a router finds them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from meswitch_cli.lazy import exporter
 
 if TYPE_CHECKING:
     from meswitch_cli.evaluation.job import Request
@@ -10,10 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "Request", "evaluate"]
 
-
-def __getattr__(name: str) -> Any:
-    """Load what is asked for: `meswitch eval --help` names the baselines, and needs no torch."""
-    homes = {"Report": "report", "Request": "job", "evaluate": "run"}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+__getattr__ = exporter(__name__, {"Request": "job", "Report": "report", "evaluate": "run"})

@@ -6,8 +6,9 @@ Its rooms, each importing those before it alone: `decide` (features to a decisio
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from meswitch_cli.lazy import exporter
 
 if TYPE_CHECKING:
     from meswitch_cli.router.decide.router import RouteDecision, Router
@@ -28,13 +29,16 @@ __all__ = [
     "write_router",
 ]
 
-_ROOMS = ("decide", "store", "train")
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: a command can list the backends without waiting for torch."""
-    for room in _ROOMS if name in __all__ else ():
-        module = importlib.import_module(f"{__name__}.{room}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exporter(
+    __name__,
+    {
+        "RouteDecision": "decide.router",
+        "Router": "decide.router",
+        "TrainingSettings": "train.settings",
+        "gather": "train.data",
+        "open_router": "store.loading",
+        "read_examples": "train.data",
+        "train_router": "train.training",
+        "write_router": "store.artifact",
+    },
+)
