@@ -7,10 +7,9 @@ from meswitch_cli.lazy import exporter
 if TYPE_CHECKING:
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.manifest import Manifest, parse_manifest
-    from meswitch_cli.artifact.restore import restore
     from meswitch_cli.artifact.weights import ArtifactWeights
 
-__all__ = ["Artifact", "ArtifactWeights", "Manifest", "parse_manifest", "restore"]
+__all__ = ["Artifact", "ArtifactWeights", "Manifest", "parse_manifest"]
 
 __getattr__ = exporter(
     __name__,
@@ -18,7 +17,6 @@ __getattr__ = exporter(
         "Artifact": "artifact",
         "Manifest": "manifest",
         "parse_manifest": "manifest",
-        "restore": "restore",
         "ArtifactWeights": "weights",
     },
 )

@@ -6,8 +6,7 @@ from meswitch_cli.lazy import exporter
 
 if TYPE_CHECKING:
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
-    from meswitch_cli.checkpoint.skeleton import skeleton
 
-__all__ = ["Checkpoint", "skeleton"]
+__all__ = ["Checkpoint"]
 
-__getattr__ = exporter(__name__, {"Checkpoint": "checkpoint", "skeleton": "skeleton"})
+__getattr__ = exporter(__name__, {"Checkpoint": "checkpoint"})
