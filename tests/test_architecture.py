@@ -38,10 +38,11 @@ def test_a_part_without_a_row_is_an_error() -> None:
         with_imports(page)
 
 
-def test_the_walk_of_a_request_leads_through_what_is_there() -> None:
-    walk = PAGE.read_text().partition("### One request")[2].partition("\n## ")[0]
+@pytest.mark.parametrize("walk_of", ["One weight", "One request"])
+def test_the_walks_lead_through_what_is_there(walk_of: str) -> None:
+    walk = PAGE.read_text().partition(f"### {walk_of}\n")[2].partition("\n##")[0]
     stops = re.findall(r"`(?:\w+/)*(\w+\.py): ([\w.]+)`", walk)
-    assert len(stops) > 20
+    assert len(stops) > 12
     for file, name in stops:
         found = {
             node.name

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from zoo.tiny import make_pair
+from zoo.tiny import Pair, make_pair
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -42,6 +42,16 @@ def test_use(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for line in lines:
         run(line, tmp_path)
     assert (tmp_path / "restored" / "model.safetensors").exists()
+
+
+def test_from_python(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "base").symlink_to(pair[0])
+    (tmp_path / "expert").symlink_to(pair[1])
+    code = README.split("## From Python\n")[1].split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d MB\n", done.stdout)
+    assert (tmp_path / "restored-1bit" / "model.safetensors").exists()
 
 
 @pytest.fixture
