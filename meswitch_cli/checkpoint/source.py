@@ -9,8 +9,12 @@ from pathlib import Path
 from meswitch_cli.errors import CheckpointError, reason_of
 from meswitch_cli.paths import user_path
 
-#: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded.
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+#: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded. The rest is what a
+#: tokenizer reads, chat templates, and the terms of use.
+CHECKPOINT_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.spm", "*.tokenizer"),
+    *("*.bpe", "*.codes", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 

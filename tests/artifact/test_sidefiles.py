@@ -16,6 +16,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.artifact.sidefiles import CARRIED_FILES, TEMPLATE_FOLDER, expert_files
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.source import CHECKPOINT_FILES
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.errors import ArtifactError, CheckpointError
@@ -47,6 +48,11 @@ def test_every_tokenizer_of_transformers_finds_its_files() -> None:
     names = _file_names_of_all_tokenizers()
     assert {"sentencepiece.bpe.model", "bpe.codes", "source.spm", "entity_vocab.json"} <= names
     assert [name for name in sorted(names) if not any(fnmatch.fnmatchcase(name, item) for item in CARRIED_FILES)] == []
+
+
+def test_what_is_carried_is_fetched_from_the_hub() -> None:
+    names = [pattern.replace("*", "x") for pattern in CARRIED_FILES] + [f"{TEMPLATE_FOLDER}/rag.jinja"]
+    assert [name for name in names if not any(fnmatch.fnmatchcase(name, item) for item in CHECKPOINT_FILES)] == []
 
 
 def test_files_without_a_pattern_of_transformers(expert: Path) -> None:
