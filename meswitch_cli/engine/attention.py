@@ -19,6 +19,11 @@ from meswitch_kernels import naive
 NAME = "meswitch_by_request"
 
 
+def implementation(device: torch.device) -> str:
+    """The attention of a model on a device, by the name that transformers knows."""
+    return register() if device.type == "cpu" else "sdpa"
+
+
 def register() -> str:
     """Make `attend` known to transformers; return its name."""
     from transformers import AttentionInterface

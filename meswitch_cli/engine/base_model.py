@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.attention import register
+from meswitch_cli.engine.attention import implementation
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
@@ -93,7 +93,7 @@ def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        attn_implementation=register() if device.type == "cpu" else "sdpa",
+        attn_implementation=implementation(device),
     )
     return model.to(device)
 

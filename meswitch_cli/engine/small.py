@@ -1,0 +1,135 @@
+"""The config of a small model that computes as a large one does: every kind of layer, few of each, all of them narrow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from meswitch_cli.model.config import parsed_config
+
+VOCABULARY = 160
+LEAST_LAYERS = 2
+HEADS, HEAD_DIM = 4, 16
+#: Width of the hidden states where a family's heads together are not as wide: 4 heads of 16 are 64.
+NARROWER = 48
+INTERMEDIATE = 96
+#: Tokens that a layer looks back, so that prompts of a page or two leave the window.
+WINDOW = 12
+#: The most of each other entry that is a width, by name.
+_WIDTHS = {
+    "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
+    "qk_head_dim": 2 * HEAD_DIM, "v_head_dim": HEAD_DIM,
+}  # fmt: skip
+
+Config = dict[str, Any]
+
+
+def small_configs(config: Config) -> Iterator[Config]:
+    """Configs of small models of the same class, the smallest first; transformers may be unable to build some.
+
+    Heads stay grouped, shared or apart, and the hidden states as wide as the heads together or not. The later ones
+    shrink less: vocabulary, layers and the MLPs' width, and then vocabulary and layers alone.
+
+    Raises:
+        Exception: of many kinds, where transformers cannot read the config.
+    """
+    described = parsed_config(config)
+    full: Config = json.loads(described.to_json_string(use_diff=False))
+    text = described.get_text_config()
+    place = next((key for key, value in vars(described).items() if value is text and value is not described), None)
+    for narrow in (_narrowed, _with_short_mlps, None):
+        small: Config = json.loads(json.dumps({key: value for key, value in full.items() if key[0] != "_"}))
+        inner = small[place] if place in small else small
+        names = {key: type(text).attribute_map.get(key, key) for key in ("num_hidden_layers", "vocab_size")}
+        _take_layers(inner, names["num_hidden_layers"], int(text.num_hidden_layers))
+        if narrow is not None:
+            narrow(inner, text)
+        for level in (small, inner):
+            _shorten_vocabulary(level, names["vocab_size"])
+        yield small
+
+
+def special_ids(config: Config) -> set[int]:
+    """The token ids that a config names, those of configs inside it included."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= special_ids(value)
+        elif key.endswith(("token_id", "token_index")):
+            found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
+    return found
+
+
+def _take_layers(config: Config, name: str, count: int) -> None:
+    """Keep the first layer of each kind, and two at least. A kind is what the lists with an entry a layer say of it."""
+    lists = {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
+    if count <= LEAST_LAYERS:
+        return
+    kinds: dict[str, int] = {}
+    for index in range(count):
+        kinds.setdefault(json.dumps([value[index] for value in lists.values()]), index)
+    kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
+    config |= {key: [value[index] for index in kept] for key, value in lists.items()}
+    config[name] = len(kept)
+
+
+def _narrowed(config: Config, text: Any) -> None:
+    """Few narrow heads, and all that is as wide as the hidden states likewise."""
+    _with_short_mlps(config, text)
+    names = type(text).attribute_map
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or hidden // heads
+    small_heads, small_width = min(HEADS, heads), min(HEAD_DIM, width)
+    together = small_heads * small_width
+    small_hidden = min(hidden, together if hidden == heads * width else NARROWER)
+    small_shared = small_heads if shared == heads else 1 if shared == 1 else max(1, small_heads // 2)
+    for key, value in config.items():
+        if value == hidden and isinstance(value, int) and not any(part in key for part in ("posi", "vocab", "window")):
+            config[key] = small_hidden
+    config[names.get("num_attention_heads", "num_attention_heads")] = small_heads
+    for key, value in (("num_key_value_heads", small_shared), ("head_dim", small_width)):
+        if isinstance(config.get(names.get(key, key)), int):
+            config[names.get(key, key)] = value
+    for key, most in _WIDTHS.items():
+        if isinstance(config.get(key), int):
+            config[key] = min(config[key], most)
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(config.get(key), dict):
+            _narrow_rope(config[key], width, small_width)
+
+
+def _narrow_rope(rope: Config, width: int, small_width: int) -> None:
+    """Entries that have a number for every frequency, or count frequencies; per kind of layer in some families."""
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            _narrow_rope(value, width, small_width)
+        elif key in ("short_factor", "long_factor") and isinstance(value, list):
+            rope[key] = value[: len(value) * small_width // width]
+        elif key == "mrope_section":
+            rope[key] = [item * small_width // width for item in value]
+
+
+def _with_short_mlps(config: Config, text: Any) -> None:
+    for key, value in config.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if value > INTERMEDIATE and ("intermediate" in key or "ffn" in key or key == "n_inner"):
+            config[key] = INTERMEDIATE
+        elif key == "sliding_window":
+            config[key] = min(value, WINDOW)
+
+
+def _shorten_vocabulary(config: Config, name: str) -> None:
+    """Fewer tokens, and special ones among them."""
+    if isinstance(config.get(name), int):
+        config[name] = min(config[name], VOCABULARY)
+    free = iter(range(VOCABULARY - 1, 0, -1))
+    for key, value in config.items():
+        if not key.endswith(("token_id", "token_index")):
+            continue
+        if isinstance(value, list):
+            config[key] = [item if item < VOCABULARY else next(free) for item in value if isinstance(item, int)]
+        elif isinstance(value, int) and value >= VOCABULARY:
+            config[key] = next(free)
