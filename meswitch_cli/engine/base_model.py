@@ -99,7 +99,7 @@ def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:
-    """Put expert-aware layers in place of every linear, embedding, head and norm.
+    """Put expert-aware layers in place of the embedding and of every linear, head and norm.
 
     Raises:
         EngineError: a parameter sits in a layer of unknown kind.
@@ -115,7 +115,9 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and module is not embedding_module:
+            continue  # of positions: no expert changes it, and families look up in ways of their own
+        if module is embedding_module:
             replaced[name] = ExpertEmbedding(module, current, backend)
         elif module is head_module:
             replaced[name] = ExpertHead(module, current, backend)
@@ -230,6 +232,6 @@ def _find_token_dimensions(base: BaseModel) -> None:
     for name, norm in base.norms.items():
         shape = shapes.get(name, (1, tokens, 1))
         candidates = [index for index, size in enumerate(shape[:-1]) if size == tokens]
-        if len(shape) < 3 or shape[0] != 1 or len(candidates) != 1:
+        if (len(shape) > 2 and shape[0] != 1) or len(candidates) != 1:
             raise EngineError(f"{name}: a norm of input {list(shape)} is not served by the embedded engine")
         norm.token_dimension = candidates[0]

@@ -80,7 +80,7 @@ class ExpertEmbedding(nn.Module):
         super().__init__()
         self.base, self.padding_idx = base, base.padding_idx
         self.weight: Tensor = base.weight
-        self.scale: Tensor | None = getattr(base, "embed_scale", None)
+        self.scale: Tensor | float | None = getattr(base, "embed_scale", None)
         self.current, self.look_up = current, backend.expert_embedding
         self.bank: ExpertBank | None = None
 
@@ -91,7 +91,7 @@ class ExpertEmbedding(nn.Module):
             return y
         rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, batch.slot_of_token)
         if self.scale is not None:
-            rows = rows * self.scale.to(rows.dtype)
+            rows = rows * (self.scale if isinstance(self.scale, float) else self.scale.to(rows.dtype))
         return rows.view(*ids.shape, -1)
 
 
