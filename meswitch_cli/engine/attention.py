@@ -108,6 +108,11 @@ def _attend_decode(
     """One query of each request, whose keys are read where they lie in the cache, whatever window it keeps."""
     allocator = cache.layer_to_allocator[layer]
     key_cache, value_cache = allocator._kv_token_views[layer]
+    if query.shape[3] != key.shape[3] or (key[0, :, 0].shape, value[0, :, 0].shape) != (
+        key_cache.shape[1:],
+        value_cache.shape[1:],
+    ):  # kernels do not look
+        raise ValueError(f"keys {list(key.shape)} and values {list(value.shape)} do not fit the cache")
     backend = kernels(query.device, query.dtype)
     result: Tensor = getattr(backend, "decode_attention", naive.decode_attention)(
         query[0],

@@ -26,9 +26,9 @@ from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.engine.small import VOCABULARY, small_configs, special_ids
+from meswitch_cli.engine.small import small_configs, special_ids
 from meswitch_cli.engine.synthetic import SyntheticExpert, synthetic_expert
-from meswitch_cli.errors import CheckpointError, MeswitchError, reason_of
+from meswitch_cli.errors import MeswitchError, reason_of
 from meswitch_cli.model.architecture import architecture
 from meswitch_cli.model.config import parsed_config
 from meswitch_cli.model.skeleton import skeleton
@@ -70,11 +70,11 @@ def prove(config: dict[str, Any], where: str, device: torch.device, dtype: torch
 def _problem(text: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with a family in this engine; None where nothing is."""
     with _undisturbed():
-        small, plain = _small_model(json.loads(text), dtype)
+        small, plain = small_model(json.loads(text), dtype)
         described = architecture(small, "config.json")
         try:
             served = _Served.of(plain, described, small, device, dtype)
-            requests = _requests(special_ids(small), served.page_size)
+            requests = _requests(served.base.vocabulary, special_ids(small), served.page_size)
             together = served.answers(requests)
         except MeswitchError as error:
             return str(error).removeprefix("config.json: ")
@@ -111,22 +111,28 @@ def _undisturbed() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _small_model(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], Any]:
+def small_model(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], Any]:
     """The smallest model of a config's class that runs, with random weights that `dtype` holds exactly, and its config.
 
     Raises:
         EngineError: there is none.
         CheckpointError: transformers cannot build the large one either.
     """
-    reason = ""
+    large, reason = skeleton(config, "config.json"), ""
     try:
         for small in small_configs(config):
             try:
-                if _parameter_count(small) > MOST_PARAMETERS:
+                shrunk = skeleton(small, "config.json")
+                if lost := _classes(large) - _classes(shrunk):
+                    reason = reason or f"it would lack {min(kind.__name__ for kind in lost)}"
+                    continue
+                if sum(parameter.numel() for parameter in shrunk.parameters()) > MOST_PARAMETERS:
                     reason = reason or f"more than {MOST_PARAMETERS:,} parameters"
                     continue
                 plain = _random_model(small, dtype)
-                logits = plain(torch.arange(8, 24)[None], use_cache=False).logits
+                logits = plain(
+                    torch.arange(16)[None] % len(plain.get_input_embeddings().weight), use_cache=False
+                ).logits
                 if torch.isfinite(logits).all() and float(logits.std()) > 0:
                     return small, plain
                 reason = reason or "its logits are not finite, or all the same"
@@ -134,15 +140,14 @@ def _small_model(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, 
                 reason = reason or reason_of(error)
     except Exception as error:
         reason = reason_of(error)
-    skeleton(config, "config.json")
     raise EngineError(
         f"the embedded engine does not serve {config.get('model_type')}: it cannot be tried, as no small model of it "
         f"could be made: {reason}"
     )
 
 
-def _parameter_count(config: dict[str, Any]) -> int:
-    return sum(parameter.numel() for parameter in skeleton(config, "config.json").parameters())
+def _classes(model: torch.nn.Module) -> set[type[torch.nn.Module]]:
+    return {type(module) for module in model.modules()}
 
 
 def _random_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -248,7 +253,7 @@ class _Served:
         manager = make_manager(self.base, settings, SLOTS, longest, _Unheard())
         processor: Any = manager.batch_processor
         answers = [_Answer(request) for request in requests]
-        generations = [_generation(answer) for answer in answers]
+        generations = [_generation(answer, self.base.vocabulary) for answer in answers]
         with torch.inference_mode():
             for generation in generations:
                 processor.admit(generation)
@@ -260,14 +265,14 @@ class _Served:
         return answers
 
 
-def _generation(answer: _Answer) -> Generation:
+def _generation(answer: _Answer, vocabulary: int) -> Generation:
     tokenizer: Any = _NoText()
     model = ServedModel(
         name=answer.request.expert,
         path=Path(),
         digest="" if answer.request.expert == BASE else EXPERT,
         tokenizer=tokenizer,
-        vocabulary=VOCABULARY,
+        vocabulary=vocabulary,
         end_ids=frozenset(),
     )
     generation = Generation(answer.request, model, Sampler(answer.request, model, 0, None), answer.take)
@@ -275,14 +280,14 @@ def _generation(answer: _Answer) -> Generation:
     return generation
 
 
-def _requests(avoided: set[int], page_size: int) -> list[GenerationRequest]:
+def _requests(vocabulary: int, avoided: set[int], page_size: int) -> list[GenerationRequest]:
     """Greedy requests of base and expert in turn, of lengths of their own."""
     generator = torch.Generator().manual_seed(_SEED + 2)
-    allowed = torch.tensor([token for token in range(8, VOCABULARY // 2) if token not in avoided])
+    allowed = torch.tensor([token for token in range(vocabulary // 16, vocabulary // 2) if token not in avoided])
     made = []
     for index, pages in enumerate(PROMPT_PAGES):
         drawn = torch.randint(len(allowed), (int(pages * page_size),), generator=generator)
-        sampling = Sampling(temperature=0, max_tokens=DECODED, ignore_eos=True, logprobs=VOCABULARY)
+        sampling = Sampling(temperature=0, max_tokens=DECODED, ignore_eos=True, logprobs=vocabulary)
         prompt = tuple(allowed[drawn].tolist())
         made.append(GenerationRequest(f"proof-{index}", (BASE, EXPERT)[index % 2], prompt, sampling))
     return made

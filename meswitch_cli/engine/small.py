@@ -1,4 +1,4 @@
-"""The config of a small model that computes as a large one does: every kind of layer, few of each, all of them narrow."""
+"""The config of a small model that computes as a large one does: each kind of layer, few of each, all narrow."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _WIDTHS = {
     "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
     "qk_head_dim": 2 * HEAD_DIM, "v_head_dim": HEAD_DIM,
 }  # fmt: skip
+#: How many layers come before those with a mixture of experts.
+_DENSE_FIRST = "first_k_dense_replace"
 
 Config = dict[str, Any]
 
@@ -40,7 +42,7 @@ def small_configs(config: Config) -> Iterator[Config]:
     place = next((key for key, value in vars(described).items() if value is text and value is not described), None)
     for narrow in (_narrowed, _with_short_mlps, None):
         small: Config = json.loads(json.dumps({key: value for key, value in full.items() if key[0] != "_"}))
-        inner = small[place] if place in small else small
+        inner = small if place is None else small[place]
         names = {key: type(text).attribute_map.get(key, key) for key in ("num_hidden_layers", "vocab_size")}
         _take_layers(inner, names["num_hidden_layers"], int(text.num_hidden_layers))
         if narrow is not None:
@@ -72,6 +74,8 @@ def _take_layers(config: Config, name: str, count: int) -> None:
     kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
     config |= {key: [value[index] for index in kept] for key, value in lists.items()}
     config[name] = len(kept)
+    if isinstance(config.get(_DENSE_FIRST), int):
+        config[_DENSE_FIRST] = min(config[_DENSE_FIRST], 1)
 
 
 def _narrowed(config: Config, text: Any) -> None:

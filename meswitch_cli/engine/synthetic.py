@@ -55,9 +55,8 @@ def synthetic_expert(
                 continue
             delta = quantized[0]
             new = old + dequantize(delta)
-        entries.append(
-            TensorEntry(name=name, kind=item.kind, shape=item.shape, base=name, base_shape=item.shape, **delta.stored_as)
-        )
+        known = {"name": name, "kind": item.kind, "shape": item.shape, "base": name, "base_shape": item.shape}
+        entries.append(TensorEntry(**known, **delta.stored_as))
         stored[name], values[name] = delta, item.to_stored(new)
     reference = ModelReference("synthetic", None, "")
     manifest = Manifest(
