@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.engine.attention import implementation
+from meswitch_cli.engine.attention import NAME, implementation
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import BaseModel, replace_layers
 from meswitch_cli.engine.contract import BASE, Chunk, EngineError, GenerationRequest, Sampling
@@ -79,6 +79,8 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype) -> str | None:
         except MeswitchError as error:
             return str(error).removeprefix("config.json: ")
         except Exception as error:  # whatever a family raises that the engine was not made for
+            if isinstance(error, KeyError) and error.args == (NAME,):
+                return "its attention is of its own kind, in whose place transformers takes no other"
             return f"raised {type(error).__name__}: {reason_of(error)}"
         plains = {BASE: plain.to(device), EXPERT: _with_values(plain, served.expert).to(device)}
         expected = [_expected(plains[item.request.expert], item) for item in together]

@@ -95,10 +95,11 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
     ("config", "reason"),
     [
         ({"model_type": "bloom", **BLOOM}, "does not serve bloom: logits of .* differ by .* from plain transformers'"),
-        ({"model_type": "gptj", **GPTJ}, "does not serve gptj: raised KeyError"),
+        ({"model_type": "gptj", **GPTJ}, "does not serve gptj: its attention is of its own kind"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
+        (config_of("opt", ffn_dim=96, word_embed_proj_dim=64), "does not serve opt: raised RuntimeError"),
     ],
-    ids=["bloom", "gptj", "mamba"],
+    ids=["bloom", "gptj", "mamba", "opt-whose-config-names-key-heads"],
 )
 def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises((EngineError, CheckpointError), match=f"^base: .*{reason}") as caught:
@@ -316,7 +317,7 @@ def test_layers_that_drop_the_cache_are_served(kind: str, entries: dict[str, Any
 def test_serve_and_chat_refuse_in_a_sentence(tmp_path: Path) -> None:
     base = save(tmp_path / "base", "gptj", **GPTJ)
     for command in (("serve", "--base", base, "--port", 0), ("chat", "--base", base)):
-        fails(in_process(*command), 1, "does not serve gptj", "KeyError")
+        fails(in_process(*command), 1, "does not serve gptj", "attention")
 
 
 def test_verify_proves_the_family(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
