@@ -28,7 +28,7 @@ from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.small import small_configs, special_ids
 from meswitch_cli.engine.synthetic import SyntheticExpert, synthetic_expert
-from meswitch_cli.errors import MeswitchError, reason_of
+from meswitch_cli.errors import CheckpointError, MeswitchError, reason_of
 from meswitch_cli.model.architecture import architecture
 from meswitch_cli.model.config import parsed_config
 from meswitch_cli.model.skeleton import skeleton
@@ -71,11 +71,13 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with a family in this engine; None where nothing is."""
     with _undisturbed():
         small, plain = small_model(json.loads(text), dtype)
-        described = architecture(small, "config.json")
         try:
+            described = architecture(small, "config.json")
             served = _Served.of(plain, described, small, device, dtype)
             requests = _requests(served.base.vocabulary, special_ids(small), served.page_size)
             together = served.answers(requests)
+        except CheckpointError:
+            raise
         except MeswitchError as error:
             return str(error).removeprefix("config.json: ")
         except Exception as error:  # whatever a family raises that the engine was not made for

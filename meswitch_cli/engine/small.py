@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from meswitch_cli.model.config import parsed_config
@@ -23,6 +23,8 @@ _WIDTHS = {
 }  # fmt: skip
 #: How many layers come before those with a mixture of experts.
 _DENSE_FIRST = "first_k_dense_replace"
+#: What differs in single layers, by their index.
+_OWN_ENTRIES = "per_layer_config"
 
 Config = dict[str, Any]
 
@@ -46,7 +48,7 @@ def small_configs(config: Config) -> Iterator[Config]:
         names = {key: type(text).attribute_map.get(key, key) for key in ("num_hidden_layers", "vocab_size")}
         _take_layers(inner, names["num_hidden_layers"], int(text.num_hidden_layers))
         if narrow is not None:
-            narrow(inner, text)
+            narrow(inner, type(text).attribute_map)
         for level in (small, inner):
             _shorten_vocabulary(level, names["vocab_size"])
         yield small
@@ -68,34 +70,47 @@ def _take_layers(config: Config, name: str, count: int) -> None:
     lists = {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
     if count <= LEAST_LAYERS:
         return
+    own = {int(index): entries for index, entries in (config.get(_OWN_ENTRIES) or {}).items()}
     kinds: dict[str, int] = {}
     for index in range(count):
-        kinds.setdefault(json.dumps([value[index] for value in lists.values()]), index)
+        kinds.setdefault(json.dumps([*(value[index] for value in lists.values()), own.get(index)]), index)
     kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
     config |= {key: [value[index] for index in kept] for key, value in lists.items()}
     config[name] = len(kept)
+    if own:
+        config[_OWN_ENTRIES] = {str(place): own[index] for place, index in enumerate(kept) if index in own}
     if isinstance(config.get(_DENSE_FIRST), int):
         config[_DENSE_FIRST] = min(config[_DENSE_FIRST], 1)
 
 
-def _narrowed(config: Config, text: Any) -> None:
-    """Few narrow heads, and all that is as wide as the hidden states likewise."""
-    _with_short_mlps(config, text)
-    names = type(text).attribute_map
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or hidden // heads
+def _narrowed(config: Config, names: Mapping[str, str]) -> None:
+    """Few narrow heads, and all that is as wide as the hidden states likewise; `names` are the family's own."""
+    _with_short_mlps(config, names)
+    hidden, heads, shared, width = (
+        config.get(names.get(key, key))
+        for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if not isinstance(hidden, int) or not isinstance(heads, int):
+        return
+    shared, width = shared or heads, width or hidden // heads
     small_heads, small_width = min(HEADS, heads), min(HEAD_DIM, width)
     together = small_heads * small_width
     small_hidden = min(hidden, together if hidden == heads * width else NARROWER)
     small_shared = small_heads if shared == heads else 1 if shared == 1 else max(1, small_heads // 2)
+    changed = {
+        "num_attention_heads": (heads, small_heads),
+        "num_key_value_heads": (shared, small_shared),
+        "head_dim": (width, small_width),
+    }
     for key, value in config.items():
         if value == hidden and isinstance(value, int) and not any(part in key for part in ("posi", "vocab", "window")):
             config[key] = small_hidden
-    config[names.get("num_attention_heads", "num_attention_heads")] = small_heads
-    for key, value in (("num_key_value_heads", small_shared), ("head_dim", small_width)):
+    for key, (old, new) in changed.items():
         if isinstance(config.get(names.get(key, key)), int):
-            config[names.get(key, key)] = value
+            config[names.get(key, key)] = new
+        for entries in (config.get(_OWN_ENTRIES) or {}).values():
+            if key in entries:
+                entries[key] = max(1, entries[key] * new // old)
     for key, most in _WIDTHS.items():
         if isinstance(config.get(key), int):
             config[key] = min(config[key], most)
@@ -115,7 +130,7 @@ def _narrow_rope(rope: Config, width: int, small_width: int) -> None:
             rope[key] = [item * small_width // width for item in value]
 
 
-def _with_short_mlps(config: Config, text: Any) -> None:
+def _with_short_mlps(config: Config, names: Mapping[str, str]) -> None:
     for key, value in config.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -127,8 +142,9 @@ def _with_short_mlps(config: Config, text: Any) -> None:
 
 def _shorten_vocabulary(config: Config, name: str) -> None:
     """Fewer tokens, and special ones among them."""
-    if isinstance(config.get(name), int):
-        config[name] = min(config[name], VOCABULARY)
+    for key in {name, *(key for key in config if key.startswith("vocab_size"))}:
+        if isinstance(config.get(key), int):
+            config[key] = min(config[key], VOCABULARY)
     free = iter(range(VOCABULARY - 1, 0, -1))
     for key, value in config.items():
         if not key.endswith(("token_id", "token_index")):

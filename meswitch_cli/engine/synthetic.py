@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ def synthetic_expert(
                 continue
             delta = quantized[0]
             new = old + dequantize(delta)
-        known = {"name": name, "kind": item.kind, "shape": item.shape, "base": name, "base_shape": item.shape}
-        entries.append(TensorEntry(**known, **delta.stored_as))
+        shape = item.shape
+        entry = TensorEntry(name=name, kind=item.kind, shape=shape, base=name, base_shape=shape)
+        entries.append(replace(entry, **delta.stored_as))
         stored[name], values[name] = delta, item.to_stored(new)
     reference = ModelReference("synthetic", None, "")
     manifest = Manifest(
