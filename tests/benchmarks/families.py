@@ -38,6 +38,8 @@ CPU = torch.device("cpu")
 #: What the default configurations of some families lack, or have in sizes that no small model can do without.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "num_attention_heads": 32},
 }
 #: A family that takes longer is given up.
@@ -117,7 +119,8 @@ def _plain(error: Exception) -> str:
     message = message.replace(tempfile.gettempdir(), "")
     for word in ("base: ", "config.json: ", "does not serve "):
         message = message.partition(word)[2] or message
-    return message.partition(": ")[2] if re.match(r"[\w-]+: ", message) else message
+    message = message.partition(": ")[2] if re.match(r"[\w-]+: ", message) else message
+    return re.split(r"; meswitch handles|\. (?=[A-Z])", message.removesuffix(":"))[0].strip(":. ")
 
 
 def _page(rows: list[Row], seconds: float) -> str:
