@@ -123,7 +123,7 @@ def _plain(error: Exception) -> str:
     return re.split(r"; meswitch handles|\. (?=[A-Z])", message.removesuffix(":"))[0].strip(":. ")
 
 
-def _page(rows: list[Row], seconds: float) -> str:
+def _page(rows: list[Row], seconds: float, machine: str) -> str:
     counts = Counter(
         "served, equal" if row.equal == "equal" else "served, not equal" if row.served == "yes" else "refused"
         for row in rows
@@ -138,7 +138,7 @@ def _page(rows: list[Row], seconds: float) -> str:
     for row in rows:
         cells = (f"`{row.family}`", *row[1:-1], row.reason.replace("|", "\\|"))
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\n{seconds:.0f} s by `python tests bench families`: {describe()}.")
+    lines.append(f"\n{seconds:.0f} s by `python tests bench families`: {machine}.")
     return "\n".join(lines) + "\n"
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, _give_up)
-    started, rows = time.perf_counter(), []
+    machine, started, rows = describe(), time.perf_counter(), []
     for family in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         signal.alarm(MOST_SECONDS)
         try:
@@ -164,7 +164,7 @@ def main() -> None:
             signal.alarm(0)
         print(f"{time.perf_counter() - started:6.1f} s  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
         if not sys.argv[1:]:
-            PAGE.write_text(_page(rows, time.perf_counter() - started))
+            PAGE.write_text(_page(rows, time.perf_counter() - started, machine))
 
 
 if __name__ == "__main__":
