@@ -1,12 +1,17 @@
-"""The config of a small model that computes as a large one does: each kind of layer, few of each, all narrow."""
+"""A small model that computes as a large one does: each kind of layer, few of each, all narrow, random weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.errors import reason_of
 from meswitch_cli.model.config import parsed_config
+from meswitch_cli.model.skeleton import skeleton
 
 VOCABULARY = 160
 LEAST_LAYERS = 2
@@ -25,67 +30,86 @@ _WIDTHS = {
 _DENSE_FIRST = "first_k_dense_replace"
 #: What differs in single layers, by their index.
 _OWN_ENTRIES = "per_layer_config"
+#: A model that cannot be made smaller than this is not proven: it would take seconds, and gigabytes.
+MOST_PARAMETERS = 300_000_000
+_SEED = 20
 
 Config = dict[str, Any]
 
 
-def small_configs(config: Config) -> Iterator[Config]:
-    """Configs of small models of the same class, the smallest first; transformers may be unable to build some.
-
-    Heads stay grouped, shared or apart, and the hidden states as wide as the heads together or not. The later ones
-    shrink less: vocabulary, layers and the MLPs' width, and then vocabulary and layers alone.
+def small_model(config: Config, dtype: torch.dtype) -> tuple[Config, Any]:
+    """The smallest model of a config's class that runs, with random weights that `dtype` holds exactly, and its config.
 
     Raises:
-        Exception: of many kinds, where transformers cannot read the config.
+        EngineError: there is none.
+        CheckpointError: transformers cannot build the large one either.
     """
-    described = parsed_config(config)
-    full: Config = json.loads(described.to_json_string(use_diff=False))
-    text = described.get_text_config()
-    place = next((key for key, value in vars(described).items() if value is text and value is not described), None)
-    for narrow in (_narrowed, _with_short_mlps, None):
-        small: Config = json.loads(json.dumps({key: value for key, value in full.items() if key[0] != "_"}))
-        inner = small if place is None else small[place]
-        names = {key: type(text).attribute_map.get(key, key) for key in ("num_hidden_layers", "vocab_size")}
-        _take_layers(inner, names["num_hidden_layers"], int(text.num_hidden_layers))
-        if narrow is not None:
-            narrow(inner, type(text).attribute_map)
-        for level in (small, inner):
-            _shorten_vocabulary(level, names["vocab_size"])
-        yield small
+    classes, reason = _classes(skeleton(config, "config.json")), ""
+    for narrow in (narrowed, with_short_mlps, as_wide):
+        try:
+            small = small_config(config, narrow)
+            return small, _working_model(small, classes, dtype)
+        except Exception as error:  # many kinds, for entries that do not go together any more
+            reason = reason or reason_of(error)
+    raise EngineError(
+        f"the embedded engine does not serve {config.get('model_type')}: it cannot be tried, as no small model of it "
+        f"could be made: {reason}"
+    )
 
 
-def special_ids(config: Config) -> set[int]:
-    """The token ids that a config names, those of configs inside it included."""
-    found: set[int] = set()
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= special_ids(value)
-        elif key.endswith(("token_id", "token_index")):
-            found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
-    return found
+def _working_model(config: Config, classes: set[type[torch.nn.Module]], dtype: torch.dtype) -> Any:
+    """A small model that holds modules of all these classes and gives logits. ValueError: it does not."""
+    shrunk = skeleton(config, "config.json")
+    if lost := classes - _classes(shrunk):
+        raise ValueError(f"it would lack {min(kind.__name__ for kind in lost)}")
+    if sum(parameter.numel() for parameter in shrunk.parameters()) > MOST_PARAMETERS:
+        raise ValueError(f"more than {MOST_PARAMETERS:,} parameters")
+    model = _random_model(config, dtype)
+    tokens = torch.arange(16)[None] % len(model.get_input_embeddings().weight)
+    logits = model(tokens, use_cache=False).logits
+    if not torch.isfinite(logits).all() or not float(logits.std()):
+        raise ValueError("its logits are not finite, or all the same")
+    return model
 
 
-def _take_layers(config: Config, name: str, count: int) -> None:
-    """Keep the first layer of each kind, and two at least. A kind is what the lists with an entry a layer say of it."""
-    lists = {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
-    if count <= LEAST_LAYERS:
-        return
-    own = {int(index): entries for index, entries in (config.get(_OWN_ENTRIES) or {}).items()}
-    kinds: dict[str, int] = {}
-    for index in range(count):
-        kinds.setdefault(json.dumps([*(value[index] for value in lists.values()), own.get(index)]), index)
-    kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
-    config |= {key: [value[index] for index in kept] for key, value in lists.items()}
-    config[name] = len(kept)
-    if own:
-        config[_OWN_ENTRIES] = {str(place): own[index] for place, index in enumerate(kept) if index in own}
-    if isinstance(config.get(_DENSE_FIRST), int):
-        config[_DENSE_FIRST] = min(config[_DENSE_FIRST], 1)
+def _classes(model: torch.nn.Module) -> set[type[torch.nn.Module]]:
+    return {type(module) for module in model.modules()}
 
 
-def _narrowed(config: Config, names: Mapping[str, str]) -> None:
-    """Few narrow heads, and all that is as wide as the hidden states likewise; `names` are the family's own."""
-    _with_short_mlps(config, names)
+def _random_model(config: Config, dtype: torch.dtype) -> Any:
+    """A model in fp32 under whose weights every part of it shows in the logits."""
+    model = build_random(config)
+    generator = torch.Generator().manual_seed(_SEED)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() < 2:
+            noise = parameter + 0.1 * noise
+        else:
+            noise *= 0.3 if id(parameter) in embeddings else 1.5 * parameter.shape[-1] ** -0.5
+        parameter.copy_(noise.to(dtype))
+    return model
+
+
+def build_random(config: Config, attention: str | None = None) -> Any:
+    """A config's model in fp32, with the weights that its family begins with; `attention` by transformers' name."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    torch.manual_seed(_SEED)
+    model: Any = AutoModelForCausalLM.from_config(parsed_config(config), dtype=torch.float32, **options)
+    return model.eval().requires_grad_(False)
+
+
+Narrowing = Callable[[Config, Mapping[str, str]], None]
+
+
+def narrowed(config: Config, names: Mapping[str, str]) -> None:
+    """Few narrow heads, and all that is as wide as the hidden states likewise; `names` are the family's own.
+
+    Heads stay grouped, shared or apart, and the hidden states as wide as the heads together or not.
+    """
+    with_short_mlps(config, names)
     hidden, heads, shared, width = (
         config.get(names.get(key, key))
         for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -119,6 +143,69 @@ def _narrowed(config: Config, names: Mapping[str, str]) -> None:
             _narrow_rope(config[key], width, small_width)
 
 
+def with_short_mlps(config: Config, names: Mapping[str, str]) -> None:
+    """The MLPs alone narrower, and windows shorter."""
+    for key, value in config.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if value > INTERMEDIATE and ("intermediate" in key or "ffn" in key or key == "n_inner"):
+            config[key] = INTERMEDIATE
+        elif key == "sliding_window":
+            config[key] = min(value, WINDOW)
+
+
+def as_wide(config: Config, names: Mapping[str, str]) -> None:
+    """All as wide as it is."""
+
+
+def small_config(config: Config, narrow: Narrowing = narrowed) -> Config:
+    """The config of a model of the same class with few layers, a small vocabulary, and what `narrow` makes of the rest.
+
+    Raises:
+        Exception: of many kinds, where transformers cannot read the config, or its entries do not go together.
+    """
+    described = parsed_config(config)
+    small: Config = json.loads(described.to_json_string(use_diff=False))
+    small = {key: value for key, value in small.items() if key[0] != "_"}
+    text = described.get_text_config()
+    place = next((key for key, value in vars(described).items() if value is text and value is not described), None)
+    inner, names = small if place is None else small[place], type(text).attribute_map
+    _take_layers(inner, names.get("num_hidden_layers", "num_hidden_layers"), int(text.num_hidden_layers))
+    narrow(inner, names)
+    for level in (small, inner):
+        _shorten_vocabulary(level, names.get("vocab_size", "vocab_size"))
+    return small
+
+
+def special_ids(config: Config) -> set[int]:
+    """The token ids that a config names, those of configs inside it included."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= special_ids(value)
+        elif key.endswith(("token_id", "token_index")):
+            found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
+    return found
+
+
+def _take_layers(config: Config, name: str, count: int) -> None:
+    """Keep the first layer of each kind, and two at least. A kind is what the lists with an entry a layer say of it."""
+    lists = {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
+    if count <= LEAST_LAYERS:
+        return
+    own = {int(index): entries for index, entries in (config.get(_OWN_ENTRIES) or {}).items()}
+    kinds: dict[str, int] = {}
+    for index in range(count):
+        kinds.setdefault(json.dumps([*(value[index] for value in lists.values()), own.get(index)]), index)
+    kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
+    config |= {key: [value[index] for index in kept] for key, value in lists.items()}
+    config[name] = len(kept)
+    if own:
+        config[_OWN_ENTRIES] = {str(place): own[index] for place, index in enumerate(kept) if index in own}
+    if isinstance(config.get(_DENSE_FIRST), int):
+        config[_DENSE_FIRST] = min(config[_DENSE_FIRST], 1)
+
+
 def _narrow_rope(rope: Config, width: int, small_width: int) -> None:
     """Entries that have a number for every frequency, or count frequencies; per kind of layer in some families."""
     for key, value in rope.items():
@@ -128,16 +215,6 @@ def _narrow_rope(rope: Config, width: int, small_width: int) -> None:
             rope[key] = value[: len(value) * small_width // width]
         elif key == "mrope_section":
             rope[key] = [item * small_width // width for item in value]
-
-
-def _with_short_mlps(config: Config, names: Mapping[str, str]) -> None:
-    for key, value in config.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        if value > INTERMEDIATE and ("intermediate" in key or "ffn" in key or key == "n_inner"):
-            config[key] = INTERMEDIATE
-        elif key == "sliding_window":
-            config[key] = min(value, WINDOW)
 
 
 def _shorten_vocabulary(config: Config, name: str) -> None:

@@ -27,7 +27,8 @@ from benchmarks.machine import describe
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
-from meswitch_cli.engine.proof import prove, small_model
+from meswitch_cli.engine.proof import prove
+from meswitch_cli.engine.small import small_model
 from meswitch_cli.errors import MeswitchError, reason_of
 from meswitch_cli.model.architecture import architecture
 from zoo.tiny_tokenizer import tiny_tokenizer

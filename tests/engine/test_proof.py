@@ -19,7 +19,7 @@ from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm
 from meswitch_cli.engine.proof import prove
-from meswitch_cli.engine.small import VOCABULARY, small_configs, special_ids
+from meswitch_cli.engine.small import VOCABULARY, as_wide, narrowed, small_config, special_ids, with_short_mlps
 from meswitch_cli.errors import CheckpointError
 from zoo.tiny_tokenizer import tiny_tokenizer
 
@@ -243,7 +243,7 @@ def test_the_process_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_small_configs_keep_what_a_family_is() -> None:
-    first, *others = small_configs(LARGE)
+    first, *others = (small_config(LARGE, narrow) for narrow in (narrowed, with_short_mlps, as_wide))
     assert (first["num_attention_heads"], first["num_key_value_heads"], first["head_dim"]) == (4, 2, 16)
     assert (first["hidden_size"], first["intermediate_size"], first["num_hidden_layers"]) == (64, 96, 2)
     assert first["vocab_size"] == VOCABULARY and max(special_ids(first)) < VOCABULARY
@@ -253,9 +253,9 @@ def test_small_configs_keep_what_a_family_is() -> None:
 
 
 def test_small_configs_keep_every_kind_of_layer() -> None:
-    first = next(small_configs({"model_type": "gemma3_text", "num_hidden_layers": 26}))
+    first = small_config({"model_type": "gemma3_text", "num_hidden_layers": 26})
     assert first["layer_types"] == ["sliding_attention", "full_attention"]
-    smollm = next(small_configs({"model_type": "smollm3", "num_hidden_layers": 36, "no_rope_layer_interval": 4}))
+    smollm = small_config({"model_type": "smollm3", "num_hidden_layers": 36, "no_rope_layer_interval": 4})
     assert smollm["no_rope_layers"] == [1, 0] and smollm["num_hidden_layers"] == 2
 
 
@@ -272,7 +272,7 @@ def test_small_configs_narrow_the_ropes_lists() -> None:
         "max_position_embeddings": 131072,
         "rope_parameters": rope,
     }
-    first = next(small_configs(config))
+    first = small_config(config)
     assert len(first["rope_parameters"]["short_factor"]) == 8
     check(config)
 
