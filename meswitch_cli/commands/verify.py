@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from meswitch_cli.artifact.artifact import Artifact
+    from meswitch_cli.checkpoint.checkpoint import Checkpoint
 
 
 def run(
     artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
     base: Annotated[str | None, typer.Option(help="Also prove that this checkpoint is the artifact's base.")] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Also prove, on a small model, that the engine serves --base rightly."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Reads every byte once. Exit status 0 only if everything is as the manifest says."""
@@ -20,8 +28,11 @@ def run(
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
+    from meswitch_cli.errors import UsageError
     from meswitch_cli.model.weights import CheckpointWeights
 
+    if full and base is None:
+        raise UsageError("--full: give --base too, whose family is proven")
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     opened_base = Checkpoint.open(base) if base else None
@@ -37,15 +48,34 @@ def run(
         if opened_base:
             found = CheckpointWeights(opened_base).take_fingerprint(advance)
             refuse_other_base(manifest, found, opened_base.source.path)
+        if opened_base and full:
+            _prove(opened, opened_base)
     result = {
         "artifact": str(artifact),
         "files": files,
         "tensors": len(manifest.tensors),
         "bytes": manifest.nbytes,
         "base_checked": opened_base is not None,
+        "engine_proven": full,
     }
     if as_json:
         typer.echo(json.dumps(result))
         return
     typer.echo(f"ok: {files} files, {len(manifest.tensors)} tensors, {manifest.nbytes:,} bytes")
     typer.echo(f"ok: {base} is its base" if base else f"base not checked (give --base; it was {manifest.base.id})")
+    if full:
+        typer.echo("ok: the embedded engine computes its family as transformers does")
+
+
+def _prove(artifact: Artifact, base: Checkpoint) -> None:
+    """Try what `serve` tries when it starts."""
+    from meswitch_cli.engine.base_model import served_dtype
+    from meswitch_cli.engine.expert import refuse_other_computation
+    from meswitch_cli.engine.proof import prove
+    from meswitch_cli.engine.settings import EngineSettings
+    from meswitch_cli.engine.version import check_transformers
+
+    check_transformers()
+    refuse_other_computation(artifact, base)
+    settings = EngineSettings(str(base.source.path))
+    prove(base.config, str(base.source.path), settings.torch_device, served_dtype(base, settings))

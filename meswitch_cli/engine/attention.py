@@ -6,7 +6,10 @@ cost grows with the square of the number of requests.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +20,24 @@ from meswitch_kernels import naive
 
 #: The name under which transformers knows `attend`. It makes no masks for names it has no mask function of.
 NAME = "meswitch_by_request"
+
+#: What the batch under way was given, for the decoder layers that do not pass it on to their attention.
+_BATCH: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("batch", default=None)
+
+
+@contextlib.contextmanager
+def attending(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Have `attend`, in this thread, read and write the cache of a batch, whether or not the model hands it over."""
+    token = _BATCH.set(batch)
+    try:
+        yield
+    finally:
+        _BATCH.reset(token)
+
+
+def implementation(device: torch.device) -> str:
+    """The attention of a model on a device, by the name that transformers knows."""
+    return register() if device.type == "cpu" else "sdpa"
 
 
 def register() -> str:
@@ -42,12 +63,15 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention, as transformers calls it: query `[1, heads, tokens, width]` of requests one after another.
 
-    With `cache`, keys and values `[1, key heads, tokens, width]` are stored there and those before them are read.
+    With `cache`, or in a batch that is `attending`, keys and values `[1, key heads, tokens, width]` are stored in the
+    cache and those before them are read.
 
     Returns:
         `[1, tokens, heads, width]`, and no weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is None and (batch := _BATCH.get()) is not None:
+        cache, kwargs = batch["cache"], {**kwargs, **batch}
     if cache is not None and _is_decode(query, kwargs):
         return _attend_decode(module.layer_idx, query, key, value, scale, cache, softcap, kwargs), None
     if cache is None:
@@ -84,6 +108,11 @@ def _attend_decode(
     """One query of each request, whose keys are read where they lie in the cache, whatever window it keeps."""
     allocator = cache.layer_to_allocator[layer]
     key_cache, value_cache = allocator._kv_token_views[layer]
+    if query.shape[3] != key.shape[3] or (key[0, :, 0].shape, value[0, :, 0].shape) != (
+        key_cache.shape[1:],
+        value_cache.shape[1:],
+    ):  # kernels do not look
+        raise ValueError(f"keys {list(key.shape)} and values {list(value.shape)} do not fit the cache")
     backend = kernels(query.device, query.dtype)
     result: Tensor = getattr(backend, "decode_attention", naive.decode_attention)(
         query[0],

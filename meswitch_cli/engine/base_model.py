@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.attention import register
+from meswitch_cli.engine.attention import implementation
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
@@ -94,7 +94,7 @@ def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        attn_implementation=register() if device.type == "cpu" else "sdpa",
+        attn_implementation=implementation(device),
     )
     return model.to(device)
 
@@ -110,7 +110,7 @@ def _keep_own_head(model: Any, described: Architecture) -> None:
 
 
 def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel:
-    """Put expert-aware layers in place of every linear, embedding, head and norm.
+    """Put expert-aware layers in place of the embedding and of every linear, head and norm.
 
     Raises:
         EngineError: a parameter sits in a layer of unknown kind.
@@ -126,7 +126,9 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and module is not embedding_module:
+            continue  # of positions: no expert changes it, and families look up in ways of their own
+        if module is embedding_module:
             replaced[name] = ExpertEmbedding(module, current, backend)
         elif module is head_module:
             replaced[name] = ExpertHead(module, current, backend)
@@ -241,6 +243,6 @@ def _find_token_dimensions(base: BaseModel) -> None:
     for name, norm in base.norms.items():
         shape = shapes.get(name, (1, tokens, 1))
         candidates = [index for index, size in enumerate(shape[:-1]) if size == tokens]
-        if len(shape) < 3 or shape[0] != 1 or len(candidates) != 1:
+        if (len(shape) > 2 and shape[0] != 1) or len(candidates) != 1:
             raise EngineError(f"{name}: a norm of input {list(shape)} is not served by the embedded engine")
         norm.token_dimension = candidates[0]

@@ -29,9 +29,23 @@ class Batch:
         self.row_groups = backend.group_tokens(slot_of_row, slots)
 
     def of_rows(self, rows: int) -> tuple[Tensor, Any]:
-        """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict."""
+        """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict.
+
+        Raises:
+            ValueError: as `of_tokens`.
+        """
         if rows == self.slot_of_row.shape[0]:
             return self.slot_of_row, self.row_groups
+        return self.of_tokens(rows)
+
+    def of_tokens(self, rows: int) -> tuple[Tensor, Any]:
+        """Slots and groups for a layer that is given `rows` rows, one a token; kernels would read past the last slot.
+
+        Raises:
+            ValueError: they are not the tokens of the batch.
+        """
+        if rows != self.slot_of_token.shape[0]:
+            raise ValueError(f"a layer is given {rows} rows for {self.slot_of_token.shape[0]} tokens")
         return self.slot_of_token, self.groups
 
 

@@ -117,7 +117,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
         slots = self.slot_of_token[:tokens]
         self._current.batch = Batch(slots, slots[indices.long()], self._slots, self._backend) if self.mixed else None
         try:
-            logits: torch.Tensor = model(**batch_data).logits
+            with attention.attending(batch_data):
+                logits: torch.Tensor = model(**batch_data).logits
         finally:
             self._current.batch = None
         if "logits_to_keep" not in batch_data:

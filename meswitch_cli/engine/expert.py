@@ -69,12 +69,7 @@ class ExpertOpener:
         for _ in artifact.verify():
             pass
         config = artifact.config
-        differences = model_differences(base.config, config)
-        if differences:
-            raise EngineError(
-                f"{path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json differ; "
-                "`meswitch restore` makes a model of its own of it"
-            )
+        refuse_other_computation(artifact, base)
         tokenizer = load_tokenizer(path, ArtifactError)
         return ServedModel(
             name=name,
@@ -91,6 +86,20 @@ class ExpertOpener:
         if self._fingerprint is None or self._fingerprint[0] != stat:
             self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
         return self._fingerprint[1]
+
+
+def refuse_other_computation(artifact: Artifact, base: Checkpoint) -> None:
+    """Check that an expert's layers compute as its base's do, weights apart.
+
+    Raises:
+        EngineError: an entry of its configuration makes them compute differently.
+    """
+    differences = model_differences(base.config, artifact.config)
+    if differences:
+        raise EngineError(
+            f"{artifact.path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json "
+            "differ; `meswitch restore` makes a model of its own of it"
+        )
 
 
 def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:

@@ -39,7 +39,8 @@ class ExpertLinear(nn.Module):
         if batch is None or bank is None:
             return nn.functional.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, batch.slot_of_token, batch.groups)
+        slots, groups = batch.of_tokens(rows.shape[0])
+        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -80,7 +81,7 @@ class ExpertEmbedding(nn.Module):
         super().__init__()
         self.base, self.padding_idx = base, base.padding_idx
         self.weight: Tensor = base.weight
-        self.scale: Tensor | None = getattr(base, "embed_scale", None)
+        self.scale: Tensor | float | None = getattr(base, "embed_scale", None)
         self.current, self.look_up = current, backend.expert_embedding
         self.bank: ExpertBank | None = None
 
@@ -89,9 +90,10 @@ class ExpertEmbedding(nn.Module):
         if batch is None or bank is None:
             y: Tensor = self.base(ids)
             return y
-        rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, batch.slot_of_token)
+        slots, _ = batch.of_tokens(ids.numel())
+        rows: Tensor = self.look_up(ids.reshape(-1), self.weight, bank.tensors, bank.added_rows, slots)
         if self.scale is not None:
-            rows = rows * self.scale.to(rows.dtype)
+            rows = rows * (self.scale if isinstance(self.scale, float) else self.scale.to(rows.dtype))
         return rows.view(*ids.shape, -1)
 
 
@@ -150,7 +152,8 @@ class ExpertNorm(GainedNorm):
         if batch is None:
             y: Tensor = self.base(x)
             return y
-        if self.rms_norm and self.gains and not self.shifts and x.dim() == 3 and self.token_dimension == 1:
+        one_row_a_token = x.dim() == 3 and self.token_dimension == 1 and x.shape[1] == batch.gain_rows.shape[0]
+        if self.rms_norm and self.gains and not self.shifts and one_row_a_token:
             rows: Tensor = self.rms_norm(x[0], self.epsilon, self.gains.table, batch.gain_rows)
             return rows.unsqueeze(0)
         shape = [1] * (x.dim() - 1) + [x.shape[-1]]

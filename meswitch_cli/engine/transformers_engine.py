@@ -16,6 +16,7 @@ from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStateReader
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.loader import SlotLoader
+from meswitch_cli.engine.proof import prove
 from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
@@ -54,6 +55,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
             raise EngineError("the engine has been started already")
         settings = self.settings
         dtype = served_dtype(self._checkpoint, settings)
+        prove(self._checkpoint.config, str(self._checkpoint.source.path), settings.torch_device, dtype)
         self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
         opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]

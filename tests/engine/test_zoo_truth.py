@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine.family import Family
-from transformers import AutoModelForCausalLM
 
 import zoo
-from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.restore import restore
-from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
@@ -24,15 +20,7 @@ def test_real_experts_in_a_mixed_batch(tmp_path: Path) -> None:
     built = zoo.build(quick=True)
     job = prepare(str(built.base), str(built.experts["maths"]), tmp_path / "maths", CompressionSettings(), None)
     compress(job)
-    plain = restore(Artifact.open(job.out), Checkpoint.open(str(built.base)), tmp_path / "plain", dtype=torch.float32)
-    family = Family(
-        built.base,
-        {"maths": job.out},
-        {
-            BASE: AutoModelForCausalLM.from_pretrained(built.base, dtype=torch.float32).eval(),
-            "maths": AutoModelForCausalLM.from_pretrained(plain).eval(),
-        },
-    )
+    family = Family(built.base, {"maths": job.out}, torch.float32)
     engine = TransformersEngine(
         EngineSettings(
             base=str(built.base), experts=family.artifacts, dtype="float32", cache_tokens=2048, max_model_len=512
