@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from meswitch_cli.checkpoint.config import parsed_config
+from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.errors import reason_of
-from meswitch_cli.model.config import parsed_config
-from meswitch_cli.model.skeleton import skeleton
 
 VOCABULARY = 160
 LEAST_LAYERS = 2

@@ -106,7 +106,7 @@ def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width)
     y = backend_module(backend).rms_norm(x.to(device), 1e-6, gains.table, slots.to(device) + 1).cpu()
     wide = x.double()
     normed = wide / (wide.square().mean(1, keepdim=True) + 1e-6).sqrt()
-    # The quotient is rounded to the type of x, as the families' own norms do; the bound is of the rounding that follows.
+    # The quotient is rounded to the type of x, as the families' own norms do; the bound is of the rounding after it.
     expected = normed.to(dtype).double() * torch.where(slots[:, None] == 0, own.double(), base.double())
     assert y.dtype == dtype
     assert relative_error(y[:5], expected[:5]) < ERROR_BOUND[dtype]
