@@ -51,7 +51,7 @@ def make_artifact(tmp_path: Path, calibration_file: Path) -> Callable[..., Artif
             )
         )
         job = prepare(str(pair[0]), str(pair[1]), tmp_path / out, chosen, data)
-        compress(job)
+        compress(job, keep_weak=True)
         return Artifact.open(job.out)
 
     return make

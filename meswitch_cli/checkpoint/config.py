@@ -49,6 +49,17 @@ def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str
 
     Both are compared as transformers reads them, defaults filled in: two spellings of one thing are no difference.
     """
-    ours, theirs = (json.loads(parsed_config(config).to_json_string(use_diff=False)) for config in (base, expert))
+    ours, theirs = _entries(base), _entries(expert)
     keys = (set(ours) | set(theirs)) - _HARMLESS
     return {key: (ours.get(key), theirs.get(key)) for key in sorted(keys) if ours.get(key) != theirs.get(key)}
+
+
+def _entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Every entry as transformers reads it."""
+    entries: dict[str, Any] = json.loads(parsed_config(config).to_json_string(use_diff=False), object_hook=_number)
+    return entries
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """transformers writes what JSON has no number for as `{"__float__": "Infinity"}`."""
+    return value["__float__"] if value.keys() == {"__float__"} else value

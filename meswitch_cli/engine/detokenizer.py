@@ -28,11 +28,16 @@ class Detokenizer:
         self._start, self._told = self._told, len(self._tokens)
         return after[len(before) :]
 
-    def flush(self) -> str:
-        """What is left when no token follows: an incomplete character becomes U+FFFD, as decoding it whole would."""
+    def pending(self) -> str:
+        """What is held back: an incomplete character is U+FFFD, as decoding it whole would have it."""
         before, after = self._decode(self._told), self._decode(len(self._tokens))
-        self._start, self._told = self._told, len(self._tokens)
         return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is left when no token follows."""
+        rest = self.pending()
+        self._start, self._told = self._told, len(self._tokens)
+        return rest
 
     def left_out(self, token: int) -> str:
         """The text of a special token, which the answer leaves out; empty for every other token."""

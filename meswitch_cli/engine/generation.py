@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from dataclasses import replace
@@ -71,7 +72,8 @@ class Generation:
             else:
                 text = self._detokenizer.push(token)
             if count >= sampling.min_tokens:
-                text = self._stops.push(text, self._detokenizer.left_out(token) if self._stops and not text else "")
+                special = self._detokenizer.left_out(token) if self._stops and not text else ""
+                text = self._push_special(special) if special else self._stops.push(text)
             if self._stops.found is not None:
                 ended, stop_reason = "stop", self._stops.found
         if ended is None and self.sampler.complete:
@@ -87,6 +89,17 @@ class Generation:
         self._tell(Chunk(self.id, text, (token,), logprobs, ended, stop_reason))
         self.finished = self.finished or ended is not None
         return self.finished
+
+    def _push_special(self, special: str) -> str:
+        """As `StopStrings.push` of a special token's text. An incomplete character stands before it, and is complete as
+        U+FFFD where the text ends with the special token; where it does not, tokens that follow may complete it."""
+        stops = copy.deepcopy(self._stops)
+        text = stops.push(self._detokenizer.pending(), special)
+        if stops.found is None:
+            return self._stops.push("", special)
+        self._detokenizer.flush()
+        self._stops = stops
+        return text
 
     def _rest(self) -> str:
         """Text held back, now that nothing follows."""
