@@ -1,6 +1,6 @@
 """Updates that leave most weights alone: what tells a delta that is worth nothing. Writes docs/results/sparse.md.
 
-    PYTHONPATH=tests python -m benchmarks.sparse [--expert maths] [--items 4]
+    python tests bench sparse [--expert maths] [--items 4]
 
 Real updates are the zoo's fine-tune taken at a part of its length and rounded to bf16, as small learning rates leave
 it; the others move weights of every linear at random places.
@@ -175,7 +175,7 @@ def main() -> None:
         "the delta's energy. KL: of the full expert's next-token distribution to the compressed expert's, as a share "
         f"of that to the base's, on {arguments.items} choice items of {arguments.expert} and on the random tokens that "
         "`compress` asks where weight errors leave a doubt. The last column is what `compress` says.\n\n"
-        f"`PYTHONPATH=tests python -m benchmarks.sparse --expert {arguments.expert} --items {arguments.items}`, "
+        f"`python tests bench sparse --expert {arguments.expert} --items {arguments.items}`, "
         f"SmolLM2-135M, {describe()}.\n\n" + "\n".join(lines) + "\n"
     )
 

@@ -237,7 +237,12 @@ def test_prompts_are_read_from_lines_of_json(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one\u2028two"}\n\n{"text": "three"}\n', "utf-8")
     assert read_prompts(path) == ["one\u2028two", "three"]
-    for line, complaint in (("7", 'line 2: needs "prompt" or "text"'), ("{", "line 2: not JSON")):
+    complaints = {
+        "7": "line 2: not a JSON object",
+        '{"other": 1}': 'line 2: needs "prompt" or "text"',
+        "{": "line 2: not JSON",
+    }
+    for line, complaint in complaints.items():
         path.write_text('{"prompt": "one"}\n' + line)
         with pytest.raises(UsageError, match=complaint):
             read_prompts(path)
