@@ -11,7 +11,8 @@ import torch
 from meswitch_cli.checkpoint.config import parsed_config
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.engine.contract import EngineError
-from meswitch_cli.errors import reason_of
+from meswitch_cli.errors import CheckpointError, reason_of
+from meswitch_cli.model.architecture import architecture
 
 VOCABULARY = 160
 LEAST_LAYERS = 2
@@ -31,7 +32,7 @@ _DENSE_FIRST = "first_k_dense_replace"
 #: What differs in single layers, by their index.
 _OWN_ENTRIES = "per_layer_config"
 #: A model that cannot be made smaller than this is not proven: it would take seconds, and gigabytes.
-MOST_PARAMETERS = 300_000_000
+MOST_PARAMETERS = 100_000_000
 _SEED = 20
 
 Config = dict[str, Any]
@@ -42,14 +43,22 @@ def small_model(config: Config, dtype: torch.dtype) -> tuple[Config, Any]:
 
     Raises:
         EngineError: there is none.
-        CheckpointError: transformers cannot build the large one either.
+        CheckpointError: transformers cannot build the large one either, or it has weights of an unknown kind.
     """
     classes, reason = _classes(skeleton(config, "config.json")), ""
     for narrow in (narrowed, with_short_mlps, as_wide):
         try:
             small = small_config(config, narrow)
-            return small, _working_model(small, classes, dtype)
+            _check_size(skeleton(small, "config.json"), classes)
         except Exception as error:  # many kinds, for entries that do not go together any more
+            reason = reason or reason_of(error)
+            continue
+        try:
+            architecture(small, "config.json")
+            return small, _working_model(small, dtype)
+        except CheckpointError:
+            raise
+        except Exception as error:  # as above
             reason = reason or reason_of(error)
     raise EngineError(
         f"the embedded engine does not serve {config.get('model_type')}: it cannot be tried, as no small model of it "
@@ -57,13 +66,16 @@ def small_model(config: Config, dtype: torch.dtype) -> tuple[Config, Any]:
     )
 
 
-def _working_model(config: Config, classes: set[type[torch.nn.Module]], dtype: torch.dtype) -> Any:
-    """A small model that holds modules of all these classes and gives logits. ValueError: it does not."""
-    shrunk = skeleton(config, "config.json")
-    if lost := classes - _classes(shrunk):
+def _check_size(model: torch.nn.Module, classes: set[type[torch.nn.Module]]) -> None:
+    """ValueError: a model lacks modules of one of these classes, or is not small."""
+    if lost := classes - _classes(model):
         raise ValueError(f"it would lack {min(kind.__name__ for kind in lost)}")
-    if sum(parameter.numel() for parameter in shrunk.parameters()) > MOST_PARAMETERS:
+    if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
         raise ValueError(f"more than {MOST_PARAMETERS:,} parameters")
+
+
+def _working_model(config: Config, dtype: torch.dtype) -> Any:
+    """A small model that gives logits. ValueError: it gives none."""
     model = _random_model(config, dtype)
     tokens = torch.arange(16)[None] % len(model.get_input_embeddings().weight)
     logits = model(tokens, use_cache=False).logits
@@ -114,8 +126,9 @@ def narrowed(config: Config, names: Mapping[str, str]) -> None:
         config.get(names.get(key, key))
         for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
-    if not isinstance(hidden, int) or not isinstance(heads, int):
+    if not isinstance(hidden, int):
         return
+    heads = heads if isinstance(heads, int) else HEADS
     shared, width = shared or heads, width or hidden // heads
     small_heads, small_width = min(HEADS, heads), min(HEAD_DIM, width)
     together = small_heads * small_width

@@ -15,9 +15,10 @@ from command_line import fails, in_process
 from engine.family import Family
 
 from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate, proof
+from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
-from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm
+from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm, kernels
 from meswitch_cli.engine.proof import prove
 from meswitch_cli.engine.small import VOCABULARY, as_wide, narrowed, small_config, special_ids, with_short_mlps
 from meswitch_cli.errors import CheckpointError
@@ -329,6 +330,22 @@ def test_verify_proves_the_family(family: Family, monkeypatch: pytest.MonkeyPatc
     without_gains(monkeypatch)
     result = in_process("verify", artifact, "--base", family.base, "--full")
     assert result.returncode == 1 and "logits of an expert differ" in result.stderr
+
+
+def test_kernels_are_given_a_row_for_each_token() -> None:
+    """Electra's head is computed of the tokens that predict alone, by layers that are not the head."""
+    config = UNGROUPED | {"model_type": "electra", "embedding_size": 32, "is_decoder": True}
+    with pytest.raises(
+        EngineError, match="does not serve electra: raised ValueError: a layer is given 4 rows for 32 tok"
+    ):
+        check(config)
+    slots = torch.tensor([-1, 0, 0, 1], dtype=torch.int32)
+    batch = Batch(slots, slots[1::2], 2, kernels(CPU, torch.float32))
+    assert batch.of_tokens(4)[0] is batch.of_rows(4)[0] is slots
+    assert batch.of_rows(2)[0].tolist() == [0, 1]
+    for look in (batch.of_tokens, batch.of_rows):
+        with pytest.raises(ValueError, match="3 rows for 4 tokens"):
+            look(3)
 
 
 def test_unknown_classes_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
