@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from meswitch_kernels import triton_decode, triton_low_rank, triton_ops, triton_prefill, triton_rows
 from meswitch_kernels.groups import tile_size_for
+from meswitch_kernels.packing import widths_in
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -106,7 +107,7 @@ def rows(quick: bool) -> Iterator[Row]:
     formats = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
     for arch, (dtype, bits), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
-        common = {"BANK_BITS": bits, "GROUPED": grouped, "BLOCK_RANK": triton_ops.RANK_BLOCK}
+        common = {"WIDTHS": widths_in(bits), "GROUPED": grouped, "BLOCK_RANK": triton_ops.RANK_BLOCK}
         steps = "grouped" if grouped else "per row"
         for tokens in (16,) if quick else (16, 32, 64):
             settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32")

@@ -66,27 +66,17 @@ expert_embedding = naive.expert_embedding
 added_logits = naive.added_logits
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Layout:
-    """What `rows` prepares for itself: strides, and places (`_at`) in its memory of `size`, in bytes.
+    """What `rows` prepares for itself, in bytes: strides and places by name, and the size of all of it.
 
     `rows` is how many weight rows are worked on at once.
     """
 
-    plain: int
-    spread: int
-    salient: int
-    z: int
-    of_word: int
-    acc: int
-    rows: int
-    plain_at: int
-    spread_at: int
-    salient_at: int
-    z_at: int
-    of_word_at: int
-    acc_at: int
+    stride: dict[str, int]
+    place: dict[str, int]
     size: int
+    rows: int
 
 
 @functools.lru_cache(256)
@@ -104,31 +94,20 @@ def _layout(
     # A slot of fewer bits packs more channels into the words that are padded to 16, so every width counts.
     padded = {width: -(-words_per_row(in_features, width) // 16) * 16 for width in widths_in(bits)}
     plain = -(-in_features * size // 64) * 64
-    spread = max(words * codes_per_word(width) for width, words in padded.items()) * size
-    salient, z = -(-max_salient // 16) * 64, -(-max_rank // 16) * 64
-    of_word = max(padded.values()) * 4 if grouped else 0
-    acc = 4 * ROWS * 64
-    spread_at = plain * tokens
-    salient_at = spread_at + spread * tokens
-    z_at = salient_at + salient * tokens
-    of_word_at = z_at + z * tokens
-    acc_at = of_word_at + of_word * groups
-    return _Layout(
-        plain=plain,
-        spread=spread,
-        salient=salient,
-        z=z,
-        of_word=of_word,
-        acc=acc,
-        rows=max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS)),
-        plain_at=0,
-        spread_at=spread_at,
-        salient_at=salient_at,
-        z_at=z_at,
-        of_word_at=of_word_at,
-        acc_at=acc_at,
-        size=acc_at + acc * threads,
-    )
+    stride = {
+        "plain": plain,
+        "spread": max(words * codes_per_word(width) for width, words in padded.items()) * size,
+        "salient": -(-max_salient // 16) * 64,
+        "z": -(-max_rank // 16) * 64,
+        "word_group": max(padded.values()) * 4 if grouped else 0,
+        "acc": 4 * ROWS * 64,
+    }
+    counts = {"word_group": groups, "acc": threads}
+    place, end = {}, 0
+    for name, each in stride.items():
+        place[name], end = end, end + each * counts.get(name, tokens)
+    rows = max(ROWS, min(kernels.CHUNK_ROWS, kernels.CACHED_ROWS // plain // ROWS * ROWS))
+    return _Layout(stride, place, end, rows)
 
 
 def _bank_fields(bank: BankTensors) -> array[int]:
@@ -193,7 +172,7 @@ def _decode(
         groups,
         torch.get_num_threads(),
     )
-    base = scratch.take(layout.size)
+    base, place, stride = scratch.take(layout.size), layout.place, layout.stride
     fields = _fields(x, weight, bank)
     fields[kernels.X] = x.data_ptr()
     fields[kernels.X_STRIDE] = x.stride(0) * size
@@ -205,18 +184,18 @@ def _decode(
     fields[kernels.SLOT_OF] = ints_at + 4 * count
     fields[kernels.GROUPS] = ints_at + 8 * count
     fields[kernels.GROUP_COUNT] = groups
-    fields[kernels.PLAIN] = base + layout.plain_at
-    fields[kernels.PLAIN_STRIDE] = layout.plain
-    fields[kernels.SPREAD] = base + layout.spread_at
-    fields[kernels.SPREAD_STRIDE] = layout.spread
-    fields[kernels.SALIENT] = base + layout.salient_at
-    fields[kernels.SALIENT_STRIDE] = layout.salient
-    fields[kernels.Z] = base + layout.z_at
-    fields[kernels.Z_STRIDE] = layout.z
-    fields[kernels.WORD_GROUP] = base + layout.of_word_at
-    fields[kernels.WORD_GROUP_STRIDE] = layout.of_word
-    fields[kernels.ACC] = base + layout.acc_at
-    fields[kernels.ACC_STRIDE] = layout.acc
+    fields[kernels.PLAIN] = base + place["plain"]
+    fields[kernels.PLAIN_STRIDE] = stride["plain"]
+    fields[kernels.SPREAD] = base + place["spread"]
+    fields[kernels.SPREAD_STRIDE] = stride["spread"]
+    fields[kernels.SALIENT] = base + place["salient"]
+    fields[kernels.SALIENT_STRIDE] = stride["salient"]
+    fields[kernels.Z] = base + place["z"]
+    fields[kernels.Z_STRIDE] = stride["z"]
+    fields[kernels.WORD_GROUP] = base + place["word_group"]
+    fields[kernels.WORD_GROUP_STRIDE] = stride["word_group"]
+    fields[kernels.ACC] = base + place["acc"]
+    fields[kernels.ACC_STRIDE] = stride["acc"]
     fields[kernels.ROWS_TOGETHER] = layout.rows
     _run(_tasks()[0], fields, -(-out_features // kernels.CHUNK_ROWS))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .packing import BIT_WIDTHS, check_bits, group_count, words_per_row
+from .packing import BIT_WIDTHS, check_bits, codes_per_word, group_count, words_per_row
 
 GROUP_MULTIPLE = 32
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,60 +92,45 @@ class ExpertDelta:
         Raises:
             ValueError, TypeError, IndexError: naming the tensor.
         """
-        if check_bits(self.bits) > capacity.bits:
-            raise ValueError(f"codes of {self.bits} bits do not fit a bank of {capacity.bits}")
-        _check("codes", self.codes, (out_features, words_per_row(in_features, self.bits)), (torch.int32,))
-        check_group_size(self.group_size)
+        check_group_size(self.group_size, codes_per_word(check_bits(self.bits)))
+        for one, other in (("salient_index", "salient_value"), ("left", "right")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{one} and {other} come together")
+        salient = 0 if self.salient_index is None else self.salient_index.numel()
+        added_rows = 0 if self.added_rows is None else self.added_rows.numel() // in_features
+        rank = 0 if self.left is None else self.left.numel() // out_features
+        own = {"bits": self.bits, "salient": salient, "added_rows": added_rows, "rank": rank}
+        for name, most in own.items():
+            if most > getattr(capacity, name):
+                raise ValueError(f"{name} {most} does not fit a bank of {getattr(capacity, name)}")
         if self.group_size and not 0 < capacity.group_size <= self.group_size:
             raise ValueError(f"groups of {self.group_size} do not fit a bank of group_size {capacity.group_size}")
-        groups = group_count(in_features, self.group_size)
-        _check("steps", self.steps, (out_features, groups), (torch.float16, torch.float32))
-        self._check_salient(in_features, out_features, capacity.salient)
-        if self.channel_scale is not None:
-            _check("channel_scale", self.channel_scale, (in_features,), (torch.float16,))
-        if self.bias_delta is not None:
-            _check("bias_delta", self.bias_delta, (out_features,), VALUE_DTYPES)
-        if self.added_rows is not None:
-            rows = self.added_rows
-            if rows.ndim != 2 or rows.shape[0] > capacity.added_rows:
-                raise ValueError(f"added_rows {tuple(rows.shape)} do not fit a bank of {capacity.added_rows} rows")
-            _check("added_rows", rows, (rows.shape[0], in_features), VALUE_DTYPES)
-        self._check_low_rank(in_features, out_features, capacity.rank)
-
-    def _check_salient(self, in_features: int, out_features: int, most: int) -> None:
-        index, value = self.salient_index, self.salient_value
-        if index is None and value is None:
-            return
-        if index is None or value is None:
-            raise ValueError("salient_index and salient_value come together")
-        if index.ndim != 1 or len(index) > most:
-            raise ValueError(f"salient_index {tuple(index.shape)} does not fit a bank of {most} channels")
-        _check("salient_index", index, (len(index),), (torch.int32,))
-        _check("salient_value", value, (out_features, len(index)), VALUE_DTYPES)
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < in_features:
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "codes": ((out_features, words_per_row(in_features, self.bits)), (torch.int32,)),
+            "steps": ((out_features, group_count(in_features, self.group_size)), (torch.float16, torch.float32)),
+            "salient_index": ((salient,), (torch.int32,)),
+            "salient_value": ((out_features, salient), VALUE_DTYPES),
+            "channel_scale": ((in_features,), (torch.float16,)),
+            "bias_delta": ((out_features,), VALUE_DTYPES),
+            "added_rows": ((added_rows, in_features), VALUE_DTYPES),
+            "left": ((out_features, rank), VALUE_DTYPES),
+            "right": ((rank, in_features), VALUE_DTYPES),
+        }
+        for name, (shape, dtypes) in expected.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this bank and bit width need {shape}")
+            if tensor.dtype not in dtypes:
+                raise TypeError(f"{name} is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+        index = self.salient_index
+        if index is not None and salient and not 0 <= int(index.min()) <= int(index.max()) < in_features:
             raise IndexError(f"salient_index reaches outside the {in_features} input channels")
 
-    def _check_low_rank(self, in_features: int, out_features: int, most: int) -> None:
-        left, right = self.left, self.right
-        if left is None and right is None:
-            return
-        if left is None or right is None:
-            raise ValueError("left and right come together")
-        rank = left.shape[-1] if left.ndim else 0
-        if rank > most:
-            raise ValueError(f"left {tuple(left.shape)} does not fit a bank of rank {most}")
-        _check("left", left, (out_features, rank), VALUE_DTYPES)
-        _check("right", right, (rank, in_features), VALUE_DTYPES)
 
-
-def check_group_size(group_size: int) -> None:
-    """Raise ValueError for a number of channels that no group can have."""
-    if group_size < 0 or group_size % GROUP_MULTIPLE:
-        raise ValueError(f"group_size must be 0 or a multiple of {GROUP_MULTIPLE}, not {group_size}")
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this bank and bit width need {shape}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+def check_group_size(group_size: int, per_word: int = 1) -> None:
+    """Raise ValueError for a number of channels that no group of codes, `per_word` in a word, can have."""
+    multiple = math.lcm(GROUP_MULTIPLE, per_word)
+    if group_size < 0 or group_size % multiple:
+        raise ValueError(f"group_size must be 0 or a multiple of {multiple}, not {group_size}")

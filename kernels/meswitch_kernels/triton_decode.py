@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .triton_low_rank import add_low_rank
-from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable, slot_rows
+from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable, slot_rows, words_per_row
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def decode_partials(
     steps_stride,
     channels_per_split,
     max_rank,
-    BANK_BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -111,7 +111,6 @@ def decode_partials(
     BLOCK_RANK: tl.constexpr,
 ):
     """Partial sums `[2 * splits, tokens, out]`: the base's in the first half, the deltas' in the second."""
-    HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
     row = tl.program_id(0) * BLOCK_OUT
     rows = tl.arange(0, BLOCK_OUT)
     row_mask = rows < out_features - row
@@ -141,27 +140,18 @@ def decode_partials(
             token_mask = within < count
             token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0)
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-            words = (in_features * bits + 31) // 32
-            slot_codes = codes + slot_rows(slot, codes_stride, row, words)
+            slot_codes = codes + slot_rows(slot, codes_stride, row, words_per_row(in_features, bits))
             groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
             slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
             scale = channel_scale + slot * in_features
-            # Each width a slot may have is compiled with its own shifts; a bank knows its widest.
-            if bits == BANK_BITS:
-                acc = _delta_sum(
-                    x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, group_size, BANK_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
-                )  # fmt: skip
-            elif bits * 2 == BANK_BITS:
-                acc = _delta_sum(
-                    x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, group_size, HALF_BITS, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
-                )  # fmt: skip
-            else:
-                acc = _delta_sum(
-                    x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                    in_features, group_size, 1, GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
-                )  # fmt: skip
+            # Each width a slot may have is compiled with its own shifts; a bank knows which.
+            acc = tl.zeros((BLOCK_OUT, TILE_TOKENS), dtype=tl.float32)
+            for i in tl.static_range(len(WIDTHS)):
+                if bits == WIDTHS[i]:
+                    acc = _delta_sum(
+                        x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
+                        in_features, group_size, WIDTHS[i], GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
+                    )  # fmt: skip
             if Z_SPLITS > 0 and split == 0:
                 acc = add_low_rank(
                     acc, z, left + slot_rows(slot, out_features * max_rank, row, max_rank), rows, token, token_mask,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
+from .packing import widths_in
 from .triton_decode import decode_partials, reduce_partials
 from .triton_low_rank import project
 from .triton_prefill import prefill
@@ -132,7 +133,7 @@ def _decode(
         bank.steps.stride(0),
         per_split,
         bank.left.shape[2],
-        BANK_BITS=bank.bits,
+        WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
         BASE_TOKENS=base_tokens,
         TILE_TOKENS=groups.tile_size,
@@ -215,7 +216,7 @@ def _prefill(
         bank.steps.stride(0),
         bank.salient_index.shape[1],
         bank.left.shape[2],
-        BANK_BITS=bank.bits,
+        WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
         HAS_BIAS=bias is not None,
         TILE_TOKENS=groups.tile_size,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .triton_low_rank import add_low_rank
-from .triton_tiles import code_values, load_codes, load_steps, slot_rows
+from .triton_tiles import code_values, load_codes, load_steps, slot_rows, words_per_row
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def prefill(
     steps_stride,
     max_salient,
     max_rank,
-    BANK_BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -99,7 +99,6 @@ def prefill(
     BLOCK_RANK: tl.constexpr,
 ):
     """y `[tokens, out]` of one tile of tokens that share a slot and one block of output rows."""
-    HALF_BITS: tl.constexpr = BANK_BITS // 2 if BANK_BITS > 1 else 1
     # Neighbouring programs take a few token tiles of the same weight rows, so that these come from L2.
     blocks = tl.cdiv(out_features, BLOCK_OUT)
     program = tl.program_id(0)
@@ -122,7 +121,7 @@ def prefill(
     is_expert = (slot >= 0) & (slot < slots)
     slot = tl.where(is_expert, slot, 0)
     bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-    slot_codes = codes + slot_rows(slot, codes_stride, row, (in_features * bits + 31) // 32)
+    slot_codes = codes + slot_rows(slot, codes_stride, row, words_per_row(in_features, bits))
     groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
     slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
     scale = channel_scale + slot * in_features
@@ -133,21 +132,12 @@ def prefill(
                 acc, z, left + slot_rows(slot, out_features * max_rank, row, max_rank), rows, token, token_mask,
                 tokens, tl.load(slot_rank + slot), max_rank, x.dtype.element_ty, Z_SPLITS, BLOCK_RANK,
             )  # fmt: skip
-        if bits == BANK_BITS:
-            acc = _merged_product(
-                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, BANK_BITS, GROUPED, BLOCK_K,
-            )  # fmt: skip
-        elif bits * 2 == BANK_BITS:
-            acc = _merged_product(
-                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, HALF_BITS, GROUPED, BLOCK_K,
-            )  # fmt: skip
-        else:
-            acc = _merged_product(
-                acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                in_features, group_size, True, 1, GROUPED, BLOCK_K,
-            )  # fmt: skip
+        for i in tl.static_range(len(WIDTHS)):
+            if bits == WIDTHS[i]:
+                acc = _merged_product(
+                    acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
+                    in_features, group_size, True, WIDTHS[i], GROUPED, BLOCK_K,
+                )  # fmt: skip
         acc += tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)[:, None]
         for j in range(0, max_salient):
             channel = tl.load(salient_index + slot * max_salient + j)
@@ -157,7 +147,7 @@ def prefill(
     else:
         acc = _merged_product(
             acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-            in_features, group_size, False, BANK_BITS, GROUPED, BLOCK_K,
+            in_features, group_size, False, WIDTHS[0], GROUPED, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + row + rows).to(tl.float32)[:, None]

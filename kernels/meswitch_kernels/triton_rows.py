@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import slot_is_servable
+from .triton_tiles import codes_at, slot_is_servable, slot_rows, words_per_row
 
 
 @triton.jit
@@ -48,9 +48,8 @@ def embedding_rows(
             value = tl.load(added_rows + added, mask=inside & (max_added > 0), other=float("nan")).to(tl.float32)
         else:
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-            words = (hidden * bits + 31) // 32
-            word = slot.to(tl.int64) * codes_stride + row * words + (k * bits >> 5)
-            packed = (tl.load(codes + word, mask=inside, other=0) >> (k * bits & 31)) & ((1 << bits) - 1)
+            own = codes + slot_rows(slot, codes_stride, row, words_per_row(hidden, bits))
+            packed = codes_at(own, k, inside, bits)
             span = tl.where(group_size > 0, group_size, hidden)
             groups = (hidden + span - 1) // span
             group = slot.to(tl.int64) * steps_stride + row * groups + k // span

@@ -8,6 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
+def words_per_row(in_features, bits):
+    """Words that an output row of codes takes."""
+    return (in_features * bits + 31) // 32
+
+
+@triton.jit
+def codes_at(codes, k, inside, bits):
+    """Codes int32 of the channels `k` of the row whose first word `codes` points to, whatever their width."""
+    words = tl.load(codes + (k * bits >> 5), mask=inside, other=0)
+    return (words >> (k * bits & 31)) & ((1 << bits) - 1)
+
+
+@triton.jit
 def load_codes(
     codes,  # pointer to the first word of the first row
     rows,  # rows counted from there, [BLOCK_OUT]
@@ -17,7 +30,7 @@ def load_codes(
     BLOCK_K: tl.constexpr,
 ):
     """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; zeros past the last channel."""
-    first = rows * ((in_features * BITS + 31) // 32)
+    first = rows * words_per_row(in_features, BITS)
     PER_WORD: tl.constexpr = 32 // BITS
     word = k_start // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
     inside = (word * PER_WORD < in_features)[None, :]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-Bits = Literal["1", "2", "4"]
+from meswitch_cli.delta.codes import CODES
+
+if TYPE_CHECKING:
+    Bits = str
+else:
+    Bits = Literal[tuple(map(str, CODES))]
 
 
 def run(

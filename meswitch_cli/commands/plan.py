@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from meswitch_cli.commands.compress import Bits
+
 
 def run(
     base: Annotated[str, typer.Option(help="The base: a folder or a Hub id.")],
     experts: Annotated[int, typer.Option(min=1, help="How many experts are to be served.")],
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
-    bits: Annotated[Literal["1", "2", "4"], typer.Option(help="Bits a weight of the experts' linear layers.")] = "2",
+    bits: Annotated[Bits, typer.Option(help="Bits a weight of the experts' linear layers.")] = "2",
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
     salient: Annotated[int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.")] = 8,
@@ -26,7 +28,7 @@ def run(
     ] = None,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
     embedding_bits: Annotated[
-        Literal["1", "2", "4"] | None,
+        Bits | None,
         typer.Option(help="Bits a weight of embedding and head.", show_default="2, or --bits if more"),
     ] = None,
     added_rows: Annotated[int, typer.Option(min=0, help="Vocabulary rows that an expert added, at most.")] = 0,

@@ -6,6 +6,7 @@ Torch is imported where it is used: the command line offers these codes, and its
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ class Code(NamedTuple):
     bits: int
     gaussian_step: float
     version: int = 1
+
+    @property
+    def group_multiple(self) -> int:
+        """What the size of a group of channels is a multiple of: of 32, and of whole words."""
+        return math.lcm(32, WORD_BITS // self.bits)
 
     @property
     def largest(self) -> float:

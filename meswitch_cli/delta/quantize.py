@@ -85,14 +85,13 @@ def quantize(
     whole = coded = RowBlocks(base, expert, device)
     directions = None
     if settings.rank:
-        directions = leading_directions(whole.tall, whole.shape, min(settings.rank, *whole.shape), device)
-        coded = _without_directions(whole, directions)
+        left, right, _ = directions = leading_directions(
+            whole.tall, whole.shape, min(settings.rank, *whole.shape), device
+        )
+        coded = whole.less(lambda block, place: block.addmm_(left[place], right, alpha=-1))
     scale = _channel_scale(coded) if settings.channel_scale == "rms" else None
-    rounder = Rounder(
-        settings=settings,
-        scale=None if scale is None else scale.float(),
-        salient=torch.empty(0, dtype=torch.long, device=device),
-    )
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    rounder = Rounder(settings=settings, scale=None if scale is None else scale.float(), salient=nothing)
     rounder = replace(rounder, salient=_salient_channels(coded, rounder, input_energy))
     if rounder.scale is not None:  # the codes see the delta divided by t, so their inputs are x * t
         gram = None if gram is None else gram * rounder.scale * rounder.scale[:, None]
@@ -123,10 +122,6 @@ def dequantize(delta: StoredDelta) -> torch.Tensor:
     if delta.salient_value is not None:
         values[:, delta.salient_channels] += delta.salient_value.float()
     return values
-
-
-def _without_directions(whole: RowBlocks, directions: Directions) -> RowBlocks:
-    return whole.less(lambda block, place: block.addmm_(directions.left[place], directions.right, alpha=-1))
 
 
 def _channel_scale(blocks: RowBlocks) -> torch.Tensor:

@@ -11,7 +11,6 @@ ChannelScale = Literal["none", "rms"]
 Rounding = Literal["nearest", "feedback"]
 StepRule = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"]
 
-GROUP_MULTIPLE = 32
 MAX_SALIENT = 4096
 MAX_RANK = 1024
 
@@ -49,8 +48,9 @@ class QuantizerSettings:
             raise ValueError(f"salient must lie between 0 and {MAX_SALIENT}, not {self.salient}")
         if not 0 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank must lie between 0 and {MAX_RANK}, not {self.rank}")
-        if self.group_size < 0 or self.group_size % GROUP_MULTIPLE:
-            raise ValueError(f"group size must be 0 or a multiple of {GROUP_MULTIPLE}, not {self.group_size}")
+        multiple = CODES[self.bits].group_multiple
+        if self.group_size < 0 or self.group_size % multiple:
+            raise ValueError(f"group size must be 0 or a multiple of {multiple}, not {self.group_size}")
         for name, allowed in (("channel_scale", ChannelScale), ("rounding", Rounding), ("steps", StepRule)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")

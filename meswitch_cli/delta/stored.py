@@ -16,7 +16,7 @@ from torch import Tensor
 
 from meswitch_cli.delta.codes import CODES, LISTED, packed_width, unpack
 from meswitch_cli.delta.low_rank import FACTOR_BITS, vectors_of
-from meswitch_cli.delta.settings import GROUP_MULTIPLE, QuantizerSettings
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.steps import multiples_of
 
 
@@ -74,29 +74,25 @@ class TensorEntry:
     @property
     def version(self) -> int:
         """The first version of the artifact's format whose readers know all of this."""
-        needed = [part.version for part in self.parts]
-        return max([*needed, CODES[self.bits].version] if self.bits else needed, default=1)
-
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that the shard must hold for this entry, by name, with their shapes."""
-        return {f"{self.name}.{part.name}": part.shape(self) for part in self.parts}
+        code = [CODES[self.bits].version] if self.bits else []
+        return max(code + [part.version for part in self.parts], default=1)
 
     def expected_nbytes(self, itemsize: int) -> int:
-        """Bytes of its parts as `quantize` makes them; `itemsize` bytes are a number of the expert's own."""
-        return sum(math.prod(part.shape(self)) * (part.itemsize(self) or itemsize) for part in self.parts)
+        """Bytes of its parts as they are written; `itemsize` are those of a number of the expert's own."""
+        return sum(part.nbytes(self, itemsize) for part in self.parts)
 
     def problem(self) -> str | None:
         """What an entry cannot say; None where it can be."""
         if self.kind == "dense":
-            quantised = (
-                self.bits or self.salient or self.group_size or self.channel_scale or self.rank or self.added_rows
-            )
+            quantised = self.bits or self.salient or self.group_size or self.channel_scale
+            quantised = quantised or self.rank or self.added_rows
             return "a dense tensor cannot have quantisation settings" if quantised else None
         if len(self.shape) != 2 or len(self.base_shape) != 2 or self.shape[1] != self.base_shape[1]:
             return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
         if self.bits not in CODES and not (self.bits == 0 and self.shape != self.base_shape):
             return f"bits must be {LISTED}, not {self.bits}"
-        if self.salient > self.shape[1] or self.group_size % GROUP_MULTIPLE:
+        uneven = self.group_size % CODES[self.bits].group_multiple if self.bits else self.group_size
+        if self.salient > self.shape[1] or uneven:
             return f"salient {self.salient} or group size {self.group_size} is impossible"
         if self.rank and (self.kind != "linear" or not self.bits or self.rank > min(self.rows, self.shape[1])):
             return f"rank {self.rank} is impossible"
@@ -130,8 +126,7 @@ class Part(NamedTuple):
 
     Attributes:
         present, shape: of an entry.
-        dtypes: any of these is read.
-        itemsize: of an entry, bytes of a number as it is written; 0 is what the expert's own tensor has.
+        dtypes: any of these is read; `quantize` writes the first, with steps in groups the last.
         version: of the artifact's format, the first whose readers know the part.
     """
 
@@ -139,49 +134,34 @@ class Part(NamedTuple):
     present: Callable[[TensorEntry], Any]
     shape: Callable[[TensorEntry], tuple[int, ...]]
     dtypes: tuple[torch.dtype, ...]
-    itemsize: Callable[[TensorEntry], int]
     version: int = 1
+
+    def nbytes(self, entry: TensorEntry, itemsize: int) -> int:
+        """Bytes of it as it is written; `itemsize` are those of a number of the expert's own."""
+        written = itemsize if self.dtypes is _OWN else self.dtypes[-1 if entry.group_size else 0].itemsize
+        return math.prod(self.shape(entry)) * written
 
 
 _INT, _HALF, _SINGLE = (torch.int32,), (torch.float16,), (torch.float32,)
 _OWN = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _bytes(count: int) -> Callable[[TensorEntry], int]:
-    return lambda entry: count
-
-
-def _factors(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part]:
-    """The codes and steps of one side of a low-rank part, of linears alone."""
-    return (
-        Part(
-            f"{side}_codes",
-            lambda e: e.rank,
-            lambda e: (e.rank, packed_width(length(e), FACTOR_BITS)),
-            _INT,
-            _bytes(4),
-            version=2,
-        ),
-        Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, _bytes(4), version=2),
-    )
+def _factor(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part]:
+    """One side of a low-rank part, which linears alone have."""
+    codes = Part(f"{side}_codes", lambda e: e.rank, lambda e: (e.rank, packed_width(length(e), FACTOR_BITS)), _INT, 2)
+    return codes, Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, 2)
 
 
 PARTS = (
-    Part("codes", lambda e: e.bits, lambda e: (e.rows, packed_width(e.shape[1], e.bits)), _INT, _bytes(4)),
-    Part(
-        "steps",
-        lambda e: e.bits,
-        lambda e: (e.rows, e.groups),
-        _HALF + _SINGLE,
-        lambda e: 2 if e.group_size else 4,
-    ),
-    Part("salient_index", lambda e: e.bits and e.salient, lambda e: (e.salient,), _INT, _bytes(4)),
-    Part("salient_value", lambda e: e.bits and e.salient, lambda e: (e.rows, e.salient), _OWN[:2], _bytes(2)),
-    Part("channel_scale", lambda e: e.bits and e.channel_scale, lambda e: (e.shape[1],), _HALF, _bytes(2)),
-    *_factors("left", lambda e: e.rows),
-    *_factors("right", lambda e: e.shape[1]),
-    Part("added_rows", lambda e: e.added_rows, lambda e: (e.added_rows, e.shape[1]), _OWN, _bytes(0)),
-    Part("value", lambda e: e.kind == "dense", lambda e: e.shape, _OWN, _bytes(0)),
+    Part("codes", lambda e: e.bits, lambda e: (e.rows, packed_width(e.shape[1], e.bits)), _INT),
+    Part("steps", lambda e: e.bits, lambda e: (e.rows, e.groups), _SINGLE + _HALF),
+    Part("salient_index", lambda e: e.bits and e.salient, lambda e: (e.salient,), _INT),
+    Part("salient_value", lambda e: e.bits and e.salient, lambda e: (e.rows, e.salient), (*_HALF, torch.bfloat16)),
+    Part("channel_scale", lambda e: e.bits and e.channel_scale, lambda e: (e.shape[1],), _HALF),
+    *_factor("left", lambda e: e.rows),
+    *_factor("right", lambda e: e.shape[1]),
+    Part("added_rows", lambda e: e.added_rows, lambda e: (e.added_rows, e.shape[1]), _OWN),
+    Part("value", lambda e: e.kind == "dense", lambda e: e.shape, _OWN),
 )
 
 
@@ -283,13 +263,10 @@ class StoredDelta:
         """L `[out, rank]` and R `[rank, in]` of the low-rank part, fp32 on a device to which their codes are sent."""
         if self.left_codes is None or self.left_steps is None or self.right_codes is None or self.right_steps is None:
             return None
-        sent = (
-            part.to(device, non_blocking=True)
-            for part in (self.left_codes, self.left_steps, self.right_codes, self.right_steps)
-        )
-        left_codes, left_steps, right_codes, right_steps = sent
-        left = vectors_of(left_codes, left_steps, len(self.coded[0]))
-        return left.T, vectors_of(right_codes, right_steps, self.in_features)
+        stored = (self.left_codes, self.left_steps, self.right_codes, self.right_steps)
+        left_codes, left_steps, right_codes, right_steps = (part.to(device, non_blocking=True) for part in stored)
+        left = vectors_of(left_codes, left_steps, len(self.coded[0])).T
+        return left, vectors_of(right_codes, right_steps, self.in_features)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """Its tensors by their names in a shard, `name` being the parameter's."""

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from meswitch_cli.delta.parallel import in_order
+from meswitch_cli.delta.sweep import in_order
 
 
 @pytest.fixture
