@@ -162,4 +162,5 @@ def _ties(model: Any) -> dict[str, str]:
     """Tensors that share another's values, and whose: what transformers itself ties for this config. A class may
     tie nothing although the config says `tie_word_embeddings`.
     """
-    return dict(model.all_tied_weights_keys)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {target: source for target, source in model.all_tied_weights_keys.items() if source in names}

@@ -54,8 +54,8 @@ class Job:
 
     def notes(self) -> list[str]:
         """What is odd about the two checkpoints, and does not keep them from being compressed."""
-        vocabulary = next(item.shape[0] for item in self.plan.tensors if item.kind == "embedding")
-        tokenizer = tokenizer_note(self.expert.source.path, vocabulary)
+        rows = [item.shape[0] for item in self.plan.tensors if item.kind == "embedding"]
+        tokenizer = tokenizer_note(self.expert.source.path, rows[0]) if rows else None
         return list(dict.fromkeys([*self.base.notes, *self.expert.notes, *([tokenizer] if tokenizer else [])]))
 
     def config_differences(self) -> dict[str, tuple[Any, Any]]:
