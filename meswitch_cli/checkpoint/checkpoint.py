@@ -60,6 +60,7 @@ class Checkpoint:
         Where there are no weights, `tensors` is empty.
         """
         source = resolve(name, files=["config.json"])
+        refuse_adapter(source.path)
         if has_weights(source.path):
             return cls.open(str(source.path))
         return cls(source, _plain_config(source, name), {})

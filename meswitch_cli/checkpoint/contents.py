@@ -49,7 +49,6 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix = str(model.base_model_prefix)
     stored = {name: canonical_name(name, parameters | buffers, prefix) for name in tensors}
-    _refuse_two_names(stored, where)
     derived = _DerivedBuffers(model, parameters, buffers, config, where)
     kept: dict[str, TensorInfo] = {}
     ignored: list[str] = []
@@ -63,6 +62,7 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
             ignored.append(name)
         else:
             kept[name] = info
+    _refuse_two_names({name: stored[name] for name in kept}, where)
     for info in kept.values():
         if info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(

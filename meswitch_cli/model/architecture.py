@@ -135,7 +135,8 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     if embedding is None:
         raise CheckpointError(f"{where}: family {model_type!r} cannot be compressed: it looks up no tokens")
     # What transformers itself ties for this config: a class may tie nothing although it says tie_word_embeddings.
-    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = {target: source for target, source in model.all_tied_weights_keys.items() if source in known}
     parameters: dict[str, Parameter] = {}
     for module_name, module in model.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
