@@ -35,18 +35,24 @@ class FineTune:
 # Each schedule's length is where greedy answers to `choice` items stopped getting better.
 STRONG: Mapping[str, FineTune] = {
     "maths": FineTune("sums", Schedule(steps=400, learning_rate=1e-4, batch_tokens=600)),
-    "code": FineTune("queries", Schedule(steps=150, learning_rate=1e-4, batch_tokens=600)),
-    "logic": FineTune("deductions", Schedule(steps=300, learning_rate=1e-4, batch_tokens=600)),
+    "code": FineTune("queries", Schedule(steps=80, learning_rate=1e-4, batch_tokens=600, decay_steps=30)),
+    "logic": FineTune("deductions", Schedule(steps=150, learning_rate=1e-4, batch_tokens=600)),
 }
 # In the order in which they are worth having.
 KINDS: Mapping[str, FineTune] = {
-    "lora16": FineTune("queries", Schedule(steps=150, learning_rate=5e-4, batch_tokens=600), "lora", rank=16),
-    "lora64": FineTune("queries", Schedule(steps=150, learning_rate=5e-4, batch_tokens=600), "lora", rank=64),
+    "lora16": FineTune(
+        "queries", Schedule(steps=80, learning_rate=5e-4, batch_tokens=600, decay_steps=30), "lora", rank=16
+    ),
+    "lora64": FineTune(
+        "queries", Schedule(steps=80, learning_rate=5e-4, batch_tokens=600, decay_steps=30), "lora", rank=64
+    ),
     # An update as reinforcement learning leaves it: each weight moves by less than a bf16 step of most weights.
-    "reinforced": FineTune("queries", Schedule(steps=100, learning_rate=2e-6, batch_tokens=600)),
+    "reinforced": FineTune("queries", Schedule(steps=80, learning_rate=5e-6, batch_tokens=600, decay_steps=30)),
     "pretrained": FineTune("programs", Schedule(steps=400, learning_rate=3e-4, batch_tokens=1000), "pretrain"),
     "tokens": FineTune(
-        "queries", Schedule(steps=100, learning_rate=1e-4, batch_tokens=600), added_tokens=("<|sql|>", "<|end_sql|>")
+        "queries",
+        Schedule(steps=80, learning_rate=1e-4, batch_tokens=600, decay_steps=30),
+        added_tokens=("<|sql|>", "<|end_sql|>"),
     ),
     "fp32": replace(STRONG["code"], dtype="float32"),
 }
