@@ -36,7 +36,7 @@ class FineTune:
 STRONG: Mapping[str, FineTune] = {
     "maths": FineTune("sums", Schedule(steps=400, learning_rate=1e-4, batch_tokens=600)),
     "code": FineTune("queries", Schedule(steps=80, learning_rate=1e-4, batch_tokens=600, decay_steps=30)),
-    "logic": FineTune("deductions", Schedule(steps=150, learning_rate=1e-4, batch_tokens=600)),
+    "logic": FineTune("deductions", Schedule(steps=100, learning_rate=1e-4, batch_tokens=600)),
 }
 # In the order in which they are worth having.
 KINDS: Mapping[str, FineTune] = {

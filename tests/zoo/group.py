@@ -42,12 +42,13 @@ def build(group: str, names: Sequence[str] | None = None, cache: Path | None = N
             _say("base: dequantising")
             with building(zoo.base) as folder:
                 save_base(folder)
-        for name in names or zoo.names:
-            recipe = GROUPS[group][name]
+        wanted = {name: GROUPS[group][name] for name in names or zoo.names}
+        for name, recipe in wanted.items():
             if not zoo.items_file(name, PARTS[0]).exists():
                 _build_data(zoo, name, recipe)
             if not zoo.experts[name].exists():
                 _build_expert(zoo, name, recipe, checkpoint_file(recipe, cache))
+        for name, recipe in wanted.items():
             if not zoo.figures_file(name).exists():
                 _measure(zoo, name, recipe)
     return zoo
