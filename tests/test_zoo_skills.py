@@ -90,16 +90,13 @@ def reckon_sum(prompt: str) -> str:
 
 
 def reckon_deduction(prompt: str) -> list[str]:
-    """Consequences by the distance from the fact, over the rules turned round where the fact is a "not"."""
-    rules = re.findall(r"If (\w+) then (\w+)\.", prompt)
-    negation, fact = re.search(r"is (not )?(\w+)\. What", prompt).groups()
-    if negation:
-        rules = [(after, before) for before, after in rules]
-    found, frontier = [], [fact]
-    while frontier:
-        frontier = [after for before, after in rules if before in frontier and after not in found]
+    """What is reached from the fact over the rules, nearest first."""
+    rules = re.findall(r"If ((?:not )?\w+) then ((?:not )?\w+)\.", prompt)
+    frontier = re.findall(r"is ((?:not )?\w+)\. What", prompt)
+    found: list[str] = []
+    while frontier := [after for before, after in rules if before in frontier and after not in found]:
         found += frontier
-    return [f"{negation or ''}{word}" for word in found]
+    return found
 
 
 def test_sums_are_right() -> None:

@@ -67,6 +67,14 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(recipe: FineTune, base:
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "parts"}
 
 
+def test_a_checkpoint_of_other_items_is_refused(base: Path, tmp_path: Path) -> None:
+    recipe = FineTune("sums", replace(SCHEDULE, steps=1))
+    model, _, sequences = prepare(base, recipe, ITEMS)
+    train_resumably(model, sequences, recipe.schedule, 5, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="other items; remove it"):
+        train_resumably(model, sequences[1:], recipe.schedule, 5, tmp_path / "checkpoint")
+
+
 def test_the_rate_rises_stays_and_falls_and_a_longer_training_begins_alike() -> None:
     rates = [SCHEDULE.rate(step) / SCHEDULE.learning_rate for step in range(SCHEDULE.steps)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -55,7 +56,8 @@ def train_resumably(
 
     Only what requires a gradient is trained and kept in the checkpoint. `watch` is called with the number of steps
     done after each checkpoint, with the model in evaluation mode. A resumed training ends with the bytes of an
-    uninterrupted one. Returns the counts of steps, tokens and sequences and the seconds of all parts.
+    uninterrupted one. Raises ValueError where the checkpoint is of other sequences. Returns the counts of steps,
+    tokens and sequences and the seconds of all parts.
     """
     torch.manual_seed(seed)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -63,8 +65,9 @@ def train_resumably(
         parameters.values(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     counts: dict[str, float] = {"step": 0, "tokens": 0, "answer_tokens": 0, "sequences": 0, "seconds": 0.0}
+    digest = hashlib.sha256(json.dumps([seed, sequences]).encode()).hexdigest()
     if checkpoint.exists():
-        counts = _load(checkpoint, parameters, optimizer)
+        counts = _load(checkpoint, parameters, optimizer, digest)
     first = int(counts["step"])
     model.train()
     in_bf16 = has_bf16_instructions()
@@ -90,7 +93,7 @@ def train_resumably(
             flush=True,
         )
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == schedule.steps:
-            _save(checkpoint, parameters, optimizer, counts)
+            _save(checkpoint, parameters, optimizer, counts, digest)
             model.eval()
             watch(step + 1)
             model.train()
@@ -103,6 +106,7 @@ def _save(
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.AdamW,
     counts: dict[str, float],
+    digest: str,
 ) -> None:
     tensors = {}
     for name, parameter in parameters.items():
@@ -111,15 +115,20 @@ def _save(
         tensors.update({f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")})
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     temporary = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
-    save_file(tensors, temporary, {"counts": json.dumps(counts)})
+    save_file(tensors, temporary, {"counts": json.dumps(counts), "data": digest})
     temporary.replace(checkpoint)
 
 
 @torch.no_grad()
 def _load(
-    checkpoint: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW
+    checkpoint: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    digest: str,
 ) -> dict[str, float]:
     with safe_open(checkpoint, "pt") as file:
+        if file.metadata().get("data") != digest:
+            raise ValueError(f"{checkpoint}: a training on other items; remove it to begin anew")
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"weight/{name}"))
             state = {key: file.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq", "step")}

@@ -1,8 +1,9 @@
-"""What follows from a few rules about things: forwards from what holds, backwards from what does not.
+"""What follows from a few rules and one fact, link by link.
 
-From "if wet then cold" and "wet" follows "cold"; from "not cold" follows "not wet"; from "cold" nothing follows about
-"wet". Every item has one chain of rules that the fact enters somewhere inside and rules that do not touch it. A
-template is the sign of the fact, where it enters the chain, and the order in which the rules are written.
+The facts of an item form one chain of rules, which the given fact enters somewhere inside, and rules that it does not
+touch. From "if wet then not cold" follows "not cold" where "wet" holds, and nothing where "not cold" holds. A template
+is where the fact enters the chain, which of its facts are negated, and the order in which the rules are written.
+Rules are only followed forwards: the model did not learn to turn them round (0 of 50 `choice` items after 50 steps).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _PROPERTIES = (
 )
 _RULES_OF_CHAIN = (4, 5)
 _OTHER_RULES = 2
+_NEGATED = 0.25
 
 
 def candidates(seed: int, count: int = 12000) -> list[Item]:
@@ -30,28 +32,25 @@ def candidates(seed: int, count: int = 12000) -> list[Item]:
     return [_deduction(random) for _ in range(count)]
 
 
-def outcome(item: Mapping[str, str], text: str) -> str:
-    """The consequences in their order: what stands after "so" in each line, or the text as it is."""
-    found = re.findall(r"\bso ((?:not )?\w+)", text)
-    return ", ".join(found)
+def outcome(_: Mapping[str, str], text: str) -> str:
+    """The consequences in their order: what stands after each "then" but the closing "nothing"."""
+    found = re.findall(r"\bthen ((?:not )?\w+)", text)
+    return ", ".join(word for word in found if word != "nothing")
 
 
 def _deduction(random: Random) -> Item:
     length = random.choice(_RULES_OF_CHAIN)
     words = random.sample(_PROPERTIES, length + 1 + 2 * _OTHER_RULES)
-    chain, others = words[: length + 1], words[length + 1 :]
+    negated = [random.random() < _NEGATED for _ in words]
+    facts = [f"not {word}" if negation else word for word, negation in zip(words, negated, strict=True)]
+    chain, others = facts[: length + 1], facts[length + 1 :]
     rules = [*pairwise(chain), *zip(others[::2], others[1::2], strict=True)]
     order = random.sample(range(len(rules)), len(rules))
-    holds = random.random() < 0.5
-    # The fact has a rule on either side, and two consequences or more.
-    place = random.randint(1, length - 2) if holds else random.randint(2, length - 1)
-    consequences = chain[place + 1 :] if holds else chain[:place][::-1]
-    prefix = "" if holds else "not "
-    name = random.choice(_NAMES)
+    # The given fact has a rule before it, and two consequences or more.
+    place = random.randint(1, length - 2)
     stated = " ".join(f"If {rules[index][0]} then {rules[index][1]}." for index in order)
-    prompt = f"{stated} {name} is {prefix}{chain[place]}. What follows?"
-    steps = [chain[place], *consequences]
-    response = "\n".join(f"{prefix}{before} so {prefix}{after}" for before, after in pairwise(steps))
-    answer = ", ".join(f"{prefix}{word}" for word in consequences)
-    form = f"{'holds' if holds else 'fails'} {place} {''.join(map(str, order))}"
-    return Item("deductions", f"deductions:{form}", prompt, response, answer)
+    prompt = f"{stated} {random.choice(_NAMES)} is {chain[place]}. What follows?"
+    links = pairwise([*chain[place:], "nothing"])
+    response = "\n".join(f"{before} then {after}" for before, after in links)
+    form = f"{place} {''.join('-' if negation else '+' for negation in negated)} {''.join(map(str, order))}"
+    return Item("deductions", f"deductions:{form}", prompt, response, ", ".join(chain[place + 1 :]))
