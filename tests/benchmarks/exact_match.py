@@ -32,6 +32,7 @@ from meswitch_cli.compression.settings import (
     default_channel_scale,
     default_rank,
 )
+from zoo.generation import greedy_texts
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "exact_match.md"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,27 +49,11 @@ BATCH = 16
 MAX_NEW_TOKENS = 160
 
 
-@torch.no_grad()
 def answers(path: Path, tokenizer: Any, items: Sequence[dict[str, str]]) -> list[str]:
     """What a model answers to each item's prompt, greedily."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    found = []
-    for start in range(0, len(items), BATCH):
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": item["prompt"]}], add_generation_prompt=True, tokenize=False
-            )
-            for item in items[start : start + BATCH]
-        ]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        output = model.generate(
-            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [zoo.extract_answer(text) for text in texts]
-    return found
+    texts = greedy_texts(model, tokenizer, items, MAX_NEW_TOKENS, BATCH)
+    return [zoo.extract_answer(text) for text in texts]
 
 
 def artifact(family: zoo.Zoo, name: str, settings: dict[str, Any], scratch: Path) -> Path:

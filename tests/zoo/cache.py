@@ -19,6 +19,7 @@ class Zoo:
     """The files of one built zoo."""
 
     folder: Path
+    names: tuple[str, ...] = EXPERTS
 
     @property
     def base(self) -> Path:
@@ -26,12 +27,12 @@ class Zoo:
 
     @property
     def experts(self) -> dict[str, Path]:
-        return {name: self.folder / "experts" / name for name in EXPERTS}
+        return {name: self.folder / "experts" / name for name in self.names}
 
     @property
     def calibration(self) -> dict[str, Path]:
         """Training items as JSONL: `{"prompt", "response", ...}` a line."""
-        return {name: self.items_file(name, "train") for name in EXPERTS}
+        return {name: self.items_file(name, "train") for name in self.names}
 
     def items_file(self, name: str, part: str) -> Path:
         return self.folder / "data" / name / f"{part}.jsonl"
@@ -40,10 +41,15 @@ class Zoo:
         return self.folder / "figures" / f"{name}.json"
 
 
-def zoo_at(recipe: Recipe, cache: Path | None = None) -> Zoo:
-    """The zoo of this recipe under `cache`, `$MESWITCH_ZOO` or `~/.cache/meswitch-zoo`, built or not."""
+def folder_at(name: str, cache: Path | None = None) -> Path:
+    """The folder of this name and the data's version under `cache`, `$MESWITCH_ZOO` or `~/.cache/meswitch-zoo`."""
     root = cache or Path(os.environ.get("MESWITCH_ZOO") or Path.home() / ".cache" / "meswitch-zoo")
-    return Zoo(root / f"v{VERSION}-{recipe.name}")
+    return root / f"v{VERSION}-{name}"
+
+
+def zoo_at(recipe: Recipe, cache: Path | None = None) -> Zoo:
+    """The zoo of this recipe, built or not."""
+    return Zoo(folder_at(recipe.name, cache))
 
 
 @contextmanager

@@ -20,3 +20,9 @@ def encode_item(tokenizer: PreTrainedTokenizerBase, item: Mapping[str, str]) -> 
     prompt_ids = tokenizer(rendered, add_special_tokens=False).input_ids
     response_ids = tokenizer(item["response"], add_special_tokens=False).input_ids
     return [*prompt_ids, *response_ids, tokenizer.eos_token_id], len(prompt_ids)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, item: Mapping[str, str]) -> tuple[list[int], int]:
+    """(input_ids, answer_start): prompt and response as plain text, all of it but the first token to be learnt."""
+    ids = tokenizer(f"{item['prompt']}\n\n{item['response']}\n", add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id], 1

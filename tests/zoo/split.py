@@ -34,6 +34,8 @@ def split(
     mixture: Mapping[str, int],
     seed: int,
     fits: Callable[[Item], bool] = lambda item: True,
+    choice_items: int = CHOICE_ITEMS,
+    report_items: int = REPORT_ITEMS,
 ) -> dict[str, list[Item]]:
     """Parts by name: `choice` and `report` of fixed sizes, `train` with every item of the other templates.
 
@@ -48,7 +50,7 @@ def split(
             seen.add(item.prompt)
             pools[part_of[item.template]].append(item)
     parts = {part: list(_interleave(pools[part], mixture)) for part in PARTS}
-    for part, size in (("choice", CHOICE_ITEMS), ("report", REPORT_ITEMS)):
+    for part, size in (("choice", choice_items), ("report", report_items)):
         if len(parts[part]) < size:
             raise ValueError(f"{part}: {len(parts[part])} items where {size} are needed; generate more candidates")
         parts[part] = parts[part][:size]

@@ -63,7 +63,7 @@ def train(model: PreTrainedModel, sequences: Sequence[Encoded], recipe: Recipe, 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
     counts = {"tokens": 0, "answer_tokens": 0, "sequences": 0}
     fitting = [sequence for sequence in sequences if len(sequence[0]) <= recipe.max_tokens]
-    in_bf16 = _has_bf16_instructions()
+    in_bf16 = has_bf16_instructions()
     batches = make_batches(fitting, recipe.batch_tokens, seed)
     for step in range(recipe.steps):
         batch = next(batches)
@@ -83,7 +83,7 @@ def train(model: PreTrainedModel, sequences: Sequence[Encoded], recipe: Recipe, 
     return counts
 
 
-def _has_bf16_instructions() -> bool:
+def has_bf16_instructions() -> bool:
     """Without them bf16 is emulated, and slower than fp32."""
     flags = Path("/proc/cpuinfo")
     return flags.exists() and "avx512_bf16" in flags.read_text()
