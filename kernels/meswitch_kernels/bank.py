@@ -145,10 +145,6 @@ class ExpertBank:
         held = (*self.tensors, self.added_rows, self.added_counts)
         return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
 
-    def is_loaded(self, slot: int) -> bool:
-        """Whether `slot` holds an expert."""
-        return self._bits_of_slot[self._slot(slot)] != 0
-
     def load(self, slot: int, delta: ExpertDelta) -> None:
         """Put an expert into `slot`.
 
