@@ -37,22 +37,6 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 1
 _Result = TypeVar("_Result")
 
 
-class Factors(NamedTuple):
-    """The factors of a low-rank part `[out, in]`, in codes of `FACTOR_BITS`, a step for every vector.
-
-    Attributes:
-        left_codes: `[rank, ceil(out * 4 / 32)]` int32, the columns of L.
-        left_steps: `[rank, 1]` fp32.
-        right_codes: `[rank, ceil(in * 4 / 32)]` int32, the rows of R.
-        right_steps: `[rank, 1]` fp32.
-    """
-
-    left_codes: torch.Tensor
-    left_steps: torch.Tensor
-    right_codes: torch.Tensor
-    right_steps: torch.Tensor
-
-
 def vectors_of(codes: torch.Tensor, steps: torch.Tensor, length: int) -> torch.Tensor:
     """The vectors, fp32 `[rank, length]`, that a factor's stored codes and steps stand for."""
     return multiples_of(unpack(codes, FACTOR_BITS, length), FACTOR_BITS) * steps.float()
@@ -108,10 +92,11 @@ def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: 
 
 
 class FactorFit(NamedTuple):
-    """Factors, and what they leave: of the channels that are kept exactly all of it, `[out, k]`, of each column the
-    energy, float64 `[in]`."""
+    """Factors, the columns of L and the rows of R, and what they leave: of the channels that are kept exactly all of
+    it, `[out, k]`, of each column the energy, float64 `[in]`."""
 
-    factors: Factors
+    left: Rounded
+    right: Rounded
     left_over: torch.Tensor
     energy: torch.Tensor
 
@@ -141,8 +126,7 @@ def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: 
     right = rounded(wanted.index_fill(1, exact, 0.0))
     energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
     left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
-    stored = (part.cpu() for part in (left.codes, left.steps, right.codes, right.steps))
-    return FactorFit(Factors(*stored), left_over, energy.clamp_(min=0))
+    return FactorFit(left, right, left_over, energy.clamp_(min=0))
 
 
 def rounded(vectors: torch.Tensor) -> Rounded:

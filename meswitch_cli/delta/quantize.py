@@ -6,6 +6,7 @@ Rows are independent, so everything runs on blocks of rows that stay in the proc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -177,12 +178,10 @@ def _quantized(blocks: RowBlocks, rounder: Rounder) -> tuple[StoredDelta, Energi
     salient = rounder.salient
 
     def quantise(block: torch.Tensor, _: slice) -> tuple[torch.Tensor, ...]:
-        squares = block.square()
-        energy = squares.sum(0)
-        codes, steps = rounder.code(block, squares)
+        codes, steps, energy = rounder.code(block)
         residual = sixteen_bit(block[:, salient])
         block[:, salient] -= residual.float()
-        return codes.cpu(), steps.cpu(), residual.cpu(), energy, column_energy(block)
+        return codes, steps, residual.cpu(), energy, column_energy(block)
 
     codes, steps, residuals, energies, missed = zip(*blocks.sweep(quantise, rounder.block_elements), strict=True)
     delta = _with_salient(_coded(blocks, rounder, codes, steps), rounder.salient, torch.cat(residuals))
@@ -199,10 +198,8 @@ def _quantized_beside(
     of_directions = directions.right @ seen.T
 
     def quantise(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, ...]:
-        squares = block.square()
-        energy = squares.sum(0)
-        codes, steps = rounder.code(block, squares)
-        return codes.cpu(), steps.cpu(), block @ seen.T + directions.left[place] @ of_directions, energy
+        codes, steps, energy = rounder.code(block)
+        return codes, steps, block @ seen.T + directions.left[place] @ of_directions, energy
 
     codes, steps, images, energies = zip(*rest.sweep(quantise, rounder.block_elements), strict=True)
     _finite_sum(energies)
@@ -215,7 +212,13 @@ def _quantized_beside(
     fit = fit_factors(whole.less(take_codes_off).tall, torch.cat(images), salient, whole.shape)
     residual = sixteen_bit(fit.left_over)
     fit.energy[salient] = column_energy(fit.left_over - residual.float()).double()
-    delta = replace(_with_salient(coded, salient, residual), **fit.factors._asdict())
+    delta = replace(
+        _with_salient(coded, salient, residual),
+        left_codes=fit.left.codes.cpu(),
+        left_steps=fit.left.steps.cpu(),
+        right_codes=fit.right.codes.cpu(),
+        right_steps=fit.right.steps.cpu(),
+    )
     return delta, Energies(directions.energy, fit.energy)
 
 
@@ -244,8 +247,7 @@ def _with_salient(delta: StoredDelta, salient: torch.Tensor, residual: torch.Ten
 
 def _finite_sum(energies: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum over blocks, float64 `[in]`."""
-    total = sum(energy.double() for energy in energies)
-    assert isinstance(total, torch.Tensor)
+    total = functools.reduce(torch.add, (energy.double() for energy in energies))
     if not torch.isfinite(total).all():
         raise FloatingPointError("NaN or infinity")
     return total

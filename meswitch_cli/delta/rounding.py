@@ -76,17 +76,16 @@ class Rounder:
         values = self.spread(multiples, steps)
         return values if self.scale is None else values.mul_(self.scale)
 
-    def code(self, block: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes and final steps of a block, which is left without their values.
-
-        `squares` are the block's, known to the caller; they are overwritten.
-        """
+    def code(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packed codes, final steps and the columns' squared norms of a block, which then lacks the codes' values."""
+        squares = block.square()
+        energy = squares.sum(0)
         scaled = self.scaled(block)
         fit = self.rounded(scaled, squares if scaled is block else None)
         steps = self._final_steps(scaled, fit)
         packed = pack(codes_of(fit.multiples, self.settings.bits), self.settings.bits)
         block -= self.values(fit.multiples, steps)
-        return packed, steps
+        return packed.cpu(), steps.cpu(), energy
 
     def rounded(self, block: torch.Tensor, squares: torch.Tensor | None = None) -> RoundingFit:
         """The multiples that are kept of a scaled block, by error feedback where asked, and steps for them."""

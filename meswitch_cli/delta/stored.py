@@ -178,7 +178,8 @@ class StoredDelta:
         salient_index: `[k]` int32, ascending.
         salient_value: `[out, k]` fp16, what to add to the rest in those channels.
         channel_scale: `[in]` fp16; None is all ones.
-        left_codes, left_steps, right_codes, right_steps: `Factors` of what is added to the codes' values everywhere.
+        left_codes, left_steps, right_codes, right_steps: the vectors of a low-rank part, added to the codes' values
+            everywhere: codes `[rank, ceil(length * 4 / 32)]` int32, steps `[rank, 1]` fp32.
         added_rows: `[added, in]`, rows that the base has not.
         value: the parameter itself, where it is stored whole.
     """
