@@ -10,9 +10,12 @@ from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
 from .packing import widths_in
 from .triton_decode import decode_partials, reduce_partials
+from .triton_device import on_its_device
 from .triton_low_rank import project
+from .triton_norm import base_norm as base_norm
+from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
-from .triton_rows import added_row_logits, embedding_rows, norm_rows
+from .triton_rows import added_row_logits, embedding_rows
 from .tuning import launch_settings, token_bucket
 
 _REDUCE_BLOCK = 256
@@ -27,6 +30,7 @@ PROJECT_SPLITS = 8
 PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
+@on_its_device
 def expert_linear(
     x: Tensor,
     weight: Tensor,
@@ -230,6 +234,7 @@ def _prefill(
     )
 
 
+@on_its_device
 def expert_embedding(
     ids: Tensor, weight: Tensor, bank: BankTensors, added_rows: Tensor, slot_of_token: Tensor
 ) -> Tensor:
@@ -265,19 +270,7 @@ def expert_embedding(
     return y
 
 
-def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
-    """As `naive.rms_norm`; a row whose gains are outside the table comes out as NaN."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(x.shape)
-    if not y.numel():
-        return y
-    rows, hidden = x.shape
-    norm_rows[(rows,)](
-        x, table, y, gain_rows.contiguous(), table.shape[0], hidden, x.stride(0), epsilon, BLOCK=_ROW_BLOCK
-    )
-    return y
-
-
+@on_its_device
 def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor) -> Tensor:
     """As `naive.added_logits`."""
     x = x if x.stride(1) == 1 else x.contiguous()
