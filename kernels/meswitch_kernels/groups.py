@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .dispatch import default_backend
+
+if TYPE_CHECKING:
+    from .prefill_plan import PrefillPlan
 
 DECODE_TILE = 16
 """Tokens per tile of the decode kernel: the smallest a tensor core takes."""
@@ -25,7 +29,8 @@ class TokenGroups:
 
     `order` int32 `[tokens]` lists the tokens group by group. A tile is up to `tile_size` neighbours in that
     order that share a slot: `tile_slot`, `tile_start` (a place in `order`) and `tile_count`, int32 `[tiles]`;
-    tiles that are not needed have count 0. `slot_of_token` int32 `[tokens]` is what it was made from.
+    tiles that are not needed have count 0. `slot_of_token` int32 `[tokens]` is what it was made from. `plan` shares the
+    tokens between kernels, where the host knew their slots.
     """
 
     slot_of_token: Tensor
@@ -35,6 +40,7 @@ class TokenGroups:
     tile_count: Tensor
     tile_size: int
     slots: int
+    plan: PrefillPlan | None = None
 
 
 def tile_size_for(tokens: int) -> int:

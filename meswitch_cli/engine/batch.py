@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +22,20 @@ class Batch:
 
     __slots__ = ("_spread", "gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
 
-    def __init__(self, slot_of_token: Tensor, slot_of_row: Tensor, slots: int, backend: ModuleType) -> None:
+    def __init__(
+        self,
+        slot_of_token: Tensor,
+        slot_of_row: Tensor,
+        slots: int,
+        backend: ModuleType,
+        runs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """`runs` are the slots and lengths of neighbouring tokens of one slot, where the batch is not under a graph."""
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
         self._spread: dict[tuple[int, int], Tensor] = {}
         self.slot_of_row = slot_of_row
-        self.groups = backend.group_tokens(slot_of_token, slots)
+        self.groups = backend.group_tokens(slot_of_token, slots, runs)
         self.row_groups = backend.group_tokens(slot_of_row, slots)
 
     def spread_gain_rows(self, before: int, after: int) -> Tensor:
