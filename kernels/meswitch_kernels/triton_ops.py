@@ -16,6 +16,8 @@ from .packing import widths_in
 from .prefill_plan import PrefillPlan, Run, plan_prefill
 from .triton_decode import decode_partials, reduce_partials
 from .triton_device import on_its_device
+from .triton_elementwise import rotate as rotate
+from .triton_elementwise import silu_product as silu_product
 from .triton_low_rank import project
 from .triton_merge import merged_linear
 from .triton_norm import base_norm as base_norm

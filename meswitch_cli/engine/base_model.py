@@ -15,6 +15,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.attention import implementation
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.joined import join_layers
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import reason_of
@@ -159,6 +160,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         tied,
     )
     _find_token_dimensions(base)
+    join_layers(model, backend)
     return base
 
 
