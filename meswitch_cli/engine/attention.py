@@ -35,11 +35,6 @@ def attending(batch: Mapping[str, Any]) -> Iterator[None]:
         _BATCH.reset(token)
 
 
-def implementation(device: torch.device) -> str:
-    """The attention of a model on a device, by the name that transformers knows."""
-    return register() if device.type == "cpu" else "sdpa"
-
-
 def register() -> str:
     """Make `attend` known to transformers; return its name."""
     from transformers import AttentionInterface

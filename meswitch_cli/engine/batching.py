@@ -267,8 +267,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         self._current, self._slots, self._hooks = current, slots, hooks
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        if model.config._attn_implementation != attention.NAME:
-            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
 
     def wake(self) -> None:
         """Have the loop look for work now."""
@@ -332,6 +331,7 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
         max_requests_per_batch=settings.max_running,
         allow_block_sharing=settings.prefix_sharing,
         use_async_batching=False,
+        auto_switch_to_flash=False,
     )
     try:
         manager = Manager(base.model, config, base.current, slots, hooks)
