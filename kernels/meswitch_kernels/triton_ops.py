@@ -9,6 +9,7 @@ from torch import Tensor
 from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
 from .packing import widths_in
+from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
 from .triton_low_rank import project
 from .triton_prefill import prefill

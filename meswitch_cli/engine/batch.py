@@ -26,7 +26,8 @@ class Batch:
         self.gain_rows = slot_of_token.long() + 1
         self.slot_of_row = slot_of_row
         self.groups = backend.group_tokens(slot_of_token, slots)
-        self.row_groups = backend.group_tokens(slot_of_row, slots)
+        same = slot_of_row is slot_of_token
+        self.row_groups = self.groups if same else backend.group_tokens(slot_of_row, slots)
 
     def of_rows(self, rows: int) -> tuple[Tensor, Any]:
         """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict.
