@@ -65,6 +65,16 @@ def expert_linear(
     return y
 
 
+def expert_linears(
+    x: Tensor,
+    operands: Sequence[tuple[Tensor, Tensor | None, BankTensors]],
+    slot_of_token: Tensor,
+    groups: TokenGroups,
+) -> list[Tensor]:
+    """`expert_linear` of each weight, bias and bank with the same x."""
+    return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
+
+
 def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:
     """As `groups.group_tokens`. Where the host knows the slots, as `runs`, prefill is planned by them.
 

@@ -1,14 +1,21 @@
-"""What layers of a decoder compute between their linears, in one launch each where the kernels can do that."""
+"""What layers of a decoder compute in one launch where the kernels can do that: siblings, and what is between linears.
+
+Siblings are linears of the same input, as an attention's q, k and v.
+"""
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from meswitch_cli.engine.modules import ExpertLinear, Siblings
 
 #: What the families call the function that turns queries and keys by their positions.
 _ROTATION = "apply_rotary_pos_emb"
@@ -37,6 +44,28 @@ def join_layers(model: nn.Module, backend: ModuleType) -> None:
                 gated[type(module)] = _is_gated_by_silu(module)
             if gated[type(module)]:
                 module.forward = types.MethodType(_gated_forward(backend.silu_product), module)
+
+
+@torch.inference_mode()
+def find_siblings(model: nn.Module, linears: Iterable[ExpertLinear], backend: ModuleType) -> None:
+    """See, in a forward pass of a few tokens, which linears are given the same input one after the other."""
+    if not hasattr(backend, "expert_linears"):
+        return
+    seen: list[tuple[ExpertLinear, Tensor]] = []
+    own = list(linears)
+    hooks = [linear.register_forward_pre_hook(lambda layer, inputs: seen.append((layer, inputs[0]))) for linear in own]
+    try:
+        model(torch.zeros(1, 3, dtype=torch.long, device=own[0].weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    calls = Counter(layer for layer, _ in seen)
+    for _, together in itertools.groupby(seen, key=lambda call: id(call[1])):
+        layers = [layer for layer, _ in together]
+        if len(layers) > 1 and all(calls[layer] == 1 for layer in layers):
+            siblings = Siblings(layers, backend)
+            for layer in layers:
+                layer.siblings = siblings
 
 
 def _with_rotation(forward: Any, rotate: Callable[..., Any], module: nn.Module) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from meswitch_kernels import GainBank, available_backends
 from meswitch_kernels.dispatch import backend_module
+from meswitch_kernels.testing import random_call
 
 modules = pytest.importorskip("meswitch_cli.engine.modules")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -151,3 +152,48 @@ def test_other_backends_leave_a_model_as_it_is():
     model = tiny_model("llama")
     joined.join_layers(model, backend_module("naive"))
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("llama", ["q_proj k_proj v_proj", "gate_proj up_proj"]), ("phi3", []), ("gpt_neox", [])],
+)
+def test_linears_of_one_input_are_siblings(family, expected, triton):
+    model = tiny_model(family)
+    linears = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and name != "embed_out":
+            parent, _, leaf = name.rpartition(".")
+            linears[name] = modules.ExpertLinear(module, modules.CurrentBatch(), triton)
+            setattr(model.get_submodule(parent), leaf, linears[name])
+    joined.find_siblings(model, linears.values(), triton)
+    names = {id(linear): name.rpartition(".")[2] for name, linear in linears.items()}
+    found = {id(linear.siblings): linear.siblings for linear in linears.values() if linear.siblings}
+    assert [" ".join(names[id(item)] for item in each.layers) for each in found.values()] == 2 * expected
+
+
+def test_the_first_sibling_computes_for_all(triton, monkeypatch):
+    """Each answer is handed out once; an input of another moment, and a layer without a bank, are no matter."""
+    call = random_call(3, 32, 16, device=DEVICE, dtype=torch.float32)
+    current, layers = modules.CurrentBatch(), []
+    for seed in range(3):
+        base = torch.nn.Linear(32, 16, bias=False).to(DEVICE).requires_grad_(False)
+        layers.append(modules.ExpertLinear(base, current, triton))
+        if seed != 1:
+            layers[-1].bank = random_call(3, 32, 16, device=DEVICE, dtype=torch.float32, seed=seed).bank
+    counts = counted(monkeypatch, triton, "expert_linears")
+    siblings = modules.Siblings(layers, triton)
+    for layer in layers:
+        layer.siblings = siblings
+    current.batch = modules.Batch(call.slot_of_token, call.slot_of_token, call.bank.slots, triton)
+    for rounds in (1, 2):
+        x = torch.randn(1, 3, 32, device=DEVICE)
+        for layer in layers:
+            y = layer(x)
+            expected = torch.nn.functional.linear(x, layer.weight)
+            if layer.bank is not None:
+                expected = layer.answer(x, current.batch, layer.bank)[None]
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        assert counts["expert_linears"] == rounds
+    layers[0](x), layers[0](x)
+    assert counts["expert_linears"] == 4
