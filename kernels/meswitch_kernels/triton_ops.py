@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
-from .packing import widths_in
+from .packing import PLANE_WORDS, codes_per_word, to_planes, widths_in, words_per_row
 from .triton_decode import decode_partials, reduce_partials
 from .triton_low_rank import project
 from .triton_prefill import prefill
@@ -25,6 +25,7 @@ _PROJECT_CHANNELS = 512
 PROJECT_SPLITS = 8
 """The most programs that share the input channels of one tile."""
 PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
+_ASM = not triton.knobs.runtime.interpret
 
 
 def expert_linear(
@@ -42,12 +43,33 @@ def expert_linear(
     if not y.numel():
         return y
     slot_of_token = slot_of_token.contiguous()
+    bank = _in_planes(bank)
     groups = groups or group_tokens(slot_of_token, bank.slot_bits.shape[0])
     if x.shape[0] >= PREFILL_TOKENS:
         _prefill(y, x, weight, bias, bank, slot_of_token, groups)
     else:
         _decode(y, x, weight, bias, bank, slot_of_token, groups)
     return y
+
+
+def _in_planes(bank: BankTensors) -> BankTensors:
+    """The bank with its codes in planes. On a GPU they lie so; only a test mixes backends on one bank."""
+    if bank.planes:
+        return bank
+    if bank.codes.device.type != "cpu":
+        raise ValueError("the triton backend reads codes in planes; make the bank with planes=True")
+    codes, in_features = bank.codes.clone(), bank.channel_scale.shape[1]
+    for own, bits in zip(codes, bank.slot_bits.tolist(), strict=True):
+        if bits:
+            words = words_per_row(in_features, bits)
+            own = own[: bank.bias_delta.shape[1] * words].view(-1, words)
+            own.copy_(to_planes(own, bits))
+    return BankTensors._make(bank._replace(codes=codes, planes=True))
+
+
+def rows_are_whole(in_features: int, bits: int) -> bool:
+    """Whether rows of any width in a bank of `bits` end with a whole block of planes."""
+    return all(in_features % (PLANE_WORDS * codes_per_word(width)) == 0 for width in widths_in(bits))
 
 
 def project_block(tile_size: int) -> int:
@@ -97,15 +119,15 @@ def _decode(
     groups: TokenGroups,
 ) -> None:
     tokens, (out_features, in_features), slots = x.shape[0], weight.shape, bank.slot_bits.shape[0]
-    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device)
+    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device, bank.group_size > 0)
     base_tokens = token_bucket(tokens)
     base_tiles = triton.cdiv(tokens, base_tokens)
-    unit = max(settings.block_k, settings.delta_block_k)
-    per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), unit) * unit
-    splits = triton.cdiv(in_features, per_split)
     z, z_splits = _project(x, bank, groups)
-    partials = torch.empty(2 * splits, tokens, out_features, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(out_features, settings.block_out), splits, base_tiles + groups.tile_slot.shape[0])
+    partials = torch.empty(
+        settings.splits + settings.delta_splits, tokens, out_features, dtype=torch.float32, device=x.device
+    )
+    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
+    grid = (triton.cdiv(out_features, settings.block_out), programs)
     decode_partials[grid](
         x,
         weight,
@@ -124,6 +146,8 @@ def _decode(
         groups.tile_count,
         tokens,
         base_tiles,
+        settings.splits,
+        settings.delta_splits,
         slots,
         in_features,
         out_features,
@@ -131,17 +155,18 @@ def _decode(
         weight.stride(0),
         bank.codes.stride(0),
         bank.steps.stride(0),
-        per_split,
         bank.left.shape[2],
         WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
+        SCALED=bank.scaled,
+        EVEN=rows_are_whole(in_features, bank.bits),
         BASE_TOKENS=base_tokens,
         TILE_TOKENS=groups.tile_size,
         BLOCK_OUT=settings.block_out,
         BLOCK_K=settings.block_k,
-        DELTA_BLOCK_K=settings.delta_block_k,
         Z_SPLITS=z_splits,
         BLOCK_RANK=RANK_BLOCK,
+        ASM=_ASM,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )
@@ -161,7 +186,8 @@ def _decode(
         out_features,
         x.stride(0),
         bank.salient_index.shape[1],
-        splits,
+        settings.splits,
+        settings.delta_splits,
         HAS_BIAS=bias is not None,
         BLOCK=_REDUCE_BLOCK,
         num_warps=2,
@@ -178,7 +204,7 @@ def _prefill(
     groups: TokenGroups,
 ) -> None:
     out_features, in_features = weight.shape
-    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device)
+    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device, bank.group_size > 0)
     tiles = groups.tile_slot.shape[0]
     z, z_splits = _project(x, bank, groups)
     if z_splits > 1:
@@ -218,6 +244,7 @@ def _prefill(
         bank.left.shape[2],
         WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
+        EVEN=rows_are_whole(in_features, bank.bits),
         HAS_BIAS=bias is not None,
         TILE_TOKENS=groups.tile_size,
         BLOCK_OUT=settings.block_out,
@@ -239,6 +266,7 @@ def expert_embedding(
     y = weight.new_empty(ids.shape[0], hidden)
     if not y.numel():
         return y
+    bank = _in_planes(bank)
     embedding_rows[(ids.shape[0], triton.cdiv(hidden, _ROW_BLOCK))](
         ids.contiguous(),
         weight,
