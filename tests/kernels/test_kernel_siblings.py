@@ -102,3 +102,27 @@ def test_a_bad_slot_is_answered_with_nan(triton):
     first, second = together(triton, calls)
     assert first.isfinite().all()
     assert second.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gpu_a_captured_graph_follows_new_slots(bits, rank, triton):
+    calls = family(16, 1024, (2048, 512, 512), dtype=torch.bfloat16, bits=[(bits,)], rank=[(rank,)])
+    wanted, slots = calls[0].slot_of_token, torch.full_like(calls[0].slot_of_token, -1)
+    operands = [(call.weight, call.bias, call.bank.tensors) for call in calls]
+
+    def step():
+        return triton.expert_linears(calls[0].x, operands, slots, group_tokens(slots, SLOTS))
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    slots.copy_(wanted)
+    graph.replay()
+    torch.cuda.synchronize()
+    for y, call in zip(results, calls, strict=True):
+        assert relative_error(y, call.truth()) < ERROR_BOUND[torch.bfloat16]
