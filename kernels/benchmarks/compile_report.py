@@ -22,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meswitch_kernels import triton_decode, triton_low_rank, triton_ops, triton_prefill, triton_rows
+from meswitch_kernels import (
+    triton_decode,
+    triton_groups,
+    triton_low_rank,
+    triton_norm,
+    triton_ops,
+    triton_prefill,
+    triton_rows,
+)
 from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.packing import widths_in
 from meswitch_kernels.tuning import Card, default_settings
@@ -138,7 +146,10 @@ def rows(quick: bool) -> Iterator[Row]:
     rows_alone = [
         (triton_decode.reduce_partials, {"HAS_BIAS": True, "BLOCK": 256}),
         (triton_rows.embedding_rows, {"BLOCK": 1024}),
-        (triton_rows.norm_rows, {"BLOCK": 1024}),
+        (triton_norm.norm_rows, {"OWN": True, "ROWS": 1, "BLOCK": 4096}),
+        (triton_norm.norm_rows, {"OWN": False, "ROWS": 8, "BLOCK": 128}),
+        (triton_groups.group_by_slot, {"TILE_TOKENS": 16, "GROUPS": 32, "TOKENS": 64, "TILES": 64}),
+        (triton_groups.group_by_slot, {"TILE_TOKENS": 16, "GROUPS": 256, "TOKENS": 64, "TILES": 16}),
         (triton_rows.added_row_logits, {"BLOCK": 1024}),
     ]
     for arch, (kernel, constants) in product([80, 90], rows_alone):

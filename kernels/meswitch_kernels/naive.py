@@ -7,13 +7,14 @@ comes out as NaN here as in every backend; on the CPU `ops` refuses it before it
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import groups as _groups
 from .bank import BankTensors, dequantize_rows
 from .groups import TokenGroups
-from .groups import group_tokens as group_tokens
 
 
 def expert_linear(
@@ -32,6 +33,11 @@ def expert_linear(
         y[tokens] += x[tokens].to(wide) @ delta.T + bank.bias_delta[slot].to(wide)
     y[unservable(slot_of_token, bank.slot_bits)] = torch.nan
     return y.to(x.dtype)
+
+
+def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[tuple[int, int]] | None = None) -> TokenGroups:
+    """As `groups.group_tokens`. `runs`, by which the Triton backend plans prefill, do not matter here."""
+    return _groups.group_tokens(slot_of_token, slots)
 
 
 def expert_embedding(
@@ -72,6 +78,10 @@ def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Ten
     wide = x.to(accumulation_dtype(x))
     normed = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)).to(x.dtype)
     return (normed * table[gain_rows]).to(x.dtype)
+
+
+base_norm = None
+"""A backend's norm of rows that all have one gain; without one, the model's own is as fast."""
 
 
 def decode_attention(

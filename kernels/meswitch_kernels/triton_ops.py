@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
+from . import groups as _groups
 from .bank import BankTensors
-from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
+from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups
 from .packing import widths_in
+from .prefill_plan import PrefillPlan, Run, plan_prefill
 from .triton_decode import decode_partials, reduce_partials
+from .triton_device import on_its_device
 from .triton_low_rank import project
+from .triton_merge import merged_linear
+from .triton_norm import base_norm as base_norm
+from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
-from .triton_rows import added_row_logits, embedding_rows, norm_rows
-from .tuning import launch_settings, token_bucket
+from .triton_rows import added_row_logits, embedding_rows
+from .tuning import launch_settings, merge_tokens, token_bucket
 
 _REDUCE_BLOCK = 256
 _ROW_BLOCK = 1024
@@ -27,6 +36,7 @@ PROJECT_SPLITS = 8
 PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
+@on_its_device
 def expert_linear(
     x: Tensor,
     weight: Tensor,
@@ -42,12 +52,41 @@ def expert_linear(
     if not y.numel():
         return y
     slot_of_token = slot_of_token.contiguous()
-    groups = groups or group_tokens(slot_of_token, bank.slot_bits.shape[0])
-    if x.shape[0] >= PREFILL_TOKENS:
+    groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
+    if groups.plan is not None:
+        _by_plan(y, x, weight, bias, bank, groups.plan)
+    elif x.shape[0] >= PREFILL_TOKENS:
         _prefill(y, x, weight, bias, bank, slot_of_token, groups)
     else:
         _decode(y, x, weight, bias, bank, slot_of_token, groups)
     return y
+
+
+def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:
+    """As `groups.group_tokens`. Where the host knows the slots, as `runs`, prefill is planned by them.
+
+    A captured graph must not be: it is replayed with other slots. Raises ValueError or IndexError for `runs` that are
+    not those of `slot_of_token`.
+    """
+    groups = _groups.group_tokens(slot_of_token, slots)
+    if runs is None:
+        return groups
+    return dataclasses.replace(groups, plan=plan_prefill(groups, runs, merge_tokens(slot_of_token.device)))
+
+
+def _by_plan(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, plan: PrefillPlan) -> None:
+    for slot, rows in plan.merged:
+        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
+        merged_linear(target, x[rows], weight, bias, bank, slot)
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, target)
+    for part in plan.parts:
+        rows, slots = part.rows, part.groups.slot_of_token
+        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
+        serve = _decode if part.decode else _prefill
+        serve(target, x[rows], weight, bias, bank, slots, part.groups)
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, target)
 
 
 def project_block(tile_size: int) -> int:
@@ -230,6 +269,7 @@ def _prefill(
     )
 
 
+@on_its_device
 def expert_embedding(
     ids: Tensor, weight: Tensor, bank: BankTensors, added_rows: Tensor, slot_of_token: Tensor
 ) -> Tensor:
@@ -265,19 +305,7 @@ def expert_embedding(
     return y
 
 
-def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
-    """As `naive.rms_norm`; a row whose gains are outside the table comes out as NaN."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(x.shape)
-    if not y.numel():
-        return y
-    rows, hidden = x.shape
-    norm_rows[(rows,)](
-        x, table, y, gain_rows.contiguous(), table.shape[0], hidden, x.stride(0), epsilon, BLOCK=_ROW_BLOCK
-    )
-    return y
-
-
+@on_its_device
 def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor) -> Tensor:
     """As `naive.added_logits`."""
     x = x if x.stride(1) == 1 else x.contiguous()

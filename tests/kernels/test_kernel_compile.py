@@ -26,6 +26,7 @@ def test_no_kernel_spills(report, arch):
     used = {f"{row['kernel']}/{row['steps']}/{row['rank']}/{row['tokens']}": row for row in rows}
     assert {row["kernel"] for row in used.values()} == {
         "decode_partials", "reduce_partials", "prefill", "project", "embedding_rows", "norm_rows", "added_row_logits",
+        "group_by_slot",
     }  # fmt: skip
     assert {name: row["spilled_bytes"] for name, row in used.items() if row["spilled_bytes"]} == {}
 
