@@ -125,6 +125,59 @@ def decode_attention(
     return torch.stack(results).to(query.dtype)
 
 
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    page_size: int,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    tokens: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention `[total, heads, width]` of one new token of each request to the pages of a cache and to itself.
+
+    Args:
+        query: `[heads, total, width]`; heads that share a key head are neighbours.
+        key, value: `[key heads, total, width]`; the new tokens' own are written to the caches.
+        key_cache, value_cache: `[rows, key heads, width]`, with equal strides.
+        tables: int32 `[requests, pages]`, the pages of each request's rows in order. A first entry of -1 is no
+            request: nothing is written for it, and what comes out means nothing.
+        positions: int32 `[total]`, how many tokens come before each.
+        window: a token sees as many, itself included, and position p has row p % window of its request.
+        softcap: scores are squashed to +-softcap, as in Gemma 2.
+        tokens: int32 `[requests]`, the place of each request's token among `total`; None: its own number.
+        out: what the rows are written to; those of other tokens stay as they are.
+    """
+    wide, shared = accumulation_dtype(query), query.shape[0] // key.shape[0]
+    if out is None:
+        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    for request, table in enumerate(tables):
+        token = request if tokens is None else int(tokens[request])
+        if table[0] < 0:
+            out[token] = 0
+            continue
+        last = int(positions[token])
+        seen = torch.arange(0 if window is None else max(0, last + 1 - window), last + 1, device=query.device)
+        place = seen if window is None else seen % window
+        rows = table[place // page_size].long() * page_size + place % page_size
+        key_cache[rows[-1]], value_cache[rows[-1]] = key[:, token], value[:, token]
+        keys, values = (
+            cache[rows].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
+        )
+        scores = (keys @ (query[:, token].to(wide) * scale).unsqueeze(2)).squeeze(2)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        out[token] = (torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1).to(query.dtype)
+    return out
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

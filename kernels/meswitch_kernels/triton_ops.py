@@ -14,6 +14,7 @@ from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups
 from .packing import widths_in
 from .prefill_plan import PrefillPlan, Run, plan_prefill
+from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
 from .triton_device import on_its_device
 from .triton_low_rank import project

@@ -36,7 +36,8 @@ class Batch:
         self._spread: dict[tuple[int, int], Tensor] = {}
         self.slot_of_row = slot_of_row
         self.groups = backend.group_tokens(slot_of_token, slots, runs)
-        self.row_groups = backend.group_tokens(slot_of_row, slots)
+        same = slot_of_row is slot_of_token
+        self.row_groups = self.groups if same else backend.group_tokens(slot_of_row, slots)
 
     def spread_gain_rows(self, before: int, after: int) -> Tensor:
         """`gain_rows` of every row of a tensor `[before, tokens, after, width]`, made once for all layers."""
