@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
@@ -106,6 +107,24 @@ def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank
     """Bytes of one expert's delta that a product must read: codes, steps, salient values, scales, low-rank part."""
     words = -(-in_features * bits // 32)
     return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features + 2 * rank * (in_features + out_features)
+
+
+def say(figure: str, **values: object) -> None:
+    """Print one row of the table named `figure` as JSON, at once: a run that is stopped has told what it knew."""
+    print(json.dumps({"figure": figure, **values}), flush=True)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a large copy on the device."""
+    data = torch.randn(256 << 20, device="cuda", dtype=torch.float16)
+    target = torch.empty_like(data)
+    return 2 * data.nbytes / graph_seconds(lambda: target.copy_(data), replays=5)
+
+
+def matrix_rate() -> float:
+    """Multiply-adds, counted twice, per second of a large bfloat16 product through cuBLAS."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / graph_seconds(lambda: a @ b, replays=5)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
