@@ -99,6 +99,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         self._host_slots = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32)
         if io.device.type == "cuda":
             self._host_slots = self._host_slots.pin_memory()
+        self._runs: list[tuple[int, int]] = []
         self.samples = True
 
     @property
@@ -117,10 +118,10 @@ class Runner(ModelRunner):  # type: ignore[misc]
 
     def set_slots(self, batch: list[FutureRequestState]) -> None:
         """Note the slot of every token of the batch. A batch of the base alone has plain layers."""
-        slots: list[int] = []
-        for item in batch:
-            slots += [item.state.generation.slot] * item.query_length
-        slots += [-1] * (self.inputs_and_outputs.num_q_tokens - len(slots))
+        runs = [(item.state.generation.slot, item.query_length) for item in batch]
+        padding = self.inputs_and_outputs.num_q_tokens - sum(length for _, length in runs)
+        self._runs = [*runs, (-1, padding)]
+        slots = [slot for slot, length in self._runs for _ in range(length)]
         self.mixed = max(slots, default=-1) >= 0
         self._host_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
         with stream_context(self.inputs_and_outputs.compute_stream):
@@ -166,7 +167,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
             indices = None
         if self.mixed:
             rows = slots if indices is None else slots[indices.long()]
-            self._current.batch = Batch(slots, rows, self._slots, self._backend)
+            runs = None if io.use_block_table else self._runs
+            self._current.batch = Batch(slots, rows, self._slots, self._backend, runs)
         try:
             with attention.attending(batch_data, io.layout):
                 logits: torch.Tensor = model(**batch_data).logits
