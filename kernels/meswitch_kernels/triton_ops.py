@@ -17,6 +17,8 @@ from .prefill_plan import PrefillPlan, Run, plan_prefill
 from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
 from .triton_device import on_its_device
+from .triton_elementwise import rotate as rotate
+from .triton_elementwise import silu_product as silu_product
 from .triton_low_rank import project
 from .triton_merge import merged_linear
 from .triton_norm import base_norm as base_norm
@@ -61,6 +63,16 @@ def expert_linear(
     else:
         _decode(y, x, weight, bias, bank, slot_of_token, groups)
     return y
+
+
+def expert_linears(
+    x: Tensor,
+    operands: Sequence[tuple[Tensor, Tensor | None, BankTensors]],
+    slot_of_token: Tensor,
+    groups: TokenGroups,
+) -> list[Tensor]:
+    """`expert_linear` of each weight, bias and bank with the same x."""
+    return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
 
 
 def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:

@@ -14,6 +14,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import attention
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.joined import find_siblings, join_layers
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import MeswitchError, reason_of
@@ -157,6 +158,8 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         tied,
     )
     _find_token_dimensions(base)
+    join_layers(model, backend)
+    find_siblings(model, linears.values(), backend)
     return base
 
 

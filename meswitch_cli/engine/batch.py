@@ -18,9 +18,10 @@ class Batch:
         groups: the same, by slot, as the kernels take it.
         gain_rows: `[tokens]` int64, slot + 1: rows of the tables of gains, whose first is the base's.
         slot_of_row: `[rows]` int32, of the rows that reach the head.
+        held: an input, and what layers that have not been called yet make of it.
     """
 
-    __slots__ = ("_spread", "gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
+    __slots__ = ("_spread", "gain_rows", "groups", "held", "row_groups", "slot_of_row", "slot_of_token")
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Batch:
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
         self._spread: dict[tuple[int, int], Tensor] = {}
+        self.held: tuple[Tensor, dict[Any, Tensor]] | None = None
         self.slot_of_row = slot_of_row
         self.groups = backend.group_tokens(slot_of_token, slots, runs)
         same = slot_of_row is slot_of_token

@@ -167,7 +167,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
             indices = None
         if self.mixed:
             rows = slots if indices is None else slots[indices.long()]
-            runs = None if io.use_block_table else self._runs
+            runs = None if io.use_block_table else self._runs  # a graph is replayed with other slots
             self._current.batch = Batch(slots, rows, self._slots, self._backend, runs)
         try:
             with attention.attending(batch_data, io.layout):

@@ -34,15 +34,44 @@ class ExpertLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.current, self.multiply = current, backend.expert_linear
         self.bank: ExpertBank | None = None
+        #: Those that are given the same input, this one among them.
+        self.siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         batch, bank = self.current.batch, self.bank
         if batch is None or bank is None:
             return nn.functional.linear(x, self.weight, self.bias)
+        if self.siblings is not None:
+            y = self.siblings.answer(self, x, batch)
+        else:
+            y = self.answer(x, batch, bank)
+        return y.view(*x.shape[:-1], -1)
+
+    def answer(self, x: Tensor, batch: Batch, bank: ExpertBank) -> Tensor:
+        """`[tokens, out]` of this layer alone."""
         rows = x.reshape(-1, x.shape[-1])
         slots, groups = batch.of_tokens(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
-        return y.view(*x.shape[:-1], -1)
+        return y
+
+
+class Siblings:
+    """Linears that a model gives the same input, one after the other: the first that is called computes for all."""
+
+    def __init__(self, layers: Sequence[ExpertLinear], backend: ModuleType) -> None:
+        self.layers, self.multiply = tuple(layers), backend.expert_linears
+
+    def answer(self, layer: ExpertLinear, x: Tensor, batch: Batch) -> Tensor:
+        """`[tokens, out]` of one of the layers, which has a bank."""
+        held = batch.held
+        if held is None or held[0] is not x or layer not in held[1]:
+            rows = x.reshape(-1, x.shape[-1])
+            slots, groups = batch.of_tokens(rows.shape[0])
+            served = [(item, item.bank.tensors) for item in self.layers if item.bank is not None]
+            operands = [(item.weight, item.bias, tensors) for item, tensors in served]
+            results = self.multiply(rows, operands, slots, groups)
+            held = batch.held = x, dict(zip((item for item, _ in served), results, strict=True))
+        return held[1].pop(layer)
 
 
 class ExpertHead(ExpertLinear):
