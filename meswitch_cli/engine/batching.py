@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.initialization import update_cb
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
-from transformers.generation.continuous_batching.utils import stream_context
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
 from transformers.generation.logits_process import LogitsProcessorList
 
 from meswitch_cli.engine import attention
@@ -37,6 +37,10 @@ from meswitch_cli.engine.settings import EngineSettings
 from meswitch_kernels.dispatch import default_backend
 
 logger = logging.getLogger(__name__)
+
+
+#: Prompts of fewer tokens are read by kernels that larger ones have compiled.
+WARM_UP_TOKENS = 16
 
 
 class Hooks(Protocol):
@@ -132,6 +136,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         if not self.use_cuda_graph_decode:
             return
         self.samples = False
+        self._read_prompts(model)
         sizes = [self.cb_config.max_requests_per_batch]
         while sizes[-1] > 1:
             sizes.append(1 << (sizes[-1] - 1).bit_length() - 1)
@@ -143,6 +148,19 @@ class Runner(ModelRunner):  # type: ignore[misc]
                 break
         self.samples = True
         self.cache.reset()
+
+    def _read_prompts(self, model: nn.Module) -> None:
+        """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
+        tokens = self.cache.max_batch_tokens
+        while tokens >= WARM_UP_TOKENS:
+            for self.mixed in (True, False):
+                self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
+            tokens //= 2
+
+    def forget_graphs(self) -> None:
+        """Have every graph captured again when it is needed: the layers read from other memory now."""
+        self.inputs_and_outputs.graphs = CudaGraphBuffer()
+        self._logits.clear()
 
     def _capture_graph(self, forward: Callable[..., None], stream: Any, *arguments: Any) -> None:
         super()._capture_graph(forward, stream, *arguments)
@@ -410,6 +428,8 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
         auto_switch_to_flash=False,
     )
     try:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
         pages = -(-max_model_len // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
         manager.warmup()

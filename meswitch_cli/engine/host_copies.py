@@ -9,12 +9,10 @@ from meswitch_cli.engine.banks import Stored
 
 
 class HostCopies:
-    """Experts in host memory by the digest of their manifest, the least recently used given up first.
+    """Experts in host memory by the digest of their manifest, `limit` bytes at most, the least recently used given up
+    first."""
 
-    `limit` bytes; None is no limit.
-    """
-
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self._copies: OrderedDict[str, Stored] = OrderedDict()
 
@@ -44,10 +42,10 @@ class HostCopies:
         self._copies.pop(key, None)
 
     def _put(self, key: str, stored: Stored) -> None:
-        if self.limit is not None and _nbytes(stored) > self.limit:
+        if _nbytes(stored) > self.limit:
             return
         self._copies[key] = stored
-        while self.limit is not None and self.nbytes > self.limit:
+        while self.nbytes > self.limit:
             self._copies.popitem(last=False)
 
 
