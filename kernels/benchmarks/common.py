@@ -111,7 +111,7 @@ def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank
 
 def say(figure: str, **values: object) -> None:
     """Print one row of the table named `figure` as JSON, at once: a run that is stopped has told what it knew."""
-    print(json.dumps({"figure": figure, **values}), flush=True)
+    print(json.dumps({"figure": figure, **values}) + "\n", end="", flush=True)  # one write, whoever else writes
 
 
 def copy_bandwidth() -> float:

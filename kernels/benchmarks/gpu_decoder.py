@@ -42,8 +42,12 @@ PARTS = {
     "up": (INTERMEDIATE, HIDDEN),
     "down": (HIDDEN, INTERMEDIATE),
 }
-#: (bits, rank, experts, tokens); embedding and head are at 2 bits, or more where the linears are.
-RUNS = ((2, 0, 16, 16), (1, 16, 16, 16), (1, 16, 48, 48))
+#: (bits, rank, slots) and the batches of each as (experts, tokens); embedding and head are at 2 bits at least.
+RUNS = (
+    ((2, 0, 16), ((1, 1), (1, 16), (4, 16), (16, 16))),
+    ((1, 16, 16), ((1, 1), (1, 16), (4, 16), (16, 16))),
+    ((1, 16, 48), ((48, 48),)),
+)
 
 
 class Decoder:
@@ -139,7 +143,7 @@ def decoder_layer(x: Tensor, product: Callable[[Tensor, str], Tensor], norm: Cal
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--bits", type=int, help="of every expert's codes; without it three runs in turn")
+    parser.add_argument("--bits", type=int, help="of every expert's codes; without it three formats in turn")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
@@ -149,31 +153,33 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     decoder = Decoder(options.layers)
-    runs = [(options.bits, options.rank, options.experts, options.tokens)] if options.bits else list(RUNS)
-    for bits, rank, experts, tokens in runs:
-        ids = torch.randint(0, VOCAB, (tokens,), device="cuda")
-        slots = torch.arange(tokens, dtype=torch.int32, device="cuda") % experts
-        decoder.load(bits, rank, experts)
-        base = graph_seconds(lambda ids=ids: decoder.base_step(ids), replays=2)
-        ours = graph_seconds(lambda ids=ids, slots=slots: decoder.experts_step(ids, slots), replays=2)
-        active = min(experts, tokens)
-        moved = decoder.base_nbytes + active * decoder.delta_nbytes(bits, rank)
-        say(
-            "decoder",
-            layers=options.layers,
-            bits=bits,
-            rank=rank,
-            experts=experts,
-            tokens=tokens,
-            ms=ours * 1e3,
-            base_ms=base * 1e3,
-            times_base=ours / base,
-            gb_read=moved / 1e9,
-            gb_per_s=moved / ours / 1e9,
-            base_gb_per_s=decoder.base_nbytes / base / 1e9,
-            allocated_gb=torch.cuda.memory_allocated() / 1e9,
-        )
-        torch.cuda.empty_cache()
+    chosen = ((options.bits, options.rank, options.experts), ((options.experts, options.tokens),))
+    for (bits, rank, slots), batches in [chosen] if options.bits else RUNS:
+        decoder.load(bits, rank, slots)
+        for experts, tokens in batches:
+            ids = torch.randint(0, VOCAB, (tokens,), device="cuda")
+            slot_of_token = torch.arange(tokens, dtype=torch.int32, device="cuda") % experts
+            base = graph_seconds(lambda ids=ids: decoder.base_step(ids), replays=2)
+            ours = graph_seconds(lambda i=ids, s=slot_of_token: decoder.experts_step(i, s), replays=2)
+            delta_nbytes = min(experts, tokens) * decoder.delta_nbytes(bits, rank)
+            moved = decoder.base_nbytes + delta_nbytes
+            say(
+                "decoder",
+                layers=options.layers,
+                bits=bits,
+                rank=rank,
+                slots=slots,
+                experts=experts,
+                tokens=tokens,
+                ms=ours * 1e3,
+                base_ms=base * 1e3,
+                times_base=ours / base,
+                base_gb=decoder.base_nbytes / 1e9,
+                delta_gb=delta_nbytes / 1e9,
+                gb_per_s=moved / ours / 1e9,
+                allocated_gb=torch.cuda.memory_allocated() / 1e9,
+            )
+            torch.cuda.empty_cache()
     return 0
 
 

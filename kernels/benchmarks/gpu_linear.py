@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens
+from meswitch_kernels.dispatch import backend_module
 
 SLOTS = 16
 LAYERS = SHAPES["Mistral-7B"]
@@ -87,23 +88,25 @@ def prefill(name: str, shape: tuple[int, int], bits: int, rank: int, rate: float
     for tokens in (128, 512, 2048, 8192):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         slots = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-        groups = group_tokens(slots, 1)
         cublas = graph_seconds(lambda x=x: linear(x, merged), replays=5)
-        ours = graph_seconds(
-            lambda x=x, slots=slots, groups=groups: expert_linear(x, weight, None, bank, slots, groups), replays=5
-        )
-        work = 2 * tokens * out_features * in_features
-        say(
-            "linear_prefill",
-            layer=name,
-            bits=bits,
-            rank=rank,
-            tokens=tokens,
-            us=ours * 1e6,
-            of_matrix_rate=work / ours / rate,
-            cublas_us=cublas * 1e6,
-            of_cublas_on_merged=cublas / ours,
-        )
+        planned = backend_module("triton").group_tokens(slots, 1, [(0, tokens)])
+        for which, groups in (("as the engine plans", planned), ("without a plan", group_tokens(slots, 1))):
+            ours = graph_seconds(
+                lambda x=x, slots=slots, groups=groups: expert_linear(x, weight, None, bank, slots, groups), replays=5
+            )
+            say(
+                "linear_prefill",
+                layer=name,
+                bits=bits,
+                rank=rank,
+                tokens=tokens,
+                which=which,
+                merged=groups.plan is not None and bool(groups.plan.merged),
+                us=ours * 1e6,
+                of_matrix_rate=2 * tokens * out_features * in_features / ours / rate,
+                cublas_us=cublas * 1e6,
+                of_cublas_on_merged=cublas / ours,
+            )
 
 
 def main() -> int:

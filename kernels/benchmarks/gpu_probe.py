@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 
 import torch
 from common import copy_bandwidth, matrix_rate, say
@@ -45,12 +47,11 @@ def card() -> None:
     )
 
 
-def smoke(device: str, tiny: bool) -> bool:
-    """Every dtype, small and large batches, with and without a low-rank part; x with a mean too, since decode takes
-    the codes' offset off with the sum of x."""
-    shape = (96, 64) if tiny else (4096, 1024)
+def smoke(device: str, dtype: torch.dtype, rank: int, shape: tuple[int, int]) -> bool:
+    """Small and large batches of one dtype, experts of 2, 1 and 4 bits; x with a mean too, since decode takes the
+    codes' offset off with the sum of x."""
     backend, sound = default_backend(device), True
-    for dtype, tokens, rank in product(DTYPES, (1, 16, 64, 200), (0, 16)):
+    for tokens in (1, 16, 64, 200):
         call = random_call(tokens, *shape, bits=(2, 1, 4), slots=3, dtype=dtype, device=device, rank=rank)
         shifted = call.with_tokens(call.x + 0.5, call.slot_of_token)
         worst = max(
@@ -59,11 +60,10 @@ def smoke(device: str, tiny: bool) -> bool:
         )
         right = worst <= ERROR_BOUND[dtype]
         sound &= right
-        name = str(dtype).removeprefix("torch.")
         say(
             "smoke",
             backend=backend,
-            dtype=name,
+            dtype=str(dtype).removeprefix("torch."),
             tokens=tokens,
             rank=rank,
             error=worst,
@@ -85,7 +85,14 @@ def main() -> int:
     if cuda:
         card()
     say("backends", **{name: reason or "runs" for name, reason in available_backends().items()})
-    return 0 if smoke("cuda" if cuda else "cpu", options.tiny) else 1
+    device, shape = ("cuda" if cuda else "cpu"), ((96, 64) if options.tiny else (4096, 1024))
+    calls = [(device, dtype, rank, shape) for dtype, rank in product(DTYPES, (0, 16))]
+    if not cuda:
+        sound = [smoke(*call) for call in calls]
+    else:  # a process each, since most of the time goes into compiling
+        with ProcessPoolExecutor(len(calls), mp_context=get_context("spawn")) as pool:
+            sound = list(pool.map(smoke, *zip(*calls, strict=True)))
+    return 0 if all(sound) else 1
 
 
 if __name__ == "__main__":

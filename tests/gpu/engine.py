@@ -45,6 +45,18 @@ def decode(engine: TransformersEngine, model: Model, steps: Steps, what: str, gr
         raise SystemExit(f"{what}: {'; '.join(sorted(load.errors))}")
 
 
+def prefill(engine: TransformersEngine, model: Model, steps: Steps, what: str, group: list[str]) -> None:
+    """One row: four long prompts at once, and hardly a token generated."""
+    for _ in range(2):
+        load = run(engine, group, 4, model.sizes.long, 2)
+    row = measured(load, steps)
+    names = ("prompt_tokens_per_second", "first_token_ms_p50", "errors")
+    experts = min(4, len(set(group) - {BASE}))
+    say(
+        "prefill", what=what, experts=experts, prompts=4, tokens=model.sizes.long, **{name: row[name] for name in names}
+    )
+
+
 def main() -> None:
     arguments = parser()
     arguments.add_argument("--bits", required=True)
@@ -64,6 +76,8 @@ def main() -> None:
     try:
         for group, requests in batches:
             decode(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group, requests)
+        for group in () if options.many else ([BASE], one, four):
+            prefill(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group)
         if model.device == "cuda":
             say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
                 most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip

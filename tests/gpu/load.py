@@ -84,6 +84,12 @@ class Load:
         self.ended = time.perf_counter()
         return self
 
+    def cancel(self) -> None:
+        """End those that still run."""
+        for name in self._submitted:
+            self.engine.cancel(name)
+        self.wait()
+
     @property
     def seconds(self) -> float:
         return self.ended - self.began
@@ -104,7 +110,7 @@ class Load:
 
 
 def run(engine: TransformersEngine, experts: Sequence[str], requests: int, prompt: int, new: int) -> Load:
-    """`requests` at once, shared out among `experts` in turn."""
+    """`requests` at once, shared out among `experts` in turn; those who fail are named in `errors`."""
     load = Load(engine)
     for index in range(requests):
         load.add(experts[index % len(experts)], prompt, new)

@@ -29,7 +29,7 @@ class Sizes:
     Attributes:
         layers: of the base; 32 would be a whole Mistral-7B.
         experts: in a mixed batch; `many` in that of the part of this name.
-        prompt, new: tokens of a request.
+        prompt, new: tokens of a request; `long` those of a prompt that is timed for itself.
         steady: tokens of a request during which others are loaded.
         dense: full models side by side.
     """
@@ -40,15 +40,18 @@ class Sizes:
     many: int = 48
     requests: tuple[int, ...] = (1, 16, 64)
     prompt: int = 128
+    long: int = 1024
     new: int = 64
     steady: int = 1200
     dense: int = 4
     max_model_len: int = 2048
-    seconds: float = 30.0
 
 
 FULL = Sizes()
-TINY = Sizes(2, 300, 3, 4, (1, 3), 12, 6, 60, 2, 128, 5.0)
+TINY = Sizes(
+    layers=2, vocabulary=300, experts=3, many=4, requests=(1, 3), prompt=12, long=40, new=6, steady=60, dense=2,
+    max_model_len=128,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

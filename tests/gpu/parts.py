@@ -29,7 +29,7 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
         return [sys.executable, f"kernels/benchmarks/{name}.py", *words]
 
     small = ["--tiny"] if tiny else []
-    probe = Part("probe", "Card and kernels", script("gpu_probe", *small), 60)
+    probe = Part("probe", "Card and kernels", script("gpu_probe", *small), 80)
     compress = Part("compress", "Compression on the device", module("compress", *RATES), 100, least=40)
     engines = [
         Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 90, least=30) for rate in RATES

@@ -33,7 +33,7 @@ def profiled(engine: TransformersEngine, experts: list[str], steps: Steps, new: 
         before = len(steps.seen)
         _reach(steps, load.began, len(steps.since(load.began)) + STEPS)
         counted = len(steps.seen) - before
-    load.wait()
+    load.cancel()
     rows = profiler.key_averages()
     on_device = [row for row in rows if str(row.device_type).endswith("CUDA")]
     host = {row.key: row.count for row in rows if row.key.startswith(LAUNCHES)}

@@ -38,6 +38,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "requests begin together; tokens a second count prompt and generation; steps are those without a prompt; "
         "LoRA: all adapters stacked, one product for each factor; attention, cache and loop are the same for all",
     ),
+    ("prefill", "Reading prompts", (), "four at once, in batches of at most 1,024 tokens"),
     ("dense", "One dense model per expert", (), "in turn: one request after another, each on its own model"),
     ("start", "Start", (), ""),
     ("memory", "Memory", (), ""),

@@ -42,7 +42,7 @@ def main() -> None:
                 visit.add(name, sizes.prompt, 4)
                 visits.append(visit.wait())
             until = visits[-1].ended
-            load.wait()
+            load.cancel()
             after = engine.statistics()
             busy = [seconds for name in held for moment, seconds in load.gaps[name] if moment <= until]
             if not busy:
