@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .delta import VALUE_DTYPES, Capacity, ExpertDelta
+from .dispatch import reads_planes
 from .groups import check_slots
-from .packing import group_count, unpack_codes, words_per_row
+from .packing import from_planes, group_count, to_planes, unpack_codes, words_per_row
 
 _Made = TypeVar("_Made")
 
@@ -43,6 +44,10 @@ class _BankTensors(NamedTuple):
     """The widest code any slot may hold."""
     group_size: int
     """The finest group any slot may have; 0 where all have one step per row."""
+    scaled: bool
+    """Whether a slot may have channel scales; all ones otherwise."""
+    planes: bool
+    """Whether codes lie in planes (`packing.to_planes`), as the Triton kernels read them, or little-endian."""
 
 
 class BankTensors(_BankTensors):
@@ -73,6 +78,8 @@ def dequantize_rows(
     steps = tensors.steps[slot, : out * groups].view(out, groups)[rows].to(dtype)
     if group_size:
         steps = steps.repeat_interleave(group_size, 1)[:, :in_features]
+    if tensors.planes:
+        codes = from_planes(codes, bits)
     levels = unpack_codes(codes, bits, in_features).to(dtype) - (2**bits - 1) / 2
     delta: Tensor = levels * steps * tensors.channel_scale[slot].to(dtype)
     index = tensors.salient_index[slot].long().expand(len(delta), -1)
@@ -87,8 +94,9 @@ class ExpertBank:
     """The low-bit deltas of up to `slots` experts for one weight `[out_features, in_features]`.
 
     All memory is allocated here, once; on the device "meta" none is, and `nbytes` tells what there would be. `dtype` is
-    how salient values, added rows and the low-rank part are stored: float32 holds either 16-bit type exactly. Raises
-    ValueError or TypeError for settings it cannot hold.
+    how salient values, added rows and the low-rank part are stored: float32 holds either 16-bit type exactly. `planes`
+    is how codes lie in words, by default as the kernels of the device read them. Raises ValueError or TypeError for
+    settings it cannot hold.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class ExpertBank:
         capacity: Capacity,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        planes: bool | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("in_features", in_features), ("out_features", out_features)):
             if value < 1:
@@ -128,6 +137,8 @@ class ExpertBank:
             slot_rank=empty(slots if capacity.rank else 0, of=torch.int32),
             bits=capacity.bits,
             group_size=capacity.group_size,
+            scaled=capacity.channel_scale,
+            planes=reads_planes(torch.device(device).type) if planes is None else planes,
         )
         self.added_rows = empty(slots, capacity.added_rows, in_features, of=dtype)
         """`[slots, capacity.added_rows, in]`: vocabulary rows beyond the base's, for embeddings and heads."""
@@ -154,7 +165,10 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
-        to.codes[slot, : delta.codes.numel()].copy_(delta.codes.reshape(-1), non_blocking=True)
+        codes = delta.codes
+        if to.planes:
+            codes = to_planes(codes.to(self.device, non_blocking=True), delta.bits)
+        to.codes[slot, : codes.numel()].copy_(codes.reshape(-1), non_blocking=True)
         to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
         if delta.salient_index is not None and delta.salient_value is not None:
             k = len(delta.salient_index)

@@ -64,6 +64,13 @@ def checked_backend(name: str, device_type: str, source: str = "backend") -> str
     return name
 
 
+def reads_planes(device_type: str) -> bool:
+    """Whether the kernels of a device type want codes in planes: where Triton serves it."""
+    if device_type == "cuda":
+        return unavailable_reason("triton") is None
+    return device_type == "cpu" and default_backend("cpu") == "triton"
+
+
 def available_backends() -> dict[str, str | None]:
     """Every backend with None where it can run here, else the reason why not."""
     return {name: unavailable_reason(name) for name in BACKENDS}

@@ -14,11 +14,82 @@ import triton
 import triton.language as tl
 
 from .triton_low_rank import add_low_rank
-from .triton_tiles import code_values, load_codes, load_steps, slot_is_servable, slot_rows, words_per_row
+from .triton_tiles import (
+    PLANE_WORDS,
+    code_values,
+    load_codes,
+    load_steps,
+    places_for,
+    plane_values,
+    slot_is_servable,
+    slot_rows,
+    words_per_row,
+)
 
 
 @triton.jit
-def _delta_sum(
+def _plane_block(
+    sums,
+    x_sums,
+    x,
+    x_stride,
+    token,
+    token_mask,
+    codes,
+    scale,
+    rows,
+    block,
+    words_of_row,
+    in_features,
+    BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`sums` and `x_sums` plus the products of one block of words; WHOLE where the row has all of its channels."""
+    TOGETHER: tl.constexpr = PLANE_WORDS
+    PLACES: tl.constexpr = places_for(BITS)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    pairs, within = TOGETHER, tl.arange(0, TOGETHER)
+    place = codes + (rows[:, None] * words_of_row + block * TOGETHER + within[None, :])
+    if WHOLE:
+        words = tl.load(place)
+    else:
+        pairs = words_of_row - block * TOGETHER
+        words = tl.load(place, mask=(within < pairs)[None, :], other=0)
+    first, second, third = sums
+    channel = tl.arange(0, 2 * TOGETHER)
+    kind = tl.arange(0, 32)[:, None]
+    for plane in tl.static_range(16 // BITS):
+        k = block * (TOGETHER * 32 // BITS) + plane * 2 * pairs + channel
+        inside = token_mask[:, None]
+        if not WHOLE:
+            inside = inside & (channel < 2 * pairs)[None, :] & (k < in_features)[None, :]
+        given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=inside, other=0.0)
+        if SCALED:
+            if WHOLE:
+                factor = tl.load(scale + k)
+            else:
+                factor = tl.load(scale + k, mask=k < in_features, other=0.0)
+            given = (given.to(tl.float32) * factor.to(tl.float32)[None, :]).to(DTYPE)
+        given = tl.trans(given)
+        value = plane_values(words, plane * BITS, BITS, DTYPE, ASM)
+        if plane % PLACES == 0:
+            first = tl.dot(value, given, first)
+        elif plane % PLACES == 1:
+            second = tl.dot(value, given, second)
+        else:
+            third = tl.dot(value, given, third)
+        weight = tl.where(kind == 0, 0.5 ** (plane % PLACES * BITS), tl.where(kind == 1, 1.0, 0.0)).to(DTYPE)
+        weight = tl.broadcast_to(weight, (32, TOGETHER))
+        # Joined as codes are, so that both products read x alike.
+        weight = tl.reshape(tl.join(weight, weight), (32, 2 * TOGETHER))
+        x_sums = tl.dot(weight, given, x_sums)
+    return (first, second, third), x_sums
+
+
+@triton.jit
+def _delta_planes(
     x,
     x_stride,
     token,
@@ -27,52 +98,98 @@ def _delta_sum(
     steps,
     scale,
     rows,
-    first,
-    last,
+    split,
+    splits,
+    in_features,
+    BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`[BLOCK_OUT, BLOCK_TOKENS]` float32: one split's share of the slot's delta times x, with one step a row.
+
+    A code is in the mantissa of 128 and in one of three places there. So each place has sums of its own, and the
+    factors, the 128 and the middle of a code come off once at the end, through sums of x that the same
+    instructions make.
+    """
+    CHANNELS: tl.constexpr = PLANE_WORDS * 32 // BITS
+    blocks = tl.cdiv(in_features, CHANNELS)
+    per_split = tl.cdiv(blocks, splits)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    whole = in_features // CHANNELS
+    # Told to be a multiple of a block's words, so that these are read in wide loads.
+    words_of_row = whole * PLANE_WORDS if EVEN else words_per_row(in_features, BITS)
+    zeros = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
+    sums = (zeros, zeros, zeros)
+    x_sums = tl.zeros((32, BLOCK_TOKENS), dtype=tl.float32)
+    for block in range(begin, tl.minimum(end, whole)):
+        sums, x_sums = _plane_block(
+            sums, x_sums, x, x_stride, token, token_mask, codes, scale, rows, block, words_of_row,
+            in_features, BITS, SCALED, True, ASM,
+        )  # fmt: skip
+    if not EVEN and (begin < end) & (end > whole):
+        sums, x_sums = _plane_block(
+            sums, x_sums, x, x_stride, token, token_mask, codes, scale, rows, whole, words_of_row,
+            in_features, BITS, SCALED, False, ASM,
+        )  # fmt: skip
+    LOWEST: tl.constexpr = 1.0 if x.dtype.element_ty == tl.bfloat16 else 0.125
+    total = sums[0] * LOWEST
+    if places_for(BITS) > 1:
+        total += sums[1] * (LOWEST * 0.5**BITS)
+    if places_for(BITS) > 2:
+        total += sums[2] * (LOWEST * 0.25**BITS)
+    kind = tl.arange(0, 32)[:, None]
+    factor = tl.where(kind == 0, 128.0, tl.where(kind == 1, ((1 << BITS) - 1) / 2, 0.0))
+    total -= tl.sum(x_sums * factor, 0)[None, :]
+    return total * tl.load(steps + rows)[:, None]
+
+
+@triton.jit
+def _delta_values(
+    x,
+    x_stride,
+    token,
+    token_mask,
+    codes,
+    steps,
+    scale,
+    rows,
+    split,
+    splits,
     in_features,
     group_size,
     BITS: tl.constexpr,
     GROUPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_OUT, BLOCK_TOKENS] float32: the slot's delta times its tokens' x over channels first to last."""
+    """As `_delta_planes`, for float32 and for groups of steps: each code is made a value of its own first."""
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
-    x_sum = tl.zeros((BLOCK_TOKENS,), dtype=tl.float32)
-    BFLOAT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    for k_start in range(first, last, BLOCK_K):
+    per_split = tl.cdiv(tl.cdiv(in_features, BLOCK_K), splits) * BLOCK_K
+    first = split * per_split
+    for k_start in range(first, tl.minimum(first + per_split, in_features), BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
-        inside = k < in_features
-        given = tl.load(
-            x + (token[:, None] * x_stride + k[None, :]),
-            mask=token_mask[:, None] & inside[None, :],
-            other=0.0,
-        )
-        factor = tl.load(scale + k, mask=inside, other=0.0).to(tl.float32)
-        given = (given.to(tl.float32) * factor[None, :]).to(x.dtype.element_ty)
-        packed = load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K)
+        inside = token_mask[:, None] & (k < in_features)[None, :]
+        given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=inside, other=0.0)
+        if SCALED:
+            factor = tl.load(scale + k, mask=k < in_features, other=0.0).to(tl.float32)
+            given = (given.to(tl.float32) * factor[None, :]).to(x.dtype.element_ty)
+        value = code_values(load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K, EVEN), BITS)
         if GROUPED:
-            step = load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
-            scaled = (code_values(packed, BITS) * step).to(x.dtype.element_ty)
-            acc = tl.dot(scaled, tl.trans(given), acc, input_precision="ieee")
-        elif BFLOAT:
-            # A code set into the mantissa of bfloat16's 128 is 128 + code, exactly, in one instruction; the
-            # 128 and the middle of the code are taken off once per token, through the sum of x.
-            shifted = (packed | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-            acc = tl.dot(shifted, tl.trans(given), acc)
-            x_sum += tl.sum(given.to(tl.float32), 1)
-        else:
-            value = code_values(packed, BITS).to(x.dtype.element_ty)
-            acc = tl.dot(value, tl.trans(given), acc, input_precision="ieee")
+            value *= load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
+        acc = tl.dot(value.to(x.dtype.element_ty), tl.trans(given), acc, input_precision="ieee")
     if not GROUPED:
-        if BFLOAT:
-            acc -= (128.0 + ((1 << BITS) - 1) / 2) * x_sum[None, :]
         acc *= tl.load(steps + rows)[:, None]
     return acc
 
 
-@triton.jit(do_not_specialize=["tokens", "base_tiles"])
+@triton.jit(do_not_specialize=["tokens", "base_tiles", "base_splits", "delta_splits"])
 def decode_partials(
     x,
     weight,
@@ -91,6 +208,8 @@ def decode_partials(
     tile_count,
     tokens,
     base_tiles,
+    base_splits,
+    delta_splits,
     slots,
     in_features,
     out_features,
@@ -98,32 +217,37 @@ def decode_partials(
     weight_stride,
     codes_stride,
     steps_stride,
-    channels_per_split,
     max_rank,
     WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DELTA_BLOCK_K: tl.constexpr,
     Z_SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Partial sums `[2 * splits, tokens, out]`: the base's in the first half, the deltas' in the second."""
+    """Partial sums `[base_splits + delta_splits, tokens, out]`, the base's first.
+
+    The second axis of the grid holds the base's tiles and splits, then the deltas'.
+    """
     row = tl.program_id(0) * BLOCK_OUT
     rows = tl.arange(0, BLOCK_OUT)
     row_mask = rows < out_features - row
     rows = tl.minimum(rows, out_features - row - 1)
-    split, splits, which = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    first = split * channels_per_split
-    last = tl.minimum(first + channels_per_split, in_features)
-    if which < base_tiles:
-        token = which * BASE_TOKENS + tl.arange(0, BASE_TOKENS)
+    program = tl.program_id(1)
+    if program < base_tiles * base_splits:
+        token = program // base_splits * BASE_TOKENS + tl.arange(0, BASE_TOKENS)
+        split = program % base_splits
         token_mask = token < tokens
+        per_split = tl.cdiv(tl.cdiv(in_features, BLOCK_K), base_splits) * BLOCK_K
+        first = split * per_split
         acc = tl.zeros((BLOCK_OUT, BASE_TOKENS), dtype=tl.float32)
         weight += row.to(tl.int64) * weight_stride
-        for k_start in range(first, last, BLOCK_K):
+        for k_start in range(first, tl.minimum(first + per_split, in_features), BLOCK_K):
             k = k_start + tl.arange(0, BLOCK_K)
             inside = (k < in_features)[None, :]
             given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=token_mask[:, None] & inside, other=0.0)
@@ -133,7 +257,8 @@ def decode_partials(
         place = partials + (token[:, None] * out_features + rows[None, :])
         tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
     else:
-        tile = which - base_tiles
+        program -= base_tiles * base_splits
+        tile, split = program // delta_splits, program % delta_splits
         count, slot = tl.load(tile_count + tile), tl.load(tile_slot + tile)
         if (count > 0) & (slot >= 0) & (slot < slots):
             within = tl.arange(0, TILE_TOKENS)
@@ -148,16 +273,22 @@ def decode_partials(
             acc = tl.zeros((BLOCK_OUT, TILE_TOKENS), dtype=tl.float32)
             for i in tl.static_range(len(WIDTHS)):
                 if bits == WIDTHS[i]:
-                    acc = _delta_sum(
-                        x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, first, last,
-                        in_features, group_size, WIDTHS[i], GROUPED, BLOCK_OUT, TILE_TOKENS, DELTA_BLOCK_K,
-                    )  # fmt: skip
+                    if GROUPED or x.dtype.element_ty == tl.float32:
+                        acc = _delta_values(
+                            x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, split, delta_splits,
+                            in_features, group_size, WIDTHS[i], GROUPED, SCALED, EVEN, BLOCK_OUT, TILE_TOKENS, BLOCK_K,
+                        )  # fmt: skip
+                    else:
+                        acc = _delta_planes(
+                            x, x_stride, token, token_mask, slot_codes, slot_steps, scale, rows, split, delta_splits,
+                            in_features, WIDTHS[i], SCALED, EVEN, BLOCK_OUT, TILE_TOKENS, ASM,
+                        )  # fmt: skip
             if Z_SPLITS > 0 and split == 0:
                 acc = add_low_rank(
                     acc, z, left + slot_rows(slot, out_features * max_rank, row, max_rank), rows, token, token_mask,
                     tokens, tl.load(slot_rank + slot), max_rank, x.dtype.element_ty, Z_SPLITS, BLOCK_RANK,
                 )  # fmt: skip
-            partials += ((splits + split) * tokens).to(tl.int64) * out_features + row
+            partials += ((base_splits + split) * tokens).to(tl.int64) * out_features + row
             place = partials + (token[:, None] * out_features + rows[None, :])
             tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
 
@@ -179,7 +310,8 @@ def reduce_partials(
     out_features,
     x_stride,
     max_salient,
-    splits,
+    base_splits,
+    delta_splits,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -189,7 +321,7 @@ def reduce_partials(
     inside = columns < out_features
     slot = tl.load(slot_of_token + token)
     servable = slot_is_servable(slot, slot_bits, slots)
-    parts = tl.where(servable & (slot >= 0), 2 * splits, splits)
+    parts = base_splits + tl.where(servable & (slot >= 0), delta_splits, 0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in range(0, parts):
         place = partials + (part * tokens + token).to(tl.int64) * out_features + columns

@@ -45,6 +45,8 @@ def merge_rows(
     max_rank,
     WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LOW_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -77,12 +79,13 @@ def merge_rows(
         value = tl.full((BLOCK_OUT, BLOCK_K), float("nan"), dtype=tl.float32)
         for i in tl.static_range(len(WIDTHS)):
             if bits == WIDTHS[i]:
-                value = code_values(load_codes(codes, rows, k_start, in_features, WIDTHS[i], BLOCK_K), WIDTHS[i])
+                value = code_values(load_codes(codes, rows, k_start, in_features, WIDTHS[i], BLOCK_K, EVEN), WIDTHS[i])
         if GROUPED:
             value *= load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
         else:
             value *= row_step[:, None]
-        value *= tl.load(channel_scale + slot * in_features + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SCALED:
+            value *= tl.load(channel_scale + slot * in_features + k, mask=inside, other=0.0).to(tl.float32)[None, :]
         for j in range(0, max_salient):
             channel = tl.load(salient_index + slot * max_salient + j)
             if (channel >= k_start) & (channel < k_start + BLOCK_K):
@@ -125,8 +128,13 @@ def merge_launch(dtype: torch.dtype, max_rank: int) -> dict[str, int]:
     }
 
 
-def merged_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> None:
-    """y `[tokens, out]` = x·(W + Δ̂)ᵀ + biases for tokens of one slot; of the base, slot -1, x·Wᵀ + bias."""
+def merged_linear(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int, even: bool
+) -> None:
+    """y `[tokens, out]` = x·(W + Δ̂)ᵀ + biases for tokens of one slot; of the base, slot -1, x·Wᵀ + bias.
+
+    `even` says that rows of codes end with a whole block of planes.
+    """
     if slot < 0:
         _multiply(y, x, weight, bias)
         return
@@ -165,6 +173,8 @@ def merged_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ban
             bank.left.shape[2],
             WIDTHS=widths_in(bank.bits),
             GROUPED=bank.group_size > 0,
+            SCALED=bank.scaled,
+            EVEN=even,
             HAS_BIAS=bias is not None,
             LOW_RANK=bank.left.shape[2] > 0,
             **launch,

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import groups as _groups
 from .bank import BankTensors
 from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups
-from .packing import widths_in
+from .packing import PLANE_WORDS, codes_per_word, to_planes, widths_in, words_per_row
 from .prefill_plan import PrefillPlan, Run, plan_prefill
 from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
@@ -25,6 +25,14 @@ from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
 from .triton_rows import added_row_logits, embedding_rows
+from .triton_siblings import (
+    Operand,
+    SiblingTable,
+    project_siblings,
+    reduce_siblings,
+    sibling_partials,
+    sibling_table,
+)
 from .tuning import launch_settings, merge_tokens, token_bucket
 
 _REDUCE_BLOCK = 256
@@ -37,6 +45,7 @@ _PROJECT_CHANNELS = 512
 PROJECT_SPLITS = 8
 """The most programs that share the input channels of one tile."""
 PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
+_ASM = not triton.knobs.runtime.interpret
 
 
 @on_its_device
@@ -55,6 +64,7 @@ def expert_linear(
     if not y.numel():
         return y
     slot_of_token = slot_of_token.contiguous()
+    bank = _in_planes(bank)
     groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
     if groups.plan is not None:
         _by_plan(y, x, weight, bias, bank, groups.plan)
@@ -65,6 +75,7 @@ def expert_linear(
     return y
 
 
+@on_its_device
 def expert_linears(
     x: Tensor,
     operands: Sequence[tuple[Tensor, Tensor | None, BankTensors]],
@@ -72,7 +83,10 @@ def expert_linears(
     groups: TokenGroups,
 ) -> list[Tensor]:
     """`expert_linear` of each weight, bias and bank with the same x."""
-    return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
+    table = sibling_table(operands) if groups.plan is None and 0 < x.shape[0] < PREFILL_TOKENS else None
+    if table is None or x.stride(1) != 1:
+        return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
+    return _decode_siblings(x, operands, table, slot_of_token.contiguous(), groups)
 
 
 def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:
@@ -90,7 +104,7 @@ def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None =
 def _by_plan(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, plan: PrefillPlan) -> None:
     for slot, rows in plan.merged:
         target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
-        merged_linear(target, x[rows], weight, bias, bank, slot)
+        merged_linear(target, x[rows], weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))
         if not isinstance(rows, slice):
             y.index_copy_(0, rows, target)
     for part in plan.parts:
@@ -102,9 +116,36 @@ def _by_plan(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: Ba
             y.index_copy_(0, rows, target)
 
 
+def _in_planes(bank: BankTensors) -> BankTensors:
+    """The bank with its codes in planes. On a GPU they lie so; only a test mixes backends on one bank."""
+    if bank.planes:
+        return bank
+    if bank.codes.device.type != "cpu":
+        raise ValueError("the triton backend reads codes in planes; make the bank with planes=True")
+    codes, in_features = bank.codes.clone(), bank.channel_scale.shape[1]
+    for own, bits in zip(codes, bank.slot_bits.tolist(), strict=True):
+        if bits:
+            words = words_per_row(in_features, bits)
+            own = own[: bank.bias_delta.shape[1] * words].view(-1, words)
+            own.copy_(to_planes(own, bits))
+    return BankTensors._make(bank._replace(codes=codes, planes=True))
+
+
+def rows_are_whole(in_features: int, bits: int) -> bool:
+    """Whether rows of any width in a bank of `bits` end with a whole block of planes."""
+    return all(in_features % (PLANE_WORDS * codes_per_word(width)) == 0 for width in widths_in(bits))
+
+
 def project_block(tile_size: int) -> int:
     """Input channels that a program of x·Rᵀ multiplies at once."""
     return 128 if tile_size == DECODE_TILE else 64
+
+
+def _project_splits(in_features: int, tile_size: int) -> tuple[int, int]:
+    """Programs that share the input channels in x·Rᵀ, and channels of each."""
+    block_k = project_block(tile_size)
+    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
+    return triton.cdiv(in_features, per_split), per_split
 
 
 def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, int]:
@@ -112,9 +153,7 @@ def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
     if not max_rank:
         return bank.steps, 0
-    block_k = project_block(groups.tile_size)
-    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
-    splits = triton.cdiv(in_features, per_split)
+    splits, per_split = _project_splits(in_features, groups.tile_size)
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
     project[(groups.tile_slot.shape[0], triton.cdiv(max_rank, RANK_BLOCK), splits)](
         x,
@@ -133,7 +172,7 @@ def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         per_split,
         TILE_TOKENS=groups.tile_size,
         BLOCK_RANK=RANK_BLOCK,
-        BLOCK_K=block_k,
+        BLOCK_K=project_block(groups.tile_size),
         **PROJECT_OPTIONS,
     )
     return z, splits
@@ -149,15 +188,15 @@ def _decode(
     groups: TokenGroups,
 ) -> None:
     tokens, (out_features, in_features), slots = x.shape[0], weight.shape, bank.slot_bits.shape[0]
-    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device)
+    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device, bank.group_size > 0)
     base_tokens = token_bucket(tokens)
     base_tiles = triton.cdiv(tokens, base_tokens)
-    unit = max(settings.block_k, settings.delta_block_k)
-    per_split = triton.cdiv(triton.cdiv(in_features, settings.splits), unit) * unit
-    splits = triton.cdiv(in_features, per_split)
     z, z_splits = _project(x, bank, groups)
-    partials = torch.empty(2 * splits, tokens, out_features, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(out_features, settings.block_out), splits, base_tiles + groups.tile_slot.shape[0])
+    partials = torch.empty(
+        settings.splits + settings.delta_splits, tokens, out_features, dtype=torch.float32, device=x.device
+    )
+    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
+    grid = (triton.cdiv(out_features, settings.block_out), programs)
     decode_partials[grid](
         x,
         weight,
@@ -176,6 +215,8 @@ def _decode(
         groups.tile_count,
         tokens,
         base_tiles,
+        settings.splits,
+        settings.delta_splits,
         slots,
         in_features,
         out_features,
@@ -183,17 +224,18 @@ def _decode(
         weight.stride(0),
         bank.codes.stride(0),
         bank.steps.stride(0),
-        per_split,
         bank.left.shape[2],
         WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
+        SCALED=bank.scaled,
+        EVEN=rows_are_whole(in_features, bank.bits),
         BASE_TOKENS=base_tokens,
         TILE_TOKENS=groups.tile_size,
         BLOCK_OUT=settings.block_out,
         BLOCK_K=settings.block_k,
-        DELTA_BLOCK_K=settings.delta_block_k,
         Z_SPLITS=z_splits,
         BLOCK_RANK=RANK_BLOCK,
+        ASM=_ASM,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )
@@ -213,11 +255,97 @@ def _decode(
         out_features,
         x.stride(0),
         bank.salient_index.shape[1],
-        splits,
+        settings.splits,
+        settings.delta_splits,
         HAS_BIAS=bias is not None,
         BLOCK=_REDUCE_BLOCK,
         num_warps=2,
     )
+
+
+def _decode_siblings(
+    x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot_of_token: Tensor, groups: TokenGroups
+) -> list[Tensor]:
+    (tokens, in_features), slots = x.shape, groups.slots
+    settings = launch_settings("decode", siblings.total, in_features, tokens, x.dtype, x.device, siblings.grouped)
+    parts, like = len(siblings.outs), operands[0][2].left
+    base_tokens = token_bucket(tokens)
+    base_tiles = triton.cdiv(tokens, base_tokens)
+    splits, per_split = _project_splits(in_features, groups.tile_size) if siblings.most_rank else (0, 0)
+    tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
+    z = x
+    if splits:
+        z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
+        project_siblings[(groups.tile_slot.shape[0], triton.cdiv(siblings.most_rank, RANK_BLOCK), parts * splits)](
+            siblings.table,
+            like,
+            x,
+            z,
+            *tiles,
+            tokens,
+            slots,
+            in_features,
+            siblings.most_rank,
+            x.stride(0),
+            per_split,
+            SPLITS=splits,
+            TILE_TOKENS=groups.tile_size,
+            BLOCK_RANK=RANK_BLOCK,
+            BLOCK_K=project_block(groups.tile_size),
+            **PROJECT_OPTIONS,
+        )
+    sums = settings.splits + settings.delta_splits
+    partials = torch.empty(sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
+    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
+    sibling_partials[(triton.cdiv(max(siblings.outs), settings.block_out), programs, parts)](
+        siblings.table,
+        like,
+        x,
+        partials,
+        z,
+        *tiles,
+        tokens,
+        base_tiles,
+        settings.splits,
+        settings.delta_splits,
+        slots,
+        in_features,
+        x.stride(0),
+        siblings.most_rank,
+        WIDTHS=widths_in(siblings.bits),
+        GROUPED=siblings.grouped,
+        SCALED=siblings.scaled,
+        EVEN=rows_are_whole(in_features, siblings.bits),
+        BASE_TOKENS=base_tokens,
+        TILE_TOKENS=groups.tile_size,
+        BLOCK_OUT=settings.block_out,
+        BLOCK_K=settings.block_k,
+        Z_SPLITS=splits,
+        BLOCK_RANK=RANK_BLOCK,
+        ASM=_ASM,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )
+    reduce_siblings[(tokens, triton.cdiv(max(siblings.outs), _REDUCE_BLOCK), parts)](
+        siblings.table,
+        like,
+        partials,
+        y,
+        x,
+        slot_of_token,
+        tokens,
+        slots,
+        in_features,
+        x.stride(0),
+        settings.splits,
+        settings.delta_splits,
+        HAS_BIAS=operands[0][1] is not None,
+        BLOCK=_REDUCE_BLOCK,
+        num_warps=2,
+    )
+    each = torch.split(y, [tokens * out for out in siblings.outs])
+    return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]
 
 
 def _prefill(
@@ -230,7 +358,7 @@ def _prefill(
     groups: TokenGroups,
 ) -> None:
     out_features, in_features = weight.shape
-    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device)
+    settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device, bank.group_size > 0)
     tiles = groups.tile_slot.shape[0]
     z, z_splits = _project(x, bank, groups)
     if z_splits > 1:
@@ -270,6 +398,7 @@ def _prefill(
         bank.left.shape[2],
         WIDTHS=widths_in(bank.bits),
         GROUPED=bank.group_size > 0,
+        EVEN=rows_are_whole(in_features, bank.bits),
         HAS_BIAS=bias is not None,
         TILE_TOKENS=groups.tile_size,
         BLOCK_OUT=settings.block_out,
@@ -292,6 +421,7 @@ def expert_embedding(
     y = weight.new_empty(ids.shape[0], hidden)
     if not y.numel():
         return y
+    bank = _in_planes(bank)
     embedding_rows[(ids.shape[0], triton.cdiv(hidden, _ROW_BLOCK))](
         ids.contiguous(),
         weight,

@@ -49,7 +49,7 @@ def embedding_rows(
         else:
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
             own = codes + slot_rows(slot, codes_stride, row, words_per_row(hidden, bits))
-            packed = codes_at(own, k, inside, bits)
+            packed = codes_at(own, k, inside, hidden, bits)
             span = tl.where(group_size > 0, group_size, hidden)
             groups = (hidden + span - 1) // span
             group = slot.to(tl.int64) * steps_stride + row * groups + k // span

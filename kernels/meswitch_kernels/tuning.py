@@ -20,8 +20,7 @@ MERGE_TOKENS = 512
 class LaunchSettings:
     """Block shape, pipelining and split of one kernel launch.
 
-    `delta_block_k` is the decode kernel's block of input channels for codes: longer than that for weights, so
-    that as many bytes are on their way.
+    `splits` share the input channels of the base's weights; `delta_splits`, in decode, those of the codes.
     """
 
     block_out: int
@@ -29,7 +28,7 @@ class LaunchSettings:
     splits: int
     num_warps: int
     num_stages: int
-    delta_block_k: int = 0
+    delta_splits: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,40 +46,54 @@ def token_bucket(tokens: int) -> int:
 
 
 def launch_settings(
-    kernel: str, out_features: int, in_features: int, tokens: int, dtype: torch.dtype, device: torch.device
+    kernel: str,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grouped: bool = False,
 ) -> LaunchSettings:
     """Settings for `kernel` ("decode" or "prefill") at a shape, measured on this card where they are known."""
     card = card_of(device)
     table = _measured().get(card.name, {})
     found = table.get(f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}")
-    if found:
+    if found and not grouped:
         return LaunchSettings(**found)
-    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32)
+    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32, grouped)
 
 
 def default_settings(
-    kernel: str, out_features: int, in_features: int, tokens: int, card: Card, wide: bool = False
+    kernel: str,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    card: Card,
+    wide: bool = False,
+    grouped: bool = False,
 ) -> LaunchSettings:
     """Settings that no measurement has chosen: large blocks that compile without a spill.
 
     docs/results/kernels-compile.md has the registers of each. Decode splits the input channels until there
-    are about two programs per processor. `wide` is for float32 operands, which take twice the registers.
+    are about two programs per processor. `wide` is for float32 operands, `grouped` for
+    groups of steps: both take more registers.
     """
     if kernel == "prefill":
         large_tile = tile_size_for(tokens) >= 128
         if wide:
             return LaunchSettings(64 if large_tile else 32, 32, 1, num_warps=8, num_stages=2)
         if large_tile:
-            block_out, block_k = (128, 64) if card.hopper else (64, 32)
+            block_out, block_k = (128, 64) if card.hopper and not grouped else (64, 32)
             return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
+    wide = wide or grouped
     block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
     while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
+    delta_splits = max(1, splits // 2)
     if wide:
-        return LaunchSettings(block_out, block_k, splits, num_warps=8, num_stages=2, delta_block_k=block_k)
-    delta_block_k = 2 * block_k if card.hopper else block_k
-    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=4, delta_block_k=delta_block_k)
+        return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=2, delta_splits=delta_splits)
+    return LaunchSettings(block_out, block_k, splits, num_warps=2, num_stages=3, delta_splits=delta_splits)
 
 
 def merge_tokens(device: torch.device) -> int:

@@ -42,7 +42,7 @@ def test_a_family_comes_out_as_plain_transformers(family: str, triton: object, m
     own = triton.merged_linear  # type: ignore[attr-defined]
 
     def counted(*arguments: object) -> None:
-        merged.append(arguments[-1])  # type: ignore[arg-type]
+        merged.append(arguments[5])  # type: ignore[arg-type]
         own(*arguments)
 
     monkeypatch.setattr(triton, "merged_linear", counted)

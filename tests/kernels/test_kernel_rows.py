@@ -30,7 +30,7 @@ def skip_unsupported(backend, dtype):
 
 def vocabulary_bank(group_size=0, device="cpu"):
     """Slot 0: 2 bits and no added row; slot 1: 4 bits and one; slot 2: 1 bit and all three."""
-    capacity = Capacity(bits=4, group_size=group_size, salient=8, added_rows=ADDED)
+    capacity = Capacity(bits=4, group_size=group_size, salient=8, added_rows=ADDED, channel_scale=True)
     bank = ExpertBank(SLOTS, HIDDEN, VOCAB, capacity, torch.float32, device)
     for slot, (bits, added) in enumerate([(2, 0), (4, 1), (1, ADDED)]):
         bank.load(
