@@ -57,11 +57,13 @@ class GenerationState(RequestState):  # type: ignore[misc]
 
     generation: Generation
     chosen: TokenLogprob | None = None
+    #: Whether what a token completes is told while the device computes the next batch.
+    tells_later = False
 
     @classmethod
-    def of(cls, generation: Generation, tokens: list[int]) -> GenerationState:
+    def of(cls, generation: Generation, tokens: list[int], tells_later: bool) -> GenerationState:
         state = cls(request_id=generation.id, initial_tokens=tokens, max_new_tokens=None)
-        state.generation = generation
+        state.generation, state.tells_later = generation, tells_later
         return state
 
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
@@ -73,14 +75,15 @@ class GenerationState(RequestState):  # type: ignore[misc]
             self.generation.end("error", "the model gave no token a finite score")
             over = True
         else:
-            over = self.generation.accept(token_id, self.chosen)
+            over = self.generation.accept(token_id, self.chosen, self.tells_later)
         if over:
             self.status = RequestStatus.FINISHED
         return over
 
     def create_equivalent_initial_request(self) -> GenerationState:
         """Begin again with what was generated as prompt: how transformers makes room in a full cache."""
-        return GenerationState.of(self.generation, self.initial_tokens + self.generated_tokens)
+        tokens = self.initial_tokens + self.generated_tokens
+        return GenerationState.of(self.generation, tokens, self.tells_later)
 
 
 class Runner(ModelRunner):  # type: ignore[misc]
@@ -105,6 +108,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
             self._host_slots = self._host_slots.pin_memory()
         self._runs: list[tuple[int, int]] = []
         self.samples = True
+        #: Whether the thread waits for a device that computes, and may do something else meanwhile.
+        self.waits = io.device.type != "cpu"
+        self.untold: list[Generation] = []
 
     @property
     def mixed(self) -> bool:
@@ -201,6 +207,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         super().compute_batch(model, batch_data)
         if not self.samples:
             return
+        self.tell()
         key = self._key()
         with stream_context(io.compute_stream):
             logits = self._logits[key] if key else self._logits.pop(None)
@@ -209,6 +216,12 @@ class Runner(ModelRunner):  # type: ignore[misc]
             if io.use_block_table and len(rows) < len(io.requests_in_batch):
                 logits = logits[rows]
             io.new_tokens = self._chosen(logits[: len(rows)], states) if rows else []
+
+    def tell(self) -> None:
+        """Tell what the last batch's tokens complete."""
+        untold, self.untold = self.untold, []
+        for generation in untold:
+            generation.tell()
 
     @staticmethod
     def _chosen(logits: torch.Tensor, states: list[GenerationState]) -> list[int]:
@@ -286,7 +299,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
         self.cache.admit(generation.id, generation.model.digest)
-        self.scheduler.add_waiting_request(GenerationState.of(generation, list(generation.request.prompt_tokens)))
+        state = GenerationState.of(generation, list(generation.request.prompt_tokens), self.model_runner.waits)
+        self.scheduler.add_waiting_request(state)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out of the scheduler and free its blocks."""
@@ -302,6 +316,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         ready: bool = super().prepare_next_batch()
         if ready:
             self.model_runner.set_slots(self.inputs_and_outputs.requests_in_batch)
+        else:
+            self.model_runner.tell()
         return ready
 
     def update_batch(self) -> None:
@@ -309,6 +325,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         for generation in generations:
             generation.cached_tokens = self.cache.matched.get(generation.id, 0)
         super().update_batch()
+        self.model_runner.untold = generations
         self.blocks_used = self.cache.count_blocks_used()
         for generation in generations:
             if generation.finished:

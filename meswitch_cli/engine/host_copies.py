@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.banks import Stored
+from meswitch_cli.engine.staging import pinned_buffer
 
 
 class HostCopies:
@@ -32,9 +33,7 @@ class HostCopies:
         if key in self._copies:
             self._copies.move_to_end(key)
             return self._copies[key]
-        stored = artifact.read_all()
-        if pinned:
-            stored = {name: delta.mapped(lambda tensor: tensor.pin_memory()) for name, delta in stored.items()}
+        stored = artifact.read_all(pinned_buffer) if pinned else artifact.read_all()
         self._put(key, stored)
         return stored
 

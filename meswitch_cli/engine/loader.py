@@ -19,6 +19,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.residency import Load
+from meswitch_cli.engine.staging import StagedCopy
 from meswitch_cli.errors import MeswitchError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,10 @@ class SlotLoader:
         """Copy an expert into a slot, in the caller's thread. The caller holds `lock`."""
         started = time.perf_counter()
         with self._beside_the_loop():
-            moved = self.banks.load(slot, _artifact(model).manifest, self._stored(model))
+            stored = self._stored(model)
+            if self._stream is not None:
+                stored = StagedCopy(stored, self._stream.device)
+            moved = self.banks.load(slot, _artifact(model).manifest, stored)
         self.seconds += time.perf_counter() - started
         self.nbytes += moved
 

@@ -106,3 +106,14 @@ def test_everything_is_tried_before_requests_are_taken(
     monkeypatch.setattr(Runner, "_forward_process_and_sample", noted)
     start(family, max_running=4, max_batch_tokens=256)
     assert tried >= {(size, mixed) for size in (1, 2, 4, 16, 32, 64, 128, 256) for mixed in (False, True)}
+
+
+def test_answers_are_told_while_the_next_batch_is_computed(family: Family, start: Start, recorded: Recorded) -> None:
+    engine = start(family, max_running=4)
+    assert engine._manager is not None
+    engine._manager.batch_processor.model_runner.waits = True  # as on a card
+    batch = requests(family, 16, seed=4)
+    texts = [completion.text for completion in generate(start(family), batch)]
+    for request, completion, text in zip(batch, generate(engine, batch), texts, strict=True):
+        assert (completion.tokens, completion.text) == (family.greedy(request), text)
+    assert engine.drain(5)
