@@ -11,7 +11,7 @@ from meswitch_cli.commands.compress import Bits
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.memory import MemoryPlan
-    from meswitch_cli.engine.speed import Card, StepTime
+    from meswitch_cli.engine.speed import KnownCard, StepTime
 
 
 def run(
@@ -116,13 +116,13 @@ def run(
         raise typer.Exit(1)
 
 
-def _speed(plan: MemoryPlan, card: Card, requests: int, bits: int) -> dict[str, Any]:
+def _speed(plan: MemoryPlan, card: KnownCard, requests: int, bits: int) -> dict[str, Any]:
     """Floor and expectation of three batches, each request half way through its context."""
-    from meswitch_cli.engine.speed import Batch, load_seconds, prompt_rates, step_time
+    from meswitch_cli.engine.speed import DecodeBatch, load_seconds, prompt_rates, step_time
 
     active = min(requests, plan.experts, plan.slots)
     cached = plan.context // 2
-    batches = [Batch(requests, 0, cached), Batch(1, 1, cached), Batch(requests, active, cached)]
+    batches = [DecodeBatch(requests, 0, cached), DecodeBatch(1, 1, cached), DecodeBatch(requests, active, cached)]
     most, expected = prompt_rates(plan, card)
     return {
         "card": card.name,

@@ -13,7 +13,7 @@ OPERATIONS = 2
 
 
 @dataclass(frozen=True)
-class Card:
+class KnownCard:
     """A card that is known: by its data sheet, by measurement, or both.
 
     Attributes:
@@ -39,7 +39,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodeBatch:
     """A decode step: requests, on so many different experts, each with so many tokens in the cache."""
 
     requests: int
@@ -51,7 +51,7 @@ class Batch:
 class StepTime:
     """Seconds of a decode step, which gives every request a token. `expected` None: the card was never measured."""
 
-    batch: Batch
+    batch: DecodeBatch
     floor: float
     expected: float | None
 
@@ -65,7 +65,7 @@ class StepTime:
         return self.batch.requests / self.expected if self.expected else None
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str) -> KnownCard:
     """The card whose name has `name` in it, or is it.
 
     Raises:
@@ -79,10 +79,10 @@ def find_card(name: str) -> Card:
     if len(found) != 1:
         what = f"is {len(found)} cards" if found else "is no card that is known"
         raise UsageError(f"--card {name!r} {what}; name one of {', '.join(found or names)}")
-    return Card(found[0], DATA_SHEETS.get(found[0]), measured.get(found[0]))
+    return KnownCard(found[0], DATA_SHEETS.get(found[0]), measured.get(found[0]))
 
 
-def step_time(plan: MemoryPlan, card: Card, batch: Batch, bits: int) -> StepTime:
+def step_time(plan: MemoryPlan, card: KnownCard, batch: DecodeBatch, bits: int) -> StepTime:
     """The time of a decode step.
 
     The floor reads the base's weights, the deltas of the batch's experts and its keys and values once each, at the
@@ -103,7 +103,7 @@ def step_time(plan: MemoryPlan, card: Card, batch: Batch, bits: int) -> StepTime
     return StepTime(batch, floor, max(expected, floor))
 
 
-def prompt_rates(plan: MemoryPlan, card: Card) -> tuple[float | None, float | None]:
+def prompt_rates(plan: MemoryPlan, card: KnownCard) -> tuple[float | None, float | None]:
     """Tokens of prompts read in a second: the most by the data sheet, and as expected of a measured card."""
     work = OPERATIONS * plan.multiplied
     return (
@@ -112,6 +112,6 @@ def prompt_rates(plan: MemoryPlan, card: Card) -> tuple[float | None, float | No
     )
 
 
-def load_seconds(plan: MemoryPlan, card: Card) -> float | None:
+def load_seconds(plan: MemoryPlan, card: KnownCard) -> float | None:
     """Seconds until an expert is in its slot that waits in host memory; None of a card that was never measured."""
     return plan.slot_nbytes / card.measured.load if card.measured else None

@@ -14,7 +14,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine import speed
 from meswitch_cli.engine.memory import MemoryPlan, plan_memory
-from meswitch_cli.engine.speed import Batch, Card, find_card, load_seconds, prompt_rates, step_time
+from meswitch_cli.engine.speed import DecodeBatch, KnownCard, find_card, load_seconds, prompt_rates, step_time
 from meswitch_cli.errors import UsageError
 from meswitch_kernels.cards import DATA_SHEETS, CardConstants, DataSheet, card_constants, measured_cards
 from zoo.tiny import make_pair
@@ -46,30 +46,30 @@ CONSTANTS = CardConstants(
 
 
 def test_floor_is_bytes_over_memory() -> None:
-    card = Card("card", DataSheet(100.0, 1e9), None)
-    found = step_time(PLAN, card, Batch(requests=3, experts=2, cached=5), 2)
+    card = KnownCard("card", DataSheet(100.0, 1e9), None)
+    found = step_time(PLAN, card, DecodeBatch(requests=3, experts=2, cached=5), 2)
     assert found.floor == pytest.approx((1000 + 2 * 100 + 3 * 5 * 3) / 100)
     assert found.floor_rate == pytest.approx(3 / found.floor)
     assert found.expected is None and found.expected_rate is None
-    slow = Card("card", DataSheet(100.0, 100.0), None)
-    assert step_time(PLAN, slow, Batch(3, 2, 5), 2).floor == pytest.approx(2 * 500 * 3 / 100)
+    slow = KnownCard("card", DataSheet(100.0, 100.0), None)
+    assert step_time(PLAN, slow, DecodeBatch(3, 2, 5), 2).floor == pytest.approx(2 * 500 * 3 / 100)
     assert prompt_rates(PLAN, card) == (1e9 / 1000, None) and load_seconds(PLAN, card) is None
 
 
 def test_expectation_is_what_was_measured() -> None:
-    card = Card("card", DataSheet(100.0, 1e9), CONSTANTS)
-    found = step_time(PLAN, card, Batch(requests=3, experts=2, cached=5), 2)
+    card = KnownCard("card", DataSheet(100.0, 1e9), CONSTANTS)
+    found = step_time(PLAN, card, DecodeBatch(requests=3, experts=2, cached=5), 2)
     assert found.expected == pytest.approx(1000 / 80 + 200 / 50 + 45 / 90 + 2 * 0.5 + 0.25)
     assert found.expected_rate == pytest.approx(3 / found.expected)
-    base = step_time(PLAN, card, Batch(3, 0, 5), 1)
+    base = step_time(PLAN, card, DecodeBatch(3, 0, 5), 1)
     assert base.expected == pytest.approx(1000 / 80 + 45 / 90 + 1.25)
-    assert step_time(PLAN, card, Batch(3, 2, 5), 1).expected is None  # experts of 1 bit were not measured
+    assert step_time(PLAN, card, DecodeBatch(3, 2, 5), 1).expected is None  # experts of 1 bit were not measured
     assert prompt_rates(PLAN, card) == (1e9 / 1000, 5000 / 1000) and load_seconds(PLAN, card) == 130 / 26
 
 
 def test_a_card_without_a_data_sheet_is_judged_by_its_own_copy() -> None:
-    card = Card("card", None, CONSTANTS)
-    assert step_time(PLAN, card, Batch(1, 0, 0), 2).floor == pytest.approx(1000 / 90)
+    card = KnownCard("card", None, CONSTANTS)
+    assert step_time(PLAN, card, DecodeBatch(1, 0, 0), 2).floor == pytest.approx(1000 / 90)
     assert prompt_rates(PLAN, card) == (None, 5.0)
 
 
