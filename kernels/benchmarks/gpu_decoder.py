@@ -176,6 +176,7 @@ def main() -> int:
                 times_base=ours / base,
                 base_gb=decoder.base_nbytes / 1e9,
                 delta_gb=delta_nbytes / 1e9,
+                delta_head_gb=min(experts, tokens) * delta_bytes(HIDDEN, VOCAB, max(2, bits)) / 1e9,
                 gb_per_s=moved / ours / 1e9,
                 allocated_gb=torch.cuda.memory_allocated() / 1e9,
             )

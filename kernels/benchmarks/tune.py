@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,13 +20,12 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import SHAPES, graph_seconds, load_experts, rotating, say
+from common import SHAPES, TUNING, graph_seconds, load_experts, rotating, say, write_tuning
 from torch import Tensor
 
-from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops, tuning
+from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops
 from meswitch_kernels.groups import TokenGroups, tile_size_for
 from meswitch_kernels.testing import ERROR_BOUND, relative_error
 from meswitch_kernels.tuning import LaunchSettings, card_of, default_settings, token_bucket
@@ -237,19 +235,9 @@ def merge_crossover() -> int:
     return 2 * MERGE_TOKENS[-1]
 
 
-def written(path: Path, card: str, **entries: Any) -> None:
-    """Put entries of a card into a tuning file; what is there of this and other cards stays."""
-    packaged = Path(tuning.__file__).with_name("tuning.json")
-    content = json.loads((path if path.exists() else packaged).read_text())
-    for name, value in entries.items():
-        held = content.setdefault(name, {})
-        held[card] = {**held.get(card, {}), **value} if isinstance(value, dict) else value
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(tuning.__file__).with_name("tuning.json"))
+    parser.add_argument("--out", type=Path, default=TUNING)
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--seconds", type=float, default=420, help="in all, but for what has begun")
     parser.add_argument("--only", choices=["decode", "prefill", "merge"], help="one part of it")
@@ -260,10 +248,10 @@ def main() -> int:
     torch.manual_seed(0)
     deadline, card = time.monotonic() + options.seconds, torch.cuda.get_device_name()
     if options.only in (None, "merge"):
-        written(options.out, card, merge_tokens=merge_crossover())
+        write_tuning(options.out, card, merge_tokens=merge_crossover())
     kernels = [name for name in ("decode", "prefill") if options.only in (None, name)]
     for key, settings in launch_entries(kernels, options.jobs, deadline) if kernels else ():
-        written(options.out, card, cards={key: settings})
+        write_tuning(options.out, card, cards={key: settings})
     return 0
 
 

@@ -34,13 +34,22 @@ def started(model: Model, what: str, experts: dict, **others: object) -> Transfo
     return engine
 
 
-def decode(engine: TransformersEngine, model: Model, steps: Steps, what: str, group: list[str], requests: int) -> None:
+def decode(
+    engine: TransformersEngine,
+    model: Model,
+    steps: Steps,
+    what: str,
+    group: list[str],
+    requests: int,
+    bits: str | None = None,
+) -> None:
     """One row: a run that warms up what this batch needs, then the one that counts."""
     sizes = model.sizes
     run(engine, group, requests, sizes.prompt, 3)
     load = run(engine, group, requests, sizes.prompt, sizes.new)
-    experts = len(set(group) - {BASE})
-    say("decode", what=what, experts=min(experts, requests), requests=requests, **measured(load, steps))
+    experts = min(len(set(group) - {BASE}), requests)
+    batch = {"bits": bits, "layers": model.sizes.layers, "experts": experts, "requests": requests}
+    say("decode", what=what, **batch, **measured(load, steps))
     if load.errors:
         raise SystemExit(f"{what}: {'; '.join(sorted(load.errors))}")
 
@@ -52,9 +61,8 @@ def prefill(engine: TransformersEngine, model: Model, steps: Steps, what: str, g
     row = measured(load, steps)
     names = ("prompt_tokens_per_second", "first_token_ms_p50", "errors")
     experts = min(4, len(set(group) - {BASE}))
-    say(
-        "prefill", what=what, experts=experts, prompts=4, tokens=model.sizes.long, **{name: row[name] for name in names}
-    )
+    batch = {"layers": model.sizes.layers, "experts": experts, "prompts": 4, "tokens": model.sizes.long}
+    say("prefill", what=what, **batch, **{name: row[name] for name in names})
 
 
 def main() -> None:
@@ -75,14 +83,16 @@ def main() -> None:
     ]  # fmt: skip
     try:
         for group, requests in batches:
-            decode(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group, requests)
+            who = "base" if group == [BASE] else "experts"
+            decode(engine, model, steps, f"{what}: {who}", group, requests, options.bits)
         for group in () if options.many else ([BASE], one, four):
             prefill(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group)
         if model.device == "cuda":
             say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
                 most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
-            say("profile", what=what, **profiled(engine, names[:some], steps, sizes.steady))
-            say("profile", what=f"{what}: base", **profiled(engine, [BASE] * some, steps, sizes.steady))
+            for who, group in (("experts", names[:some]), ("base", [BASE] * some)):
+                batch = {"bits": options.bits, "experts": len(set(group) - {BASE}), "requests": some}
+                say("profile", what=f"{what}: {who}", **batch, **profiled(engine, group, steps, sizes.steady))
     finally:
         engine.stop()
 
