@@ -21,11 +21,12 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meswitch_kernels import triton_ops
+from meswitch_kernels import triton_groups, triton_merge, triton_norm, triton_ops
 from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.packing import widths_in
 from meswitch_kernels.tuning import Card, default_settings
@@ -39,20 +40,30 @@ POINTERS = {
     "table": "fp32",
     "gain_rows": "i64",
     "z": "fp32",
+    "linears": "i64",
 }
-VALUES = {"x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows"}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VALUES = {
+    "x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows", "merged", "shift", "like", "query",
+    "key", "new_query", "new_key", "cos", "sin", "gate", "up",
+}  # fmt: skip
 INTEGER_POINTERS = {
     "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
     "tile_start", "tile_count", "added_counts",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
     "in_features", "out_features", "hidden", "x_stride", "weight_stride", "codes_stride", "steps_stride",
-    "channels_per_split", "max_salient", "max_rank",
+    "channels_per_split", "max_salient", "max_rank", "most_rank",
 }  # fmt: skip
 ALONE = {
     "triton_decode.reduce_partials": {"HAS_BIAS": True, "BLOCK": 256},
     "triton_rows.embedding_rows": {"BLOCK": 1024},
-    "triton_rows.norm_rows": {"BLOCK": 1024},
+    "triton_norm.norm_rows": {"OWN": True, **triton_norm.norm_launch(4096)},
+    "triton_groups.group_by_slot": {"TILE_TOKENS": 16, **triton_groups.group_launch(255)},
+    "triton_siblings.reduce_siblings": {"HAS_BIAS": True, "BLOCK": 256},
+    "triton_siblings.project_siblings": {"SPLITS": 8, "TILE_TOKENS": 16, "BLOCK_RANK": 32, "BLOCK_K": 128},
+    "triton_elementwise.turn_heads": {"HEADS": 8, "HALF": 64},
+    "triton_elementwise.gate_rows": {"BLOCK": 1024},
     "triton_rows.added_row_logits": {"BLOCK": 1024},
 }
 """Kernels that do not depend on the kind of a bank, with their constants."""
@@ -146,6 +157,13 @@ def launches(quick: bool) -> Iterator[Launch]:
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             yield Launch("triton_decode.decode_partials", arch, dtype, constants, options, **kind, tokens=tokens)
+            if (dtype, bits, tokens, grouped) == (
+                "bf16",
+                2,
+                16,
+                False,
+            ):  # of decode's own code: one of each arch will do
+                yield Launch("triton_siblings.sibling_partials", arch, dtype, constants, options, **kind, tokens=tokens)
         for tokens in (128, 1024):
             settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
@@ -154,6 +172,13 @@ def launches(quick: bool) -> Iterator[Launch]:
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             yield Launch("triton_prefill.prefill", arch, dtype, constants, options, **kind, tokens=tokens)
+        options = triton_merge.merge_launch(TYPES[dtype], rank)
+        constants = {
+            **{name: common[name] for name in ("WIDTHS", "GROUPED", "EVEN")}, "SCALED": bits == 1, "HAS_BIAS": True,
+            "LOW_RANK": rank > 0, **options,
+        }  # fmt: skip
+        options = {"num_warps": constants.pop("num_warps")}
+        yield Launch("triton_merge.merge_rows", arch, dtype, constants, options, **kind)
     for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 128, 1024]):
         tile = tile_size_for(tokens)
         constants = {
@@ -162,7 +187,8 @@ def launches(quick: bool) -> Iterator[Launch]:
         options = triton_ops.PROJECT_OPTIONS
         yield Launch("triton_low_rank.project", arch, dtype, constants, options, rank=RANK, tokens=tokens)
     for arch, (kernel, constants) in product([80, 90], ALONE.items()):
-        yield Launch(kernel, arch, "bf16", constants, {"num_warps": 4})
+        own = {name: value for name, value in constants.items() if name != "num_warps"}
+        yield Launch(kernel, arch, "bf16", own, {"num_warps": constants.get("num_warps", 4)})
 
 
 def compile_all(quick: bool) -> list[Row]:

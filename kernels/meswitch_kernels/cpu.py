@@ -66,6 +66,7 @@ def expert_linear(
 
 expert_embedding = naive.expert_embedding
 added_logits = naive.added_logits
+base_norm = naive.base_norm
 
 
 @dataclass(frozen=True)

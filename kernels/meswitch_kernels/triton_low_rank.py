@@ -31,7 +31,37 @@ def project(
 
     What lies past a slot's own rank, and the tokens of slots without one, are not written; nobody reads them.
     """
-    tile, first_row, split = tl.program_id(0), tl.program_id(1) * BLOCK_RANK, tl.program_id(2)
+    project_tile(
+        tl.program_id(0), tl.program_id(1) * BLOCK_RANK, tl.program_id(2), x, right, z, slot_rank, order, tile_slot,
+        tile_start, tile_count, tokens, slots, in_features, max_rank, x_stride, channels_per_split,
+        TILE_TOKENS, BLOCK_RANK, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def project_tile(
+    tile,
+    first_row,
+    split,
+    x,
+    right,
+    z,
+    slot_rank,
+    order,
+    tile_slot,
+    tile_start,
+    tile_count,
+    tokens,
+    slots,
+    in_features,
+    max_rank,
+    x_stride,
+    channels_per_split,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`project` of one tile, for BLOCK_RANK rows of R from `first_row` and one share of the channels."""
     count, slot = tl.load(tile_count + tile), tl.load(tile_slot + tile)
     if (count > 0) & (slot >= 0) & (slot < slots):
         rank = tl.load(slot_rank + slot)

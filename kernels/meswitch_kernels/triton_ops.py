@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
+from . import groups as _groups
 from .bank import BankTensors
-from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens
+from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups
 from .packing import PLANE_WORDS, codes_per_word, to_planes, widths_in, words_per_row
+from .prefill_plan import PrefillPlan, Run, plan_prefill
+from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
+from .triton_device import on_its_device
+from .triton_elementwise import rotate as rotate
+from .triton_elementwise import silu_product as silu_product
 from .triton_low_rank import project
+from .triton_merge import merged_linear
+from .triton_norm import base_norm as base_norm
+from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
-from .triton_rows import added_row_logits, embedding_rows, norm_rows
-from .tuning import launch_settings, token_bucket
+from .triton_rows import added_row_logits, embedding_rows
+from .triton_siblings import (
+    Operand,
+    SiblingTable,
+    project_siblings,
+    reduce_siblings,
+    sibling_partials,
+    sibling_table,
+)
+from .tuning import launch_settings, merge_tokens, token_bucket
 
 _REDUCE_BLOCK = 256
 _ROW_BLOCK = 1024
@@ -28,6 +48,7 @@ PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
 _ASM = not triton.knobs.runtime.interpret
 
 
+@on_its_device
 def expert_linear(
     x: Tensor,
     weight: Tensor,
@@ -44,12 +65,55 @@ def expert_linear(
         return y
     slot_of_token = slot_of_token.contiguous()
     bank = _in_planes(bank)
-    groups = groups or group_tokens(slot_of_token, bank.slot_bits.shape[0])
-    if x.shape[0] >= PREFILL_TOKENS:
+    groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
+    if groups.plan is not None:
+        _by_plan(y, x, weight, bias, bank, groups.plan)
+    elif x.shape[0] >= PREFILL_TOKENS:
         _prefill(y, x, weight, bias, bank, slot_of_token, groups)
     else:
         _decode(y, x, weight, bias, bank, slot_of_token, groups)
     return y
+
+
+@on_its_device
+def expert_linears(
+    x: Tensor,
+    operands: Sequence[tuple[Tensor, Tensor | None, BankTensors]],
+    slot_of_token: Tensor,
+    groups: TokenGroups,
+) -> list[Tensor]:
+    """`expert_linear` of each weight, bias and bank with the same x."""
+    table = sibling_table(operands) if groups.plan is None and 0 < x.shape[0] < PREFILL_TOKENS else None
+    if table is None or x.stride(1) != 1:
+        return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
+    return _decode_siblings(x, operands, table, slot_of_token.contiguous(), groups)
+
+
+def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:
+    """As `groups.group_tokens`. Where the host knows the slots, as `runs`, prefill is planned by them.
+
+    A captured graph must not be: it is replayed with other slots. Raises ValueError or IndexError for `runs` that are
+    not those of `slot_of_token`.
+    """
+    groups = _groups.group_tokens(slot_of_token, slots)
+    if runs is None:
+        return groups
+    return dataclasses.replace(groups, plan=plan_prefill(groups, runs, merge_tokens(slot_of_token.device)))
+
+
+def _by_plan(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, plan: PrefillPlan) -> None:
+    for slot, rows in plan.merged:
+        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
+        merged_linear(target, x[rows], weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, target)
+    for part in plan.parts:
+        rows, slots = part.rows, part.groups.slot_of_token
+        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
+        serve = _decode if part.decode else _prefill
+        serve(target, x[rows], weight, bias, bank, slots, part.groups)
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, target)
 
 
 def _in_planes(bank: BankTensors) -> BankTensors:
@@ -77,14 +141,19 @@ def project_block(tile_size: int) -> int:
     return 128 if tile_size == DECODE_TILE else 64
 
 
+def _project_splits(in_features: int, tile_size: int) -> tuple[int, int]:
+    """Programs that share the input channels in x·Rᵀ, and channels of each."""
+    block_k = project_block(tile_size)
+    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
+    return triton.cdiv(in_features, per_split), per_split
+
+
 def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, int]:
     """z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`; 0, and no launch, without a low-rank part."""
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
     if not max_rank:
         return bank.steps, 0
-    block_k = project_block(groups.tile_size)
-    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
-    splits = triton.cdiv(in_features, per_split)
+    splits, per_split = _project_splits(in_features, groups.tile_size)
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
     project[(groups.tile_slot.shape[0], triton.cdiv(max_rank, RANK_BLOCK), splits)](
         x,
@@ -103,7 +172,7 @@ def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         per_split,
         TILE_TOKENS=groups.tile_size,
         BLOCK_RANK=RANK_BLOCK,
-        BLOCK_K=block_k,
+        BLOCK_K=project_block(groups.tile_size),
         **PROJECT_OPTIONS,
     )
     return z, splits
@@ -194,6 +263,91 @@ def _decode(
     )
 
 
+def _decode_siblings(
+    x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot_of_token: Tensor, groups: TokenGroups
+) -> list[Tensor]:
+    (tokens, in_features), slots = x.shape, groups.slots
+    settings = launch_settings("decode", siblings.total, in_features, tokens, x.dtype, x.device, siblings.grouped)
+    parts, like = len(siblings.outs), operands[0][2].left
+    base_tokens = token_bucket(tokens)
+    base_tiles = triton.cdiv(tokens, base_tokens)
+    splits, per_split = _project_splits(in_features, groups.tile_size) if siblings.most_rank else (0, 0)
+    tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
+    z = x
+    if splits:
+        z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
+        project_siblings[(groups.tile_slot.shape[0], triton.cdiv(siblings.most_rank, RANK_BLOCK), parts * splits)](
+            siblings.table,
+            like,
+            x,
+            z,
+            *tiles,
+            tokens,
+            slots,
+            in_features,
+            siblings.most_rank,
+            x.stride(0),
+            per_split,
+            SPLITS=splits,
+            TILE_TOKENS=groups.tile_size,
+            BLOCK_RANK=RANK_BLOCK,
+            BLOCK_K=project_block(groups.tile_size),
+            **PROJECT_OPTIONS,
+        )
+    sums = settings.splits + settings.delta_splits
+    partials = torch.empty(sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
+    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
+    sibling_partials[(triton.cdiv(max(siblings.outs), settings.block_out), programs, parts)](
+        siblings.table,
+        like,
+        x,
+        partials,
+        z,
+        *tiles,
+        tokens,
+        base_tiles,
+        settings.splits,
+        settings.delta_splits,
+        slots,
+        in_features,
+        x.stride(0),
+        siblings.most_rank,
+        WIDTHS=widths_in(siblings.bits),
+        GROUPED=siblings.grouped,
+        SCALED=siblings.scaled,
+        EVEN=rows_are_whole(in_features, siblings.bits),
+        BASE_TOKENS=base_tokens,
+        TILE_TOKENS=groups.tile_size,
+        BLOCK_OUT=settings.block_out,
+        BLOCK_K=settings.block_k,
+        Z_SPLITS=splits,
+        BLOCK_RANK=RANK_BLOCK,
+        ASM=_ASM,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )
+    reduce_siblings[(tokens, triton.cdiv(max(siblings.outs), _REDUCE_BLOCK), parts)](
+        siblings.table,
+        like,
+        partials,
+        y,
+        x,
+        slot_of_token,
+        tokens,
+        slots,
+        in_features,
+        x.stride(0),
+        settings.splits,
+        settings.delta_splits,
+        HAS_BIAS=operands[0][1] is not None,
+        BLOCK=_REDUCE_BLOCK,
+        num_warps=2,
+    )
+    each = torch.split(y, [tokens * out for out in siblings.outs])
+    return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]
+
+
 def _prefill(
     y: Tensor,
     x: Tensor,
@@ -257,6 +411,7 @@ def _prefill(
     )
 
 
+@on_its_device
 def expert_embedding(
     ids: Tensor, weight: Tensor, bank: BankTensors, added_rows: Tensor, slot_of_token: Tensor
 ) -> Tensor:
@@ -293,19 +448,7 @@ def expert_embedding(
     return y
 
 
-def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
-    """As `naive.rms_norm`; a row whose gains are outside the table comes out as NaN."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(x.shape)
-    if not y.numel():
-        return y
-    rows, hidden = x.shape
-    norm_rows[(rows,)](
-        x, table, y, gain_rows.contiguous(), table.shape[0], hidden, x.stride(0), epsilon, BLOCK=_ROW_BLOCK
-    )
-    return y
-
-
+@on_its_device
 def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_token: Tensor) -> Tensor:
     """As `naive.added_logits`."""
     x = x if x.stride(1) == 1 else x.contiguous()

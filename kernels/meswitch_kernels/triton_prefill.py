@@ -157,5 +157,5 @@ def prefill(
     served = asked == tl.load(tile_slot + tile)
     servable = served & ((asked == -1) | (is_expert & (bits > 0)))
     result = tl.where(servable[:, None], tl.trans(acc), float("nan"))
-    place = y + row + (token[:, None] * out_features + rows[None, :])
+    place = y + row + (token.to(tl.int64)[:, None] * out_features + rows[None, :])
     tl.store(place, result.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])

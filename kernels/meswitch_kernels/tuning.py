@@ -6,10 +6,14 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 
 from .groups import tile_size_for
+
+MERGE_TOKENS = 512
+"""`merge_tokens` of a card that nobody has measured."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ def default_settings(
     return LaunchSettings(block_out, block_k, splits, num_warps=2, num_stages=3, delta_splits=delta_splits)
 
 
+def merge_tokens(device: torch.device) -> int:
+    """Tokens of one slot from which its weights are merged for cuBLAS: measured on this card, where they were."""
+    return int(_content().get("merge_tokens", {}).get(card_of(device).name, MERGE_TOKENS))
+
+
 @functools.cache
 def card_of(device: torch.device) -> Card:
     """The card behind a device; a stand-in where Triton only interprets its kernels."""
@@ -101,8 +110,12 @@ def card_of(device: torch.device) -> Card:
     return Card(properties.name, properties.multi_processor_count, properties.major >= 9)
 
 
-@functools.cache
 def _measured() -> dict[str, dict[str, dict[str, int]]]:
-    text = resources.files(__package__).joinpath("tuning.json").read_text()
-    table: dict[str, dict[str, dict[str, int]]] = json.loads(text)["cards"]
+    table: dict[str, dict[str, dict[str, int]]] = _content()["cards"]
     return table
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())
+    return content

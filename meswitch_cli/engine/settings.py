@@ -29,7 +29,8 @@ class EngineSettings:
         max_running: requests in one batch.
         max_batch_tokens: tokens of one forward pass, prompts included.
         cache_tokens: tokens whose keys and values the cache holds; None chooses by device and model.
-        page_size: tokens of a cache block, the unit of sharing; None is 32, and 256 on a GPU, as its kernels need.
+        page_size: tokens of a cache block, the unit of sharing; None is 32, and 64 on a GPU, whose attention reads as
+            many at once.
         prefix_sharing: whether requests of one expert share the cache of equal beginnings.
         max_wait: seconds that a request may wait for a slot before its expert is given one that others still use.
         host_bytes: host memory for copies of experts that are not on the device; None is 0 on a CPU, else no limit.

@@ -26,6 +26,8 @@ def test_no_kernel_spills(report, arch):
     used = {f"{row['kernel']}/{row['steps']}/{row['rank']}/{row['tokens']}": row for row in rows}
     assert {row["kernel"] for row in used.values()} == {
         "decode_partials", "reduce_partials", "prefill", "project", "embedding_rows", "norm_rows", "added_row_logits",
+        "group_by_slot", "merge_rows", "sibling_partials", "reduce_siblings", "project_siblings", "turn_heads",
+        "gate_rows",
     }  # fmt: skip
     assert {name: row["spilled_bytes"] for name, row in used.items() if row["spilled_bytes"]} == {}
 
