@@ -57,9 +57,8 @@ def _plane_block(
     else:
         pairs = words_of_row - block * TOGETHER
         words = tl.load(place, mask=(within < pairs)[None, :], other=0)
-    first, second, third = sums
+    ones = tl.full((32, 2 * TOGETHER), 1.0, tl.float32).to(DTYPE)
     channel = tl.arange(0, 2 * TOGETHER)
-    kind = tl.arange(0, 32)[:, None]
     for plane in tl.static_range(16 // BITS):
         k = block * (TOGETHER * 32 // BITS) + plane * 2 * pairs + channel
         inside = token_mask[:, None]
@@ -75,17 +74,15 @@ def _plane_block(
         given = tl.trans(given)
         value = plane_values(words, plane * BITS, BITS, DTYPE, ASM)
         if plane % PLACES == 0:
-            first = tl.dot(value, given, first)
+            sums = tl.dot(value, given, sums[0]), sums[1], sums[2]
+            x_sums = tl.dot(ones, given, x_sums[0]), x_sums[1], x_sums[2]
         elif plane % PLACES == 1:
-            second = tl.dot(value, given, second)
+            sums = sums[0], tl.dot(value, given, sums[1]), sums[2]
+            x_sums = x_sums[0], tl.dot(ones, given, x_sums[1]), x_sums[2]
         else:
-            third = tl.dot(value, given, third)
-        weight = tl.where(kind == 0, 0.5 ** (plane % PLACES * BITS), tl.where(kind == 1, 1.0, 0.0)).to(DTYPE)
-        weight = tl.broadcast_to(weight, (32, TOGETHER))
-        # Joined as codes are, so that both products read x alike.
-        weight = tl.reshape(tl.join(weight, weight), (32, 2 * TOGETHER))
-        x_sums = tl.dot(weight, given, x_sums)
-    return (first, second, third), x_sums
+            sums = sums[0], sums[1], tl.dot(value, given, sums[2])
+            x_sums = x_sums[0], x_sums[1], tl.dot(ones, given, x_sums[2])
+    return sums, x_sums
 
 
 @triton.jit
@@ -115,6 +112,7 @@ def _delta_planes(
     instructions make.
     """
     CHANNELS: tl.constexpr = PLANE_WORDS * 32 // BITS
+    LOWEST: tl.constexpr = 1.0 if tl.bfloat16 == x.dtype.element_ty else 0.125
     blocks = tl.cdiv(in_features, CHANNELS)
     per_split = tl.cdiv(blocks, splits)
     begin = split * per_split
@@ -124,7 +122,8 @@ def _delta_planes(
     words_of_row = whole * PLANE_WORDS if EVEN else words_per_row(in_features, BITS)
     zeros = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     sums = (zeros, zeros, zeros)
-    x_sums = tl.zeros((32, BLOCK_TOKENS), dtype=tl.float32)
+    zeros = tl.zeros((32, BLOCK_TOKENS), dtype=tl.float32)
+    x_sums = (zeros, zeros, zeros)
     for block in range(begin, tl.minimum(end, whole)):
         sums, x_sums = _plane_block(
             sums, x_sums, x, x_stride, token, token_mask, codes, scale, rows, block, words_of_row,
@@ -135,15 +134,12 @@ def _delta_planes(
             sums, x_sums, x, x_stride, token, token_mask, codes, scale, rows, whole, words_of_row,
             in_features, BITS, SCALED, False, ASM,
         )  # fmt: skip
-    LOWEST: tl.constexpr = 1.0 if x.dtype.element_ty == tl.bfloat16 else 0.125
-    total = sums[0] * LOWEST
-    if places_for(BITS) > 1:
-        total += sums[1] * (LOWEST * 0.5**BITS)
-    if places_for(BITS) > 2:
-        total += sums[2] * (LOWEST * 0.25**BITS)
-    kind = tl.arange(0, 32)[:, None]
-    factor = tl.where(kind == 0, 128.0, tl.where(kind == 1, ((1 << BITS) - 1) / 2, 0.0))
-    total -= tl.sum(x_sums * factor, 0)[None, :]
+    total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
+    for place in tl.static_range(places_for(BITS)):
+        unit = 0.5 ** (place * BITS)
+        offset = 128.0 * unit + ((1 << BITS) - 1) / 2
+        # The rows of `x_sums` are equal, so that their sum divided by their number is exact.
+        total += sums[place] * (unit * LOWEST) - (tl.sum(x_sums[place], 0) * (offset / 32))[None, :]
     return total * tl.load(steps + rows)[:, None]
 
 

@@ -87,30 +87,35 @@ def plane_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
     if DOWN < 0:
         words = words << -DOWN
     if ASM:
+        # Two neighbours of a thread are the halves of one word, as in every operand of a tensor core.
+        twice = tl.broadcast_to(words[:, :, None], (words.shape[0], words.shape[1], 2))
+        twice = tl.reshape(twice, (words.shape[0], 2 * words.shape[1]))
+        mask = (MASK << 16) | MASK
         if BFLOAT:
-            low, high = tl.inline_asm_elementwise(
-                "{ .reg .b32 t; lop3.b32 t, $2, $3, 0x43004300, 0xEA; mov.b32 {$0, $1}, t; }",
-                "=h,=h,r,r",
-                [words, (MASK << 16) | MASK],
-                dtype=(tl.int16, tl.int16),
+            value = tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, $3, 0x43004300, 0xEA;",
+                "=r,r,r,r,r",
+                [twice, mask],
+                dtype=tl.bfloat16,
                 is_pure=True,
-                pack=1,
+                pack=2,
             )
         else:
-            low, high = tl.inline_asm_elementwise(
-                "{ .reg .b32 t; lop3.b32 t, $2, $3, 0x64006400, 0xEA; mov.b32 {$0, $1}, t; }",
-                "=h,=h,r,r",
-                [words, (MASK << 16) | MASK],
-                dtype=(tl.int16, tl.int16),
+            value = tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, $3, 0x64006400, 0xEA;",
+                "=r,r,r,r,r",
+                [twice, mask],
+                dtype=tl.float16,
                 is_pure=True,
-                pack=1,
+                pack=2,
             )
     else:
         ONE: tl.constexpr = 0x4300 if BFLOAT else 0x6400
         low = ((words & MASK) | ONE).to(tl.int16)
         high = ((words >> 16 & MASK) | ONE).to(tl.int16)
-    both = tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
-    return both.to(DTYPE, bitcast=True)
+        both = tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+        value = both.to(DTYPE, bitcast=True)
+    return value
 
 
 @triton.jit
