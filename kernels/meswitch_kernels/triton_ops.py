@@ -13,6 +13,7 @@ from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode_partials, reduce_partials
 from .triton_low_rank import project
 from .triton_prefill import prefill
+from .triton_prompts import prompt_attention as prompt_attention
 from .triton_rows import added_row_logits, embedding_rows, norm_rows
 from .tuning import launch_settings, token_bucket
 
