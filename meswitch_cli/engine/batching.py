@@ -159,6 +159,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
         tokens = self.cache.max_batch_tokens
         while tokens >= WARM_UP_TOKENS:
+            self._runs = [(0, tokens)]
             for self.mixed in (True, False):
                 self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
             tokens //= 2
@@ -447,7 +448,8 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
     try:
         if base.device.type == "cuda":
             torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
-        pages = -(-max_model_len // page_size)
+        # A request that is tried before the first fills a batch alone.
+        pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
