@@ -26,6 +26,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from meswitch_cli.engine import attention
 from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.batch import Batch, CurrentBatch
+from meswitch_cli.engine.compiling import compile_products
 from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.inputs import BatchInputs
@@ -448,6 +449,7 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
     try:
         if base.device.type == "cuda":
             torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
+            compile_products([*base.linears.values(), base.head], kernels(base.device, base.dtype), slots)
         # A request that is tried before the first fills a batch alone.
         pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
