@@ -16,6 +16,9 @@ from .packing import from_planes, group_count, to_planes, unpack_codes, words_pe
 
 _Made = TypeVar("_Made")
 
+TICKET_ROWS = 32
+"""Output rows for which there is a ticket: the decode kernel's smallest block."""
+
 
 class _BankTensors(NamedTuple):
     codes: Tensor
@@ -40,6 +43,8 @@ class _BankTensors(NamedTuple):
     """int32 `[slots]`: group size, 0 for one step per row."""
     slot_rank: Tensor
     """int32 `[slots]`: rank of the low-rank part, 0 where an expert has none. `[0]` in a bank without room for any."""
+    tickets: Tensor
+    """int32 `[blocks of rows]`, zeros: what the decode kernel counts its programs by, one launch at a time."""
     bits: int
     """The widest code any slot may hold."""
     group_size: int
@@ -135,6 +140,7 @@ class ExpertBank:
             slot_bits=empty(slots, of=torch.int32),
             slot_group=empty(slots, of=torch.int32),
             slot_rank=empty(slots if capacity.rank else 0, of=torch.int32),
+            tickets=empty(-(-out_features // TICKET_ROWS), of=torch.int32),
             bits=capacity.bits,
             group_size=capacity.group_size,
             scaled=capacity.channel_scale,
