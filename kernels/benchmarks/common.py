@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch_kernels import ExpertBank, ExpertDelta
+from meswitch_kernels import ExpertBank, ExpertDelta, tuning
 from meswitch_kernels.packing import words_per_row
 
 SHAPES = {
@@ -20,6 +22,10 @@ SHAPES = {
     "Mistral-7B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
 }
 """(out, in) of a model's linears."""
+
+
+TUNING = Path(tuning.__file__).with_name("tuning.json")
+"""What the package knows of cards."""
 
 
 def median_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -106,6 +112,33 @@ def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank
     """Bytes of one expert's delta that a product must read: codes, steps, salient values, scales, low-rank part."""
     words = -(-in_features * bits // 32)
     return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features + 2 * rank * (in_features + out_features)
+
+
+def say(figure: str, **values: object) -> None:
+    """Print one row of the table named `figure` as JSON, at once: a run that is stopped has told what it knew."""
+    print(json.dumps({"figure": figure, **values}) + "\n", end="", flush=True)  # one write, whoever else writes
+
+
+def write_tuning(path: Path, card: str, **entries: Any) -> None:
+    """Put entries of a card into a tuning file, begun from the package's; what it has of this and other cards stays."""
+    content = json.loads((path if path.exists() else TUNING).read_text())
+    for name, value in entries.items():
+        held = content.setdefault(name, {})
+        held[card] = {**held.get(card, {}), **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a large copy on the device."""
+    data = torch.randn(256 << 20, device="cuda", dtype=torch.float16)
+    target = torch.empty_like(data)
+    return 2 * data.nbytes / graph_seconds(lambda: target.copy_(data), replays=5)
+
+
+def matrix_rate() -> float:
+    """Multiply-adds, counted twice, per second of a large bfloat16 product through cuBLAS."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / graph_seconds(lambda: a @ b, replays=5)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

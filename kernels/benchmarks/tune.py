@@ -1,82 +1,257 @@
-"""Measure launch settings on this card and write them to `tuning.json`.
+"""Measure launch settings on this card, and from how many tokens on merging pays, for `tuning.json`.
 
-    python kernels/benchmarks/tune.py [--write]
+    python kernels/benchmarks/tune.py [--out FILE] [--jobs 12] [--seconds 420] [--only decode]
 
-Without --write it prints the table. Each entry names the best of the candidates at one shape and token bucket.
+Candidates vary the default settings of a shape, one or two members at a time. Those of all shapes are compiled first,
+in processes side by side, into Triton's cache; then each is timed from a CUDA graph over weights and banks too many for
+the card's own cache. Each entry names the fastest; a candidate that the card refuses, or whose product is wrong, is
+passed over. FILE, by default the package's tuning.json, is written after every entry, with what it held of other cards.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import functools
 import sys
-from dataclasses import asdict
-from itertools import product
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from itertools import combinations, product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from common import SHAPES, graph_seconds, load_experts
+from common import SHAPES, TUNING, graph_seconds, load_experts, rotating, say, write_tuning
+from torch import Tensor
 
-from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops, tuning
-from meswitch_kernels.groups import tile_size_for
-from meswitch_kernels.tuning import LaunchSettings, launch_settings, token_bucket
+from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops
+from meswitch_kernels.groups import TokenGroups, tile_size_for
+from meswitch_kernels.testing import ERROR_BOUND, relative_error
+from meswitch_kernels.tuning import LaunchSettings, card_of, default_settings, token_bucket
 
-SLOTS = 4
-CANDIDATES = {
-    "decode": [
-        LaunchSettings(block_out, block_k, splits, warps, stages, delta)
-        for block_out, block_k, splits, warps, stages, delta in product(
-            (32, 64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (3, 4), (128, 256)
-        )
-    ],
-    "prefill": [
-        LaunchSettings(block_out, block_k, 1, warps, stages)
-        for block_out, block_k, warps, stages in product((64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
-    ],
+SLOTS = 16
+FORMAT = (2, 0)
+"""Bits and rank of the experts that settings are tuned on."""
+LAYERS = sorted(set(SHAPES["Mistral-7B"].values()))
+CASES = (("decode", 16), ("decode", 64), ("prefill", 256), ("prefill", 2048))
+"""Kernel and tokens; decode's are spread over all slots, prefill's are of one."""
+CACHE_BYTES = 256 << 20
+"""Weights and banks together are at least so many bytes."""
+GRID: dict[str, dict[str, tuple[int, ...]]] = {
+    "decode": {
+        "block_out": (32, 64, 128),
+        "block_k": (32, 64, 128),
+        "splits": (1, 2, 4, 8),
+        "delta_splits": (1, 2, 4, 8),
+        "delta_block_k": (64, 128, 256),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5),
+    },
+    "prefill": {
+        "block_out": (64, 128, 256),
+        "block_k": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
 }
+MERGE_TOKENS = (64, 128, 256, 512, 1024)
 
 
-def best(kernel: str, out_features: int, in_features: int, tokens: int) -> LaunchSettings:
-    """The fastest candidate; those that do not fit the card are passed over."""
-    weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    bank = ExpertBank(SLOTS, in_features, out_features, Capacity(bits=2, salient=8), device="cuda")
-    load_experts(bank, SLOTS, in_features, out_features, 2)
-    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-    slots = torch.arange(tokens, dtype=torch.int32, device="cuda") % SLOTS
-    groups = group_tokens(slots, SLOTS)
-    winner = launch_settings(kernel, out_features, in_features, tokens, x.dtype, x.device)
-    fastest = float("inf")
-    for candidate in [winner, *CANDIDATES[kernel]]:
-        triton_ops.launch_settings = lambda *_, chosen=candidate: chosen
+def candidates(kernel: str, default: LaunchSettings) -> list[LaunchSettings]:
+    """The default, and it with one member or two of its members changed."""
+    known = {field.name for field in dataclasses.fields(LaunchSettings)}
+    grid = {name: values for name, values in GRID[kernel].items() if name in known}
+    found = [default]
+    for names in (*combinations(grid, 1), *combinations(grid, 2)):
+        for values in product(*(grid[name] for name in names)):
+            found.append(dataclasses.replace(default, **dict(zip(names, values, strict=True))))
+    return list(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """What calls of one shape and batch are made of; as many weights and banks as the card's cache does not hold."""
+
+    x: Tensor
+    weights: list[Tensor]
+    banks: list[ExpertBank]
+    slots: Tensor
+    groups: TokenGroups
+
+    def call(self, index: int) -> Callable[[], Tensor]:
+        weight, bank = self.weights[index % len(self.weights)], self.banks[index % len(self.banks)]
+        return lambda: expert_linear(self.x, weight, None, bank, self.slots, self.groups)
+
+
+def operands(kernel: str, shape: tuple[int, int], tokens: int, copies: int | None = None) -> Operands:
+    """Random operands; `copies` None is as many as do not fit the cache."""
+    out_features, in_features = shape
+    bits, rank = FORMAT
+    slots, device = (SLOTS if kernel == "decode" else 1), "cuda"
+    capacity = Capacity(bits=bits, salient=8, rank=rank)
+
+    def bank() -> ExpertBank:
+        made = ExpertBank(slots, in_features, out_features, capacity, device=device)
+        load_experts(made, slots, in_features, out_features, bits)
+        return made
+
+    banks = [bank()]
+    weights = [torch.randn(out_features, in_features, device=device, dtype=torch.bfloat16)]
+    copies = copies or max(2, -(-CACHE_BYTES // (banks[0].nbytes + weights[0].nbytes)))
+    for _ in range(copies - 1):
+        banks.append(bank())
+        weights.append(torch.randn_like(weights[0]))
+    slot_of_token = torch.arange(tokens, dtype=torch.int32, device=device) % slots
+    x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
+    return Operands(x, weights, banks, slot_of_token, group_tokens(slot_of_token, slots))
+
+
+class Chosen:
+    """Has every launch use one setting, within a block."""
+
+    def __init__(self, settings: LaunchSettings) -> None:
+        self.settings, self.usual = settings, triton_ops.launch_settings
+
+    def __enter__(self) -> None:
+        triton_ops.launch_settings = lambda *_, **__: self.settings
+
+    def __exit__(self, *_: object) -> None:
+        triton_ops.launch_settings = self.usual
+
+
+@functools.lru_cache(maxsize=1)
+def _small_operands(kernel: str, tokens: int) -> tuple[Operands, Tensor]:
+    """Operands of the smallest layer, and their product by default settings."""
+    held = operands(kernel, LAYERS[0], tokens, copies=1)
+    return held, held.call(0)().double().cpu()
+
+
+def compile_one(kernel: str, tokens: int, settings: LaunchSettings) -> str | None:
+    """Compile a candidate into Triton's cache by running it once; why it cannot serve, or None.
+
+    A kernel is compiled for blocks and types, not for a layer's shape, so the smallest layer will do.
+    """
+    held, expected = _small_operands(kernel, tokens)
+    try:
+        with Chosen(settings):
+            error = relative_error(held.call(0)(), expected)
+    except Exception as refusal:  # too much shared memory, too many registers: the card's word on this candidate
+        return f"{type(refusal).__name__}: {str(refusal).splitlines()[0] if str(refusal) else ''}"
+    return None if error <= 2 * ERROR_BOUND[held.x.dtype] else f"its product is {error:.2g} off"
+
+
+def compiled(
+    found: dict[tuple[str, int], list[LaunchSettings]], jobs: int, seconds: float
+) -> dict[tuple[str, int], set[LaunchSettings]]:
+    """The candidates of each case that run on this card, of those that compile in so many seconds."""
+    usable: dict[tuple[str, int], set[LaunchSettings]] = {case: set() for case in found}
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    work = {
+        pool.submit(compile_one, *case, settings): (case, settings)
+        for case, candidates_of in found.items()
+        for settings in candidates_of
+    }
+    done, late = wait(work, timeout=seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    refused = 0
+    for future in done:
+        case, settings = work[future]
+        problem = str(future.exception()) if future.exception() else future.result()
+        if problem is None:
+            usable[case].add(settings)
+        else:
+            refused += 1
+            print(f"{case} {settings}: {problem}", file=sys.stderr)
+    say("compiled", candidates=len(work), refused=refused, late=len(late))
+    return usable
+
+
+def fastest(
+    held: Operands, chosen: Iterable[LaunchSettings], deadline: float
+) -> tuple[LaunchSettings | None, float, int]:
+    """The candidate with the lowest median, its seconds, and how many were timed before the deadline."""
+    winner, least, timed = None, float("inf"), 0
+    for settings in chosen:
+        if timed and time.monotonic() > deadline:
+            break
         try:
-            seconds = graph_seconds(lambda: expert_linear(x, weight, None, bank, slots, groups), replays=10, repeats=3)
-        except Exception as error:  # a candidate may exceed the card's shared memory; that is not a failure
-            print(f"{candidate}: {type(error).__name__}", file=sys.stderr)
+            with Chosen(settings):
+                copies = len(held.banks)
+                seconds = graph_seconds(rotating(held.call, copies), replays=max(10, copies), repeats=3)
+        except Exception as error:  # as in `compile_one`: another shape may need what the smallest did not
+            print(f"{settings}: {type(error).__name__}", file=sys.stderr)
             continue
-        if seconds < fastest:
-            winner, fastest = candidate, seconds
-    triton_ops.launch_settings = launch_settings
-    return winner
+        timed += 1
+        if seconds < least:
+            winner, least = settings, seconds
+    return winner, least, timed
+
+
+def launch_entries(kernels: Iterable[str], jobs: int, deadline: float) -> Iterator[tuple[str, dict[str, int]]]:
+    """Key and settings of every case, as `launch_settings` looks them up."""
+    card = card_of(torch.device("cuda", torch.cuda.current_device()))
+    cases = [case for case in CASES if case[0] in kernels]
+    defaults = {(case, shape): default_settings(case[0], *shape, case[1], card) for case in cases for shape in LAYERS}
+    found = {
+        case: list(dict.fromkeys(s for shape in LAYERS for s in candidates(case[0], defaults[case, shape])))
+        for case in cases
+    }
+    usable = compiled(found, jobs, 0.6 * (deadline - time.monotonic()))
+    left = len(cases) * len(LAYERS)
+    for (kernel, tokens), shape in product(cases, LAYERS):
+        default = defaults[(kernel, tokens), shape]
+        chosen = [s for s in candidates(kernel, default) if s in usable[kernel, tokens]]
+        held = operands(kernel, shape, tokens)
+        with torch.no_grad():
+            _, before, _ = fastest(held, [default], deadline)
+            share = (deadline - time.monotonic()) / left
+            winner, seconds, timed = fastest(held, chosen, time.monotonic() + share)
+        left -= 1
+        key = f"{kernel}/{shape[0]}x{shape[1]}/{tile_size_for(tokens)}/{token_bucket(tokens)}"
+        say("tuned", key=key, us=seconds * 1e6, default_us=before * 1e6, timed=timed, candidates=len(chosen))
+        if winner is not None and seconds < before:
+            yield key, dataclasses.asdict(winner)
+        del held
+        torch.cuda.empty_cache()
+
+
+def merge_crossover() -> int:
+    """The least number of tokens of a slot from which merging for cuBLAS takes less time, over the four layers."""
+    from meswitch_kernels.prefill_plan import plan_prefill
+
+    for tokens in MERGE_TOKENS:
+        seconds = {True: 0.0, False: 0.0}
+        for shape in LAYERS:
+            held = operands("prefill", shape, tokens)
+            for merged in seconds:
+                least = tokens if merged else tokens + 1
+                plan = plan_prefill(held.groups, [(0, tokens)], least)
+                own = dataclasses.replace(held, groups=dataclasses.replace(held.groups, plan=plan))
+                seconds[merged] += graph_seconds(rotating(own.call, len(held.banks)), replays=10, repeats=3)
+        say("merge", tokens=tokens, merged_us=seconds[True] * 1e6, unmerged_us=seconds[False] * 1e6)
+        if seconds[True] < seconds[False]:
+            return tokens
+    return 2 * MERGE_TOKENS[-1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the result into the package's tuning.json")
+    parser.add_argument("--out", type=Path, default=TUNING)
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--seconds", type=float, default=420, help="in all, but for what has begun")
+    parser.add_argument("--only", choices=["decode", "prefill", "merge"], help="one part of it")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune needs a CUDA device", file=sys.stderr)
         return 1
-    found = {}
-    for out_features, in_features in SHAPES["Mistral-7B"].values():
-        for kernel, tokens in (("decode", 16), ("decode", 64), ("prefill", 512), ("prefill", 4096)):
-            key = f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}"
-            found[key] = asdict(best(kernel, out_features, in_features, tokens))
-            print(key, found[key])
-    path = Path(tuning.__file__).with_name("tuning.json")
-    if options.write:
-        content = json.loads(path.read_text())
-        content["cards"][torch.cuda.get_device_name()] = found
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    torch.manual_seed(0)
+    deadline, card = time.monotonic() + options.seconds, torch.cuda.get_device_name()
+    if options.only in (None, "merge"):
+        write_tuning(options.out, card, merge_tokens=merge_crossover())
+    kernels = [name for name in ("decode", "prefill") if options.only in (None, name)]
+    for key, settings in launch_entries(kernels, options.jobs, deadline) if kernels else ():
+        write_tuning(options.out, card, cards={key: settings})
     return 0
 
 

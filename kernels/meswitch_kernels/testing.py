@@ -160,4 +160,5 @@ def relative_error(y: Tensor, truth: Tensor) -> float:
     """‖y − truth‖ / ‖truth‖ in float64; NaN where y holds one."""
     if not truth.numel():
         return 0.0
+    truth = truth.double().cpu()
     return float((y.double().cpu() - truth).norm() / truth.norm())

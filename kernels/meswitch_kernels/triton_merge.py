@@ -16,7 +16,7 @@ MERGE_BYTES = 128 << 20
 """Merged weights held at once: the largest weight of a 7B model but for the head's, which comes in blocks of rows."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot", "first_row", "last_row"])
 def merge_rows(
     weight,
     bias,

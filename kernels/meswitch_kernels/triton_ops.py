@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from . import groups as _groups
 from .bank import BankTensors
 from .groups import PREFILL_TOKENS, TokenGroups
 from .packing import PLANE_WORDS, codes_per_word, to_planes, widths_in, words_per_row
-from .prefill_plan import PrefillPlan, Run, plan_prefill
+from .prefill_plan import PrefillPlan, Rows, Run, plan_prefill
 from .triton_attention import paged_attention as paged_attention
 from .triton_decode import decode
 from .triton_device import on_its_device
@@ -55,8 +56,7 @@ def expert_linear(
     groups: TokenGroups | None = None,
 ) -> Tensor:
     """As `naive.expert_linear`, for float32, bfloat16 and float16 x."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    x, weight = _dense(x), _dense(weight)
     y = x.new_empty(x.shape[0], weight.shape[0])
     if not y.numel():
         return y
@@ -64,7 +64,7 @@ def expert_linear(
     bank = _in_planes(bank)
     groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
     if groups.plan is not None:
-        _by_plan(y, x, weight, bias, bank, groups.plan)
+        _by_plan([y], x, [(weight, bias, bank)], groups.plan)
     elif x.shape[0] >= PREFILL_TOKENS:
         _prefill(y, x, weight, bias, bank, slot_of_token, groups)
     else:
@@ -72,18 +72,22 @@ def expert_linear(
     return y
 
 
+def _dense(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 @on_its_device
-def expert_linears(
-    x: Tensor,
-    operands: Sequence[tuple[Tensor, Tensor | None, BankTensors]],
-    slot_of_token: Tensor,
-    groups: TokenGroups,
-) -> list[Tensor]:
+def expert_linears(x: Tensor, operands: Sequence[Operand], slot_of_token: Tensor, groups: TokenGroups) -> list[Tensor]:
     """`expert_linear` of each weight, bias and bank with the same x."""
-    table = sibling_table(operands) if groups.plan is None and 0 < x.shape[0] < PREFILL_TOKENS else None
-    if table is None or x.stride(1) != 1:
-        return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
-    return _decode_siblings(x, operands, table, slot_of_token.contiguous(), groups)
+    x = _dense(x)
+    operands = [(_dense(weight), bias, _in_planes(bank)) for weight, bias, bank in operands]
+    if groups.plan is not None:
+        ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight, _, _ in operands]
+        _by_plan(ys, x, operands, groups.plan)
+        return ys
+    if 0 < x.shape[0] < PREFILL_TOKENS:
+        return _decode_all(x, operands, slot_of_token.contiguous(), groups)
+    return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
 
 
 def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None = None) -> TokenGroups:
@@ -98,19 +102,43 @@ def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None =
     return dataclasses.replace(groups, plan=plan_prefill(groups, runs, merge_tokens(slot_of_token.device)))
 
 
-def _by_plan(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, plan: PrefillPlan) -> None:
+def _by_plan(ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], plan: PrefillPlan) -> None:
     for slot, rows in plan.merged:
-        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
-        merged_linear(target, x[rows], weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))
-        if not isinstance(rows, slice):
-            y.index_copy_(0, rows, target)
+        given = x[rows]
+        for y, (weight, bias, bank) in zip(ys, operands, strict=True):
+            with _target(y, rows) as target:
+                merged_linear(target, given, weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))
     for part in plan.parts:
-        rows, slots = part.rows, part.groups.slot_of_token
-        target = y[rows] if isinstance(rows, slice) else y.new_empty(rows.shape[0], y.shape[1])
+        given, slots = x[part.rows], part.groups.slot_of_token
+        if part.decode and len(ys) > 1:
+            for y, result in zip(ys, _decode_all(given, operands, slots, part.groups), strict=True):
+                y[part.rows] = result
+            continue
         serve = _decode if part.decode else _prefill
-        serve(target, x[rows], weight, bias, bank, slots, part.groups)
-        if not isinstance(rows, slice):
-            y.index_copy_(0, rows, target)
+        for y, (weight, bias, bank) in zip(ys, operands, strict=True):
+            with _target(y, part.rows) as target:
+                serve(target, given, weight, bias, bank, slots, part.groups)
+
+
+@contextlib.contextmanager
+def _target(y: Tensor, rows: Rows) -> Iterator[Tensor]:
+    """Memory for chosen rows of y, which it is copied to unless it is theirs."""
+    if isinstance(rows, slice):
+        yield y[rows]
+        return
+    target = y.new_empty(rows.shape[0], y.shape[1])
+    yield target
+    y.index_copy_(0, rows, target)
+
+
+def _decode_all(x: Tensor, operands: Sequence[Operand], slot_of_token: Tensor, groups: TokenGroups) -> list[Tensor]:
+    """Decode of several linears, in the launches of one where that is possible."""
+    if table := sibling_table(operands):
+        return _decode_siblings(x, operands, table, slot_of_token, groups)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight, _, _ in operands]
+    for y, each in zip(ys, operands, strict=True):
+        _decode(y, x, *each, slot_of_token, groups)
+    return ys
 
 
 def _in_planes(bank: BankTensors) -> BankTensors:

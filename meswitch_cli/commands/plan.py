@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from meswitch_cli.commands.compress import Bits
+
+if TYPE_CHECKING:
+    from meswitch_cli.engine.memory import MemoryPlan
+    from meswitch_cli.engine.speed import KnownCard, StepTime
 
 
 def run(
@@ -35,13 +39,22 @@ def run(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights and the cache.")
     ] = "auto",
+    card: Annotated[
+        str | None,
+        typer.Option(help="Also how fast, on a card of this name or part of it, as H200.", show_default="not reckoned"),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests that generate at once.", show_default="one an expert")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """From metadata alone: no weight is read. Exit status 1 where the experts do not fit."""
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.engine.memory import parse_bytes, plan_memory
+    from meswitch_cli.engine.speed import find_card
 
+    known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
         bits=int(bits),
         salient=salient,
@@ -60,6 +73,7 @@ def run(
         added_rows=added_rows,
     )
     fits = plan.requests > 0
+    speed = _speed(plan, known, requests or experts, int(bits)) if known else None
     result = {
         "fits": fits,
         "device_bytes": plan.device_nbytes,
@@ -73,6 +87,7 @@ def run(
         "requests": plan.requests,
         "experts": plan.experts,
         "context": plan.context,
+        "speed": speed,
     }
     if as_json:
         typer.echo(json.dumps(result))
@@ -92,8 +107,66 @@ def run(
         typer.echo(f"at most           {plan.most_slots} slots beside one request of {plan.context:,} tokens")
         if plan.slots < plan.experts:
             typer.echo(f"{plan.experts - plan.slots} of {plan.experts} experts wait in host memory or on disk")
+        if speed:
+            typer.echo(_speed_lines(speed))
         if not fits:
             way_out = f"lower --slots to {plan.most_slots}, or --context"
             typer.echo(f"does not fit: {way_out if plan.most_slots else 'not even one slot'}", err=True)
     if not fits:
         raise typer.Exit(1)
+
+
+def _speed(plan: MemoryPlan, card: KnownCard, requests: int, bits: int) -> dict[str, Any]:
+    """Floor and expectation of three batches, each request half way through its context."""
+    from meswitch_cli.engine.speed import DecodeBatch, load_seconds, prompt_rates, step_time
+
+    active = min(requests, plan.experts, plan.slots)
+    cached = plan.context // 2
+    batches = [DecodeBatch(requests, 0, cached), DecodeBatch(1, 1, cached), DecodeBatch(requests, active, cached)]
+    most, expected = prompt_rates(plan, card)
+    return {
+        "card": card.name,
+        "measured": card.measured.commit if card.measured else None,
+        "memory_bytes_per_second": card.memory,
+        "cached_tokens": cached,
+        "batches": [_batch(step_time(plan, card, batch, bits)) for batch in batches],
+        "prompt_tokens_per_second": {"floor": most, "expected": expected},
+        "load_seconds": load_seconds(plan, card),
+    }
+
+
+def _batch(time: StepTime) -> dict[str, Any]:
+    return {
+        "requests": time.batch.requests,
+        "experts": time.batch.experts,
+        "floor_seconds": time.floor,
+        "floor_tokens_per_second": time.floor_rate,
+        "expected_seconds": time.expected,
+        "expected_tokens_per_second": time.expected_rate,
+    }
+
+
+def _speed_lines(speed: dict[str, Any]) -> str:
+    lines = [
+        f"on {speed['card']}, a step of requests with {speed['cached_tokens']:,} tokens each in the cache",
+        f"{'':<30} {'no faster than':>26} {'expected':>26}",
+    ]
+    for batch in speed["batches"]:
+        who = "the base" if not batch["experts"] else f"{batch['experts']} expert{'s'[: batch['experts'] != 1]}"
+        many = f"{batch['requests']} request{'s'[: batch['requests'] != 1]} of {who}"
+        lines.append(f"{many:<30} {_time(batch, 'floor')} {_time(batch, 'expected')}")
+    prompt = speed["prompt_tokens_per_second"]
+    rates = [f"{rate:,.0f} tokens/s" if rate else "not known" for rate in (prompt["floor"], prompt["expected"])]
+    lines.append(f"{'prompts':<30} {rates[0]:>26} {rates[1]:>26}")
+    if speed["load_seconds"]:
+        lines.append(f"{'an expert from host memory':<30} {'':>26} {1e3 * speed['load_seconds']:>23.0f} ms")
+    if speed["measured"]:
+        lines.append(f"expected: by constants measured on this card, commit {speed['measured']}")
+    else:
+        lines.append("expected: not known, for meswitch was never measured on this card")
+    return "\n".join(lines)
+
+
+def _time(batch: dict[str, Any], which: str) -> str:
+    seconds, rate = batch[f"{which}_seconds"], batch[f"{which}_tokens_per_second"]
+    return f"{1e3 * seconds:8.2f} ms {rate:8,.0f} tok/s" if seconds else f"{'not known':>26}"

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.initialization import update_cb
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
-from transformers.generation.continuous_batching.utils import stream_context
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
 from transformers.generation.logits_process import LogitsProcessorList
 
 from meswitch_cli.engine import attention
@@ -39,6 +39,10 @@ from meswitch_kernels.dispatch import default_backend
 logger = logging.getLogger(__name__)
 
 
+#: Prompts of fewer tokens are read by kernels that larger ones have compiled.
+WARM_UP_TOKENS = 16
+
+
 class Hooks(Protocol):
     """What the loop tells the engine, always from its own thread."""
 
@@ -53,11 +57,13 @@ class GenerationState(RequestState):  # type: ignore[misc]
 
     generation: Generation
     chosen: TokenLogprob | None = None
+    #: Whether what a token completes is told while the device computes the next batch.
+    tells_later = False
 
     @classmethod
-    def of(cls, generation: Generation, tokens: list[int]) -> GenerationState:
+    def of(cls, generation: Generation, tokens: list[int], tells_later: bool) -> GenerationState:
         state = cls(request_id=generation.id, initial_tokens=tokens, max_new_tokens=None)
-        state.generation = generation
+        state.generation, state.tells_later = generation, tells_later
         return state
 
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
@@ -69,14 +75,15 @@ class GenerationState(RequestState):  # type: ignore[misc]
             self.generation.end("error", "the model gave no token a finite score")
             over = True
         else:
-            over = self.generation.accept(token_id, self.chosen)
+            over = self.generation.accept(token_id, self.chosen, self.tells_later)
         if over:
             self.status = RequestStatus.FINISHED
         return over
 
     def create_equivalent_initial_request(self) -> GenerationState:
         """Begin again with what was generated as prompt: how transformers makes room in a full cache."""
-        return GenerationState.of(self.generation, self.initial_tokens + self.generated_tokens)
+        tokens = self.initial_tokens + self.generated_tokens
+        return GenerationState.of(self.generation, tokens, self.tells_later)
 
 
 class Runner(ModelRunner):  # type: ignore[misc]
@@ -101,6 +108,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
             self._host_slots = self._host_slots.pin_memory()
         self._runs: list[tuple[int, int]] = []
         self.samples = True
+        #: Whether the thread waits for a device that computes, and may do something else meanwhile.
+        self.waits = io.device.type != "cpu"
+        self.untold: list[Generation] = []
 
     @property
     def mixed(self) -> bool:
@@ -118,13 +128,10 @@ class Runner(ModelRunner):  # type: ignore[misc]
 
     def set_slots(self, batch: list[FutureRequestState]) -> None:
         """Note the slot of every token of the batch. A batch of the base alone has plain layers."""
-        slots: list[int] = []
-        self._runs = [(item.state.generation.slot, item.query_length) for item in batch]
-        for slot, length in self._runs:
-            slots += [slot] * length
-        padding = self.inputs_and_outputs.num_q_tokens - len(slots)
-        self._runs.append((-1, padding))
-        slots += [-1] * padding
+        runs = [(item.state.generation.slot, item.query_length) for item in batch]
+        padding = self.inputs_and_outputs.num_q_tokens - sum(length for _, length in runs)
+        self._runs = [*runs, (-1, padding)]
+        slots = [slot for slot, length in self._runs for _ in range(length)]
         self.mixed = max(slots, default=-1) >= 0
         self._host_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
         with stream_context(self.inputs_and_outputs.compute_stream):
@@ -135,6 +142,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         if not self.use_cuda_graph_decode:
             return
         self.samples = False
+        self._read_prompts(model)
         sizes = [self.cb_config.max_requests_per_batch]
         while sizes[-1] > 1:
             sizes.append(1 << (sizes[-1] - 1).bit_length() - 1)
@@ -146,6 +154,19 @@ class Runner(ModelRunner):  # type: ignore[misc]
                 break
         self.samples = True
         self.cache.reset()
+
+    def _read_prompts(self, model: nn.Module) -> None:
+        """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
+        tokens = self.cache.max_batch_tokens
+        while tokens >= WARM_UP_TOKENS:
+            for self.mixed in (True, False):
+                self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
+            tokens //= 2
+
+    def forget_graphs(self) -> None:
+        """Have every graph captured again when it is needed: the layers read from other memory now."""
+        self.inputs_and_outputs.graphs = CudaGraphBuffer()
+        self._logits.clear()
 
     def _capture_graph(self, forward: Callable[..., None], stream: Any, *arguments: Any) -> None:
         super()._capture_graph(forward, stream, *arguments)
@@ -186,6 +207,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         super().compute_batch(model, batch_data)
         if not self.samples:
             return
+        self.tell()
         key = self._key()
         with stream_context(io.compute_stream):
             logits = self._logits[key] if key else self._logits.pop(None)
@@ -194,6 +216,12 @@ class Runner(ModelRunner):  # type: ignore[misc]
             if io.use_block_table and len(rows) < len(io.requests_in_batch):
                 logits = logits[rows]
             io.new_tokens = self._chosen(logits[: len(rows)], states) if rows else []
+
+    def tell(self) -> None:
+        """Tell what the last batch's tokens complete."""
+        untold, self.untold = self.untold, []
+        for generation in untold:
+            generation.tell()
 
     @staticmethod
     def _chosen(logits: torch.Tensor, states: list[GenerationState]) -> list[int]:
@@ -271,7 +299,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
         self.cache.admit(generation.id, generation.model.digest)
-        self.scheduler.add_waiting_request(GenerationState.of(generation, list(generation.request.prompt_tokens)))
+        state = GenerationState.of(generation, list(generation.request.prompt_tokens), self.model_runner.waits)
+        self.scheduler.add_waiting_request(state)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out of the scheduler and free its blocks."""
@@ -287,6 +316,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         ready: bool = super().prepare_next_batch()
         if ready:
             self.model_runner.set_slots(self.inputs_and_outputs.requests_in_batch)
+        else:
+            self.model_runner.tell()
         return ready
 
     def update_batch(self) -> None:
@@ -294,6 +325,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         for generation in generations:
             generation.cached_tokens = self.cache.matched.get(generation.id, 0)
         super().update_batch()
+        self.model_runner.untold = generations
         self.blocks_used = self.cache.count_blocks_used()
         for generation in generations:
             if generation.finished:
@@ -413,6 +445,8 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
         auto_switch_to_flash=False,
     )
     try:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
         pages = -(-max_model_len // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
         manager.warmup()

@@ -39,6 +39,10 @@ class MemoryPlan:
         shared_nbytes: of the slots together, whatever their number.
         token_nbytes: keys and values of one token.
         most_slots: slots that fit beside one request of `context` tokens.
+        layers: decoder layers.
+        multiplied: weights that every token of a prompt meets, those of linears and head.
+        base_read_nbytes, slot_read_nbytes: of the base and of a slot, what a decode step reads in full: all but the
+            embedding, of which it reads single rows.
     """
 
     device_nbytes: int
@@ -49,6 +53,10 @@ class MemoryPlan:
     experts: int
     context: int
     token_nbytes: int
+    layers: int = 0
+    multiplied: int = 0
+    base_read_nbytes: int = 0
+    slot_read_nbytes: int = 0
 
     @property
     def slots_nbytes(self) -> int:
@@ -100,6 +108,8 @@ def plan_memory(
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
     capacities = expected_capacities(described.parameters, settings, added_rows)
+    multiplied = sum(math.prod(item.shape) for item in described.parameters.values() if item.kind in ("linear", "head"))
+    read = {name: capacities[name] for name in capacities.keys() - _embeddings_apart(described.parameters)}
     return MemoryPlan(
         device_nbytes=device_nbytes,
         base_nbytes=weights * chosen.itemsize,
@@ -109,7 +119,18 @@ def plan_memory(
         experts=experts,
         context=context,
         token_nbytes=token_bytes(model.config, chosen.itemsize),
+        layers=described.num_layers,
+        multiplied=multiplied,
+        base_read_nbytes=multiplied * chosen.itemsize,
+        slot_read_nbytes=_slots_nbytes(model, read, 2, chosen) - _slots_nbytes(model, read, 1, chosen),
     )
+
+
+def _embeddings_apart(parameters: Mapping[str, Parameter]) -> set[str]:
+    """Modules of embeddings that no head reads."""
+    if not any(item.kind == "head" and not item.tied_to for item in parameters.values()):
+        return set()
+    return {name.rpartition(".")[0] for name, item in parameters.items() if item.kind == "embedding"}
 
 
 def expected_capacities(

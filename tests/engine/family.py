@@ -63,7 +63,7 @@ class Family:
         """Plain transformers models of the base, and of base + dequantised delta."""
         found = {BASE: _load(self.base, self.dtype)}
         for name, path in self.artifacts.items():
-            plain = path.with_name(f"{name}-plain")
+            plain = path.with_name(f"{name}-{self.dtype}")
             restore(Artifact.open(path), Checkpoint.open(str(self.base)), plain, dtype=self.dtype)
             found[name] = _load(plain, self.dtype)
         return found

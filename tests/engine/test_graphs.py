@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine.family import Family, make_family, requests
 from engine.graphs import Recorded, stand_in
 
 from meswitch_cli.engine import TransformersEngine, generate, proof
+from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE
 
 Start = Callable[..., TransformersEngine]
@@ -76,3 +78,42 @@ def test_full_cache_begins_requests_again(family: Family, start: Start, recorded
     check(engine, family, 16, seed=5, longest=60, max_tokens=40)
     assert engine.drain(5)
     assert engine.statistics().cache_blocks_used == 0
+
+
+def test_an_expert_that_needs_wider_slots_arrives_under_graphs(
+    family: Family, start: Start, recorded: Recorded
+) -> None:
+    engine = start(family, experts={"alpha": family.artifacts["alpha"]}, slots=2, max_running=4)
+    captured = len(recorded.captures)
+    engine.load_expert("beta", family.artifacts["beta"])
+    batch = [request for request in requests(family, 16, seed=8) if request.expert != "gamma"]
+    for request, completion in zip(batch, generate(engine, batch), strict=True):
+        assert completion.tokens == family.greedy(request), request
+    assert len(recorded.captures) > captured
+
+
+def test_everything_is_tried_before_requests_are_taken(
+    family: Family, start: Start, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled when they are first called: batches of each size are computed before the first request."""
+    tried: set[tuple[int, bool]] = set()
+    forward = Runner._forward_process_and_sample
+
+    def noted(self: Runner, model: Any, batch_data: dict[str, Any], *arguments: Any) -> None:
+        tried.add((batch_data["input_ids"].shape[1], self.mixed))
+        forward(self, model, batch_data, *arguments)
+
+    monkeypatch.setattr(Runner, "_forward_process_and_sample", noted)
+    start(family, max_running=4, max_batch_tokens=256)
+    assert tried >= {(size, mixed) for size in (1, 2, 4, 16, 32, 64, 128, 256) for mixed in (False, True)}
+
+
+def test_answers_are_told_while_the_next_batch_is_computed(family: Family, start: Start, recorded: Recorded) -> None:
+    engine = start(family, max_running=4)
+    assert engine._manager is not None
+    engine._manager.batch_processor.model_runner.waits = True  # as on a card
+    batch = requests(family, 16, seed=4)
+    texts = [completion.text for completion in generate(start(family), batch)]
+    for request, completion, text in zip(batch, generate(engine, batch), texts, strict=True):
+        assert (completion.tokens, completion.text) == (family.greedy(request), text)
+    assert engine.drain(5)

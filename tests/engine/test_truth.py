@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine.family import Family, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
@@ -106,3 +107,27 @@ def test_expert_with_a_head_of_its_own_on_a_tied_base(tmp_path: Path, start: Sta
     own = make_family(tmp_path, "llama", tie_word_embeddings=True, untie=("beta",))
     engine = start(own)
     check(engine, own, requests(own, 12, seed=2))
+
+
+def test_bfloat16_up_to_near_ties(tmp_path: Path, start: Start) -> None:
+    """Every chosen token is the best there is by float32 weights, or as near to it as the rounding of a plain bfloat16
+    model is wide: in the logits before it, given what the engine itself has generated so far."""
+    own = make_family(tmp_path, dtype=torch.bfloat16)
+    exact = Family(own.base, own.artifacts, torch.float32)
+    engine = start(own)
+    batch = requests(exact, 24, seed=4, prefix=10)
+    chosen, best = 0, 0
+    for request, completion in zip(batch, generate(engine, batch), strict=True):
+        assert completion.error is None and len(completion.tokens) == request.sampling.max_tokens
+        tokens = torch.tensor([[*request.prompt_tokens, *completion.tokens]])
+        with torch.inference_mode():
+            truth, rounded = (
+                side.references[request.expert](tokens).logits[0, len(request.prompt_tokens) - 1 : -1].float()
+                for side in (exact, own)
+            )
+        behind = truth.amax(-1) - truth.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        rounding = (rounded - truth).abs().amax(-1)
+        assert (behind <= 3 * rounding).all(), (request, behind / rounding)
+        chosen += len(behind)
+        best += int((behind == 0).sum())
+    assert best > 0.9 * chosen

@@ -96,6 +96,20 @@ def test_prompts_are_multiplied_one_by_one(triton):
     check(triton, family(130, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,)]))
 
 
+def test_siblings_of_a_step_with_prompts(triton, monkeypatch):
+    """Merged weights, prefill tiles, and few tokens of many slots, in an order that no scheduler makes."""
+    monkeypatch.setattr(triton, "merge_tokens", lambda device: 80)
+    runs = [(0, 3), (1, 80), (2, 70), (-1, 2), (0, 4)]
+    calls = family(159, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,), (1, 4)], rank=[(16,)], bias=True)
+    slots = torch.tensor([slot for slot, length in runs for _ in range(length)], dtype=torch.int32, device=DEVICE)
+    calls = [call.with_tokens(call.x, slots) for call in calls]
+    groups = triton.group_tokens(slots, SLOTS, runs)
+    assert len(groups.plan.merged) == 1 and len(groups.plan.parts) == 2
+    operands = [(call.weight, call.bias, call.bank.tensors) for call in calls]
+    for y, call in zip(triton.expert_linears(calls[0].x, operands, slots, groups), calls, strict=True):
+        assert relative_error(y, call.truth()) < ERROR_BOUND[torch.bfloat16]
+
+
 def test_a_bad_slot_is_answered_with_nan(triton):
     calls = family(3, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,)], pattern="one")
     calls[1].bank.clear(3)

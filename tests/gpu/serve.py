@@ -1,0 +1,103 @@
+"""Part: `meswitch serve` as a process, `meswitch bench` against it, SIGTERM, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from gpu.figures import say
+from gpu.model import Model, parser
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    """Return when the server lists its models.
+
+    Raises:
+        SystemExit: it ended instead.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            opener.open(f"{url}/v1/models", timeout=2).read()
+            return
+        except (OSError, urllib.error.URLError):
+            if server.poll() is not None:
+                raise SystemExit(f"meswitch serve ended with {server.returncode} before it answered") from None
+            time.sleep(0.1)
+
+
+def main() -> int:
+    options = parser().parse_args()
+    model = Model(options.scratch, options.tiny)
+    sizes = model.sizes
+    count = min(4, sizes.experts)
+    experts, url = model.experts("2", count), f"http://127.0.0.1:{free_port()}"
+    command = [
+        sys.executable,
+        "-m",
+        "meswitch_cli",
+        "serve",
+        "--base",
+        str(model.base),
+        "--port",
+        url.rpartition(":")[2],
+    ]
+    command += ["--max-model-len", str(min(1024, sizes.max_model_len)), "--device", model.device]
+    for name, path in experts.items():
+        command += ["--expert", f"{name}={path}"]
+    started = time.perf_counter()
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    failed = 0
+    try:
+        wait_until_ready(server, url)
+        ready = time.perf_counter() - started
+        bench = [sys.executable, "-m", "meswitch_cli", "bench", "--url", url, "--json", "--ignore-eos"]
+        bench += ["--max-tokens", str(sizes.new), "--prompt-words", "8"]
+        for name in ("base", *experts):
+            bench += ["--model", name]
+        for at_once, requests in ((1, 2), (4, 8)) if model.tiny else ((1, 10), (16, 64), (32, 128)):
+            many = ["--concurrency", str(at_once), "--requests", str(requests)]
+            done = subprocess.run([*bench, *many], stdout=subprocess.PIPE, text=True, check=False)
+            failed = failed or done.returncode
+            told = json.loads(done.stdout) if done.stdout else {}
+            times = {
+                f"{kind}_{which}": told[kind][which] if told.get(kind) else None
+                for kind in ("ttft_ms", "itl_ms")
+                for which in ("p50", "p99")
+            }
+            say(
+                "serve",
+                ready_seconds=ready,
+                experts=count,
+                at_once=at_once,
+                requests=told.get("requests"),
+                failed=told.get("failed"),
+                tokens_per_second=told.get("tokens_per_second"),
+                **times,
+            )
+    finally:
+        began = time.perf_counter()
+        server.send_signal(signal.SIGTERM)
+        try:
+            code = server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            code = server.wait()
+        say("stop", signal="SIGTERM", exit=code, seconds=time.perf_counter() - began)
+    return int(failed != 0 or code != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
