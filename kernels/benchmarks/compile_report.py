@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from meswitch_kernels import triton_groups, triton_merge, triton_norm, triton_ops
 from meswitch_kernels.groups import tile_size_for
-from meswitch_kernels.packing import widths_in
+from meswitch_kernels.packing import BIT_WIDTHS, widths_in
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -49,7 +49,8 @@ VALUES = {
 }  # fmt: skip
 INTEGER_POINTERS = {
     "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
-    "tile_start", "tile_count", "added_counts", "tickets",
+    "tile_start", "tile_count", "added_counts", "tickets", "source",
+    "target",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
     "in_features", "out_features", "hidden", "x_stride", "scaled_stride", "weight_stride", "codes_stride",
@@ -125,23 +126,28 @@ def signature(
     return types, attributes
 
 
-def measure(launch: Launch) -> Row:
-    """Registers, spilled bytes and shared bytes of one launch."""
+def compiled(launch: Launch) -> CompiledKernel:
+    """A launch, compiled for its card."""
     module, name = launch.kernel.split(".")
     kernel = getattr(importlib.import_module(f"meswitch_kernels.{module}"), name)
     types, attributes = signature(kernel, launch.dtype, launch.constants)
     source = ASTSource(kernel, signature=types, constexprs=launch.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+
+
+def measure(launch: Launch) -> Row:
+    """Registers, spilled bytes and shared bytes of one launch."""
+    kernel = compiled(launch)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
         command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/out"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     shape = (launch.arch, launch.dtype, launch.bits, launch.steps, launch.rank, launch.tokens)
-    return Row(name, *shape, registers, spilled, compiled.metadata.shared)
+    return Row(launch.kernel.split(".")[1], *shape, registers, spilled, kernel.metadata.shared)
 
 
 def launches(quick: bool) -> Iterator[Launch]:
@@ -189,6 +195,9 @@ def launches(quick: bool) -> Iterator[Launch]:
         }  # fmt: skip
         options = triton_ops.PREPARE_OPTIONS
         yield Launch("triton_low_rank.prepare", arch, dtype, constants, options, rank=RANK, tokens=tokens)
+    for arch, bits in product([80, 90], BIT_WIDTHS):
+        constants = {"BITS": bits, "BLOCK_ROWS": 16}
+        yield Launch("triton_planes.rearrange_codes", arch, "bf16", constants, {"num_warps": 4}, bits=bits)
     for arch, (kernel, constants) in product([80, 90], ALONE.items()):
         own = {name: value for name, value in constants.items() if name != "num_warps"}
         yield Launch(kernel, arch, "bf16", own, {"num_warps": constants.get("num_warps", 4)})

@@ -95,6 +95,15 @@ def dequantize_rows(
     return delta
 
 
+def _put_planes(slot: Tensor, words: Tensor, bits: int) -> None:
+    if slot.device.type == "cuda":
+        from .triton_planes import to_planes as put
+
+        put(words, bits, slot)
+    else:
+        slot.copy_(to_planes(words, bits))
+
+
 class ExpertBank:
     """The low-bit deltas of up to `slots` experts for one weight `[out_features, in_features]`.
 
@@ -171,10 +180,11 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
-        codes = delta.codes
+        codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
         if to.planes:
-            codes = to_planes(codes.to(self.device, non_blocking=True), delta.bits)
-        to.codes[slot, : codes.numel()].copy_(codes.reshape(-1), non_blocking=True)
+            _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
+        else:
+            codes.copy_(delta.codes, non_blocking=True)
         to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
         if delta.salient_index is not None and delta.salient_value is not None:
             k = len(delta.salient_index)
