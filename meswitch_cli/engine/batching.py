@@ -448,8 +448,8 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
     )
     try:
         if base.device.type == "cuda":
-            torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
             compile_products([*base.linears.values(), base.head], kernels(base.device, base.dtype), slots)
+            torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
         # A request that is tried before the first fills a batch alone.
         pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)

@@ -43,11 +43,10 @@ def compile_products(linears: Iterable[ExpertLinear], backend: ModuleType, slots
         kinds.setdefault(kind, (linear.weight, product))
 
     def call(size: int, weight: torch.Tensor, product: Product) -> None:
-        with torch.inference_mode(), torch.cuda.device(weight.device):
+        with torch.inference_mode(), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             slot_of_token = torch.full((size,), -1, dtype=torch.int32, device=weight.device)
             x = weight.new_zeros(size, weight.shape[1])
             product(x, slot_of_token, backend.group_tokens(slot_of_token, slots))
-            torch.cuda.synchronize()
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "meswitch-compile") as threads:
         for done in [threads.submit(call, size, *kind) for size in SIZES for kind in kinds.values()]:
