@@ -55,17 +55,17 @@ def prepare_tile(
                 present = token_mask[:, None] & inside
                 given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=present, other=0.0)
                 if RANKED:
-                    place = right + (rows[:, None] * in_features + k[None, :])
-                    own = tl.load(place, mask=row_mask[:, None] & inside, other=0.0).to(x.dtype.element_ty)
+                    of_rank = right + (rows[:, None] * in_features + k[None, :])
+                    own = tl.load(of_rank, mask=row_mask[:, None] & inside, other=0.0).to(x.dtype.element_ty)
                     acc = tl.dot(own, tl.trans(given), acc, input_precision="ieee")
                 if SCALED and first_row == 0:
                     factor = tl.load(channel_scale + slot * in_features + k, mask=k < in_features, other=0.0)
                     product = given.to(tl.float32) * factor.to(tl.float32)[None, :]
-                    place = scaled + (token[:, None] * in_features + k[None, :])
-                    tl.store(place, product.to(x.dtype.element_ty), mask=present)
+                    target = scaled + (token[:, None] * in_features + k[None, :])
+                    tl.store(target, product.to(x.dtype.element_ty), mask=present)
             if RANKED:
-                place = z + ((split * tokens + token[None, :]) * max_rank + rows[:, None])
-                tl.store(place, acc, mask=token_mask[None, :] & row_mask[:, None])
+                sums = z + ((split * tokens + token[None, :]) * max_rank + rows[:, None])
+                tl.store(sums, acc, mask=token_mask[None, :] & row_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
