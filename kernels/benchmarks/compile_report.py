@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from meswitch_kernels import triton_groups, triton_merge, triton_norm, triton_ops
 from meswitch_kernels.groups import tile_size_for
-from meswitch_kernels.packing import widths_in
+from meswitch_kernels.packing import BIT_WIDTHS, widths_in
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -44,24 +44,30 @@ POINTERS = {
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUES = {
-    "x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows", "merged", "shift", "like", "query",
-    "key", "new_query", "new_key", "cos", "sin", "gate", "up",
+    "x", "scaled", "weight", "y", "bias", "salient_value", "left", "right", "added_rows", "merged", "shift", "like",
+    "query", "key", "new_query", "new_key", "cos", "sin", "gate", "up",
 }  # fmt: skip
 INTEGER_POINTERS = {
     "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
-    "tile_start", "tile_count", "added_counts",
+    "tile_start", "tile_count", "added_counts", "tickets", "source",
+    "target",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
-    "in_features", "out_features", "hidden", "x_stride", "weight_stride", "codes_stride", "steps_stride",
-    "channels_per_split", "max_salient", "max_rank", "most_rank",
+    "in_features", "out_features", "hidden", "x_stride", "scaled_stride", "weight_stride", "codes_stride",
+    "steps_stride", "channels_per_split", "max_rank", "most_rank",
 }  # fmt: skip
 ALONE = {
-    "triton_decode.reduce_partials": {"HAS_BIAS": True, "BLOCK": 256},
     "triton_rows.embedding_rows": {"BLOCK": 1024},
     "triton_norm.norm_rows": {"OWN": True, **triton_norm.norm_launch(4096)},
     "triton_groups.group_by_slot": {"TILE_TOKENS": 16, **triton_groups.group_launch(255)},
-    "triton_siblings.reduce_siblings": {"HAS_BIAS": True, "BLOCK": 256},
-    "triton_siblings.project_siblings": {"SPLITS": 8, "TILE_TOKENS": 16, "BLOCK_RANK": 32, "BLOCK_K": 128},
+    "triton_siblings.prepare_siblings": {
+        "SPLITS": 8,
+        "SCALED": True,
+        "RANKED": True,
+        "TILE_TOKENS": 8,
+        "BLOCK_RANK": 16,
+        "BLOCK_K": 128,
+    },
     "triton_elementwise.turn_heads": {"HEADS": 8, "HALF": 64},
     "triton_elementwise.gate_rows": {"BLOCK": 1024},
     "triton_rows.added_row_logits": {"BLOCK": 1024},
@@ -120,23 +126,28 @@ def signature(
     return types, attributes
 
 
-def measure(launch: Launch) -> Row:
-    """Registers, spilled bytes and shared bytes of one launch."""
+def compiled(launch: Launch) -> CompiledKernel:
+    """A launch, compiled for its card."""
     module, name = launch.kernel.split(".")
     kernel = getattr(importlib.import_module(f"meswitch_kernels.{module}"), name)
     types, attributes = signature(kernel, launch.dtype, launch.constants)
     source = ASTSource(kernel, signature=types, constexprs=launch.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+
+
+def measure(launch: Launch) -> Row:
+    """Registers, spilled bytes and shared bytes of one launch."""
+    kernel = compiled(launch)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
         command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/out"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     shape = (launch.arch, launch.dtype, launch.bits, launch.steps, launch.rank, launch.tokens)
-    return Row(name, *shape, registers, spilled, compiled.metadata.shared)
+    return Row(launch.kernel.split(".")[1], *shape, registers, spilled, kernel.metadata.shared)
 
 
 def launches(quick: bool) -> Iterator[Launch]:
@@ -145,25 +156,22 @@ def launches(quick: bool) -> Iterator[Launch]:
     for arch, (dtype, bits), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
         common = {
-            "WIDTHS": widths_in(bits), "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_ops.RANK_BLOCK,
+            "WIDTHS": widths_in(bits), "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_ops.rank_block(rank),
         }  # fmt: skip
         kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
         for tokens in (16,) if quick else (16, 32, 64):
             settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
-                **common, "SCALED": bits == 1, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
-                "BLOCK_OUT": settings.block_out, "BLOCK_K": settings.block_k,
-                "Z_SPLITS": triton_ops.PROJECT_SPLITS if rank else 0,
+                **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
+                "MOST_TILES": tokens, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out, "BLOCK_K": settings.block_k,
+                "Z_SPLITS": triton_ops.PREPARE_SPLITS if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-            yield Launch("triton_decode.decode_partials", arch, dtype, constants, options, **kind, tokens=tokens)
-            if (dtype, bits, tokens, grouped) == (
-                "bf16",
-                2,
-                16,
-                False,
-            ):  # of decode's own code: one of each arch will do
-                yield Launch("triton_siblings.sibling_partials", arch, dtype, constants, options, **kind, tokens=tokens)
+            yield Launch("triton_decode.decode", arch, dtype, constants, options, **kind, tokens=tokens)
+            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False):
+                # Decode's own code but for the pointers: one for each card will do.
+                constants = {**constants, "SCALED": True}
+                yield Launch("triton_siblings.decode_siblings", arch, dtype, constants, options, **kind, tokens=tokens)
         for tokens in (128, 1024):
             settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
@@ -182,10 +190,14 @@ def launches(quick: bool) -> Iterator[Launch]:
     for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 128, 1024]):
         tile = tile_size_for(tokens)
         constants = {
-            "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.RANK_BLOCK, "BLOCK_K": triton_ops.project_block(tile),
+            "SCALED": tokens < 128, "RANKED": True, "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.rank_block(RANK),
+            "BLOCK_K": triton_ops.prepare_block(tile),
         }  # fmt: skip
-        options = triton_ops.PROJECT_OPTIONS
-        yield Launch("triton_low_rank.project", arch, dtype, constants, options, rank=RANK, tokens=tokens)
+        options = triton_ops.PREPARE_OPTIONS
+        yield Launch("triton_low_rank.prepare", arch, dtype, constants, options, rank=RANK, tokens=tokens)
+    for arch, bits in product([80, 90], BIT_WIDTHS):
+        constants = {"BITS": bits, "BLOCK_ROWS": 16}
+        yield Launch("triton_planes.rearrange_codes", arch, "bf16", constants, {"num_warps": 4}, bits=bits)
     for arch, (kernel, constants) in product([80, 90], ALONE.items()):
         own = {name: value for name, value in constants.items() if name != "num_warps"}
         yield Launch(kernel, arch, "bf16", own, {"num_warps": constants.get("num_warps", 4)})

@@ -16,6 +16,9 @@ from .packing import from_planes, group_count, to_planes, unpack_codes, words_pe
 
 _Made = TypeVar("_Made")
 
+TICKET_ROWS = 32
+"""Output rows for which there is a ticket: the decode kernel's smallest block."""
+
 
 class _BankTensors(NamedTuple):
     codes: Tensor
@@ -40,6 +43,8 @@ class _BankTensors(NamedTuple):
     """int32 `[slots]`: group size, 0 for one step per row."""
     slot_rank: Tensor
     """int32 `[slots]`: rank of the low-rank part, 0 where an expert has none. `[0]` in a bank without room for any."""
+    tickets: Tensor
+    """int32 `[blocks of rows]`, zeros: what the decode kernel counts its programs by, one launch at a time."""
     bits: int
     """The widest code any slot may hold."""
     group_size: int
@@ -90,6 +95,15 @@ def dequantize_rows(
     return delta
 
 
+def _put_planes(slot: Tensor, words: Tensor, bits: int) -> None:
+    if slot.device.type == "cuda":
+        from .triton_planes import to_planes as put
+
+        put(words, bits, slot)
+    else:
+        slot.copy_(to_planes(words, bits))
+
+
 class ExpertBank:
     """The low-bit deltas of up to `slots` experts for one weight `[out_features, in_features]`.
 
@@ -135,6 +149,7 @@ class ExpertBank:
             slot_bits=empty(slots, of=torch.int32),
             slot_group=empty(slots, of=torch.int32),
             slot_rank=empty(slots if capacity.rank else 0, of=torch.int32),
+            tickets=empty(-(-out_features // TICKET_ROWS), of=torch.int32),
             bits=capacity.bits,
             group_size=capacity.group_size,
             scaled=capacity.channel_scale,
@@ -165,10 +180,11 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
-        codes = delta.codes
+        codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
         if to.planes:
-            codes = to_planes(codes.to(self.device, non_blocking=True), delta.bits)
-        to.codes[slot, : codes.numel()].copy_(codes.reshape(-1), non_blocking=True)
+            _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
+        else:
+            codes.copy_(delta.codes, non_blocking=True)
         to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
         if delta.salient_index is not None and delta.salient_value is not None:
             k = len(delta.salient_index)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups, group_tokens, tile_size_for
+from .groups import PREFILL_TOKENS, TokenGroups, group_tokens, tile_size_for
 
 PART_TOKENS = 64
 """Tokens of one slot that a prefill tile is worth, where weights are not merged for them. The base needs no merging."""
@@ -77,7 +77,7 @@ def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) ->
 
     def part(slots: Sequence[int], decode: bool) -> Part:
         rows, count = rows_of(slots), sum(counts[slot] for slot in slots)
-        tile_size = DECODE_TILE if decode else tile_size_for(max(count, PREFILL_TOKENS))
+        tile_size = tile_size_for(min(count, PREFILL_TOKENS - 1) if decode else max(count, PREFILL_TOKENS))
         return Part(rows, group_tokens(groups.slot_of_token[rows], groups.slots, tile_size), decode)
 
     parts = tuple(part(slots, slots is few) for slots in (tiled, few) if slots)

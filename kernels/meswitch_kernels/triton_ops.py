@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from . import groups as _groups
 from .bank import BankTensors
-from .groups import DECODE_TILE, PREFILL_TOKENS, TokenGroups
+from .groups import PREFILL_TOKENS, TokenGroups
 from .packing import PLANE_WORDS, codes_per_word, to_planes, widths_in, words_per_row
 from .prefill_plan import PrefillPlan, Rows, Run, plan_prefill
 from .triton_attention import paged_attention as paged_attention
-from .triton_decode import decode_partials, reduce_partials
+from .triton_decode import decode
 from .triton_device import on_its_device
 from .triton_elementwise import rotate as rotate
 from .triton_elementwise import silu_product as silu_product
-from .triton_low_rank import project
+from .triton_low_rank import prepare
 from .triton_merge import merged_linear
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
@@ -29,23 +30,19 @@ from .triton_rows import added_row_logits, embedding_rows
 from .triton_siblings import (
     Operand,
     SiblingTable,
-    project_siblings,
-    reduce_siblings,
-    sibling_partials,
+    decode_siblings,
+    prepare_siblings,
     sibling_table,
 )
-from .tuning import launch_settings, merge_tokens, token_bucket
+from .tuning import LaunchSettings, launch_settings, merge_tokens, token_bucket
 
-_REDUCE_BLOCK = 256
 _ROW_BLOCK = 1024
 _TILES_TOGETHER = 8
-RANK_BLOCK = 32
-"""Rows of R, and columns of L, that a program multiplies at once."""
-_PROJECT_CHANNELS = 512
+_PREPARE_CHANNELS = 512
 """Input channels that one program of x·Rᵀ takes at least; not measured on a card yet."""
-PROJECT_SPLITS = 8
+PREPARE_SPLITS = 8
 """The most programs that share the input channels of one tile."""
-PROJECT_OPTIONS = {"num_warps": 4, "num_stages": 3}
+PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 _ASM = not triton.knobs.runtime.interpret
 
 
@@ -164,28 +161,40 @@ def rows_are_whole(in_features: int, bits: int) -> bool:
     return all(in_features % (PLANE_WORDS * codes_per_word(width)) == 0 for width in widths_in(bits))
 
 
-def project_block(tile_size: int) -> int:
+def rank_block(max_rank: int) -> int:
+    """Rows of R, and columns of L, that a program multiplies at once."""
+    return 16 if max_rank <= 16 else 32
+
+
+def prepare_block(tile_size: int) -> int:
     """Input channels that a program of x·Rᵀ multiplies at once."""
-    return 128 if tile_size == DECODE_TILE else 64
+    return 128 if tile_size <= 16 else 64
 
 
-def _project_splits(in_features: int, tile_size: int) -> tuple[int, int]:
-    """Programs that share the input channels in x·Rᵀ, and channels of each."""
-    block_k = project_block(tile_size)
-    per_split = max(_PROJECT_CHANNELS, triton.cdiv(triton.cdiv(in_features, PROJECT_SPLITS), block_k) * block_k)
+def _prepare_splits(in_features: int, tile_size: int) -> tuple[int, int]:
+    """Programs that share the input channels of x·Rᵀ, and channels of each."""
+    block_k = prepare_block(tile_size)
+    per_split = max(_PREPARE_CHANNELS, triton.cdiv(triton.cdiv(in_features, PREPARE_SPLITS), block_k) * block_k)
     return triton.cdiv(in_features, per_split), per_split
 
 
-def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, int]:
-    """z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`; 0, and no launch, without a low-rank part."""
+def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups, scaling: bool) -> tuple[Tensor, Tensor, int]:
+    """x times channel scales, z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`.
+
+    Scales are multiplied in where `scaling`, and the bank has any; 0 splits, and no z, without a low-rank part.
+    """
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
-    if not max_rank:
-        return bank.steps, 0
-    splits, per_split = _project_splits(in_features, groups.tile_size)
+    scaling = scaling and bank.scaled
+    if not max_rank and not scaling:
+        return x, bank.steps, 0
+    splits, per_split = _prepare_splits(in_features, groups.tile_size)
+    scaled = x.new_empty(tokens, in_features) if scaling else x
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
-    project[(groups.tile_slot.shape[0], triton.cdiv(max_rank, RANK_BLOCK), splits)](
+    prepare[(groups.tile_slot.shape[0], max(1, triton.cdiv(max_rank, rank_block(max_rank))), splits)](
         x,
+        bank.channel_scale,
         bank.right,
+        scaled,
         z,
         bank.slot_rank,
         groups.order,
@@ -198,12 +207,70 @@ def _project(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         max_rank,
         x.stride(0),
         per_split,
+        SCALED=scaling,
+        RANKED=max_rank > 0,
         TILE_TOKENS=groups.tile_size,
-        BLOCK_RANK=RANK_BLOCK,
-        BLOCK_K=project_block(groups.tile_size),
-        **PROJECT_OPTIONS,
+        BLOCK_RANK=rank_block(max_rank),
+        BLOCK_K=prepare_block(groups.tile_size),
+        **PREPARE_OPTIONS,
     )
-    return z, splits
+    return scaled, z, splits if max_rank else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What a decode launch is made of, apart from tensors."""
+
+    settings: LaunchSettings
+    base_tiles: int
+    tiles: int
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, groups: TokenGroups, out_features: int, bits: int, max_rank: int, *, grouped: bool, biased: bool
+    ) -> _Shape:
+        tokens, in_features = x.shape
+        settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device, grouped)
+        base_tokens, tiles = token_bucket(tokens), groups.tile_slot.shape[0]
+        constants = {
+            "WIDTHS": widths_in(bits),
+            "GROUPED": grouped,
+            "EVEN": rows_are_whole(in_features, bits),
+            "HAS_BIAS": biased,
+            "BASE_TOKENS": base_tokens,
+            "TILE_TOKENS": groups.tile_size,
+            "MOST_TILES": max(16, triton.next_power_of_2(tiles)),
+            "MOST_SPLITS": max(4, triton.next_power_of_2(settings.splits + settings.delta_splits)),
+            "BLOCK_OUT": settings.block_out,
+            "BLOCK_K": settings.block_k,
+            "BLOCK_RANK": rank_block(max_rank),
+            "ASM": _ASM,
+            "num_warps": settings.num_warps,
+            "num_stages": settings.num_stages,
+        }
+        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, constants)
+
+    @property
+    def delta_programs(self) -> int:
+        """Programs that share the tiles of tokens, for each split."""
+        return min(self.tiles, self.settings.delta_programs)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a block of rows."""
+        return self.base_tiles * self.settings.splits + self.delta_programs * self.settings.delta_splits
+
+    @property
+    def sums(self) -> int:
+        """Partial sums of an output."""
+        return self.settings.splits + self.settings.delta_splits
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The kernel's numbers from `tiles` on."""
+        settings = self.settings
+        return self.tiles, self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
 
 
 def _decode(
@@ -215,79 +282,49 @@ def _decode(
     slot_of_token: Tensor,
     groups: TokenGroups,
 ) -> None:
-    tokens, (out_features, in_features), slots = x.shape[0], weight.shape, bank.slot_bits.shape[0]
-    settings = launch_settings("decode", out_features, in_features, tokens, x.dtype, x.device, bank.group_size > 0)
-    base_tokens = token_bucket(tokens)
-    base_tiles = triton.cdiv(tokens, base_tokens)
-    z, z_splits = _project(x, bank, groups)
-    partials = torch.empty(
-        settings.splits + settings.delta_splits, tokens, out_features, dtype=torch.float32, device=x.device
+    tokens, (out_features, in_features) = x.shape[0], weight.shape
+    shape = _Shape.of(
+        x, groups, out_features, bank.bits, bank.left.shape[2], grouped=bank.group_size > 0, biased=bias is not None
     )
-    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
-    grid = (triton.cdiv(out_features, settings.block_out), programs)
-    decode_partials[grid](
+    scaled, z, z_splits = _prepare(x, bank, groups, scaling=True)
+    partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
+    decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs)](
         x,
+        scaled,
         weight,
+        x if bias is None else bias,
+        y,
         partials,
+        bank.tickets,
         bank.codes,
         bank.steps,
-        bank.channel_scale,
+        bank.bias_delta,
+        bank.salient_index,
+        bank.salient_value,
         z,
         bank.left,
         bank.slot_bits,
         bank.slot_group,
         bank.slot_rank,
+        slot_of_token,
         groups.order,
         groups.tile_slot,
         groups.tile_start,
         groups.tile_count,
         tokens,
-        base_tiles,
-        settings.splits,
-        settings.delta_splits,
-        slots,
+        *shape.counts,
+        bank.slot_bits.shape[0],
         in_features,
         out_features,
         x.stride(0),
+        scaled.stride(0),
         weight.stride(0),
         bank.codes.stride(0),
         bank.steps.stride(0),
-        bank.left.shape[2],
-        WIDTHS=widths_in(bank.bits),
-        GROUPED=bank.group_size > 0,
-        SCALED=bank.scaled,
-        EVEN=rows_are_whole(in_features, bank.bits),
-        BASE_TOKENS=base_tokens,
-        TILE_TOKENS=groups.tile_size,
-        BLOCK_OUT=settings.block_out,
-        BLOCK_K=settings.block_k,
-        Z_SPLITS=z_splits,
-        BLOCK_RANK=RANK_BLOCK,
-        ASM=_ASM,
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-    )
-    reduce_partials[(tokens, triton.cdiv(out_features, _REDUCE_BLOCK))](
-        partials,
-        y,
-        x,
-        x if bias is None else bias,
-        bank.bias_delta,
-        bank.salient_index,
-        bank.salient_value,
-        slot_of_token,
-        bank.slot_bits,
-        tokens,
-        slots,
-        in_features,
-        out_features,
-        x.stride(0),
         bank.salient_index.shape[1],
-        settings.splits,
-        settings.delta_splits,
-        HAS_BIAS=bias is not None,
-        BLOCK=_REDUCE_BLOCK,
-        num_warps=2,
+        bank.left.shape[2],
+        Z_SPLITS=z_splits,
+        **shape.constants,
     )
 
 
@@ -295,19 +332,29 @@ def _decode_siblings(
     x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot_of_token: Tensor, groups: TokenGroups
 ) -> list[Tensor]:
     (tokens, in_features), slots = x.shape, groups.slots
-    settings = launch_settings("decode", siblings.total, in_features, tokens, x.dtype, x.device, siblings.grouped)
+    shape = _Shape.of(
+        x,
+        groups,
+        siblings.total,
+        siblings.bits,
+        siblings.most_rank,
+        grouped=siblings.grouped,
+        biased=operands[0][1] is not None,
+    )
     parts, like = len(siblings.outs), operands[0][2].left
-    base_tokens = token_bucket(tokens)
-    base_tiles = triton.cdiv(tokens, base_tokens)
-    splits, per_split = _project_splits(in_features, groups.tile_size) if siblings.most_rank else (0, 0)
     tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
-    z = x
-    if splits:
+    splits, scaled, z = 0, x, x
+    if siblings.most_rank or siblings.scaled:
+        splits, per_split = _prepare_splits(in_features, groups.tile_size)
         z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
-        project_siblings[(groups.tile_slot.shape[0], triton.cdiv(siblings.most_rank, RANK_BLOCK), parts * splits)](
+        if siblings.scaled:
+            scaled = x.new_empty(parts * tokens, in_features)
+        block = rank_block(siblings.most_rank)
+        prepare_siblings[(tiles[1].shape[0], max(1, triton.cdiv(siblings.most_rank, block)), parts * splits)](
             siblings.table,
             like,
             x,
+            scaled,
             z,
             *tiles,
             tokens,
@@ -317,60 +364,35 @@ def _decode_siblings(
             x.stride(0),
             per_split,
             SPLITS=splits,
+            SCALED=siblings.scaled,
+            RANKED=siblings.most_rank > 0,
             TILE_TOKENS=groups.tile_size,
-            BLOCK_RANK=RANK_BLOCK,
-            BLOCK_K=project_block(groups.tile_size),
-            **PROJECT_OPTIONS,
+            BLOCK_RANK=block,
+            BLOCK_K=prepare_block(groups.tile_size),
+            **PREPARE_OPTIONS,
         )
-    sums = settings.splits + settings.delta_splits
-    partials = torch.empty(sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
+    partials = torch.empty(shape.sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
-    programs = base_tiles * settings.splits + groups.tile_slot.shape[0] * settings.delta_splits
-    sibling_partials[(triton.cdiv(max(siblings.outs), settings.block_out), programs, parts)](
+    decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs, parts)](
         siblings.table,
         like,
         x,
+        scaled,
+        y,
         partials,
         z,
+        slot_of_token,
         *tiles,
         tokens,
-        base_tiles,
-        settings.splits,
-        settings.delta_splits,
+        *shape.counts,
         slots,
         in_features,
         x.stride(0),
+        scaled.stride(0),
         siblings.most_rank,
-        WIDTHS=widths_in(siblings.bits),
-        GROUPED=siblings.grouped,
         SCALED=siblings.scaled,
-        EVEN=rows_are_whole(in_features, siblings.bits),
-        BASE_TOKENS=base_tokens,
-        TILE_TOKENS=groups.tile_size,
-        BLOCK_OUT=settings.block_out,
-        BLOCK_K=settings.block_k,
-        Z_SPLITS=splits,
-        BLOCK_RANK=RANK_BLOCK,
-        ASM=_ASM,
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-    )
-    reduce_siblings[(tokens, triton.cdiv(max(siblings.outs), _REDUCE_BLOCK), parts)](
-        siblings.table,
-        like,
-        partials,
-        y,
-        x,
-        slot_of_token,
-        tokens,
-        slots,
-        in_features,
-        x.stride(0),
-        settings.splits,
-        settings.delta_splits,
-        HAS_BIAS=operands[0][1] is not None,
-        BLOCK=_REDUCE_BLOCK,
-        num_warps=2,
+        Z_SPLITS=splits if siblings.most_rank else 0,
+        **shape.constants,
     )
     each = torch.split(y, [tokens * out for out in siblings.outs])
     return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]
@@ -388,7 +410,7 @@ def _prefill(
     out_features, in_features = weight.shape
     settings = launch_settings("prefill", out_features, in_features, x.shape[0], x.dtype, x.device, bank.group_size > 0)
     tiles = groups.tile_slot.shape[0]
-    z, z_splits = _project(x, bank, groups)
+    _, z, z_splits = _prepare(x, bank, groups, scaling=False)
     if z_splits > 1:
         # Summed in the kernel, as decode does, the splits of a large tile would not fit its registers.
         z, z_splits = z.sum(0), 1
@@ -433,7 +455,7 @@ def _prefill(
         BLOCK_K=settings.block_k,
         TILES_TOGETHER=_TILES_TOGETHER,
         Z_SPLITS=z_splits,
-        BLOCK_RANK=RANK_BLOCK,
+        BLOCK_RANK=rank_block(bank.left.shape[2]),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )

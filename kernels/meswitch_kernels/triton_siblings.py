@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank import BankTensors
-from .triton_decode import decode_partials, reduce_partials
-from .triton_low_rank import project_tile
+from .triton_decode import UNSPECIALIZED, decode_rows
+from .triton_low_rank import prepare_tile
 
 Operand = tuple[Tensor, Tensor | None, BankTensors]
 """Weight, bias and bank of a linear."""
@@ -27,7 +27,7 @@ WEIGHT, BIAS, CODES, STEPS, CHANNEL_SCALE, BIAS_DELTA = map(tl.constexpr, range(
 SALIENT_INDEX, SALIENT_VALUE, LEFT, RIGHT = map(tl.constexpr, range(6, 10))
 SLOT_BITS, SLOT_GROUP, SLOT_RANK = map(tl.constexpr, range(10, 13))
 OUT, BEFORE, WEIGHT_STRIDE, CODES_STRIDE, STEPS_STRIDE = map(tl.constexpr, range(13, 18))
-MAX_SALIENT, MAX_RANK, FIELDS = map(tl.constexpr, range(18, 21))
+MAX_SALIENT, MAX_RANK, TICKETS, FIELDS = map(tl.constexpr, range(18, 22))
 
 
 @triton.jit
@@ -41,76 +41,103 @@ def _multiple(entry, FIELD: tl.constexpr):
     return tl.multiple_of(tl.load(entry + FIELD).to(tl.int32), 16)
 
 
-@triton.jit(do_not_specialize=["tokens", "base_tiles", "base_splits", "delta_splits"])
-def sibling_partials(
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decode_siblings(
     linears,
     like,
     x,
+    scaled,
+    y,
     partials,
     z,
+    slot_of_token,
     order,
     tile_slot,
     tile_start,
     tile_count,
     tokens,
+    tiles,
     base_tiles,
     base_splits,
     delta_splits,
+    delta_programs,
     slots,
     in_features,
     x_stride,
+    scaled_stride,
     most_rank,
     WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    MOST_TILES: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Z_SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`decode_partials` of each linear, their sums one after the other."""
+    """`decode` of each linear: y `[tokens, out]`, and partial sums, one linear's after the other's."""
     part = tl.program_id(2)
     entry = linears + part * FIELDS
     out_features = _multiple(entry, OUT)
+    before = tl.load(entry + BEFORE) * tokens
+    if SCALED:
+        scaled += part * tokens * scaled_stride
     if tl.program_id(0) * BLOCK_OUT < out_features:
-        decode_partials(
+        decode_rows(
+            tl.program_id(0),
+            tl.program_id(1),
             x,
+            scaled,
             _pointer(entry, WEIGHT, x.dtype.element_ty),
-            partials + tl.load(entry + BEFORE) * tokens * (base_splits + delta_splits),
+            _pointer(entry, BIAS, x.dtype.element_ty),
+            y + before,
+            partials + before * (base_splits + delta_splits),
+            _pointer(entry, TICKETS, tl.int32),
             _pointer(entry, CODES, tl.int32),
             _pointer(entry, STEPS, tl.float32),
-            _pointer(entry, CHANNEL_SCALE, tl.float16),
+            _pointer(entry, BIAS_DELTA, tl.float32),
+            _pointer(entry, SALIENT_INDEX, tl.int32),
+            _pointer(entry, SALIENT_VALUE, like.dtype.element_ty),
             z + part * Z_SPLITS * tokens * most_rank,
             _pointer(entry, LEFT, like.dtype.element_ty),
             _pointer(entry, SLOT_BITS, tl.int32),
             _pointer(entry, SLOT_GROUP, tl.int32),
             _pointer(entry, SLOT_RANK, tl.int32),
+            slot_of_token,
             order,
             tile_slot,
             tile_start,
             tile_count,
             tokens,
+            tiles,
             base_tiles,
             base_splits,
             delta_splits,
+            delta_programs,
             slots,
             in_features,
             out_features,
             x_stride,
+            scaled_stride,
             _multiple(entry, WEIGHT_STRIDE),
             _multiple(entry, CODES_STRIDE),
             _multiple(entry, STEPS_STRIDE),
+            tl.load(entry + MAX_SALIENT).to(tl.int32),
             _multiple(entry, MAX_RANK),
             WIDTHS,
             GROUPED,
-            SCALED,
             EVEN,
+            HAS_BIAS,
             BASE_TOKENS,
             TILE_TOKENS,
+            MOST_TILES,
+            MOST_SPLITS,
             BLOCK_OUT,
             BLOCK_K,
             Z_SPLITS,
@@ -120,55 +147,11 @@ def sibling_partials(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def reduce_siblings(
-    linears,
-    like,
-    partials,
-    y,
-    x,
-    slot_of_token,
-    tokens,
-    slots,
-    in_features,
-    x_stride,
-    base_splits,
-    delta_splits,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`reduce_partials` of each linear, `[tokens, out]` one after the other."""
-    entry = linears + tl.program_id(2) * FIELDS
-    out_features = _multiple(entry, OUT)
-    if tl.program_id(1) * BLOCK < out_features:
-        before = tl.load(entry + BEFORE) * tokens
-        reduce_partials(
-            partials + before * (base_splits + delta_splits),
-            y + before,
-            x,
-            _pointer(entry, BIAS, x.dtype.element_ty),
-            _pointer(entry, BIAS_DELTA, tl.float32),
-            _pointer(entry, SALIENT_INDEX, tl.int32),
-            _pointer(entry, SALIENT_VALUE, like.dtype.element_ty),
-            slot_of_token,
-            _pointer(entry, SLOT_BITS, tl.int32),
-            tokens,
-            slots,
-            in_features,
-            out_features,
-            x_stride,
-            tl.load(entry + MAX_SALIENT).to(tl.int32),
-            base_splits,
-            delta_splits,
-            HAS_BIAS,
-            BLOCK,
-        )
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def project_siblings(
+def prepare_siblings(
     linears,
     like,
     x,
+    scaled,
     z,
     order,
     tile_slot,
@@ -181,19 +164,23 @@ def project_siblings(
     x_stride,
     channels_per_split,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    RANKED: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`project` of each linear, `[SPLITS, tokens, its own most rank]` each in the memory of the largest."""
+    """`prepare` of each linear: z `[SPLITS, tokens, its own most rank]` each in the memory of the largest."""
     part, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
     entry = linears + part * FIELDS
-    project_tile(
+    prepare_tile(
         tl.program_id(0),
         tl.program_id(1) * BLOCK_RANK,
         split,
         x,
+        _pointer(entry, CHANNEL_SCALE, tl.float16),
         _pointer(entry, RIGHT, like.dtype.element_ty),
+        scaled + part * tokens * in_features,
         z + part * SPLITS * tokens * most_rank,
         _pointer(entry, SLOT_RANK, tl.int32),
         order,
@@ -206,6 +193,8 @@ def project_siblings(
         _multiple(entry, MAX_RANK),
         x_stride,
         channels_per_split,
+        SCALED,
+        RANKED,
         TILE_TOKENS,
         BLOCK_RANK,
         BLOCK_K,
@@ -262,7 +251,7 @@ def _make_table(operands: Sequence[Operand]) -> SiblingTable | None:
         places = [tensor.data_ptr() for tensor in tensors]
         numbers = [
             weight.shape[0], before, weight.stride(0), bank.codes.stride(0), bank.steps.stride(0),
-            bank.salient_index.shape[1], bank.left.shape[2],
+            bank.salient_index.shape[1], bank.left.shape[2], bank.tickets.data_ptr(),
         ]  # fmt: skip
         multiples = numbers[:5] + numbers[6:] + places
         alike = (weight.dtype, bias is None, bank.left.dtype) == (

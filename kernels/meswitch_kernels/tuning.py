@@ -20,7 +20,8 @@ MERGE_TOKENS = 512
 class LaunchSettings:
     """Block shape, pipelining and split of one kernel launch.
 
-    `splits` share the input channels of the base's weights; `delta_splits`, in decode, those of the codes.
+    `splits` share the input channels of the base's weights; in decode `delta_splits` share those of the codes, and
+    `delta_programs` the tiles of tokens, as long as there are as many tiles in use.
     """
 
     block_out: int
@@ -29,6 +30,7 @@ class LaunchSettings:
     num_warps: int
     num_stages: int
     delta_splits: int = 1
+    delta_programs: int = 16
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,16 @@ def default_settings(
             return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
     wide = wide or grouped
-    block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
-    while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
+    block_out, block_k, splits, delta_splits = 32 if wide else 64, 32 if wide else 64, 1, 1
+    blocks = -(-out_features // block_out)
+    while blocks * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
-    delta_splits = max(1, splits // 2)
-    if wide:
-        return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=2, delta_splits=delta_splits)
-    return LaunchSettings(block_out, block_k, splits, num_warps=2, num_stages=3, delta_splits=delta_splits)
+    while 1.1 * blocks * delta_splits < card.processors and in_features >= 2048 * delta_splits:
+        delta_splits *= 2
+    # Programs without a tile leave at once, but cost a start; those of many tiles pass them on to one another.
+    programs = max(1, 16 * card.processors // (blocks * delta_splits))
+    warps, stages = (4, 2) if wide else (2, 3)
+    return LaunchSettings(block_out, block_k, splits, warps, stages, delta_splits, programs)
 
 
 def merge_tokens(device: torch.device) -> int:

@@ -84,10 +84,12 @@ def test_nbytes_counts_every_byte_and_does_not_move_with_loading():
     bank = ExpertBank(3, IN, OUT, capacity)
     words, groups = 7, 4
     per_slot = OUT * words * 4 + OUT * groups * 4 + 4 * 4 + OUT * 4 * 2 + IN * 2 + OUT * 4 + 3 * 4
-    assert bank.nbytes == ExpertBank(3, IN, OUT, capacity, device="meta").nbytes == 3 * per_slot
-    assert ExpertBank(3, IN, OUT, replace(capacity, rank=5)).nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4)
+    tickets = 4
+    assert bank.nbytes == ExpertBank(3, IN, OUT, capacity, device="meta").nbytes == 3 * per_slot + tickets
+    ranked = ExpertBank(3, IN, OUT, replace(capacity, rank=5))
+    assert ranked.nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4) + tickets
     bank.load(0, random_expert(1, IN, OUT, k=4))
-    assert bank.nbytes == 3 * per_slot
+    assert bank.nbytes == 3 * per_slot + tickets
 
 
 def test_a_float32_bank_holds_both_16_bit_types_exactly():
