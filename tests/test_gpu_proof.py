@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gpu import figures
 from gpu.against import LoraLinear
+from gpu.goals import goals
 from gpu.load import quantile
 from gpu.parts import NAMES, stages
 from gpu.process import PASSED, Outcome, Part, start
@@ -141,6 +144,29 @@ def test_counts_of_a_pytest_run_are_figures() -> None:
     part = Part("kernels", "Kernel tests", [], 30)
     page = summary(HEADING, [part], {"kernels": Outcome("failed: exit 1", 1.0, figures.read(log))})
     assert "44 passed, 1 failed, 2 skipped" in page and "- `tests/kernels/test_a.py::test_b[1]" in page
+
+
+def test_goals_are_judged_by_the_figures() -> None:
+    rows: list[dict[str, Any]] = [
+        {"figure": "decoder", "bits": 2, "experts": 16, "tokens": 16, "times_base": 3.6},
+        {"figure": "decode", "what": "2 bit: experts", "bits": "2", "experts": 16, "requests": 16, "step_ms_p50": 6.0},
+        {"figure": "decode", "what": "the base alone", "bits": None, "experts": 0, "requests": 16, "step_ms_p50": 2.0},
+        {"figure": "linear_prefill", "tokens": 2048, "which": "as the engine plans", "of_cublas_on_merged": 0.9},
+        {"figure": "linear_prefill", "tokens": 2048, "which": "as the engine plans", "of_cublas_on_merged": 0.8},
+        {"figure": "linear_prefill", "tokens": 2048, "which": "without a plan", "of_cublas_on_merged": 0.2},
+        {"figure": "profile", "what": "2 bit", "experts": 16, "layers": 8, "kernels_per_step": 100, "top": []},
+    ]
+    told = {what: (bound, measured, met) for what, bound, measured, met in goals(rows)}
+    assert told["decoder: 16 experts of 2 bits, times the base's step"] == ("at most 3.5", "3.6", "**no**")
+    assert told["engine: 16 experts of 2 bits, times the base alone"] == ("at most 3.5", "3", "yes")
+    assert told["prefill of 2,048 tokens, of cuBLAS on merged weights"] == ("at least 0.85", "0.8", "**no**")
+    assert told["kernels of a decode step, of 32 layers"] == ("at most 450", "400", "yes")
+    assert told["decoder: one expert of 2 bits, times the base's step"] == ("at most 1.2", "not measured", "")
+    assert goals([]) == []
+    part = Part("decoder", "Decoder", [], 30)
+    page = summary(replace(HEADING, tiny=False), [part], {"decoder": Outcome(PASSED, 1.0, rows)})
+    assert "## Goals" in page and "| 3.6 | **no** |" in page
+    assert "## Goals" not in summary(HEADING, [part], {"decoder": Outcome(PASSED, 1.0, rows)})
 
 
 def test_stacked_adapters_are_each_tokens_own() -> None:

@@ -83,8 +83,18 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: int) -> None:
-    """Fill a bank with random codes, small steps and a low-rank part of its full rank, made on its own device."""
+def scaled_at(bits: int) -> bool:
+    """Whether `meswitch compress`, unless told otherwise, gives experts of so many bits channel scales."""
+    return bits == 1
+
+
+def load_experts(
+    bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: int, scaled: bool = False
+) -> None:
+    """Fill a bank with random codes, small steps and a low-rank part of its full rank, made on its own device.
+
+    With `scaled` the input channels have scales, which the bank must have room for.
+    """
     words = words_per_row(in_features, bits)
     for slot in range(slots):
         codes = torch.randint(-(1 << 31), 1 << 31, (out_features, words), device=bank.device, dtype=torch.int64)
@@ -92,6 +102,7 @@ def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: i
         k = bank.capacity.salient
         index = torch.arange(k, dtype=torch.int32) * (in_features // k)
         value = torch.randn(out_features, k, device=bank.device).mul(in_features**-0.5)
+        scale = torch.rand(in_features).add(0.5).to(torch.float16)
         left = right = None
         if rank := bank.capacity.rank:
             left = torch.randn(out_features, rank, device=bank.device).mul(rank**-0.5)
@@ -101,6 +112,7 @@ def load_experts(bank: ExpertBank, slots: int, in_features: int, out_features: i
             codes=codes.to(torch.int32),
             steps=steps,
             salient_index=index,
+            channel_scale=scale if scaled else None,
             salient_value=value.to(torch.bfloat16),
             left=left,
             right=right,

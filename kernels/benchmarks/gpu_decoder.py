@@ -2,9 +2,10 @@
 
     python kernels/benchmarks/gpu_decoder.py [--layers 32] [--bits 2 --rank 0 --experts 16 --tokens 16]
 
-Linears, norms, embedding and head of every layer run one by one on one grouping of the tokens, as the engine runs them:
-each token with its own expert's gains. Attention over the cache is left out, as it is the same for base and experts.
-Beside it the same step of the base alone, its linears and head through cuBLAS. Prints one line of JSON a row.
+Linears, norms, embedding and head of every layer run on one grouping of the tokens, as the engine runs them: q, k and v
+together, gate and up together, each token with its own expert's gains. Experts of 1 bit have channel scales, as
+`meswitch compress` makes them. Attention over the cache is left out, as it is the same for base and experts. Beside it
+the same step of the base alone, its linears and head through cuBLAS. Prints one line of JSON a row.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from common import delta_bytes, graph_seconds, load_experts, say
+from common import delta_bytes, graph_seconds, load_experts, say, scaled_at
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
@@ -23,10 +23,8 @@ from meswitch_kernels import (
     Capacity,
     ExpertBank,
     GainBank,
-    TokenGroups,
     expert_embedding,
     expert_head,
-    expert_linear,
     group_tokens,
 )
 from meswitch_kernels.dispatch import backend_module, default_backend
@@ -66,14 +64,15 @@ class Decoder:
     def load(self, bits: int, rank: int, experts: int) -> None:
         """Fill banks of this format; those of before are let go."""
         self.banks, self.gains, self.slots = [], [], experts
-        capacity = Capacity(bits=bits, salient=8, rank=rank)
+        scaled = scaled_at(bits)
+        capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled)
         for _ in self.weights:
             self.banks.append({n: ExpertBank(experts, s[1], s[0], capacity, device="cuda") for n, s in PARTS.items()})
             self.gains.append([GainBank(experts, gain) for gain in self.plain])
         self.vocabulary = ExpertBank(experts, HIDDEN, VOCAB, Capacity(bits=max(2, bits), salient=8), device="cuda")
         load_experts(self.vocabulary, experts, HIDDEN, VOCAB, max(2, bits))
         for name, (out_features, in_features) in PARTS.items():
-            load_experts(self.banks[0][name], experts, in_features, out_features, bits)
+            load_experts(self.banks[0][name], experts, in_features, out_features, bits, scaled)
             for banks in self.banks[1:]:
                 for own, first in zip(banks[name].tensors, self.banks[0][name].tensors, strict=True):
                     if isinstance(own, Tensor):
@@ -85,14 +84,21 @@ class Decoder:
 
     def experts_step(self, ids: Tensor, slots: Tensor) -> Tensor:
         """Logits of one step, every token through its own expert."""
+        backend = backend_module(default_backend("cuda"))
         groups, gain_rows = group_tokens(slots, self.slots), slots.long() + 1
-        norm = backend_module(default_backend("cuda")).rms_norm
         x = expert_embedding(ids, self.table, self.vocabulary, slots)
         for weights, banks, gains in zip(self.weights, self.banks, self.gains, strict=True):
+
+            def products(
+                h: Tensor, names: str, weights: dict[str, Tensor] = weights, banks: dict[str, ExpertBank] = banks
+            ) -> list[Tensor]:
+                operands = [(weights[name], None, banks[name].tensors) for name in names.split()]
+                if len(operands) == 1:
+                    return [backend.expert_linear(h, *operands[0], slots, groups)]
+                return backend.expert_linears(h, operands, slots, groups)
+
             x = decoder_layer(
-                x,
-                partial(expert_product, weights=weights, banks=banks, slots=slots, groups=groups),
-                lambda h, which, gains=gains: norm(h, EPSILON, gains[which].table, gain_rows),
+                x, products, lambda h, which, gains=gains: backend.rms_norm(h, EPSILON, gains[which].table, gain_rows)
             )
         return expert_head(x, self.table, None, self.vocabulary, slots, groups)
 
@@ -102,7 +108,7 @@ class Decoder:
         for weights in self.weights:
             x = decoder_layer(
                 x,
-                lambda h, name, weights=weights: linear(h, weights[name]),
+                lambda h, names, weights=weights: [linear(h, weights[name]) for name in names.split()],
                 lambda h, which: rms_norm(h, (HIDDEN,), self.plain[which], EPSILON),
             )
         return linear(x, self.table)
@@ -118,26 +124,14 @@ class Decoder:
         return len(self.weights) * layer + delta_bytes(HIDDEN, VOCAB, max(2, bits))
 
 
-def expert_product(
-    x: Tensor,
-    name: str,
-    *,
-    weights: dict[str, Tensor],
-    banks: dict[str, ExpertBank],
-    slots: Tensor,
-    groups: TokenGroups,
+def decoder_layer(
+    x: Tensor, products: Callable[[Tensor, str], list[Tensor]], norm: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """One fused linear of a layer."""
-    return expert_linear(x, weights[name], None, banks[name], slots, groups)
-
-
-def decoder_layer(x: Tensor, product: Callable[[Tensor, str], Tensor], norm: Callable[[Tensor, int], Tensor]) -> Tensor:
     """A layer without its attention over the cache: the query goes straight to o, keys and values nowhere."""
-    h = norm(x, 0)
-    q, _, _ = (product(h, name) for name in ("q", "k", "v"))
-    x = x + product(q, "o")
-    h = norm(x, 1)
-    return x + product(silu(product(h, "gate")) * product(h, "up"), "down")
+    query, _, _ = products(norm(x, 0), "q k v")
+    x = x + products(query, "o")[0]
+    gate, up = products(norm(x, 1), "gate up")
+    return x + products(silu(gate) * up, "down")[0]
 
 
 def main() -> int:

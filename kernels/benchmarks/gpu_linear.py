@@ -14,7 +14,17 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import SHAPES, copy_bandwidth, delta_bytes, graph_seconds, load_experts, matrix_rate, rotating, say
+from common import (
+    SHAPES,
+    copy_bandwidth,
+    delta_bytes,
+    graph_seconds,
+    load_experts,
+    matrix_rate,
+    rotating,
+    say,
+    scaled_at,
+)
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,10 +52,10 @@ def decode(name: str, shape: tuple[int, int], formats: list[tuple[int, int]], ba
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     alone: dict[int, float] = {}
     for bits, rank in formats:
-        capacity = Capacity(bits=bits, salient=8, rank=rank)
+        capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
         banks = [ExpertBank(SLOTS, in_features, out_features, capacity, device="cuda") for _ in range(2)]
         for bank in banks:
-            load_experts(bank, SLOTS, in_features, out_features, bits)
+            load_experts(bank, SLOTS, in_features, out_features, bits, scaled_at(bits))
         for experts, tokens in BATCHES:
             x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
             slots = torch.arange(tokens, dtype=torch.int32, device="cuda") % experts
@@ -82,8 +92,9 @@ def prefill(name: str, shape: tuple[int, int], bits: int, rank: int, rate: float
     """Rows of the prefill table of one layer."""
     out_features, in_features = shape
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    bank = ExpertBank(1, in_features, out_features, Capacity(bits=bits, salient=8, rank=rank), device="cuda")
-    load_experts(bank, 1, in_features, out_features, bits)
+    capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
+    bank = ExpertBank(1, in_features, out_features, capacity, device="cuda")
+    load_experts(bank, 1, in_features, out_features, bits, scaled_at(bits))
     merged = (weight.float() + bank.dequantize(0)).to(torch.bfloat16)
     for tokens in (128, 512, 2048, 8192):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)

@@ -165,8 +165,7 @@ def paged_attention(
             continue
         last = int(positions[token])
         seen = torch.arange(0 if window is None else max(0, last + 1 - window), last + 1, device=query.device)
-        place = seen if window is None else seen % window
-        rows = table[place // page_size].long() * page_size + place % page_size
+        rows = _rows_of(table, seen, page_size, window)
         key_cache[rows[-1]], value_cache[rows[-1]] = key[:, token], value[:, token]
         keys, values = (
             cache[rows].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
@@ -176,6 +175,60 @@ def paged_attention(
             scores = torch.tanh(scores / softcap) * softcap
         out[token] = (torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1).to(query.dtype)
     return out
+
+
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    prompts: Tensor,
+    counts: Sequence[int],
+    page_size: int,
+    scale: float,
+    out: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """As `paged_attention`, of several new tokens of each request, which see those before them too.
+
+    Args:
+        prompts: int32 `[prompts, 4]`: place of the first token among `total`, number of tokens, tokens before them in
+            the cache, and the row of `tables`.
+        counts: the numbers of tokens, known to the host.
+        out: `[total, heads, width]`, which is written to.
+    """
+    wide, shared = accumulation_dtype(query), query.shape[0] // key.shape[0]
+    for (first, count, past, request), known in zip(prompts.tolist(), counts, strict=True):
+        if count != known:
+            raise ValueError(f"a prompt of {count} tokens is said to have {known}")
+        own = slice(first, first + count)
+        seen = torch.arange(0 if window is None else max(0, past + 1 - window), past, device=query.device)
+        rows = _rows_of(tables[request], seen, page_size, window)
+        keys, values = (
+            torch.cat([cache[rows].transpose(0, 1), new[:, own]], 1).to(wide).repeat_interleave(shared, 0)
+            for cache, new in ((key_cache, key), (value_cache, value))
+        )
+        position = torch.arange(past, past + count, device=query.device)
+        distance = position[:, None] - torch.cat([seen, position])
+        scores = (query[:, own].to(wide) * scale) @ keys.transpose(1, 2)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or past + count)), -torch.inf)
+        out[own] = (torch.softmax(scores, 2) @ values).transpose(0, 1).to(query.dtype)
+        kept = min(count, window or count)
+        rows = _rows_of(tables[request], position[count - kept :], page_size, window)
+        for cache, new in ((key_cache, key), (value_cache, value)):
+            cache[rows] = new[:, first + count - kept : first + count].transpose(0, 1)
+
+
+def _rows_of(table: Tensor, positions: Tensor, page_size: int, window: int | None) -> Tensor:
+    """Where the keys of positions lie, by a request's pages."""
+    place = positions if window is None else positions % window
+    return table[place // page_size].long() * page_size + place % page_size
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -25,14 +25,14 @@ _PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
-def _capped(scores, softcap, CAPPED: tl.constexpr):
+def capped(scores, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
     return scores
 
 
 @triton.jit
-def _cache_rows(table, positions, inside, window, WINDOWED: tl.constexpr, PAGE: tl.constexpr):
+def cache_rows(table, positions, inside, window, WINDOWED: tl.constexpr, PAGE: tl.constexpr):
     """The row of each position's key, 64 bits wide."""
     if WINDOWED:
         positions = positions % window
@@ -97,7 +97,7 @@ def decode_pages(
     )
     own_key = tl.load(key + head * key_head + token * key_token + column, mask=of_width, other=0.0)
     own_value = tl.load(value + head * value_head + token * value_token + column, mask=of_width, other=0.0)
-    score = _capped(tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scale, softcap, CAPPED)
+    score = capped(tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scale, softcap, CAPPED)
     maximum = tl.where(split == 0, score, float("-inf"))
     total = tl.where(split == 0, tl.full([ROWS], 1.0, tl.float32), 0.0)
     sum_of_values = tl.where(split == 0, own_value.to(tl.float32)[None, :] + tl.zeros([ROWS, WIDTH], tl.float32), 0.0)
@@ -105,11 +105,11 @@ def decode_pages(
     for start in range(begin, end, KEYS):
         place = start + tl.arange(0, KEYS)
         inside = place < end
-        rows = _cache_rows(table, place, inside, window, WINDOWED, PAGE) * cache_row + head * cache_head
+        rows = cache_rows(table, place, inside, window, WINDOWED, PAGE) * cache_row + head * cache_head
         mask = inside[:, None] & of_width[None, :]
         keys = tl.load(key_cache + rows[:, None] + column[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(inside[None, :], _capped(scores, softcap, CAPPED), float("-inf"))
+        scores = tl.where(inside[None, :], capped(scores, softcap, CAPPED), float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         shrink = tl.exp(maximum - larger)
         weights = tl.exp(scores - larger[:, None])
@@ -120,7 +120,7 @@ def decode_pages(
         maximum = larger
 
     writes = of_width & live & (split == 0)
-    target = _cache_rows(table, position, live, window, WINDOWED, PAGE) * cache_row + head * cache_head
+    target = cache_rows(table, position, live, window, WINDOWED, PAGE) * cache_row + head * cache_head
     tl.store(key_cache + target + column, own_key, mask=writes)
     tl.store(value_cache + target + column, own_value, mask=writes)
     heads = tl.num_programs(0) * SHARED

@@ -26,6 +26,7 @@ from .triton_merge import merged_linear
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
+from .triton_prompts import prompt_attention as prompt_attention
 from .triton_rows import added_row_logits, embedding_rows
 from .triton_siblings import (
     Operand,

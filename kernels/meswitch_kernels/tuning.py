@@ -12,7 +12,7 @@ import torch
 
 from .groups import tile_size_for
 
-MERGE_TOKENS = 512
+MERGE_TOKENS = 64
 """`merge_tokens` of a card that nobody has measured."""
 
 

@@ -1,4 +1,5 @@
-"""Attention over the paged cache: one kernel for requests of one token each, the others one after the other.
+"""Attention over the paged cache. On a GPU one kernel reads the pages of all requests that have one new token, another
+those of the others; on a CPU, prompts are read one after the other.
 
 transformers' own implementation without flash kernels masks one product of all queries with all requests' keys, whose
 cost grows with the square of the number of requests.
@@ -81,18 +82,28 @@ def attend(
     positions = (given or kwargs)["position_ids"][0]
     if layout is None:
         return _attend_pages(layer, query, key, value, kwargs["block_table"], positions), None
-    singles = layout.tables, positions, layout.singles
-    if not layout.prompts:
-        return _attend_pages(layer, query, key, value, *singles), None
-    if not len(layout.singles):
-        return _attend_prompts(layer, query, key, value, kwargs, layout), None
-    spans = [slice(prompt.start, prompt.end) for prompt in layout.prompts]
-    q, k, v = (torch.cat([item[:, :, span] for span in spans], 2) for item in (query, key, value))
-    read = _attend_prompts(layer, q, k, v, kwargs, layout)
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    for span, rows in zip(spans, torch.split(read, [span.stop - span.start for span in spans], 1), strict=True):
-        out[:, span] = rows
-    _attend_pages(layer, query, key, value, *singles, out[0])
+    alone = len(layout.singles)
+    if alone:
+        tables = layout.tables[:, :alone]
+        _attend_pages(layer, query, key, value, tables, positions, layout.singles, out[0])
+    if layout.counts:
+        allocator = layer.allocator
+        backend = kernels(query.device, query.dtype)
+        getattr(backend, "prompt_attention", naive.prompt_attention)(
+            query[0],
+            key[0],
+            value[0],
+            *layer.cached(query, key, value),
+            layout.tables[allocator.index],
+            layout.prompts,
+            layout.counts,
+            allocator.tokens_per_page,
+            layer.scale,
+            out[0],
+            window=getattr(allocator, "sliding_window", None),
+            softcap=softcap,
+        )
     return out, None
 
 
@@ -137,23 +148,11 @@ def _is_decode(query: Tensor, kwargs: dict[str, Any]) -> bool:
     return bool(query.shape[2] == kwargs["cu_seq_lens_q"].shape[0] - 1)
 
 
-def _attend_prompts(
-    layer: _Layer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kwargs: dict[str, Any],
-    layout: BatchLayout | None = None,
-) -> Tensor:
+def _attend_prompts(layer: _Layer, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Requests of several tokens each, one after the other, over keys gathered from the cache."""
     key, value = layer.cache.update(key_states=key, value_states=value, layer_idx=layer.number, kwargs=kwargs)
-    if layout is None:
-        ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
-        tokens, lengths = ([last - first for first, last in itertools.pairwise(ends)] for ends in (ends_q, ends_k))
-    else:
-        kind = layer.allocator.layer_type
-        tokens = [prompt.end - prompt.start for prompt in layout.prompts]
-        lengths = [prompt.keys[kind] for prompt in layout.prompts]
+    ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    tokens, lengths = ([last - first for first, last in itertools.pairwise(ends)] for ends in (ends_q, ends_k))
     keys, values = torch.split(key, lengths, 2), torch.split(value, lengths, 2)
     results = [
         _attend_one(own, own_keys, own_values, layer.scale, layer.window, layer.softcap)
@@ -221,9 +220,6 @@ def _attend_one(
     mask = _mask(tokens, length, window, query.device) if windowed or 1 < tokens < length or softcap else None
     if softcap:
         return _capped(query, key, value, scale, mask, softcap)
-    if mask is not None and heads != key.shape[1] and query.device.type == "cuda":
-        # With a mask and heads that share keys, a GPU is left with a way that keeps all scores in memory.
-        key, value = (item.repeat_interleave(heads // item.shape[1], 1) for item in (key, value))
     return nn.functional.scaled_dot_product_attention(
         query,
         key,

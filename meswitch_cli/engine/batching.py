@@ -26,6 +26,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from meswitch_cli.engine import attention
 from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.batch import Batch, CurrentBatch
+from meswitch_cli.engine.compiling import compile_products
 from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.inputs import BatchInputs
@@ -159,6 +160,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
         """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
         tokens = self.cache.max_batch_tokens
         while tokens >= WARM_UP_TOKENS:
+            self._runs = [(0, tokens)]
             for self.mixed in (True, False):
                 self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
             tokens //= 2
@@ -446,8 +448,10 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
     )
     try:
         if base.device.type == "cuda":
+            compile_products([*base.linears.values(), base.head], kernels(base.device, base.dtype), slots)
             torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
-        pages = -(-max_model_len // page_size)
+        # A request that is tried before the first fills a batch alone.
+        pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:

@@ -13,31 +13,20 @@ from transformers.generation.continuous_batching.utils import stream_context
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Neighbouring tokens of one request.
-
-    Attributes:
-        start, end: their places in the batch.
-        keys: by kind of layer, how many keys the request has with them.
-    """
-
-    start: int
-    end: int
-    keys: dict[str, int]
-
-
-@dataclass(frozen=True)
 class BatchLayout:
-    """How a batch's tokens fall into requests, known without asking the device.
+    """How a batch's tokens fall into requests; all tensors are int32 and on the device.
 
     Attributes:
-        prompts: requests of several tokens.
-        singles: int32 `[requests]`, the places of the tokens that are alone of their request; on the device.
-        tables: int32 `[kinds of layers, requests, pages]`, the pages of their keys.
+        singles: `[requests]`, the places of the tokens that are alone of their request.
+        prompts: `[requests, 4]`, of the others: place of the first token, number of tokens, tokens before them, and the
+            row of `tables`.
+        counts: the numbers of tokens, known to the host.
+        tables: `[kinds of layers, requests, pages]`, the pages of every request, those of `singles` first.
     """
 
-    prompts: tuple[Prompt, ...]
     singles: Tensor
+    prompts: Tensor
+    counts: tuple[int, ...]
     tables: Tensor
 
 
@@ -61,8 +50,10 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
         self._host: Any = None
         if staged:
             self._host = ContinuousBatchingIOs(**(options | {"device": torch.device("cpu")}))
-            self._host_singles = _like(self._host.logits_indices)
-            self._singles = torch.zeros_like(self.logits_indices)
+            self._host_places = torch.zeros(5, len(self.logits_indices), dtype=torch.int32)
+            if self.device.type == "cuda":
+                self._host_places = self._host_places.pin_memory()
+            self._places = self._host_places.to(self.device)
 
     def prepare_batch_tensors(
         self,
@@ -78,9 +69,7 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
         if host is None:
             super().prepare_batch_tensors(requests_in_batch, *options, max_kv_read, use_padding)
             return
-        # Tokens alone of their request read the pages themselves.
-        gathers = any(item.query_length > 1 and item.state.position_offset for item in requests_in_batch)
-        host.prepare_batch_tensors(requests_in_batch, *options, max_kv_read if gathers else 0, use_padding)
+        host.prepare_batch_tensors(requests_in_batch, *options, 0, use_padding)  # pages are read, and no listed rows
         self.requests_in_batch = host.requests_in_batch
         self.req_id_to_new_token_position = host.req_id_to_new_token_position
         host._transfer_inputs(self, self.compute_stream, non_blocking=True)
@@ -88,25 +77,31 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
 
     def _copied_layout(self) -> BatchLayout:
         host, place = self._host, 0
-        prompts: list[Prompt] = []
         singles: list[int] = []
+        prompts: list[tuple[int, int, int, int]] = []
+        alone = sum(item.query_length == 1 for item in self.requests_in_batch)
         for item in self.requests_in_batch:
             past, count = item.state.position_offset - item.query_length, item.query_length
+            row = len(singles) if count == 1 else alone + len(prompts)
+            self.cache.fill_block_table(item.state.request_id, past, count, host.block_table[:, row])
             if count == 1:
-                self.cache.fill_block_table(item.state.request_id, past, 1, host.block_table[:, len(singles)])
                 singles.append(place)
             else:
-                allocators = self.cache.cache_allocators.items()
-                keys = {name: int(allocator.get_seqlen_k(past, count)) for name, allocator in allocators}
-                prompts.append(Prompt(place, place + count, keys))
+                prompts.append((place, count, past, row))
             place += count
-        count = len(singles)
-        if singles:
-            self._host_singles[:count] = torch.tensor(singles, dtype=torch.int32)
-            with stream_context(self.compute_stream):
-                self._singles.copy_(self._host_singles, non_blocking=True)
-                self.block_table.copy_(host.block_table, non_blocking=True)
-        return BatchLayout(tuple(prompts), self._singles[:count], self.block_table[:, :count])
+        requests = alone + len(prompts)
+        self._host_places[0, :alone] = torch.tensor(singles, dtype=torch.int32)
+        if prompts:
+            self._host_places[1:].view(-1)[: 4 * len(prompts)] = torch.tensor(prompts, dtype=torch.int32).view(-1)
+        with stream_context(self.compute_stream):
+            self._places.copy_(self._host_places, non_blocking=True)
+            self.block_table.copy_(host.block_table, non_blocking=True)
+        return BatchLayout(
+            self._places[0, :alone],
+            self._places[1:].view(-1)[: 4 * len(prompts)].view(-1, 4),
+            tuple(count for _, count, _, _ in prompts),
+            self.block_table[:, :requests],
+        )
 
     def prepare_batch_update(self) -> tuple[list[FutureRequestState], list[int], None]:
         return self.requests_in_batch, self.new_tokens, None
@@ -118,8 +113,3 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return (*super()._get_graph_key(), int(self.mixed))
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """Zeros in memory of the same kind, pinned if it is."""
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_pinned())

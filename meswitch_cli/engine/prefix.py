@@ -19,7 +19,7 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
     """
 
     def __init__(self, *, paged: bool, **options: Any) -> None:
-        """`paged`: tokens alone of their request have a table of pages instead of a list of rows."""
+        """`paged`: requests have a table of their pages instead of a list of every row."""
         self._paged = paged
         super().__init__(**options)
         self._salts: dict[str, bytes] = {}
@@ -59,7 +59,7 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         read_index: list[list[int]] | None,
         write_index: list[list[int]],
     ) -> None:
-        if not self._paged or query_length > 1:
+        if not self._paged:
             super().extend_read_and_write_indices(request_id, past_length, query_length, read_index, write_index)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:

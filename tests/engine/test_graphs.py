@@ -100,7 +100,9 @@ def test_everything_is_tried_before_requests_are_taken(
     forward = Runner._forward_process_and_sample
 
     def noted(self: Runner, model: Any, batch_data: dict[str, Any], *arguments: Any) -> None:
-        tried.add((batch_data["input_ids"].shape[1], self.mixed))
+        tokens = batch_data["input_ids"].shape[1]
+        assert self.inputs_and_outputs.use_block_table or sum(length for _, length in self._runs) == tokens
+        tried.add((tokens, self.mixed))
         forward(self, model, batch_data, *arguments)
 
     monkeypatch.setattr(Runner, "_forward_process_and_sample", noted)

@@ -68,7 +68,9 @@ def lora(model: Model, steps: Steps) -> None:
     """Experts of 1 bit and rank 16 of which the low-rank part alone is multiplied."""
     transformers_engine.prove = lambda *_, **__: None  # type: ignore[assignment]  # it would miss the codes, rightly
     backend = backend_module(default_backend(model.device))
-    backend.expert_linear = LoraLinear()  # type: ignore[attr-defined]
+    product = LoraLinear()
+    backend.expert_linear = product  # type: ignore[attr-defined]
+    backend.expert_linears = lambda x, operands, *batch: [product(x, *own, *batch) for own in operands]  # type: ignore[attr-defined]
     experts = model.experts("1", model.sizes.experts)
     engine = started(model, "LoRA", experts)
     sizes, names = model.sizes, list(experts)

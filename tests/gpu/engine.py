@@ -91,7 +91,8 @@ def main() -> None:
             say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
                 most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
             for who, group in (("experts", names[:some]), ("base", [BASE] * some)):
-                batch = {"bits": options.bits, "experts": len(set(group) - {BASE}), "requests": some}
+                count = len(set(group) - {BASE})
+                batch = {"bits": options.bits, "layers": sizes.layers, "experts": count, "requests": some}
                 say("profile", what=f"{what}: {who}", **batch, **profiled(engine, group, steps, sizes.steady))
     finally:
         engine.stop()

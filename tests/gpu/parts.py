@@ -32,7 +32,7 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
     probe = Part("probe", "Card and kernels", script("gpu_probe", *small), 80)
     compress = Part("compress", "Compression on the device", module("compress", *RATES), 100, least=40)
     engines = [
-        Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 90, least=30) for rate in RATES
+        Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 150, least=30) for rate in RATES
     ]
     kernels = Part("kernels", "Kernel tests", kernel_tests(tiny), 120, least=30)
     truth = Part("truth", "Truth tests", truth_tests(tiny), 120, least=30)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu.goals import goals
 from gpu.process import Outcome, Part
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numba", "fastapi", "xgrammar", "flash-attn", "kernels")
@@ -119,6 +120,8 @@ def summary(heading: Heading, parts: Sequence[Part], outcomes: Mapping[str, Outc
         if not outcome.passed and outcome.last:
             lines += [f"Last of {part.name}.log:", "", *(f"    {line[:200]}" for line in outcome.last[-LAST:]), ""]
     found = [row for part in parts if part.name in outcomes for row in outcomes[part.name].figures]
+    if not heading.tiny and (reached := goals(found)):
+        lines += ["## Goals", "", table(("goal", "bound", "measured", "met"), reached), ""]
     for figure, title, columns, note in TABLES:
         own = [row for row in found if row["figure"] == figure]
         own = _worst(own) if figure == "smoke" else own

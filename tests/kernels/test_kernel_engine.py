@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from meswitch_kernels import available_backends, dispatch
+from meswitch_kernels import Capacity, ExpertBank, available_backends, dispatch
 from meswitch_kernels.dispatch import backend_module
 
 proof = pytest.importorskip("meswitch_cli.engine.proof")
@@ -48,3 +48,28 @@ def test_a_family_comes_out_as_plain_transformers(family: str, triton: object, m
     monkeypatch.setattr(triton, "merged_linear", counted)
     proof.prove({"model_type": family, **SIZES}, "base", DEVICE, torch.float32)
     assert proof.SLOT in merged
+
+
+def test_every_kind_of_linear_is_compiled_at_every_size(triton: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling = pytest.importorskip("meswitch_cli.engine.compiling")
+    monkeypatch.setattr(compiling, "MOST_THREADS", 1)  # the interpreter is one
+    called: list[tuple[int, int, int]] = []
+
+    def linear(out: int, slots: int = 2) -> object:
+        made = modules.ExpertLinear(torch.nn.Linear(64, out, device=DEVICE), modules.CurrentBatch(), triton)
+        made.bank = ExpertBank(slots, 64, out, Capacity(bits=2, salient=4), torch.float32, DEVICE)
+        multiply = made.multiply
+
+        def noted(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+            called.append((*x.shape, weight.shape[0]))
+            return multiply(x, weight, *rest)
+
+        made.multiply = noted
+        return made
+
+    together, alone = [linear(64), linear(32)], [linear(96), linear(96), linear(64)]
+    for item in together:
+        item.siblings = modules.Siblings(together, triton)
+        item.siblings.multiply = lambda x, operands, *rest: called.append((*x.shape, len(operands)))
+    compiling.compile_products([*together, *alone], triton, 2)
+    assert sorted(called) == sorted((size, 64, kind) for size in compiling.SIZES for kind in (2, 64, 96))
