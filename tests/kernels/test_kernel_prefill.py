@@ -97,7 +97,7 @@ def check(call, runs, triton, monkeypatch, merge):
 @pytest.mark.parametrize("case", range(18))
 def test_merged_weights_cover_formats_and_shapes(case, triton, monkeypatch):
     """A covering array of formats; every other case merges the weights in blocks of rows."""
-    width, out_features = [(200, 37), (64, 70), (31, 3), (288, 66), (576, 65), (1100, 5)][case % 6]
+    width, out_features = [(200, 37), (64, 70), (31, 3), (288, 66), (1024, 33), (576, 65), (1100, 5)][case % 7]
     if case % 2:
         monkeypatch.setattr("meswitch_kernels.triton_merge.MERGE_BYTES", 1)
     runs = [(0, 6), (-1, 2), (1, 7), (2, 6), (0, 3)]
