@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .groups import PREFILL_TOKENS, TokenGroups, group_tokens, tile_size_for
 
-PART_TOKENS = 64
-"""Tokens of one slot that a prefill tile is worth, where weights are not merged for them. The base needs no merging."""
+BASE_TOKENS = 64
+"""Tokens of the base from which its weights are multiplied alone: they need no merging."""
+DECODE_TOKENS = 256
+"""Tokens that go through the decode kernel together, if no slot has more: its partial sums take memory by the token."""
 
 Run = tuple[int, int]
 """A slot, and how many neighbouring tokens have it."""
@@ -22,11 +24,10 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens that go through one kernel together; `groups` counts them from the first of these."""
+    """Tokens that go through the decode kernel together; `groups` counts them from the first of these."""
 
     rows: Rows
     groups: TokenGroups
-    decode: bool
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class PrefillPlan:
 
 
 def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) -> PrefillPlan | None:
-    """The plan of a step whose tokens are `runs`, in order; None where one kernel is the best for all.
+    """The plan of a step whose tokens are `runs`, in order; None where they are few enough for the decode kernel.
 
-    A slot with `merge_tokens` tokens and more is merged. Of the others, those with few tokens go through the decode
-    kernel, so that none pays for a prefill tile because another's prompt is read.
+    A slot with `merge_tokens` tokens and more is merged. All others go through the decode kernel, so that none pays for
+    a merge or a tile of many tokens because another's prompt is read.
 
     Raises:
         ValueError: `runs` are not the tokens of `groups`.
@@ -59,12 +60,7 @@ def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) ->
     if tokens < min(merge_tokens, PREFILL_TOKENS):
         return None
     counts = {slot: sum(map(len, spans[slot])) for slot in sorted(spans)}
-    merged = [slot for slot, count in counts.items() if count >= (PART_TOKENS if slot < 0 else merge_tokens)]
-    others = [slot for slot in counts if slot not in merged]
-    tiled = [slot for slot in others if counts[slot] >= PART_TOKENS]
-    few = [slot for slot in others if counts[slot] < PART_TOKENS]
-    if not merged and not few:
-        return None
+    merged = [slot for slot, count in counts.items() if count >= (BASE_TOKENS if slot < 0 else merge_tokens)]
     starts, place = dict[int, int](), 0
     for slot, count in counts.items():
         starts[slot], place = place, place + count
@@ -75,12 +71,21 @@ def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) ->
         places = [groups.order[starts[slot] : starts[slot] + counts[slot]] for slot in slots]
         return (torch.cat(places) if len(places) > 1 else places[0]).long()
 
-    def part(slots: Sequence[int], decode: bool) -> Part:
+    def part(slots: Sequence[int]) -> Part:
         rows, count = rows_of(slots), sum(counts[slot] for slot in slots)
-        tile_size = tile_size_for(min(count, PREFILL_TOKENS - 1) if decode else max(count, PREFILL_TOKENS))
-        return Part(rows, group_tokens(groups.slot_of_token[rows], groups.slots, tile_size), decode)
+        tile_size = tile_size_for(min(count, PREFILL_TOKENS - 1))
+        return Part(rows, group_tokens(groups.slot_of_token[rows], groups.slots, tile_size))
 
-    parts = tuple(part(slots, slots is few) for slots in (tiled, few) if slots)
+    few: list[list[int]] = []
+    held = DECODE_TOKENS
+    for slot in counts:
+        if slot not in merged:
+            if held + counts[slot] > DECODE_TOKENS:
+                few.append([])
+                held = 0
+            few[-1].append(slot)
+            held += counts[slot]
+    parts = tuple(part(slots) for slots in few)
     return PrefillPlan(tuple((slot, rows_of([slot])) for slot in merged), parts)
 
 

@@ -111,14 +111,13 @@ def _by_plan(ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], plan:
                 merged_linear(target, given, weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))
     for part in plan.parts:
         given, slots = x[part.rows], part.groups.slot_of_token
-        if part.decode and len(ys) > 1:
+        if len(ys) > 1:
             for y, result in zip(ys, _decode_all(given, operands, slots, part.groups), strict=True):
                 y[part.rows] = result
             continue
-        serve = _decode if part.decode else _prefill
-        for y, (weight, bias, bank) in zip(ys, operands, strict=True):
-            with _target(y, part.rows) as target:
-                serve(target, given, weight, bias, bank, slots, part.groups)
+        ((weight, bias, bank),) = operands
+        with _target(ys[0], part.rows) as target:
+            _decode(target, given, weight, bias, bank, slots, part.groups)
 
 
 @contextlib.contextmanager

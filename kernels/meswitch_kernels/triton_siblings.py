@@ -265,7 +265,8 @@ def _make_table(operands: Sequence[Operand]) -> SiblingTable | None:
         before += weight.shape[0]
     return SiblingTable(
         table=torch.tensor(rows, dtype=torch.int64, device=first.codes.device),
-        held=(tuple(operands), no_rank),
+        # The first bank holds the table; were it held too, its memory would wait for the garbage collector.
+        held=(no_rank, banks[1:], [(weight, bias) for weight, bias, _ in operands]),
         outs=tuple(weight.shape[0] for weight, _, _ in operands),
         bits=max(bank.bits for bank in banks),
         grouped=any(bank.group_size for bank in banks),

@@ -1,5 +1,8 @@
 """Linears of one input in the launches of one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -92,19 +95,31 @@ def test_tables_follow_banks(triton):
     check(triton, calls)
 
 
+def test_a_bank_that_is_let_go_gives_its_memory_back(triton):
+    calls = family(3, 64, (16, 16), dtype=torch.bfloat16, bits=[(2,)])
+    check(triton, calls)
+    codes = [weakref.ref(call.bank.tensors.codes) for call in calls]
+    gc.disable()
+    try:
+        calls.clear()
+        assert [reference() for reference in codes] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_prompts_are_multiplied_one_by_one(triton):
     check(triton, family(130, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,)]))
 
 
 def test_siblings_of_a_step_with_prompts(triton, monkeypatch):
-    """Merged weights, prefill tiles, and few tokens of many slots, in an order that no scheduler makes."""
+    """Merged weights, and few tokens of many slots, in an order that no scheduler makes."""
     monkeypatch.setattr(triton, "merge_tokens", lambda device: 80)
     runs = [(0, 3), (1, 80), (2, 70), (-1, 2), (0, 4)]
     calls = family(159, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,), (1, 4)], rank=[(16,)], bias=True)
     slots = torch.tensor([slot for slot, length in runs for _ in range(length)], dtype=torch.int32, device=DEVICE)
     calls = [call.with_tokens(call.x, slots) for call in calls]
     groups = triton.group_tokens(slots, SLOTS, runs)
-    assert len(groups.plan.merged) == 1 and len(groups.plan.parts) == 2
+    assert len(groups.plan.merged) == len(groups.plan.parts) == 1
     operands = [(call.weight, call.bias, call.bank.tensors) for call in calls]
     for y, call in zip(triton.expert_linears(calls[0].x, operands, slots, groups), calls, strict=True):
         assert relative_error(y, call.truth()) < ERROR_BOUND[torch.bfloat16]
