@@ -59,6 +59,15 @@ MULTIPLES_OF_16 = {
 ALONE = {
     "triton_rows.embedding_rows": {"BLOCK": 1024},
     "triton_norm.norm_rows": {"OWN": True, **triton_norm.norm_launch(4096)},
+    "triton_merge.merge_siblings": {
+        "WIDTHS": (2, 1),
+        "GROUPED": False,
+        "SCALED": True,
+        "EVEN": True,
+        "HAS_BIAS": False,
+        "LOW_RANK": True,
+        **triton_merge.merge_launch(torch.bfloat16, 16),
+    },
     "triton_groups.group_by_slot": {"TILE_TOKENS": 16, **triton_groups.group_launch(255)},
     "triton_siblings.prepare_siblings": {
         "SPLITS": 8,

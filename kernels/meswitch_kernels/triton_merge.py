@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,33 @@ from torch import Tensor
 
 from .bank import BankTensors
 from .packing import codes_per_word, widths_in
+from .triton_siblings import (
+    BEFORE,
+    BIAS,
+    BIAS_DELTA,
+    CHANNEL_SCALE,
+    CODES,
+    CODES_STRIDE,
+    FIELDS,
+    LEFT,
+    MAX_RANK,
+    MAX_SALIENT,
+    OUT,
+    RIGHT,
+    SALIENT_INDEX,
+    SALIENT_VALUE,
+    SLOT_BITS,
+    SLOT_GROUP,
+    SLOT_RANK,
+    STEPS,
+    STEPS_STRIDE,
+    WEIGHT,
+    WEIGHT_STRIDE,
+    Operand,
+    SiblingTable,
+    table_multiple,
+    table_pointer,
+)
 from .triton_tiles import PLANE_WORDS, codes_at, slot_rows, words_per_row
 
 MERGE_BYTES = 128 << 20
@@ -256,6 +285,66 @@ def merge_rows(
             previous = channel
 
 
+@triton.jit(do_not_specialize=["slot"])
+def merge_siblings(
+    linears,
+    like,
+    merged,
+    shift,
+    slot,
+    in_features,
+    WIDTHS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """`merge_rows` of all rows of each linear of a `SiblingTable`, one after the other."""
+    entry = linears + tl.program_id(2) * FIELDS
+    out_features, before = table_multiple(entry, OUT), tl.load(entry + BEFORE)
+    DTYPE: tl.constexpr = merged.dtype.element_ty
+    VALUE: tl.constexpr = like.dtype.element_ty
+    if tl.program_id(0) * BLOCK_OUT < out_features:
+        merge_rows(
+            table_pointer(entry, WEIGHT, DTYPE),
+            table_pointer(entry, BIAS, DTYPE),
+            merged + before * in_features,
+            shift + before,
+            table_pointer(entry, CODES, tl.int32),
+            table_pointer(entry, STEPS, tl.float32),
+            table_pointer(entry, CHANNEL_SCALE, tl.float16),
+            table_pointer(entry, BIAS_DELTA, tl.float32),
+            table_pointer(entry, SALIENT_INDEX, tl.int32),
+            table_pointer(entry, SALIENT_VALUE, VALUE),
+            table_pointer(entry, LEFT, VALUE),
+            table_pointer(entry, RIGHT, VALUE),
+            table_pointer(entry, SLOT_BITS, tl.int32),
+            table_pointer(entry, SLOT_GROUP, tl.int32),
+            table_pointer(entry, SLOT_RANK, tl.int32),
+            slot,
+            0,
+            out_features,
+            in_features,
+            out_features,
+            table_multiple(entry, WEIGHT_STRIDE),
+            table_multiple(entry, CODES_STRIDE),
+            table_multiple(entry, STEPS_STRIDE),
+            tl.load(entry + MAX_SALIENT).to(tl.int32),
+            table_multiple(entry, MAX_RANK),
+            WIDTHS,
+            GROUPED,
+            SCALED,
+            EVEN,
+            HAS_BIAS,
+            LOW_RANK,
+            BLOCK_OUT,
+            BLOCK_RANK,
+        )
+
+
 def merge_launch(dtype: torch.dtype, max_rank: int) -> dict[str, int]:
     """Rows of a program and its blocks; not measured on a card yet."""
     return {
@@ -319,6 +408,38 @@ def merged_linear(
             **launch,
         )
         _multiply(y[:, first:last], x, merged[: last - first], shift[: last - first])
+
+
+def merged_linears(
+    ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot: int, even: bool
+) -> None:
+    """`merged_linear` of several linears of one x, their weights merged in one launch."""
+    in_features, launch = x.shape[1], merge_launch(x.dtype, siblings.most_rank)
+    merged, shift = x.new_empty(siblings.total, in_features), x.new_empty(siblings.total)
+    widths = widths_in(siblings.bits)
+    blocks = triton.cdiv(in_features, PLANE_WORDS.value * codes_per_word(widths[0]))
+    merge_siblings[(triton.cdiv(max(siblings.outs), launch["BLOCK_OUT"]), blocks, len(siblings.outs))](
+        siblings.table,
+        operands[0][2].left,
+        merged,
+        shift,
+        slot,
+        in_features,
+        WIDTHS=widths,
+        GROUPED=siblings.grouped,
+        SCALED=siblings.scaled,
+        EVEN=even,
+        HAS_BIAS=operands[0][1] is not None,
+        LOW_RANK=siblings.most_rank > 0,
+        **launch,
+    )
+    for y, weight, bias in zip(ys, merged.split(siblings.outs), shift.split(siblings.outs), strict=True):
+        _multiply(y, x, weight, bias)
+
+
+def merged_at_once(siblings: SiblingTable, x: Tensor) -> bool:
+    """Whether the weights of several linears may lie merged side by side."""
+    return siblings.total * x.shape[1] * x.element_size() <= 2 * MERGE_BYTES
 
 
 def _multiply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

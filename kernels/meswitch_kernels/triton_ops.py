@@ -22,7 +22,7 @@ from .triton_device import on_its_device
 from .triton_elementwise import rotate as rotate
 from .triton_elementwise import silu_product as silu_product
 from .triton_low_rank import prepare
-from .triton_merge import merged_linear
+from .triton_merge import merged_at_once, merged_linear, merged_linears
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
 from .triton_prefill import prefill
@@ -104,8 +104,14 @@ def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[Run] | None =
 
 
 def _by_plan(ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], plan: PrefillPlan) -> None:
+    siblings = sibling_table(operands) if len(operands) > 1 else None
     for slot, rows in plan.merged:
         given = x[rows]
+        if siblings and slot >= 0 and merged_at_once(siblings, x):
+            with contextlib.ExitStack() as stack:
+                targets = [stack.enter_context(_target(y, rows)) for y in ys]
+                merged_linears(targets, given, operands, siblings, slot, rows_are_whole(x.shape[1], siblings.bits))
+            continue
         for y, (weight, bias, bank) in zip(ys, operands, strict=True):
             with _target(y, rows) as target:
                 merged_linear(target, given, weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.bits))

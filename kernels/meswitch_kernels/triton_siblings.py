@@ -31,12 +31,13 @@ MAX_SALIENT, MAX_RANK, TICKETS, FIELDS = map(tl.constexpr, range(18, 22))
 
 
 @triton.jit
-def _pointer(entry, FIELD: tl.constexpr, TYPE: tl.constexpr):
+def table_pointer(entry, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    """The tensor of a linear whose entries in the table begin at `entry`."""
     return tl.multiple_of(tl.load(entry + FIELD).to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
-def _multiple(entry, FIELD: tl.constexpr):
+def table_multiple(entry, FIELD: tl.constexpr):
     """A number that is a multiple of 16, as a launch would be told."""
     return tl.multiple_of(tl.load(entry + FIELD).to(tl.int32), 16)
 
@@ -84,7 +85,7 @@ def decode_siblings(
     """`decode` of each linear: y `[tokens, out]`, and partial sums, one linear's after the other's."""
     part = tl.program_id(2)
     entry = linears + part * FIELDS
-    out_features = _multiple(entry, OUT)
+    out_features = table_multiple(entry, OUT)
     before = tl.load(entry + BEFORE) * tokens
     if SCALED:
         scaled += part * tokens * scaled_stride
@@ -94,21 +95,21 @@ def decode_siblings(
             tl.program_id(1),
             x,
             scaled,
-            _pointer(entry, WEIGHT, x.dtype.element_ty),
-            _pointer(entry, BIAS, x.dtype.element_ty),
+            table_pointer(entry, WEIGHT, x.dtype.element_ty),
+            table_pointer(entry, BIAS, x.dtype.element_ty),
             y + before,
             partials + before * (base_splits + delta_splits),
-            _pointer(entry, TICKETS, tl.int32),
-            _pointer(entry, CODES, tl.int32),
-            _pointer(entry, STEPS, tl.float32),
-            _pointer(entry, BIAS_DELTA, tl.float32),
-            _pointer(entry, SALIENT_INDEX, tl.int32),
-            _pointer(entry, SALIENT_VALUE, like.dtype.element_ty),
+            table_pointer(entry, TICKETS, tl.int32),
+            table_pointer(entry, CODES, tl.int32),
+            table_pointer(entry, STEPS, tl.float32),
+            table_pointer(entry, BIAS_DELTA, tl.float32),
+            table_pointer(entry, SALIENT_INDEX, tl.int32),
+            table_pointer(entry, SALIENT_VALUE, like.dtype.element_ty),
             z + part * Z_SPLITS * tokens * most_rank,
-            _pointer(entry, LEFT, like.dtype.element_ty),
-            _pointer(entry, SLOT_BITS, tl.int32),
-            _pointer(entry, SLOT_GROUP, tl.int32),
-            _pointer(entry, SLOT_RANK, tl.int32),
+            table_pointer(entry, LEFT, like.dtype.element_ty),
+            table_pointer(entry, SLOT_BITS, tl.int32),
+            table_pointer(entry, SLOT_GROUP, tl.int32),
+            table_pointer(entry, SLOT_RANK, tl.int32),
             slot_of_token,
             order,
             tile_slot,
@@ -125,11 +126,11 @@ def decode_siblings(
             out_features,
             x_stride,
             scaled_stride,
-            _multiple(entry, WEIGHT_STRIDE),
-            _multiple(entry, CODES_STRIDE),
-            _multiple(entry, STEPS_STRIDE),
+            table_multiple(entry, WEIGHT_STRIDE),
+            table_multiple(entry, CODES_STRIDE),
+            table_multiple(entry, STEPS_STRIDE),
             tl.load(entry + MAX_SALIENT).to(tl.int32),
-            _multiple(entry, MAX_RANK),
+            table_multiple(entry, MAX_RANK),
             WIDTHS,
             GROUPED,
             EVEN,
@@ -178,11 +179,11 @@ def prepare_siblings(
         tl.program_id(1) * BLOCK_RANK,
         split,
         x,
-        _pointer(entry, CHANNEL_SCALE, tl.float16),
-        _pointer(entry, RIGHT, like.dtype.element_ty),
+        table_pointer(entry, CHANNEL_SCALE, tl.float16),
+        table_pointer(entry, RIGHT, like.dtype.element_ty),
         scaled + part * tokens * in_features,
         z + part * SPLITS * tokens * most_rank,
-        _pointer(entry, SLOT_RANK, tl.int32),
+        table_pointer(entry, SLOT_RANK, tl.int32),
         order,
         tile_slot,
         tile_start,
@@ -190,7 +191,7 @@ def prepare_siblings(
         tokens,
         slots,
         in_features,
-        _multiple(entry, MAX_RANK),
+        table_multiple(entry, MAX_RANK),
         x_stride,
         channels_per_split,
         SCALED,

@@ -26,7 +26,7 @@ def test_no_kernel_spills(report, arch):
     used = {f"{row['kernel']}/{row['steps']}/{row['rank']}/{row['tokens']}": row for row in rows}
     assert {row["kernel"] for row in used.values()} == {
         "decode", "prepare", "prefill", "embedding_rows", "norm_rows", "added_row_logits", "group_by_slot",
-        "merge_rows", "decode_siblings", "prepare_siblings", "turn_heads", "gate_rows",
+        "merge_rows", "merge_siblings", "decode_siblings", "prepare_siblings", "turn_heads", "gate_rows",
         "rearrange_codes",
     }  # fmt: skip
     assert {name: row["spilled_bytes"] for name, row in used.items() if row["spilled_bytes"]} == {}

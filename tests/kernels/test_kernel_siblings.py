@@ -114,6 +114,7 @@ def test_prompts_are_multiplied_one_by_one(triton):
 def test_siblings_of_a_step_with_prompts(triton, monkeypatch):
     """Merged weights, and few tokens of many slots, in an order that no scheduler makes."""
     monkeypatch.setattr(triton, "merge_tokens", lambda device: 80)
+    monkeypatch.setattr(triton, "merged_linear", None)  # not one by one
     runs = [(0, 3), (1, 80), (2, 70), (-1, 2), (0, 4)]
     calls = family(159, 64, (16, 32), dtype=torch.bfloat16, bits=[(2,), (1, 4)], rank=[(16,)], bias=True)
     slots = torch.tensor([slot for slot, length in runs for _ in range(length)], dtype=torch.int32, device=DEVICE)
