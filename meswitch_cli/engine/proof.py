@@ -190,7 +190,7 @@ class _Served:
             max_batch_tokens=4 * PAGE_SIZE,
             max_running=len(PROMPT_PAGES),
         )
-        manager = make_manager(self.base, settings, SLOTS, longest, _Unheard())
+        manager = make_manager(self.base, settings, SLOTS, longest, _Unheard(), SLOT)
         processor: Any = manager.batch_processor
         answers = [_Answer(request) for request in requests]
         generations = [_generation(answer, self.base.vocabulary) for answer in answers]
