@@ -401,7 +401,8 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         pages: int,
         warm_slot: int,
     ) -> None:
-        """`pages`: the most that a request has. `warm_slot`: whose expert made-up batches are computed with."""
+        """`pages`: the most that a request has, 0 for lists of rows. `warm_slot`: whose expert made-up batches are
+        computed with."""
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
         self.output_router = OutputSink(hooks.on_failure)
@@ -409,7 +410,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         # As resolved, there are graphs and tables for a flash kernel alone.
         graphs = captures_graphs(model.device)
         self.continuous_batching_config.use_cuda_graph = (False, graphs)
-        self.continuous_batching_config.max_blocks_per_request = pages if graphs else 0
+        self.continuous_batching_config.max_blocks_per_request = pages
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
@@ -468,9 +469,17 @@ def captures_graphs(device: torch.device) -> bool:
 
 
 def make_manager(
-    base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks, warm_slot: int = 0
+    base: BaseModel,
+    settings: EngineSettings,
+    slots: int,
+    max_model_len: int,
+    hooks: Hooks,
+    warm_slot: int = 0,
+    paged: bool | None = None,
 ) -> Manager:
     """Make the cache and the loop, and capture graphs where there are any, with the expert in `warm_slot`.
+
+    `paged` is whether attention reads pages, where they are, or rows that are listed; None chooses by device.
 
     Raises:
         EngineError: the cache does not fit.
@@ -490,6 +499,8 @@ def make_manager(
             torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
         # A request that is tried before the first fills a batch alone.
         pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
+        if not (captures_graphs(base.device) if paged is None else paged):
+            pages = 0
         manager = Manager(base.model, config, base.current, slots, hooks, pages=pages, warm_slot=warm_slot)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
