@@ -56,6 +56,8 @@ def test_every_part_that_needs_no_card_passes(tmp_path: Path) -> None:
         "compress",
         "start",
         "decode",
+        "prefill",
+        "profile",
         "dense",
         "switch",
         "serve",

@@ -90,6 +90,7 @@ def main() -> None:
         if model.device == "cuda":
             say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
                 most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
+        if not options.many:
             for who, group in (("experts", names[:some]), ("base", [BASE] * some)):
                 count = len(set(group) - {BASE})
                 batch = {"bits": options.bits, "layers": sizes.layers, "experts": count, "requests": some}
