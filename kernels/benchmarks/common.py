@@ -147,6 +147,12 @@ def copy_bandwidth() -> float:
     return 2 * data.nbytes / graph_seconds(lambda: target.copy_(data), replays=5)
 
 
+def sum_bandwidth() -> float:
+    """Bytes per second that a large sum reads on the device: as a decode step, it hardly writes."""
+    data = torch.ones(512 << 20, device="cuda", dtype=torch.float32)
+    return data.nbytes / graph_seconds(lambda: data.sum(), replays=5)
+
+
 def matrix_rate() -> float:
     """Multiply-adds, counted twice, per second of a large bfloat16 product through cuBLAS."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -14,7 +14,7 @@ from itertools import product
 from multiprocessing import get_context
 
 import torch
-from common import copy_bandwidth, matrix_rate, say
+from common import copy_bandwidth, matrix_rate, say, sum_bandwidth
 
 from meswitch_kernels import available_backends, expert_linear
 from meswitch_kernels.dispatch import default_backend
@@ -42,40 +42,39 @@ def card() -> None:
         memory_gb=properties.total_memory / 1e9,
         cuda=torch.version.cuda,
         copy_gb_per_s=copy_bandwidth() / 1e9,
+        read_gb_per_s=sum_bandwidth() / 1e9,
         matrix_tflops=matrix_rate() / 1e12,
         host_to_device_gb_per_s=4 * host.nbytes / start.elapsed_time(end) / 1e6,
     )
 
 
-def smoke(device: str, dtype: torch.dtype, rank: int, shape: tuple[int, int]) -> bool:
-    """Small and large batches of one dtype, experts of 2, 1 and 4 bits; x with a mean too, since decode takes the
-    codes' offset off with the sum of x."""
-    backend, sound = default_backend(device), True
-    for tokens in (1, 16, 64, 200):
-        call = random_call(tokens, *shape, bits=(2, 1, 4), slots=3, dtype=dtype, device=device, rank=rank)
-        shifted = call.with_tokens(call.x + 0.5, call.slot_of_token)
-        worst = max(
-            relative_error(expert_linear(c.x, c.weight, c.bias, c.bank, c.slot_of_token), c.truth())
-            for c in (call, shifted)
-        )
-        right = worst <= ERROR_BOUND[dtype]
-        sound &= right
-        say(
-            "smoke",
-            backend=backend,
-            dtype=str(dtype).removeprefix("torch."),
-            tokens=tokens,
-            rank=rank,
-            error=worst,
-            bound=ERROR_BOUND[dtype],
-            right=right,
-        )
-    return sound
+def smoke(device: str, dtype: torch.dtype, rank: int, tokens: int, shape: tuple[int, int]) -> bool:
+    """Whether a batch of experts of 2, 1 and 4 bits is right, with a mean in x too: decode takes the codes' offset off
+    with the sum of x."""
+    call = random_call(tokens, *shape, bits=(2, 1, 4), slots=3, dtype=dtype, device=device, rank=rank)
+    shifted = call.with_tokens(call.x + 0.5, call.slot_of_token)
+    worst = max(
+        relative_error(expert_linear(c.x, c.weight, c.bias, c.bank, c.slot_of_token), c.truth())
+        for c in (call, shifted)
+    )
+    right = worst <= ERROR_BOUND[dtype]
+    say(
+        "smoke",
+        backend=default_backend(device),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=tokens,
+        rank=rank,
+        error=worst,
+        bound=ERROR_BOUND[dtype],
+        right=right,
+    )
+    return right
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small layer, and no card needed")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not options.tiny:
@@ -86,11 +85,11 @@ def main() -> int:
         card()
     say("backends", **{name: reason or "runs" for name, reason in available_backends().items()})
     device, shape = ("cuda" if cuda else "cpu"), ((96, 64) if options.tiny else (4096, 1024))
-    calls = [(device, dtype, rank, shape) for dtype, rank in product(DTYPES, (0, 16))]
+    calls = [(device, *call, shape) for call in product(DTYPES, (0, 16), (64, 16, 200, 1))]
     if not cuda:
         sound = [smoke(*call) for call in calls]
-    else:  # a process each, since most of the time goes into compiling
-        with ProcessPoolExecutor(len(calls), mp_context=get_context("spawn")) as pool:
+    else:  # processes side by side, since most of the time goes into compiling
+        with ProcessPoolExecutor(min(len(calls), options.jobs), mp_context=get_context("spawn")) as pool:
             sound = list(pool.map(smoke, *zip(*calls, strict=True)))
     return 0 if all(sound) else 1
 

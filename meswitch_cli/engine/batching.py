@@ -6,9 +6,11 @@ transformers 5.23; `version.py` refuses others.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
@@ -138,32 +140,39 @@ class Runner(ModelRunner):  # type: ignore[misc]
         with stream_context(self.inputs_and_outputs.compute_stream):
             self.slot_of_token[: len(slots)].copy_(self._host_slots[: len(slots)], non_blocking=True)
 
-    def warm_up(self, model: nn.Module) -> None:
-        """Capture a graph of each size, of the base alone and with experts."""
+    def warm_up(self, model: nn.Module, slot: int) -> None:
+        """Have the kernels for prompts compiled, of each size for which they differ, and capture a graph of each number
+        of requests: of the base alone and with the expert in `slot`."""
         if not self.use_cuda_graph_decode:
             return
         self.samples = False
-        self._read_prompts(model)
-        sizes = [self.cb_config.max_requests_per_batch]
-        while sizes[-1] > 1:
-            sizes.append(1 << (sizes[-1] - 1).bit_length() - 1)
-        for size, self.mixed in itertools.product(sizes, (True, False)):
-            self.run_one_warmup(model, num_q_tokens=size, max_kv_read=None)
-            if self.inputs_and_outputs.get_graph() is None:  # the reason has been logged
-                logger.warning("no graph of %d requests could be captured: batches are computed without graphs", size)
-                self.use_cuda_graph_decode = False
-                break
-        self.samples = True
-        self.cache.reset()
+        gc.collect()
+        gc.freeze()  # every capture collects garbage, and would look at all that has been imported
+        prompts, requests = [self.cache.max_batch_tokens], [self.cb_config.max_requests_per_batch]
+        while prompts[-1] >= 2 * WARM_UP_TOKENS:
+            prompts.append(prompts[-1] // 2)
+        while requests[-1] > 1:
+            requests.append(1 << (requests[-1] - 1).bit_length() - 1)
+        try:
+            for tokens, used in itertools.product(prompts, (slot, -1)):
+                self._try(model, used, [tokens])
+            for count, used in itertools.product(requests, (slot, -1)):
+                self._try(model, used, [1] * count)
+                if self.inputs_and_outputs.get_graph() is None:  # the reason has been logged
+                    logger.warning("no graph of %d requests could be captured: the engine does without", count)
+                    self.use_cuda_graph_decode = False
+                    break
+        finally:
+            gc.unfreeze()
+            self.samples = True
+            self.cache.reset()
 
-    def _read_prompts(self, model: nn.Module) -> None:
-        """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
-        tokens = self.cache.max_batch_tokens
-        while tokens >= WARM_UP_TOKENS:
-            self._runs = [(0, tokens)]
-            for self.mixed in (True, False):
-                self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
-            tokens //= 2
+    def _try(self, model: nn.Module, slot: int, lengths: list[int]) -> None:
+        """Compute a made-up batch of requests of so many new tokens."""
+        tokens = self.inputs_and_outputs.num_q_tokens = sum(lengths)
+        generation: Any = SimpleNamespace(generation=SimpleNamespace(slot=slot))
+        self.set_slots([FutureRequestState(generation, True, {}, length) for length in lengths])
+        self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0 if len(lengths) < tokens else None)
 
     def forget_graphs(self) -> None:
         """Have every graph captured again when it is needed: the layers read from other memory now."""
@@ -249,10 +258,34 @@ class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
     """
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
+        batch = self._continued(token_budget)
+        if batch is not None:
+            return batch, True, len(batch), 0
         batch, *rest = super().schedule_batch(token_budget, cache_budget)
         if batch:
-            batch.sort(key=lambda item: item.state.generation.slot)
+            batch.sort(key=_slot_of)
         return (batch, *rest)
+
+    def _continued(self, token_budget: int) -> list[FutureRequestState] | None:
+        """The next token of every request, where nothing waits and all have room; what transformers would schedule too,
+        after looking at each request anew. None where it has to."""
+        states = self.active_requests.values()
+        if self.waiting_requests or not 0 < len(states) <= min(token_budget, self.max_requests_per_batch):
+            return None
+        longest, page = self.cache.max_decode_fast_path_length, self.cache.smallest_page
+        batch = []
+        for state in states:
+            place = state.position_offset
+            if state.status != RequestStatus.DECODING or place >= longest or len(state.tokens_to_process) != 1:
+                return None
+            complete: dict[str, int] = {}
+            if place % page in (0, page - 1):  # it begins a page, or ends one
+                if not self.cache.can_store_request_tokens(state, 1):
+                    return None
+                complete = self.cache.count_new_complete_blocks(state, 1)
+            batch.append(FutureRequestState(state, not state.remaining_prefill_tokens, complete, 1))
+        self.starved_requests: list[tuple[RequestState, int]] = []
+        return sorted(batch, key=_slot_of)
 
     def _get_waiting_candidates(self) -> list[GenerationState]:
         waiting: list[GenerationState] = super()._get_waiting_candidates()
@@ -262,13 +295,18 @@ class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
         return sorted(waiting, key=lambda state: turns[state.generation.slot])
 
 
+def _slot_of(item: FutureRequestState) -> int:
+    slot: int = item.state.generation.slot
+    return slot
+
+
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
     """One batch after the other; `before_batch` runs before each, in the engine's thread, `on_end` for each request
     that ended by itself."""
 
-    def __init__(self, *, current: CurrentBatch, slots: int, hooks: Hooks, **options: Any) -> None:
+    def __init__(self, *, current: CurrentBatch, slots: int, hooks: Hooks, warm_slot: int, **options: Any) -> None:
         super().__init__(**options)
-        self._hooks = hooks
+        self._hooks, self._warm_slot = hooks, warm_slot
         #: Blocks that running requests hold, for any thread to read.
         self.blocks_used = 0
         self.inputs_and_outputs = BatchInputs(
@@ -296,7 +334,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         self.__dict__.pop("inputs_and_outputs", None)  # graphs go first; `Manager.stop` collects the rest, once
 
     def warmup(self, model: nn.Module) -> None:
-        self.model_runner.warm_up(model)
+        self.model_runner.warm_up(model, self._warm_slot)
 
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
@@ -364,16 +402,18 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         hooks: Hooks,
         *,
         pages: int,
+        warm_slot: int,
     ) -> None:
-        """`pages`: the most that a request has."""
+        """`pages`: the most that a request has, 0 for lists of rows. `warm_slot`: whose expert made-up batches are
+        computed with."""
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
         self.output_router = OutputSink(hooks.on_failure)
-        self._current, self._slots, self._hooks = current, slots, hooks
+        self._current, self._slots, self._hooks, self._warm_slot = current, slots, hooks, warm_slot
         # As resolved, there are graphs and tables for a flash kernel alone.
         graphs = captures_graphs(model.device)
         self.continuous_batching_config.use_cuda_graph = (False, graphs)
-        self.continuous_batching_config.max_blocks_per_request = pages if graphs else 0
+        self.continuous_batching_config.max_blocks_per_request = pages
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
@@ -402,6 +442,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
             current=self._current,
             slots=self._slots,
             hooks=self._hooks,
+            warm_slot=self._warm_slot,
             cache=cache,
             config=model.config.get_text_config(),
             generation_config=self.generation_config,
@@ -430,8 +471,18 @@ def captures_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and default_backend(device.type) == "triton"
 
 
-def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks) -> Manager:
-    """Make the cache and the loop, and capture graphs where there are any.
+def make_manager(
+    base: BaseModel,
+    settings: EngineSettings,
+    slots: int,
+    max_model_len: int,
+    hooks: Hooks,
+    warm_slot: int = 0,
+    paged: bool | None = None,
+) -> Manager:
+    """Make the cache and the loop, and capture graphs where there are any, with the expert in `warm_slot`.
+
+    `paged` is whether attention reads pages, where they are, or rows that are listed; None chooses by device.
 
     Raises:
         EngineError: the cache does not fit.
@@ -452,7 +503,9 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
             torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
         # A request that is tried before the first fills a batch alone.
         pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
-        manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
+        if not (captures_graphs(base.device) if paged is None else paged):
+            pages = 0
+        manager = Manager(base.model, config, base.current, slots, hooks, pages=pages, warm_slot=warm_slot)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
         raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import TMP_TOKEN_ID, FutureRequestState
 from transformers.generation.continuous_batching.utils import stream_context
+
+from meswitch_cli.engine.prefix import SaltedCache
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,60 @@ class BatchLayout:
     prompts: Tensor
     counts: tuple[int, ...]
     tables: Tensor
+
+
+class HostInputs(ContinuousBatchingIOs):  # type: ignore[misc]
+    """The tensors of a batch in host memory, with a way of its own for single tokens: transformers' would look at every
+    page of every request again, and make a tensor for each."""
+
+    def __init__(self, cache: SaltedCache, **options: Any) -> None:
+        super().__init__(cache=cache, **options)
+        self._rows = self._bulk_input_tensor.numpy()
+        self._tables = self.block_table.numpy()
+        #: What each row of the tables was filled with: a request's own list of blocks, how many, and of what edition.
+        self._filled: list[tuple[Any, int, int] | None] = [None] * self.block_table.shape[1]
+
+    def forget_tables(self) -> None:
+        """Fill all rows anew next time: something else has written to them."""
+        self._filled = [None] * len(self._filled)
+
+    def prepare_single_tokens(self, batch: list[FutureRequestState], num_q_tokens: int) -> None:
+        """As `prepare_batch_tensors`, of requests with one new token each: ids, positions and tables, which is all that
+        such a batch's layers read, padded to `num_q_tokens`."""
+        count = len(batch)
+        self.use_block_table, self.num_q_tokens, self.max_kv_read = True, num_q_tokens, 0
+        self.num_request_in_batch, self.requests_in_batch = count, list(batch)
+        self.total_seqlen_q, self.max_length_q = count, 1
+        tokens, places = [0] * num_q_tokens, [0] * num_q_tokens
+        for row, item in enumerate(batch):
+            state = item.state
+            tokens[row], places[row] = state.tokens_to_process[0], state.position_offset
+            state.position_offset += 1
+            if item.has_new_token:
+                state.tokens_to_process = [TMP_TOKEN_ID]
+            self._fill(row, state.request_id)
+        for row in range(count, num_q_tokens):
+            if self._filled[row] is not _NOBODY:
+                self._tables[:, row, 0] = -1
+                self._filled[row] = _NOBODY
+        self._rows[0, :num_q_tokens], self._rows[1, :num_q_tokens] = tokens, places
+
+    def _fill(self, row: int, request_id: str) -> None:
+        allocators = self.cache.cache_allocators.values()
+        first = next(iter(allocators)).block_table[request_id]
+        total = sum(len(allocator.block_table[request_id]) for allocator in allocators)
+        filled, edition = self._filled[row], self.cache.edition
+        if filled is not None and filled[0] is first and filled[1:] == (total, edition):
+            return
+        for allocator in allocators:
+            blocks = allocator.block_table[request_id]
+            stride = allocator.block_physical_stride // allocator.tokens_per_page
+            self._tables[allocator.index, row, : len(blocks)] = [block * stride for block in blocks]
+        self._filled[row] = (first, total, edition)
+
+
+#: In place of what a row was filled with: that of a request that is none.
+_NOBODY: tuple[Any, int, int] = (None, 0, -1)
 
 
 class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
@@ -49,7 +105,7 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
         self.layout: BatchLayout | None = None
         self._host: Any = None
         if staged:
-            self._host = ContinuousBatchingIOs(**(options | {"device": torch.device("cpu")}))
+            self._host = HostInputs(**(options | {"device": torch.device("cpu")}))
             self._host_places = torch.zeros(5, len(self.logits_indices), dtype=torch.int32)
             if self.device.type == "cuda":
                 self._host_places = self._host_places.pin_memory()
@@ -69,14 +125,17 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
         if host is None:
             super().prepare_batch_tensors(requests_in_batch, *options, max_kv_read, use_padding)
             return
-        host.prepare_batch_tensors(requests_in_batch, *options, 0, use_padding)  # pages are read, and no listed rows
+        if use_decode_fast_path:
+            host.prepare_single_tokens(requests_in_batch, num_q_tokens)
+        else:  # pages are read, and no listed rows
+            host.prepare_batch_tensors(requests_in_batch, *options, 0, use_padding)
         self.requests_in_batch = host.requests_in_batch
-        self.req_id_to_new_token_position = host.req_id_to_new_token_position
         host._transfer_inputs(self, self.compute_stream, non_blocking=True)
         self.layout = None if host.use_block_table else self._copied_layout()
 
     def _copied_layout(self) -> BatchLayout:
         host, place = self._host, 0
+        host.forget_tables()
         singles: list[int] = []
         prompts: list[tuple[int, int, int, int]] = []
         alone = sum(item.query_length == 1 for item in self.requests_in_batch)
@@ -110,6 +169,7 @@ class BatchInputs(ContinuousBatchingIOs):  # type: ignore[misc]
         super().reset()
         if self._host is not None:
             self._host.reset()
+            self._host.forget_tables()
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return (*super()._get_graph_key(), int(self.mixed))

@@ -23,6 +23,9 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         self._paged = paged
         super().__init__(**options)
         self._salts: dict[str, bytes] = {}
+        #: Counts up where a request's list of blocks has changed but not grown.
+        self.edition = 0
+        self.smallest_page = min(allocator.tokens_per_page for allocator in self.cache_allocators.values())
         #: Prompt tokens that were found in the cache, by request.
         self.matched: dict[str, int] = {}
 
@@ -99,6 +102,7 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
                 if twin is not None:
                     allocator.ledger.acquire(twin)
                     table[index] = twin
+                    self.edition += 1
                     if allocator.ledger.release(block):
                         allocator.pool.free_blocks(allocator.index, [block])
             parent = key

@@ -44,19 +44,23 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.6}
 _SEED = 20
 
 
-def prove(config: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype) -> None:
+def prove(
+    config: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype, *, on_device: bool = False
+) -> None:
     """Compare the engine with plain transformers on a small model of a config; once a process for each config.
 
-    On a CPU in fp32 whatever the type, on a GPU in `dtype`, as its attention is another for each.
+    On a CPU in fp32, with the cache as the device has it: on a GPU some ten kernels would be compiled first, for
+    shapes that are not served. `on_device`, on the device all the same, in `dtype`.
 
     Raises:
         EngineError: the family comes out otherwise, or cannot be run.
         CheckpointError: transformers cannot build the model, or it has weights of an unknown kind.
     """
     entries = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    computed = torch.float32 if device.type == "cpu" else dtype
+    place = device if on_device else torch.device("cpu")
+    computed = torch.float32 if place.type == "cpu" else dtype
     try:
-        problem = _problem(json.dumps(entries, sort_keys=True), device, computed)
+        problem = _problem(json.dumps(entries, sort_keys=True), place, computed, device.type != "cpu")
     except MeswitchError as error:
         raise type(error)(f"{where}: {error}") from error
     if problem is not None:
@@ -64,13 +68,13 @@ def prove(config: dict[str, Any], where: str, device: torch.device, dtype: torch
 
 
 @functools.lru_cache(maxsize=64)
-def _problem(text: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -> str | None:
     """What is wrong with a family in this engine; None where nothing is."""
     with _undisturbed():
         small, plain = small_model(json.loads(text), dtype)
         try:
             described = architecture(small, "config.json")
-            served = _Served.of(plain, described, small, device, dtype)
+            served = _Served.of(plain, described, small, device, dtype, paged)
             requests = _requests(served.base.vocabulary, special_ids(small))
             together = served.answers(requests)
         except CheckpointError:
@@ -158,12 +162,12 @@ class _Unheard:
 class _Served:
     """A small model and its expert in the engine's own layers, banks, cache and scheduler, without its threads."""
 
-    def __init__(self, base: BaseModel, expert: SyntheticExpert) -> None:
-        self.base, self.expert = base, expert
+    def __init__(self, base: BaseModel, expert: SyntheticExpert, paged: bool) -> None:
+        self.base, self.expert, self.paged = base, expert, paged
 
     @classmethod
     def of(
-        cls, plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+        cls, plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype, paged: bool
     ) -> _Served:
         model = build_random(config, register())
         model.load_state_dict(plain.state_dict())
@@ -175,7 +179,7 @@ class _Served:
         banks = Banks(base, bank_layout(base, [expert.manifest]), SLOTS)
         banks.load(SLOT, expert.manifest, expert.stored)
         banks.install()
-        return cls(base, expert)
+        return cls(base, expert, paged)
 
     def answers(self, requests: Sequence[GenerationRequest]) -> list[_Answer]:
         """What the engine generates, prompts split over several batches, some beside others' continuations."""
@@ -190,7 +194,7 @@ class _Served:
             max_batch_tokens=4 * PAGE_SIZE,
             max_running=len(PROMPT_PAGES),
         )
-        manager = make_manager(self.base, settings, SLOTS, longest, _Unheard())
+        manager = make_manager(self.base, settings, SLOTS, longest, _Unheard(), SLOT, self.paged or None)
         processor: Any = manager.batch_processor
         answers = [_Answer(request) for request in requests]
         generations = [_generation(answer, self.base.vocabulary) for answer in answers]

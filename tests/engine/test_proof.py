@@ -108,6 +108,40 @@ def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LARGE,
+        config_of("mistral", sliding_window=4096),
+        config_of("gemma2", head_dim=32, attn_logit_softcapping=1.0),
+        config_of("gemma3_text", head_dim=32, sliding_window=512),
+        config_of("phi3"),
+        config_of("stablelm"),
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_families_are_proven_over_pages_for_a_card(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No card is needed: the arithmetic is a CPU's, the cache is a card's."""
+    pages = []
+    attend_pages = attention._attend_pages
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        pages.append(len(arguments[4]))
+        return attend_pages(*arguments)
+
+    monkeypatch.setattr(attention, "_attend_pages", noted)
+    prove(config, "base", torch.device("cuda"), torch.bfloat16)
+    assert pages
+
+    def shifted(layer: Any, query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return attend_pages(layer, query.roll(1, 2), *arguments)
+
+    proof._problem.cache_clear()
+    monkeypatch.setattr(attention, "_attend_pages", shifted)
+    with pytest.raises(EngineError, match="differ"):
+        prove(config, "base", torch.device("cuda"), torch.bfloat16)
+
+
 def test_a_model_that_is_no_language_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="not a causal language model"):
         check({"model_type": "clip"})

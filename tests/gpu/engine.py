@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 
@@ -13,6 +14,9 @@ from gpu.model import Model, parser
 from gpu.profiling import profiled
 from meswitch_cli.engine import TransformersEngine
 from meswitch_cli.engine.contract import BASE
+
+#: All that the profiler may take; where it hangs, its part tells where and ends.
+PROFILE_SECONDS = 60
 
 
 def started(model: Model, what: str, experts: dict, **others: object) -> TransformersEngine:
@@ -90,10 +94,13 @@ def main() -> None:
         if model.device == "cuda":
             say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
                 most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
+        if not options.many:
+            faulthandler.dump_traceback_later(PROFILE_SECONDS, exit=True)
             for who, group in (("experts", names[:some]), ("base", [BASE] * some)):
                 count = len(set(group) - {BASE})
                 batch = {"bits": options.bits, "layers": sizes.layers, "experts": count, "requests": some}
                 say("profile", what=f"{what}: {who}", **batch, **profiled(engine, group, steps, sizes.steady))
+            faulthandler.cancel_dump_traceback_later()
     finally:
         engine.stop()
 

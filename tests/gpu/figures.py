@@ -30,10 +30,14 @@ def read(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 def _tests(lines: list[str]) -> list[dict[str, Any]]:
     closing = next(
-        (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in [\d.]+s", line)), None
+        (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|skipped|error).* in [\d.]+s", line)), None
     )
     if closing is None:
         return []
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing)}
+    late = next((int(line.split()[0]) for line in lines if line.endswith(" not begun for want of time")), 0)
+    if late:
+        counts["skipped"] = counts.get("skipped", 0) - late
+        counts["not begun"] = late
     failures = [line.split(" ", 1)[1] for line in lines if re.match(r"(FAILED|ERROR) tests/", line)]
     return [{"figure": "tests", **counts, "failures": failures}]

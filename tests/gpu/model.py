@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -185,7 +187,8 @@ def nbytes(folder: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What every part that uses the model is told."""
+    """What every part that uses the model is told. One that is stopped says where it was."""
+    faulthandler.register(signal.SIGTERM, chain=True)
     made = argparse.ArgumentParser()
     made.add_argument("--scratch", type=Path, required=True)
     made.add_argument("--tiny", action="store_true")

@@ -29,37 +29,45 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
         return [sys.executable, f"kernels/benchmarks/{name}.py", *words]
 
     small = ["--tiny"] if tiny else []
-    probe = Part("probe", "Card and kernels", script("gpu_probe", *small), 80)
-    compress = Part("compress", "Compression on the device", module("compress", *RATES), 100, least=40)
-    engines = [
-        Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 150, least=30) for rate in RATES
-    ]
-    kernels = Part("kernels", "Kernel tests", kernel_tests(tiny), 120, least=30)
-    truth = Part("truth", "Truth tests", truth_tests(tiny), 120, least=30)
-    linear = Part("linear", "Linears", script("gpu_linear"), 80, least=20, card=True)
-    decoder = Part("decoder", "Decoder", script("gpu_decoder"), 60, least=20, card=True)
-    many = Part("many", "Many experts at once", module("engine", "--bits", "1", "--many"), 60)
-    switch = Part("switch", "Switching", module("switch", "--bits", "2"), 60)
-    against = [
-        Part("base", "The base alone", module("against", "base"), 40),
-        Part("lora", "LoRA", module("against", "lora"), 50),
-        Part("dense", "One dense model per expert", module("against", "dense"), 60),
-    ]
-    serve = Part("serve", "Server", module("serve"), 60)
+    parts = {
+        part.name: part
+        for part in (
+            Part("probe", "Card and kernels", script("gpu_probe", *small), 120, least=60),
+            Part("compress", "Compression on the device", module("compress", *RATES), 120, least=60),
+            *(
+                Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 180, least=40)
+                for rate in RATES
+            ),
+            Part("kernels", "Kernel tests", kernel_tests(tiny), 130, least=70),
+            Part("truth", "Truth tests", truth_tests(tiny), 130, least=70),
+            Part("linear", "Linears", script("gpu_linear"), 80, least=20, card=True),
+            Part("decoder", "Decoder", script("gpu_decoder"), 60, least=30, card=True),
+            Part("many", "Many experts at once", module("engine", "--bits", "1", "--many"), 60, least=20),
+            Part("switch", "Switching", module("switch", "--bits", "2"), 60, least=20),
+            Part("base", "The base alone", module("against", "base"), 60, least=15),
+            Part("lora", "LoRA", module("against", "lora"), 60, least=15),
+            Part("dense", "One dense model per expert", module("against", "dense"), 60, least=20),
+            Part("serve", "Server", module("serve"), 90, least=30),
+        )
+    }
     if tiny:  # nothing is timed, so that pairs may share the cores, and a busy machine has time enough
-        pairs = [[probe, compress], engines, [many, switch], [kernels, truth], against[:2], [against[2], serve]]
-        return [[replace(part, limit=200, least=1) for part in pair] for pair in pairs]
+        pairs = ("probe compress", "engine-2 engine-1", "many switch", "kernels truth", "base lora", "dense serve")
+        return [[replace(parts[name], limit=200, least=1) for name in pair.split()] for pair in pairs]
+    # The probe has read the card before the compression of its stage begins to compute; the rest of it compiles.
+    alone = "engine-2", "decoder", "base", "lora", "switch", "serve", "engine-1", "linear"
     return [
-        *([part] for part in (probe, compress, *engines)),
-        [kernels, truth],
-        *([part] for part in (linear, decoder, against[0], against[1], serve, switch, many, against[2])),
+        [parts["probe"], parts["compress"]],
+        *([parts[name]] for name in alone),
+        [parts["kernels"], parts["truth"]],
+        [parts["many"]],
+        [parts["dense"]],
     ]
 
 
 def kernel_tests(tiny: bool) -> list[str]:
-    """The tests of every Triton kernel on values; compilation ahead of time is left to `make test`."""
-    chosen = "(triton or gpu) and not compile" if not tiny else "packing"
-    return _pytest("tests/kernels", "--confcutdir=tests/kernels", "-k", chosen, *_workers(tiny))
+    """All that is not of another backend, as far as time allows; compilation ahead of time is left to `make test`."""
+    chosen = "not (compile or cpu or naive)" if not tiny else "packing"
+    return _pytest("tests/kernels", "--confcutdir=tests/kernels", "-k", chosen, *_workers(tiny, 10))
 
 
 def truth_tests(tiny: bool) -> list[str]:
@@ -71,9 +79,10 @@ def truth_tests(tiny: bool) -> list[str]:
 
 
 def _pytest(*words: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", *words, "-p", "no:cacheprovider"]
+    plugins = ["-p", "gpu.timebox", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    return [sys.executable, "-m", "pytest", "-q", *words, *plugins]
 
 
-def _workers(tiny: bool, most: int = 14) -> list[str]:
+def _workers(tiny: bool, most: int) -> list[str]:
     count = min(most, os.cpu_count() or 1)
     return ["-n", str(count)] if find_spec("xdist") and not tiny else []

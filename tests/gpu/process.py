@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import figures
+from gpu.timebox import LIMIT
 
 PASSED = "passed"
 #: Seconds between asking a group to end and ending it.
@@ -93,7 +94,7 @@ def start(part: Part, limit: float, log: Path, environment: Mapping[str, str]) -
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env={**environment, LIMIT: str(limit)},
             start_new_session=True,
         )
     return Running(part, process, log, limit)

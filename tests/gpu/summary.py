@@ -175,7 +175,10 @@ def _cell(value: object) -> str:
 def _part_row(part: Part, outcome: Outcome) -> list[object]:
     counts = [row for row in outcome.figures if row["figure"] == "tests"]
     tests = "".join(
-        f", {row[name]} {name}" for row in counts for name in ("passed", "failed", "skipped", "error") if name in row
+        f", {row[name]} {name}"
+        for row in counts
+        for name in ("passed", "failed", "skipped", "error", "not begun")
+        if name in row
     )
     result = outcome.status if outcome.passed else f"**{outcome.status}**"
     return [part.name, part.title, result + tests, outcome.seconds, round(part.limit)]

@@ -15,6 +15,7 @@ from engine.family import Family, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
+from meswitch_cli.engine.proof import prove
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -174,3 +175,12 @@ def test_the_base_alone_has_graphs_of_its_own(family: Family, start: Start) -> N
     assert wrong(engine, family, batch) == []
     keys = runner(engine).inputs_and_outputs.graphs._storage.keys()
     assert {key[-1] for key in keys} == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral"])
+def test_the_proof_on_the_card_itself(kind: str, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 268, "sliding_window": 512, "head_dim": 32}
+    device = torch.device("cuda", torch.cuda.current_device())
+    prove({"model_type": kind, **sizes}, "base", device, dtype, on_device=True)
