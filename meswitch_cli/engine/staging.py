@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import mmap
@@ -39,6 +40,8 @@ def _register(address: int, nbytes: int) -> bool:
     code = int(_runtime().cudaHostRegister(address, nbytes, 0))
     if code:
         _warn_unpinned(code)
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.ones(1, device="cuda")  # the error would otherwise be raised by whoever launches next
     return not code
 
 
