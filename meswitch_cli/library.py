@@ -34,16 +34,14 @@ def compress(
     Raises:
         MeswitchError: the message says what was wrong, where, and what to do.
     """
-    from meswitch_cli.calibration.data import read_calibration
     from meswitch_cli.compression import job
-    from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+    from meswitch_cli.compression.settings import CompressionSettings
+    from meswitch_cli.compression.windows import calibration_asked
     from meswitch_cli.model.device import choose_device
     from meswitch_cli.paths import user_path
 
-    data = None if str(calibration) in (RANDOM, "none") else read_calibration(user_path(str(calibration)))
-    chosen = CompressionSettings.with_defaults(
-        calibration=data.sha256 if data else None if str(calibration) == "none" else RANDOM, **settings
-    )
+    data, recorded = calibration_asked(str(calibration))
+    chosen = CompressionSettings.with_defaults(calibration=recorded, **settings)
     prepared = job.prepare(str(base), str(expert), user_path(str(out)), chosen, data)
     job.compress(prepared, device=choose_device(device), force=force)
     return Artifact.open(prepared.out)

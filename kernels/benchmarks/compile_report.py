@@ -8,23 +8,27 @@ Every launch that the default settings can make is compiled for sm_80 and sm_90;
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
-from meswitch_kernels import triton_decode, triton_low_rank, triton_ops, triton_prefill, triton_rows
+from meswitch_kernels import triton_groups, triton_merge, triton_norm, triton_ops
 from meswitch_kernels.groups import tile_size_for
-from meswitch_kernels.packing import widths_in
+from meswitch_kernels.packing import BIT_WIDTHS, widths_in
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -36,18 +40,56 @@ POINTERS = {
     "table": "fp32",
     "gain_rows": "i64",
     "z": "fp32",
+    "linears": "i64",
 }
-VALUES = {"x", "weight", "y", "bias", "salient_value", "left", "right", "added_rows"}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VALUES = {
+    "x", "scaled", "weight", "y", "bias", "salient_value", "left", "right", "added_rows", "merged", "shift", "like",
+    "query", "key", "new_query", "new_key", "cos", "sin", "gate", "up",
+}  # fmt: skip
 INTEGER_POINTERS = {
     "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
-    "tile_start", "tile_count", "added_counts",
+    "tile_start", "tile_count", "added_counts", "tickets", "source",
+    "target",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
-    "in_features", "out_features", "hidden", "x_stride", "weight_stride", "codes_stride", "steps_stride",
-    "channels_per_split", "max_salient", "max_rank",
+    "in_features", "out_features", "hidden", "x_stride", "scaled_stride", "weight_stride", "codes_stride",
+    "steps_stride", "channels_per_split", "max_rank", "most_rank",
 }  # fmt: skip
+ALONE = {
+    "triton_rows.embedding_rows": {"BLOCK": 1024},
+    "triton_norm.norm_rows": {"OWN": True, **triton_norm.norm_launch(4096)},
+    "triton_groups.group_by_slot": {"TILE_TOKENS": 16, **triton_groups.group_launch(255)},
+    "triton_siblings.prepare_siblings": {
+        "SPLITS": 8,
+        "SCALED": True,
+        "RANKED": True,
+        "TILE_TOKENS": 8,
+        "BLOCK_RANK": 16,
+        "BLOCK_K": 128,
+    },
+    "triton_elementwise.turn_heads": {"HEADS": 8, "HALF": 64},
+    "triton_elementwise.gate_rows": {"BLOCK": 1024},
+    "triton_rows.added_row_logits": {"BLOCK": 1024},
+}
+"""Kernels that do not depend on the kind of a bank, with their constants."""
 RANK = 32
 """Room for a low-rank part, beside none. Any multiple of 16 compiles to the same."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way a kernel is compiled: `kernel` is its module and name, `tokens` the batch that takes it, 0 for any."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    constants: dict[str, object]
+    options: dict[str, int]
+    bits: int = 0
+    steps: str = "-"
+    rank: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,66 +126,88 @@ def signature(
     return types, attributes
 
 
-def measure(
-    kernel: object, dtype: str, arch: int, constants: dict[str, object], options: dict[str, int]
-) -> tuple[int, int, int]:
-    """(registers, spilled bytes, shared bytes) of a kernel compiled for sm_`arch`."""
-    types, attributes = signature(kernel, dtype, constants)
-    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def compiled(launch: Launch) -> CompiledKernel:
+    """A launch, compiled for its card."""
+    module, name = launch.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"meswitch_kernels.{module}"), name)
+    types, attributes = signature(kernel, launch.dtype, launch.constants)
+    source = ASTSource(kernel, signature=types, constexprs=launch.constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+
+
+def measure(launch: Launch) -> Row:
+    """Registers, spilled bytes and shared bytes of one launch."""
+    kernel = compiled(launch)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
         command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/out"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return registers, spilled, compiled.metadata.shared
+    shape = (launch.arch, launch.dtype, launch.bits, launch.steps, launch.rank, launch.tokens)
+    return Row(launch.kernel.split(".")[1], *shape, registers, spilled, kernel.metadata.shared)
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    """Compile and report, one launch at a time."""
+def launches(quick: bool) -> Iterator[Launch]:
+    """Every launch that the default settings can make."""
     formats = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
     for arch, (dtype, bits), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
-        common = {"WIDTHS": widths_in(bits), "GROUPED": grouped, "BLOCK_RANK": triton_ops.RANK_BLOCK}
-        steps = "grouped" if grouped else "per row"
+        common = {
+            "WIDTHS": widths_in(bits), "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_ops.rank_block(rank),
+        }  # fmt: skip
+        kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
         for tokens in (16,) if quick else (16, 32, 64):
-            settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32")
+            settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
-                **common, "BASE_TOKENS": tokens, "TILE_TOKENS": 16, "BLOCK_OUT": settings.block_out,
-                "BLOCK_K": settings.block_k, "DELTA_BLOCK_K": settings.delta_block_k,
-                "Z_SPLITS": triton_ops.PROJECT_SPLITS if rank else 0,
+                **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
+                "MOST_TILES": tokens, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out, "BLOCK_K": settings.block_k,
+                "Z_SPLITS": triton_ops.PREPARE_SPLITS if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-            used = measure(triton_decode.decode_partials, dtype, arch, constants, options)
-            yield Row("decode_partials", arch, dtype, bits, steps, rank, tokens, *used)
+            yield Launch("triton_decode.decode", arch, dtype, constants, options, **kind, tokens=tokens)
+            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False):
+                # Decode's own code but for the pointers: one for each card will do.
+                constants = {**constants, "SCALED": True}
+                yield Launch("triton_siblings.decode_siblings", arch, dtype, constants, options, **kind, tokens=tokens)
         for tokens in (128, 1024):
-            settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32")
+            settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
                 **common, "HAS_BIAS": True, "TILE_TOKENS": tile_size_for(tokens), "BLOCK_OUT": settings.block_out,
                 "BLOCK_K": settings.block_k, "TILES_TOGETHER": 8, "Z_SPLITS": 1 if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-            used = measure(triton_prefill.prefill, dtype, arch, constants, options)
-            yield Row("prefill", arch, dtype, bits, steps, rank, tokens, *used)
+            yield Launch("triton_prefill.prefill", arch, dtype, constants, options, **kind, tokens=tokens)
+        options = triton_merge.merge_launch(TYPES[dtype], rank)
+        constants = {
+            **{name: common[name] for name in ("WIDTHS", "GROUPED", "EVEN")}, "SCALED": bits == 1, "HAS_BIAS": True,
+            "LOW_RANK": rank > 0, **options,
+        }  # fmt: skip
+        options = {"num_warps": constants.pop("num_warps")}
+        yield Launch("triton_merge.merge_rows", arch, dtype, constants, options, **kind)
     for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 128, 1024]):
         tile = tile_size_for(tokens)
         constants = {
-            "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.RANK_BLOCK, "BLOCK_K": triton_ops.project_block(tile),
+            "SCALED": tokens < 128, "RANKED": True, "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.rank_block(RANK),
+            "BLOCK_K": triton_ops.prepare_block(tile),
         }  # fmt: skip
-        used = measure(triton_low_rank.project, dtype, arch, constants, triton_ops.PROJECT_OPTIONS)
-        yield Row("project", arch, dtype, 0, "-", RANK, tokens, *used)
-    rows_alone = [
-        (triton_decode.reduce_partials, {"HAS_BIAS": True, "BLOCK": 256}),
-        (triton_rows.embedding_rows, {"BLOCK": 1024}),
-        (triton_rows.norm_rows, {"BLOCK": 1024}),
-        (triton_rows.added_row_logits, {"BLOCK": 1024}),
-    ]
-    for arch, (kernel, constants) in product([80, 90], rows_alone):
-        used = measure(kernel, "bf16", arch, constants, {"num_warps": 4})
-        yield Row(kernel.__name__, arch, "bf16", 0, "-", 0, 0, *used)
+        options = triton_ops.PREPARE_OPTIONS
+        yield Launch("triton_low_rank.prepare", arch, dtype, constants, options, rank=RANK, tokens=tokens)
+    for arch, bits in product([80, 90], BIT_WIDTHS):
+        constants = {"BITS": bits, "BLOCK_ROWS": 16}
+        yield Launch("triton_planes.rearrange_codes", arch, "bf16", constants, {"num_warps": 4}, bits=bits)
+    for arch, (kernel, constants) in product([80, 90], ALONE.items()):
+        own = {name: value for name, value in constants.items() if name != "num_warps"}
+        yield Launch(kernel, arch, "bf16", own, {"num_warps": constants.get("num_warps", 4)})
+
+
+def compile_all(quick: bool) -> list[Row]:
+    """Compile and report, as many launches at once as there are processors."""
+    # A fresh interpreter each: Triton's compiler is not made for a forked copy of a process that has used it.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return list(pool.map(measure, launches(quick)))
 
 
 def main() -> int:
@@ -151,7 +215,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quick", action="store_true", help="the launches of bfloat16 serving alone")
     options = parser.parse_args()
-    found = list(rows(options.quick))
+    found = compile_all(options.quick)
     if options.json:
         print(json.dumps([asdict(row) for row in found]))
     else:

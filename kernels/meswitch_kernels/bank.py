@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from .delta import VALUE_DTYPES, Capacity, ExpertDelta
+from .dispatch import reads_planes
 from .groups import check_slots
-from .packing import group_count, unpack_codes, words_per_row
+from .packing import from_planes, group_count, to_planes, unpack_codes, words_per_row
 
 _Made = TypeVar("_Made")
+
+TICKET_ROWS = 32
+"""Output rows for which there is a ticket: the decode kernel's smallest block."""
 
 
 class _BankTensors(NamedTuple):
@@ -39,10 +43,16 @@ class _BankTensors(NamedTuple):
     """int32 `[slots]`: group size, 0 for one step per row."""
     slot_rank: Tensor
     """int32 `[slots]`: rank of the low-rank part, 0 where an expert has none. `[0]` in a bank without room for any."""
+    tickets: Tensor
+    """int32 `[blocks of rows]`, zeros: what the decode kernel counts its programs by, one launch at a time."""
     bits: int
     """The widest code any slot may hold."""
     group_size: int
     """The finest group any slot may have; 0 where all have one step per row."""
+    scaled: bool
+    """Whether a slot may have channel scales; all ones otherwise."""
+    planes: bool
+    """Whether codes lie in planes (`packing.to_planes`), as the Triton kernels read them, or little-endian."""
 
 
 class BankTensors(_BankTensors):
@@ -73,6 +83,8 @@ def dequantize_rows(
     steps = tensors.steps[slot, : out * groups].view(out, groups)[rows].to(dtype)
     if group_size:
         steps = steps.repeat_interleave(group_size, 1)[:, :in_features]
+    if tensors.planes:
+        codes = from_planes(codes, bits)
     levels = unpack_codes(codes, bits, in_features).to(dtype) - (2**bits - 1) / 2
     delta: Tensor = levels * steps * tensors.channel_scale[slot].to(dtype)
     index = tensors.salient_index[slot].long().expand(len(delta), -1)
@@ -83,12 +95,22 @@ def dequantize_rows(
     return delta
 
 
+def _put_planes(slot: Tensor, words: Tensor, bits: int) -> None:
+    if slot.device.type == "cuda":
+        from .triton_planes import to_planes as put
+
+        put(words, bits, slot)
+    else:
+        slot.copy_(to_planes(words, bits))
+
+
 class ExpertBank:
     """The low-bit deltas of up to `slots` experts for one weight `[out_features, in_features]`.
 
     All memory is allocated here, once; on the device "meta" none is, and `nbytes` tells what there would be. `dtype` is
-    how salient values, added rows and the low-rank part are stored: float32 holds either 16-bit type exactly. Raises
-    ValueError or TypeError for settings it cannot hold.
+    how salient values, added rows and the low-rank part are stored: float32 holds either 16-bit type exactly. `planes`
+    is how codes lie in words, by default as the kernels of the device read them. Raises ValueError or TypeError for
+    settings it cannot hold.
     """
 
     def __init__(
@@ -99,6 +121,7 @@ class ExpertBank:
         capacity: Capacity,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        planes: bool | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("in_features", in_features), ("out_features", out_features)):
             if value < 1:
@@ -126,8 +149,11 @@ class ExpertBank:
             slot_bits=empty(slots, of=torch.int32),
             slot_group=empty(slots, of=torch.int32),
             slot_rank=empty(slots if capacity.rank else 0, of=torch.int32),
+            tickets=empty(-(-out_features // TICKET_ROWS), of=torch.int32),
             bits=capacity.bits,
             group_size=capacity.group_size,
+            scaled=capacity.channel_scale,
+            planes=reads_planes(torch.device(device).type) if planes is None else planes,
         )
         self.added_rows = empty(slots, capacity.added_rows, in_features, of=dtype)
         """`[slots, capacity.added_rows, in]`: vocabulary rows beyond the base's, for embeddings and heads."""
@@ -154,7 +180,11 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
-        to.codes[slot, : delta.codes.numel()].copy_(delta.codes.reshape(-1), non_blocking=True)
+        codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
+        if to.planes:
+            _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
+        else:
+            codes.copy_(delta.codes, non_blocking=True)
         to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
         if delta.salient_index is not None and delta.salient_value is not None:
             k = len(delta.salient_index)

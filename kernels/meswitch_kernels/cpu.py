@@ -37,6 +37,8 @@ def expert_linear(
     """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
+    if bank.planes:
+        raise ValueError("the cpu backend reads codes as they are stored; make the bank with planes=False")
     if x.stride(1) != 1 or x.data_ptr() % x.element_size():
         x = x.contiguous()
     if weight.stride(1) != 1:
@@ -64,6 +66,7 @@ def expert_linear(
 
 expert_embedding = naive.expert_embedding
 added_logits = naive.added_logits
+base_norm = naive.base_norm
 
 
 @dataclass(frozen=True)

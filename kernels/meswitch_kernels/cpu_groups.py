@@ -38,10 +38,16 @@ class CpuGroups:
     few: Few | None
 
 
-def group_tokens(slot_of_token: Tensor, slots: int | None = None, *, left_out: Collection[int] = ()) -> CpuGroups:
+def group_tokens(
+    slot_of_token: Tensor,
+    slots: int | None = None,
+    runs: Sequence[tuple[int, int]] | None = None,
+    *,
+    left_out: Collection[int] = (),
+) -> CpuGroups:
     """Group `slot_of_token` (int32 `[tokens]`, -1 for the base), less the tokens of some slots.
 
-    How many slots there are does not matter here.
+    How many slots there are, and the `runs` that the Triton backend plans prefill by, do not matter here.
     """
     tokens_of: dict[int, list[int]] = {}
     for token, slot in enumerate(slot_of_token.tolist()):

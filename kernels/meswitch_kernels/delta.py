@@ -18,6 +18,8 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Capacity:
     """The most that any delta in a bank has: widest codes, finest groups (0: one step per row), and so on.
 
+    `channel_scale` says whether any has channel scales; kernels of a bank without them do not read any.
+
     Raises:
         ValueError: a number is impossible.
     """
@@ -27,6 +29,7 @@ class Capacity:
     salient: int = 0
     added_rows: int = 0
     rank: int = 0
+    channel_scale: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -43,6 +46,7 @@ class Capacity:
             salient=max(self.salient, other.salient),
             added_rows=max(self.added_rows, other.added_rows),
             rank=max(self.rank, other.rank),
+            channel_scale=self.channel_scale or other.channel_scale,
         )
 
 
@@ -103,6 +107,8 @@ class ExpertDelta:
         for name, most in own.items():
             if most > getattr(capacity, name):
                 raise ValueError(f"{name} {most} does not fit a bank of {getattr(capacity, name)}")
+        if self.channel_scale is not None and not capacity.channel_scale:
+            raise ValueError("channel_scale does not fit a bank without channel scales")
         if self.group_size and not 0 < capacity.group_size <= self.group_size:
             raise ValueError(f"groups of {self.group_size} do not fit a bank of group_size {capacity.group_size}")
         expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -31,13 +32,21 @@ def default_backend(device_type: str) -> str:
     """The backend for tensors on `device_type`: `MESWITCH_KERNEL` where set, else the fastest available.
 
     The environment is read at the first call for a device type and remembered. Raises ValueError for an
-    unknown name and RuntimeError where the backend asked for cannot run here.
+    unknown name and RuntimeError where the backend asked for cannot run here. Warns where a GPU is left to `naive`.
     """
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
         return checked_backend(asked, device_type, f"{ENVIRONMENT_VARIABLE}={asked}")
     fastest = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "naive")
-    return "naive" if unavailable_reason(fastest) else fastest
+    reason = unavailable_reason(fastest)
+    if reason and device_type == "cuda":
+        warnings.warn(
+            f"{reason}; the naive backend serves instead, many times slower: it waits for the device in every layer "
+            "and cannot be captured in a CUDA graph",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return "naive" if reason else fastest
 
 
 @functools.cache
@@ -53,6 +62,13 @@ def checked_backend(name: str, device_type: str, source: str = "backend") -> str
     if reason:
         raise RuntimeError(f"{source}: {reason}")
     return name
+
+
+def reads_planes(device_type: str) -> bool:
+    """Whether the kernels of a device type want codes in planes: where Triton serves it."""
+    if device_type == "cuda":
+        return unavailable_reason("triton") is None
+    return device_type == "cpu" and default_backend("cpu") == "triton"
 
 
 def available_backends() -> dict[str, str | None]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-DECODE_TILE = 16
-"""Tokens per tile of the decode kernel: the smallest a tensor core takes."""
+from .dispatch import default_backend
+
+if TYPE_CHECKING:
+    from .prefill_plan import PrefillPlan
+
+DECODE_TILES = ((17, 16), (0, 8))
+"""(tokens from, tile size) of the decode kernel: 8 is the smallest a tensor core takes, and unpacks a weight for fewest
+instructions; 16 unpacks half as often where one slot has many tokens."""
 PREFILL_TOKENS = 128
 """From this many tokens on a batch is served by the prefill kernel, in larger tiles."""
 PREFILL_TILES = ((1024, 128), (PREFILL_TOKENS, 64))
@@ -23,7 +30,8 @@ class TokenGroups:
 
     `order` int32 `[tokens]` lists the tokens group by group. A tile is up to `tile_size` neighbours in that
     order that share a slot: `tile_slot`, `tile_start` (a place in `order`) and `tile_count`, int32 `[tiles]`;
-    tiles that are not needed have count 0. `slot_of_token` int32 `[tokens]` is what it was made from.
+    tiles that are not needed have count 0. `slot_of_token` int32 `[tokens]` is what it was made from. `plan` shares the
+    tokens between kernels, where the host knew their slots.
     """
 
     slot_of_token: Tensor
@@ -33,11 +41,12 @@ class TokenGroups:
     tile_count: Tensor
     tile_size: int
     slots: int
+    plan: PrefillPlan | None = None
 
 
 def tile_size_for(tokens: int) -> int:
     """Tokens per tile, from the number of tokens alone, so that a captured graph keeps its launch shape."""
-    return next((size for least, size in PREFILL_TILES if tokens >= least), DECODE_TILE)
+    return next(size for least, size in (*PREFILL_TILES, *DECODE_TILES) if tokens >= least)
 
 
 def max_tiles(tokens: int, slots: int, tile_size: int) -> int:
@@ -63,6 +72,16 @@ def group_tokens(slot_of_token: Tensor, slots: int, tile_size: int | None = None
         low, high = (int(value) for value in torch.aminmax(slot_of_token))
         if low < -1 or high >= slots:
             raise IndexError(f"slot_of_token spans {low} to {high}; the slots are -1 (base) to {slots - 1}")
+    tiles = max_tiles(tokens, slots, tile_size)
+    if default_backend(slot_of_token.device.type) == "triton":
+        from .triton_groups import sort_tokens as sort
+    else:
+        sort = sort_tokens
+    return TokenGroups(slot_of_token, *sort(slot_of_token, slots, tile_size, tiles), tile_size, slots)
+
+
+def sort_tokens(slot_of_token: Tensor, slots: int, tile_size: int, tiles: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`order`, `tile_slot`, `tile_start` and `tile_count` of `TokenGroups`, for `tiles` tiles."""
     # An invalid slot stays in the last group so that its tokens are still visited (and poisoned).
     group_of_token = (slot_of_token + 1).clamp(0, slots)
     order = torch.sort(group_of_token, stable=True).indices.to(torch.int32)
@@ -71,20 +90,15 @@ def group_tokens(slot_of_token: Tensor, slots: int, tile_size: int | None = None
     starts = torch.cumsum(counts, 0) - counts
     tiles_of_group = (counts + (tile_size - 1)) // tile_size
     last_tile = torch.cumsum(tiles_of_group, 0)
-    tile = torch.arange(max_tiles(tokens, slots, tile_size), device=slot_of_token.device)
+    tile = torch.arange(tiles, device=slot_of_token.device)
     group = torch.searchsorted(last_tile, tile, right=True)
     used = group <= slots
     group = group.clamp(max=slots)
     offset = (tile - (last_tile - tiles_of_group)[group]) * tile_size
-    return TokenGroups(
-        slot_of_token=slot_of_token,
-        order=order,
-        tile_slot=torch.where(used, group - 1, -1).to(torch.int32),
-        tile_start=torch.where(used, starts[group] + offset, 0).to(torch.int32),
-        tile_count=torch.where(used, (counts[group] - offset).clamp(max=tile_size), 0).to(torch.int32),
-        tile_size=tile_size,
-        slots=slots,
-    )
+    tile_slot = torch.where(used, group - 1, -1)
+    tile_start = torch.where(used, starts[group] + offset, 0)
+    tile_count = torch.where(used, (counts[group] - offset).clamp(max=tile_size), 0)
+    return order, tile_slot.to(torch.int32), tile_start.to(torch.int32), tile_count.to(torch.int32)
 
 
 def check_slot_tensor(slot_of_token: Tensor) -> None:

@@ -7,13 +7,14 @@ comes out as NaN here as in every backend; on the CPU `ops` refuses it before it
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import groups as _groups
 from .bank import BankTensors, dequantize_rows
 from .groups import TokenGroups
-from .groups import group_tokens as group_tokens
 
 
 def expert_linear(
@@ -32,6 +33,11 @@ def expert_linear(
         y[tokens] += x[tokens].to(wide) @ delta.T + bank.bias_delta[slot].to(wide)
     y[unservable(slot_of_token, bank.slot_bits)] = torch.nan
     return y.to(x.dtype)
+
+
+def group_tokens(slot_of_token: Tensor, slots: int, runs: Sequence[tuple[int, int]] | None = None) -> TokenGroups:
+    """As `groups.group_tokens`. `runs`, by which the Triton backend plans prefill, do not matter here."""
+    return _groups.group_tokens(slot_of_token, slots)
 
 
 def expert_embedding(
@@ -74,6 +80,10 @@ def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Ten
     return (normed * table[gain_rows]).to(x.dtype)
 
 
+base_norm = None
+"""A backend's norm of rows that all have one gain; without one, the model's own is as fast."""
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -113,6 +123,112 @@ def decode_attention(
             scores = torch.tanh(scores / softcap) * softcap
         results.append((torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1))
     return torch.stack(results).to(query.dtype)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    page_size: int,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    tokens: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention `[total, heads, width]` of one new token of each request to the pages of a cache and to itself.
+
+    Args:
+        query: `[heads, total, width]`; heads that share a key head are neighbours.
+        key, value: `[key heads, total, width]`; the new tokens' own are written to the caches.
+        key_cache, value_cache: `[rows, key heads, width]`, with equal strides.
+        tables: int32 `[requests, pages]`, the pages of each request's rows in order. A first entry of -1 is no
+            request: nothing is written for it, and what comes out means nothing.
+        positions: int32 `[total]`, how many tokens come before each.
+        window: a token sees as many, itself included, and position p has row p % window of its request.
+        softcap: scores are squashed to +-softcap, as in Gemma 2.
+        tokens: int32 `[requests]`, the place of each request's token among `total`; None: its own number.
+        out: what the rows are written to; those of other tokens stay as they are.
+    """
+    wide, shared = accumulation_dtype(query), query.shape[0] // key.shape[0]
+    if out is None:
+        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    for request, table in enumerate(tables):
+        token = request if tokens is None else int(tokens[request])
+        if table[0] < 0:
+            out[token] = 0
+            continue
+        last = int(positions[token])
+        seen = torch.arange(0 if window is None else max(0, last + 1 - window), last + 1, device=query.device)
+        rows = _rows_of(table, seen, page_size, window)
+        key_cache[rows[-1]], value_cache[rows[-1]] = key[:, token], value[:, token]
+        keys, values = (
+            cache[rows].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
+        )
+        scores = (keys @ (query[:, token].to(wide) * scale).unsqueeze(2)).squeeze(2)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        out[token] = (torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1).to(query.dtype)
+    return out
+
+
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    prompts: Tensor,
+    counts: Sequence[int],
+    page_size: int,
+    scale: float,
+    out: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """As `paged_attention`, of several new tokens of each request, which see those before them too.
+
+    Args:
+        prompts: int32 `[prompts, 4]`: place of the first token among `total`, number of tokens, tokens before them in
+            the cache, and the row of `tables`.
+        counts: the numbers of tokens, known to the host.
+        out: `[total, heads, width]`, which is written to.
+    """
+    wide, shared = accumulation_dtype(query), query.shape[0] // key.shape[0]
+    for (first, count, past, request), known in zip(prompts.tolist(), counts, strict=True):
+        if count != known:
+            raise ValueError(f"a prompt of {count} tokens is said to have {known}")
+        own = slice(first, first + count)
+        seen = torch.arange(0 if window is None else max(0, past + 1 - window), past, device=query.device)
+        rows = _rows_of(tables[request], seen, page_size, window)
+        keys, values = (
+            torch.cat([cache[rows].transpose(0, 1), new[:, own]], 1).to(wide).repeat_interleave(shared, 0)
+            for cache, new in ((key_cache, key), (value_cache, value))
+        )
+        position = torch.arange(past, past + count, device=query.device)
+        distance = position[:, None] - torch.cat([seen, position])
+        scores = (query[:, own].to(wide) * scale) @ keys.transpose(1, 2)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or past + count)), -torch.inf)
+        out[own] = (torch.softmax(scores, 2) @ values).transpose(0, 1).to(query.dtype)
+        kept = min(count, window or count)
+        rows = _rows_of(tables[request], position[count - kept :], page_size, window)
+        for cache, new in ((key_cache, key), (value_cache, value)):
+            cache[rows] = new[:, first + count - kept : first + count].transpose(0, 1)
+
+
+def _rows_of(table: Tensor, positions: Tensor, page_size: int, window: int | None) -> Tensor:
+    """Where the keys of positions lie, by a request's pages."""
+    place = positions if window is None else positions % window
+    return table[place // page_size].long() * page_size + place % page_size
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -1,6 +1,8 @@
-"""Low-bit codes packed into 32-bit words, little-endian along the input dimension."""
+"""Low-bit codes packed into 32-bit words: little-endian along the input dimension, or in planes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 WORD_BITS = 32
 BIT_WIDTHS = (1, 2, 4)
 """The widths a code may have, ascending. Each divides 32, so that no code straddles two words."""
+PLANE_WORDS = 32
+"""Words of a row that hold their codes in planes together; the last of a row may be fewer."""
 
 
 def widths_in(bits: int) -> tuple[int, ...]:
@@ -59,3 +63,53 @@ def unpack_codes(words: Tensor, bits: int, in_features: int) -> Tensor:
     shifts = torch.arange(codes_per_word(bits), device=words.device, dtype=torch.int32) * bits
     codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :in_features].to(torch.uint8)
+
+
+def to_planes(words: Tensor, bits: int) -> Tensor:
+    """Words `[out, words]` of `pack_codes` with the codes of each `PLANE_WORDS` words rearranged in planes.
+
+    Of n words together, plane j is bits `j*bits` and up of every half word, and holds 2n neighbouring channels: the
+    words' channel `j*2n + 2w + h` lies in half h of word w. So one mask takes a pair of neighbours from each word.
+    """
+    check_bits(bits)
+    return _by_blocks(words, lambda block: _block_to_planes(block, bits))
+
+
+def from_planes(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `to_planes`."""
+    check_bits(bits)
+    return _by_blocks(words, lambda block: _block_from_planes(block, bits))
+
+
+def _by_blocks(words: Tensor, rearrange: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rearrange` of `[out, blocks, words of each]`, the whole blocks at once and then the rest of each row."""
+    out_features, count = words.shape
+    whole = count // PLANE_WORDS * PLANE_WORDS
+    result = torch.empty_like(words)
+    for part, target in ((words[:, :whole], result[:, :whole]), (words[:, whole:], result[:, whole:])):
+        if part.shape[1]:
+            size = min(PLANE_WORDS, part.shape[1])
+            target.copy_(rearrange(part.reshape(out_features, -1, size)).view(out_features, -1))
+    return result
+
+
+def _block_to_planes(words: Tensor, bits: int) -> Tensor:
+    count, mask = words.shape[-1], (1 << bits) - 1
+    pair = 2 * torch.arange(count, device=words.device)
+    result = torch.zeros_like(words)
+    for plane in range(WORD_BITS // 2 // bits):
+        channel = plane * 2 * count + pair
+        both = words[..., channel // codes_per_word(bits)] >> (channel % codes_per_word(bits) * bits).int()
+        result |= ((both & mask) | ((both >> bits) & mask) << 16) << (plane * bits)
+    return result
+
+
+def _block_from_planes(words: Tensor, bits: int) -> Tensor:
+    count, per_word, mask = words.shape[-1], codes_per_word(bits), (1 << bits) - 1
+    first = per_word * torch.arange(count, device=words.device)
+    result = torch.zeros_like(words)
+    for code in range(per_word):
+        plane, place = (first + code) // (2 * count), (first + code) % (2 * count)
+        own = words[..., place // 2] >> (plane * bits + place % 2 * 16).int()
+        result |= (own & mask) << (code * bits)
+    return result

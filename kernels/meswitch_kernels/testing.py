@@ -123,13 +123,16 @@ def random_call(
     device: str = "cpu",
     seed: int = 0,
     rank: int | tuple[int, ...] = 0,
+    planes: bool | None = None,
 ) -> Call:
     """A call with random operands. Several `bits` or ranks go to the slots in turn, in a bank of the largest."""
     rng = torch.Generator().manual_seed(seed)
     widths = (bits,) if isinstance(bits, int) else bits
     ranks = (rank,) if isinstance(rank, int) else rank
-    capacity = Capacity(bits=max(widths), group_size=group_size, salient=max(k, 1), rank=max(ranks))
-    bank = ExpertBank(slots, in_features, out_features, capacity, dtype, device)
+    capacity = Capacity(
+        bits=max(widths), group_size=group_size, salient=max(k, 1), rank=max(ranks), channel_scale=channel_scale
+    )
+    bank = ExpertBank(slots, in_features, out_features, capacity, dtype, device, planes)
     for slot in range(slots):
         expert = random_expert(
             seed + slot + 1,
@@ -157,4 +160,5 @@ def relative_error(y: Tensor, truth: Tensor) -> float:
     """‖y − truth‖ / ‖truth‖ in float64; NaN where y holds one."""
     if not truth.numel():
         return 0.0
+    truth = truth.double().cpu()
     return float((y.double().cpu() - truth).norm() / truth.norm())

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
-"""The low-rank part: z = x·Rᵀ in a small launch of its own, and its product with L, which decode and prefill add."""
+"""What comes before a delta product: z = x·Rᵀ of the low-rank part, x times channel scales; and L·z, which is added."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def project(
+@triton.jit
+def prepare_tile(
+    tile,
+    first_row,
+    split,
     x,
+    channel_scale,
     right,
+    scaled,
     z,
     slot_rank,
     order,
@@ -23,19 +28,19 @@ def project(
     max_rank,
     x_stride,
     channels_per_split,
+    SCALED: tl.constexpr,
+    RANKED: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Partial sums z `[splits, tokens, max_rank]`: x·Rᵀ of one tile of tokens that share a slot, for some rows of R.
-
-    What lies past a slot's own rank, and the tokens of slots without one, are not written; nobody reads them.
-    """
-    tile, first_row, split = tl.program_id(0), tl.program_id(1) * BLOCK_RANK, tl.program_id(2)
+    """`prepare` of one tile, for BLOCK_RANK rows of R from `first_row` and one share of the channels."""
     count, slot = tl.load(tile_count + tile), tl.load(tile_slot + tile)
     if (count > 0) & (slot >= 0) & (slot < slots):
-        rank = tl.load(slot_rank + slot)
-        if first_row < rank:
+        rank = 0
+        if RANKED:
+            rank = tl.load(slot_rank + slot)
+        if (first_row < rank) | (SCALED & (first_row == 0)):
             within = tl.arange(0, TILE_TOKENS)
             token_mask = within < count
             token = tl.load(order + tl.load(tile_start + tile) + within, mask=token_mask, other=0)
@@ -43,17 +48,60 @@ def project(
             row_mask = rows < rank
             right += slot.to(tl.int64) * max_rank * in_features
             first = split * channels_per_split
-            acc = tl.zeros((TILE_TOKENS, BLOCK_RANK), dtype=tl.float32)
+            acc = tl.zeros((BLOCK_RANK, TILE_TOKENS), dtype=tl.float32)
             for k_start in range(first, tl.minimum(first + channels_per_split, in_features), BLOCK_K):
                 k = k_start + tl.arange(0, BLOCK_K)
                 inside = (k < in_features)[None, :]
-                place = x + (token[:, None] * x_stride + k[None, :])
-                given = tl.load(place, mask=token_mask[:, None] & inside, other=0.0)
-                place = right + (rows[:, None] * in_features + k[None, :])
-                own = tl.load(place, mask=row_mask[:, None] & inside, other=0.0).to(x.dtype.element_ty)
-                acc = tl.dot(given, tl.trans(own), acc, input_precision="ieee")
-            place = z + ((split * tokens + token[:, None]) * max_rank + rows[None, :])
-            tl.store(place, acc, mask=token_mask[:, None] & row_mask[None, :])
+                present = token_mask[:, None] & inside
+                given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=present, other=0.0)
+                if RANKED:
+                    of_rank = right + (rows[:, None] * in_features + k[None, :])
+                    own = tl.load(of_rank, mask=row_mask[:, None] & inside, other=0.0).to(x.dtype.element_ty)
+                    acc = tl.dot(own, tl.trans(given), acc, input_precision="ieee")
+                if SCALED and first_row == 0:
+                    factor = tl.load(channel_scale + slot * in_features + k, mask=k < in_features, other=0.0)
+                    product = given.to(tl.float32) * factor.to(tl.float32)[None, :]
+                    target = scaled + (token[:, None] * in_features + k[None, :])
+                    tl.store(target, product.to(x.dtype.element_ty), mask=present)
+            if RANKED:
+                sums = z + ((split * tokens + token[None, :]) * max_rank + rows[:, None])
+                tl.store(sums, acc, mask=token_mask[None, :] & row_mask[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def prepare(
+    x,
+    channel_scale,
+    right,
+    scaled,
+    z,
+    slot_rank,
+    order,
+    tile_slot,
+    tile_start,
+    tile_count,
+    tokens,
+    slots,
+    in_features,
+    max_rank,
+    x_stride,
+    channels_per_split,
+    SCALED: tl.constexpr,
+    RANKED: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What decode needs of x, tile by tile of tokens that share a slot.
+
+    RANKED: partial sums z `[splits, tokens, max_rank]` of x·Rᵀ. SCALED: `scaled` `[tokens, in]`, x times its slot's
+    channel scales. What lies past a slot's own rank, and the tokens of the base, are not written; nobody reads them.
+    """
+    prepare_tile(
+        tl.program_id(0), tl.program_id(1) * BLOCK_RANK, tl.program_id(2), x, channel_scale, right, scaled, z,
+        slot_rank, order, tile_slot, tile_start, tile_count, tokens, slots, in_features, max_rank, x_stride,
+        channels_per_split, SCALED, RANKED, TILE_TOKENS, BLOCK_RANK, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit

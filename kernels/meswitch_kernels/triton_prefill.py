@@ -28,6 +28,7 @@ def _merged_product(
     MERGE: tl.constexpr,
     BITS: tl.constexpr,
     GROUPED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """`acc` [BLOCK_OUT, BLOCK_TOKENS] plus (W + Δ̂) times the tokens' x, or W alone where not MERGE."""
@@ -44,7 +45,7 @@ def _merged_product(
         )
         merged = tl.load(weight + (rows[:, None] * weight_stride + k[None, :]), mask=inside[None, :], other=0.0)
         if MERGE:
-            value = code_values(load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K), BITS)
+            value = code_values(load_codes(codes, rows, k_start, in_features, BITS, BLOCK_K, EVEN), BITS)
             if GROUPED:
                 value *= load_steps(steps, rows, k_start, group_size, in_features, BLOCK_K)
             else:
@@ -90,6 +91,7 @@ def prefill(
     max_rank,
     WIDTHS: tl.constexpr,
     GROUPED: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -136,7 +138,7 @@ def prefill(
             if bits == WIDTHS[i]:
                 acc = _merged_product(
                     acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-                    in_features, group_size, True, WIDTHS[i], GROUPED, BLOCK_K,
+                    in_features, group_size, True, WIDTHS[i], GROUPED, EVEN, BLOCK_K,
                 )  # fmt: skip
         acc += tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)[:, None]
         for j in range(0, max_salient):
@@ -147,7 +149,7 @@ def prefill(
     else:
         acc = _merged_product(
             acc, x, x_stride, token, token_mask, weight, weight_stride, slot_codes, slot_steps, scale, rows,
-            in_features, group_size, False, WIDTHS[0], GROUPED, BLOCK_K,
+            in_features, group_size, False, WIDTHS[0], GROUPED, EVEN, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + row + rows).to(tl.float32)[:, None]
@@ -155,5 +157,5 @@ def prefill(
     served = asked == tl.load(tile_slot + tile)
     servable = served & ((asked == -1) | (is_expert & (bits > 0)))
     result = tl.where(servable[:, None], tl.trans(acc), float("nan"))
-    place = y + row + (token[:, None] * out_features + rows[None, :])
+    place = y + row + (token.to(tl.int64)[:, None] * out_features + rows[None, :])
     tl.store(place, result.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])

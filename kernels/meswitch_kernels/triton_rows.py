@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
-"""What an expert switches besides linears: embedding rows, norms, added vocabulary."""
+"""What an expert switches besides linears and norms: embedding rows, added vocabulary."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def embedding_rows(
         else:
             bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
             own = codes + slot_rows(slot, codes_stride, row, words_per_row(hidden, bits))
-            packed = codes_at(own, k, inside, bits)
+            packed = codes_at(own, k, inside, hidden, bits)
             span = tl.where(group_size > 0, group_size, hidden)
             groups = (hidden + span - 1) // span
             group = slot.to(tl.int64) * steps_stride + row * groups + k // span
@@ -63,28 +63,6 @@ def embedding_rows(
                 value += tl.where(k == channel, residual.to(tl.float32), 0.0)
     value = tl.where(servable, value, float("nan"))
     tl.store(y + token * hidden + k, value.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_rows(x, table, y, gain_rows, gain_count, hidden, x_stride, epsilon, BLOCK: tl.constexpr):
-    """y `[rows, hidden]` = each row of x over its root mean square, times its own row of `table`."""
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, hidden, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row * x_stride + k, mask=k < hidden, other=0.0).to(tl.float32)
-        squares += value * value
-    scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / hidden + epsilon)
-    index = tl.load(gain_rows + row)
-    known = (index >= 0) & (index < gain_count)
-    gains = table + tl.where(known, index, 0) * hidden
-    for start in range(0, hidden, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        inside = k < hidden
-        value = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32) * scale
-        value = value.to(y.dtype.element_ty).to(tl.float32) * tl.load(gains + k, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(known, value, float("nan"))
-        tl.store(y + row * hidden + k, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -6,6 +6,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .packing import PLANE_WORDS as _PLANE_WORDS
+
+PLANE_WORDS = tl.constexpr(_PLANE_WORDS)
+
+
+@triton.constexpr_function
+def places_for(bits):
+    """How many places of the mantissa codes are set into by turns, so that fewer words need a shift.
+
+    bfloat16's seven bits limit the wider codes; more than three places, each with sums of its own, take too many
+    registers.
+    """
+    return min(3, 7 // bits)
+
 
 @triton.jit
 def words_per_row(in_features, bits):
@@ -14,30 +28,94 @@ def words_per_row(in_features, bits):
 
 
 @triton.jit
-def codes_at(codes, k, inside, bits):
-    """Codes int32 of the channels `k` of the row whose first word `codes` points to, whatever their width."""
-    words = tl.load(codes + (k * bits >> 5), mask=inside, other=0)
-    return (words >> (k * bits & 31)) & ((1 << bits) - 1)
+def codes_at(codes, k, inside, in_features, bits):
+    """Codes int32 of the channels `k`, whatever their width; `codes` points to the first word of each one's row."""
+    words = words_per_row(in_features, bits)
+    channels = PLANE_WORDS * 32 // bits
+    block = k // channels
+    pairs = tl.maximum(tl.minimum(words - block * PLANE_WORDS, PLANE_WORDS), 1)
+    plane, place = (k - block * channels) // (2 * pairs), (k - block * channels) % (2 * pairs)
+    word = tl.load(codes + (block * PLANE_WORDS + place // 2), mask=inside, other=0)
+    return (word >> (plane * bits + place % 2 * 16)) & ((1 << bits) - 1)
 
 
 @triton.jit
 def load_codes(
     codes,  # pointer to the first word of the first row
     rows,  # rows counted from there, [BLOCK_OUT]
-    k_start,
+    k_start,  # a multiple of BLOCK_K
     in_features,
     BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr = False,
 ):
-    """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; zeros past the last channel."""
-    first = rows * words_per_row(in_features, BITS)
-    PER_WORD: tl.constexpr = 32 // BITS
-    word = k_start // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
-    inside = (word * PER_WORD < in_features)[None, :]
-    words = tl.load(codes + (first[:, None] + word[None, :]), mask=inside, other=0)
-    shifts = tl.arange(0, PER_WORD) * BITS
-    unpacked = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
-    return tl.reshape(unpacked, (rows.shape[0], BLOCK_K))
+    """Codes `[BLOCK_OUT, BLOCK_K]` int32 of channels `k_start` and up; any past the last channel.
+
+    EVEN says that every row ends with a whole block of words, which spares a second way to read them.
+    """
+    tl.static_assert(2 * PLANE_WORDS % BLOCK_K == 0)
+    CHANNELS: tl.constexpr = PLANE_WORDS * 32 // BITS
+    words = in_features // CHANNELS * PLANE_WORDS if EVEN else words_per_row(in_features, BITS)
+    block = k_start // CHANNELS
+    if EVEN or (block + 1) * PLANE_WORDS <= words:
+        within = k_start - block * CHANNELS
+        first = block * PLANE_WORDS + within % (2 * PLANE_WORDS) // 2
+        pair = tl.load(codes + (rows[:, None] * words + first + tl.arange(0, BLOCK_K // 2)[None, :]))
+        pair = pair >> (within // (2 * PLANE_WORDS) * BITS)
+        both = tl.join(pair, pair >> 16) & ((1 << BITS) - 1)
+        unpacked = tl.reshape(both, (rows.shape[0], BLOCK_K))
+    else:
+        k = k_start + tl.arange(0, BLOCK_K)[None, :]
+        unpacked = codes_at(codes + rows[:, None] * words, k, k < in_features, in_features, BITS)
+    return unpacked
+
+
+@triton.jit
+def plane_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Two values of each word `[BLOCK_OUT, n]`, the codes SHIFT bits up in either half: `[BLOCK_OUT, 2n]` of DTYPE.
+
+    A code is set into the mantissa of 128 in bfloat16, of 1024 in float16; which place it has there is the
+    caller's to know. With ASM one instruction makes the pair, where Triton's own would take five.
+    """
+    BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
+    LOWEST: tl.constexpr = 0 if BFLOAT else 3
+    PLACE: tl.constexpr = SHIFT // BITS % places_for(BITS) * BITS
+    DOWN: tl.constexpr = SHIFT - PLACE - LOWEST
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (PLACE + LOWEST)
+    if DOWN > 0:
+        words = words >> DOWN
+    if DOWN < 0:
+        words = words << -DOWN
+    if ASM:
+        # Two neighbours of a thread are the halves of one word, as in every operand of a tensor core.
+        twice = tl.broadcast_to(words[:, :, None], (words.shape[0], words.shape[1], 2))
+        twice = tl.reshape(twice, (words.shape[0], 2 * words.shape[1]))
+        mask = (MASK << 16) | MASK
+        if BFLOAT:
+            value = tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, $3, 0x43004300, 0xEA;",
+                "=r,r,r,r,r",
+                [twice, mask],
+                dtype=tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            value = tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, $3, 0x64006400, 0xEA;",
+                "=r,r,r,r,r",
+                [twice, mask],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        ONE: tl.constexpr = 0x4300 if BFLOAT else 0x6400
+        low = ((words & MASK) | ONE).to(tl.int16)
+        high = ((words >> 16 & MASK) | ONE).to(tl.int16)
+        both = tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+        value = both.to(DTYPE, bitcast=True)
+    return value
 
 
 @triton.jit

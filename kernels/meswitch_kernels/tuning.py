@@ -6,18 +6,23 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 
 from .groups import tile_size_for
+
+MERGE_TOKENS = 96
+"""`merge_tokens` of a card that nobody has measured. It is reckoned: six tiles of decode read codes for about as long
+as a merge takes."""
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
     """Block shape, pipelining and split of one kernel launch.
 
-    `delta_block_k` is the decode kernel's block of input channels for codes: longer than that for weights, so
-    that as many bytes are on their way.
+    `splits` share the input channels of the base's weights; in decode `delta_splits` share those of the codes, and
+    `delta_programs` the tiles of tokens, as long as there are as many tiles in use.
     """
 
     block_out: int
@@ -25,7 +30,8 @@ class LaunchSettings:
     splits: int
     num_warps: int
     num_stages: int
-    delta_block_k: int = 0
+    delta_splits: int = 1
+    delta_programs: int = 16
 
 
 @dataclass(frozen=True)
@@ -43,40 +49,62 @@ def token_bucket(tokens: int) -> int:
 
 
 def launch_settings(
-    kernel: str, out_features: int, in_features: int, tokens: int, dtype: torch.dtype, device: torch.device
+    kernel: str,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grouped: bool = False,
 ) -> LaunchSettings:
     """Settings for `kernel` ("decode" or "prefill") at a shape, measured on this card where they are known."""
     card = card_of(device)
     table = _measured().get(card.name, {})
     found = table.get(f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}")
-    if found:
+    if found and not grouped:
         return LaunchSettings(**found)
-    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32)
+    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32, grouped)
 
 
 def default_settings(
-    kernel: str, out_features: int, in_features: int, tokens: int, card: Card, wide: bool = False
+    kernel: str,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    card: Card,
+    wide: bool = False,
+    grouped: bool = False,
 ) -> LaunchSettings:
     """Settings that no measurement has chosen: large blocks that compile without a spill.
 
     docs/results/kernels-compile.md has the registers of each. Decode splits the input channels until there
-    are about two programs per processor. `wide` is for float32 operands, which take twice the registers.
+    are about two programs per processor. `wide` is for float32 operands, `grouped` for
+    groups of steps: both take more registers.
     """
     if kernel == "prefill":
         large_tile = tile_size_for(tokens) >= 128
         if wide:
             return LaunchSettings(64 if large_tile else 32, 32, 1, num_warps=8, num_stages=2)
         if large_tile:
-            block_out, block_k = (128, 64) if card.hopper else (64, 32)
+            block_out, block_k = (128, 64) if card.hopper and not grouped else (64, 32)
             return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
         return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
-    block_out, block_k, splits = 32 if wide else 64, 32 if wide else 64, 1
-    while -(-out_features // block_out) * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
+    wide = wide or grouped
+    block_out, block_k, splits, delta_splits = 32 if wide else 64, 32 if wide else 64, 1, 1
+    blocks = -(-out_features // block_out)
+    while blocks * splits < 2 * card.processors and in_features >= 8 * block_k * splits:
         splits *= 2
-    if wide:
-        return LaunchSettings(block_out, block_k, splits, num_warps=8, num_stages=2, delta_block_k=block_k)
-    delta_block_k = 2 * block_k if card.hopper else block_k
-    return LaunchSettings(block_out, block_k, splits, num_warps=4, num_stages=4, delta_block_k=delta_block_k)
+    while 1.1 * blocks * delta_splits < card.processors and in_features >= 2048 * delta_splits:
+        delta_splits *= 2
+    # Programs without a tile leave at once, but cost a start; those of many tiles pass them on to one another.
+    programs = max(1, 16 * card.processors // (blocks * delta_splits))
+    warps, stages = (4, 2) if wide else (2, 3)
+    return LaunchSettings(block_out, block_k, splits, warps, stages, delta_splits, programs)
+
+
+def merge_tokens(device: torch.device) -> int:
+    """Tokens of one slot from which its weights are merged for cuBLAS: measured on this card, where they were."""
+    return int(_content().get("merge_tokens", {}).get(card_of(device).name, MERGE_TOKENS))
 
 
 @functools.cache
@@ -88,8 +116,12 @@ def card_of(device: torch.device) -> Card:
     return Card(properties.name, properties.multi_processor_count, properties.major >= 9)
 
 
-@functools.cache
 def _measured() -> dict[str, dict[str, dict[str, int]]]:
-    text = resources.files(__package__).joinpath("tuning.json").read_text()
-    table: dict[str, dict[str, dict[str, int]]] = json.loads(text)["cards"]
+    table: dict[str, dict[str, dict[str, int]]] = _content()["cards"]
     return table
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())
+    return content

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from meswitch_cli.checkpoint.tensorfile import TensorFileError, read_header, read_tensor, read_tensors
+from meswitch_cli.checkpoint.tensorfile import TensorFileError, new_buffer, read_header, read_tensor, read_tensors
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
@@ -58,10 +58,11 @@ class Shard:
         except TensorFileError as error:
             raise ArtifactError(str(error)) from error
 
-    def read_all(self) -> dict[str, StoredDelta]:
-        """What is stored of every parameter, by name, in one read, with the checks of `delta`."""
+    def read_all(self, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> dict[str, StoredDelta]:
+        """What is stored of every parameter, by name, in one read, with the checks of `delta`; `buffer_of` makes the
+        memory for it."""
         try:
-            stored = read_tensors(self._infos)
+            stored = read_tensors(self._infos, buffer_of)
         except TensorFileError as error:
             raise ArtifactError(str(error)) from error
         return {

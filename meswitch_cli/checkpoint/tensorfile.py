@@ -157,8 +157,12 @@ def read_tensor(info: TensorInfo, buffer_of: Callable[[int], torch.Tensor] = new
     return buffer.view(info.dtype).reshape(info.shape)
 
 
-def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    infos: Mapping[str, TensorInfo], buffer_of: Callable[[int], torch.Tensor] = new_buffer
+) -> dict[str, torch.Tensor]:
     """Read all of these tensors, which lie in one file, at once: they are views of one buffer where they can be.
+
+    `buffer_of` makes it, for a number of bytes.
 
     Raises:
         TensorFileError: the bytes cannot be read in full.
@@ -168,7 +172,7 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     start = min(info.offset for info in infos.values())
     nbytes = max(info.offset + info.nbytes for info in infos.values()) - start
     path = next(iter(infos.values())).path
-    whole = read_tensor(TensorInfo("all", torch.uint8, (nbytes,), path, start, nbytes))
+    whole = read_tensor(TensorInfo("all", torch.uint8, (nbytes,), path, start, nbytes), buffer_of)
     return {name: _view(whole, info, info.offset - start) for name, info in infos.items()}
 
 

@@ -80,18 +80,19 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
     """
-    from meswitch_cli.calibration.data import read_calibration
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.host_memory import share_one_arena
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+    from meswitch_cli.compression.settings import CompressionSettings
+    from meswitch_cli.compression.windows import calibration_asked
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.model.device import choose_device
-    from meswitch_cli.paths import user_path
 
+    share_one_arena()
     chosen = choose_device(device)
-    data = None if calibration in (RANDOM, "none") else read_calibration(user_path(calibration))
+    data, recorded = calibration_asked(calibration)
     settings = CompressionSettings.with_defaults(
         bits=int(bits),
         salient=salient,
@@ -101,7 +102,7 @@ def run(
         rounding=rounding,
         steps=steps,
         embedding_bits=int(embedding_bits) if embedding_bits else None,
-        calibration=data.sha256 if data else RANDOM if calibration == RANDOM else None,
+        calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

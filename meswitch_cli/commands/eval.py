@@ -86,11 +86,10 @@ def run(
 
     Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-2bit --text held-out.jsonl --out ./eval
     """
-    import torch
-
     from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown
     from meswitch_cli.model.device import choose_device
+    from meswitch_cli.model.dtype import DTYPES
 
     request = Request(
         base=base,
@@ -109,7 +108,7 @@ def run(
         calibration=calibration,
         limit=limit,
         device=choose_device(device),
-        dtype=getattr(torch, dtype),
+        dtype=DTYPES[dtype],
         mode=None if mode == "auto" else mode,
         seed=seed,
         min_recovery=min_recovery,

@@ -19,18 +19,17 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
     """The result loads with AutoModelForCausalLM and AutoTokenizer, like the fine-tune it stands for."""
-    import torch
-
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.restore import restore
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
+    from meswitch_cli.model.dtype import DTYPES
 
     opened = Artifact.open(artifact)
     opened_base = Checkpoint.open(base)
     print_notes(opened_base.notes)
-    target = None if dtype == "auto" else getattr(torch, dtype)
+    target = None if dtype == "auto" else DTYPES[dtype]
     with byte_progress("restore", opened_base.nbytes) as advance:
         written = restore(opened, opened_base, out, dtype=target, force=force, on_tensor=advance)
     typer.echo(f"{written}")

@@ -26,7 +26,7 @@ Side = Literal["base", "expert"]
 Half = tuple[Side, PlannedTensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorPair:
     """One planned tensor with its values, the files they came from, and the digests of what was read."""
 

@@ -1,14 +1,27 @@
-"""What the expert is calibrated on, as tokens."""
+"""What the expert is calibrated on: what was asked for, and as tokens."""
 
 from __future__ import annotations
 
 import torch
 
-from meswitch_cli.calibration.data import random_window, token_windows
+from meswitch_cli.calibration.data import CalibrationFile, random_window, read_calibration, token_windows
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.errors import UsageError
 from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.paths import user_path
+
+
+def calibration_asked(asked: str) -> tuple[CalibrationFile | None, str | None]:
+    """The file that `--calibration` names, if it names one, and what the settings record of it.
+
+    Raises:
+        CalibrationError: the file cannot be used.
+    """
+    if asked in (RANDOM, "none"):
+        return None, RANDOM if asked == RANDOM else None
+    data = read_calibration(user_path(asked))
+    return data, data.sha256
 
 
 def calibration_windows(job: Job) -> torch.Tensor:

@@ -12,6 +12,9 @@ import torch
 BLOCK_ELEMENTS = 1 << 18
 #: The same for products with a low-rank part's vectors: their sums over rows are as wide as the tensor, block by block.
 FACTOR_BLOCK_ELEMENTS = 1 << 20
+#: And on any other device than the processor: a launch for every block of a cache's size would take longer than the
+#: work, and a few temporaries of 256 MiB find room beside a layer.
+DEVICE_BLOCK_ELEMENTS = 1 << 26
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -20,7 +23,8 @@ _Result = TypeVar("_Result")
 class RowBlocks:
     """The delta `expert - base`, both `[out, in]` of any floating dtype, without ever being whole in memory.
 
-    `subtract` takes what is to be left out off a block, in place, given the rows of the block.
+    Both are moved to `device` once, in their own dtype. `subtract` takes what is to be left out off a block, in place,
+    given the rows of the block.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class RowBlocks:
         device: torch.device | str,
         subtract: Callable[[torch.Tensor, slice], object] | None = None,
     ) -> None:
-        self._base, self._expert, self._subtract = base, expert, subtract
+        self._base, self._expert, self._subtract = base.to(device), expert.to(device), subtract
         self.shape, self.device = (expert.shape[0], expert.shape[1]), torch.device(device)
 
     def less(self, subtract: Callable[[torch.Tensor, slice], object]) -> RowBlocks:
@@ -44,23 +48,25 @@ class RowBlocks:
 
         Args:
             work: may change the block.
-            elements: of a block, about; None is `BLOCK_ELEMENTS`.
+            elements: of a block on the processor, about; None is `BLOCK_ELEMENTS`.
             most: how many blocks are looked at, evenly spread; 0 is all.
         """
-        step = max(1, (elements or BLOCK_ELEMENTS) // self.shape[1])
+        on_processor = self.device.type == "cpu"
+        size = (elements or BLOCK_ELEMENTS) if on_processor else DEVICE_BLOCK_ELEMENTS
+        step = max(1, size // self.shape[1])
         rows = range(0, self.shape[0], step)
         if most and len(rows) > most:
             rows = rows[:: -(-len(rows) // most)]
 
         def on_block(row: int) -> _Result:
             place = slice(row, row + step)
-            block = self._expert[place].to(device=self.device, dtype=torch.float32, copy=True)
-            block.sub_(self._base[place].to(device=self.device, dtype=torch.float32))
+            block = self._expert[place].to(dtype=torch.float32, copy=True)
+            block.sub_(self._base[place].to(dtype=torch.float32))
             if self._subtract is not None:
                 self._subtract(block, place)
             return work(block, place)
 
-        return in_order(on_block, rows, parallel=self.device.type == "cpu")
+        return in_order(on_block, rows, parallel=on_processor)
 
     def tall(self, work: Callable[[torch.Tensor, slice], _Result]) -> Iterator[_Result]:
         """`sweep` over blocks that suit products with a low-rank part's vectors."""

@@ -81,6 +81,7 @@ def capacity_of(entry: TensorEntry) -> Capacity:
         salient=entry.salient,
         added_rows=entry.added_rows,
         rank=entry.rank,
+        channel_scale=entry.channel_scale,
     )
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.attention import implementation
+from meswitch_cli.engine import attention
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.joined import find_siblings, join_layers
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.errors import reason_of
-from meswitch_cli.model.architecture import Architecture, architecture
+from meswitch_cli.errors import MeswitchError, reason_of
+from meswitch_cli.model.architecture import Architecture
+from meswitch_cli.model.build import build_model
 from meswitch_cli.model.dtype import model_dtype
+from meswitch_cli.model.weights import CheckpointWeights, Weights
 
 #: What the families call the epsilon of a norm.
 EPSILONS = ("variance_epsilon", "eps")
@@ -73,30 +75,27 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         CheckpointError: the checkpoint is damaged or not of its own architecture.
         EngineError: the family computes in a way this engine does not serve.
     """
-    described = architecture(checkpoint.config, str(checkpoint.source.path))
-    described.stored(checkpoint)  # a missing weight would be initialised at random
+    weights = CheckpointWeights(checkpoint)
+    weights.stored  # noqa: B018 (raises before anything is built)
     try:
-        model = load_plain(checkpoint.source.path, device, dtype)
-    except Exception as error:  # transformers raises many kinds for a folder that it cannot load
+        model = load_plain(weights, device, dtype)
+    except MeswitchError:
+        raise
+    except Exception as error:  # many kinds, for a family that cannot be built here
         raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason_of(error)}") from error
-    model.eval().requires_grad_(False)
-    _keep_own_head(model, described)
-    return replace_layers(model, described, str(checkpoint.source.path))
+    model.requires_grad_(False)
+    _keep_own_head(model, weights.architecture)
+    return replace_layers(model, weights.architecture, str(checkpoint.source.path))
 
 
-def load_plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model as transformers makes it, by way of host memory: straight to a device, it asks for accelerate."""
-    from transformers import AutoModelForCausalLM
+def load_plain(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' model with the engine's attention, built without weights and filled tensor by tensor.
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        attn_implementation=implementation(device),
-    )
-    return model.to(device)
+    Loading by transformers itself would need accelerate for any device but the CPU, and host memory for the whole.
+    """
+    model = build_model(weights, device, dtype)
+    model.set_attn_implementation(attention.register())
+    return model
 
 
 def _keep_own_head(model: Any, described: Architecture) -> None:
@@ -159,6 +158,8 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         tied,
     )
     _find_token_dimensions(base)
+    join_layers(model, backend)
+    find_siblings(model, linears.values(), backend)
     return base
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,16 +18,39 @@ class Batch:
         groups: the same, by slot, as the kernels take it.
         gain_rows: `[tokens]` int64, slot + 1: rows of the tables of gains, whose first is the base's.
         slot_of_row: `[rows]` int32, of the rows that reach the head.
+        held: an input, and what layers that have not been called yet make of it.
     """
 
-    __slots__ = ("gain_rows", "groups", "row_groups", "slot_of_row", "slot_of_token")
+    __slots__ = ("_spread", "gain_rows", "groups", "held", "row_groups", "slot_of_row", "slot_of_token")
 
-    def __init__(self, slot_of_token: Tensor, slot_of_row: Tensor, slots: int, backend: ModuleType) -> None:
+    def __init__(
+        self,
+        slot_of_token: Tensor,
+        slot_of_row: Tensor,
+        slots: int,
+        backend: ModuleType,
+        runs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """`runs` are the slots and lengths of neighbouring tokens of one slot, where the batch is not under a graph."""
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
+        self._spread: dict[tuple[int, int], Tensor] = {}
+        self.held: tuple[Tensor, dict[Any, Tensor]] | None = None
         self.slot_of_row = slot_of_row
-        self.groups = backend.group_tokens(slot_of_token, slots)
-        self.row_groups = backend.group_tokens(slot_of_row, slots)
+        self.groups = backend.group_tokens(slot_of_token, slots, runs)
+        same = slot_of_row is slot_of_token
+        self.row_groups = self.groups if same else backend.group_tokens(slot_of_row, slots)
+
+    def spread_gain_rows(self, before: int, after: int) -> Tensor:
+        """`gain_rows` of every row of a tensor `[before, tokens, after, width]`, made once for all layers."""
+        if before == after == 1:
+            return self.gain_rows
+        found = self._spread.get((before, after))
+        if found is None:
+            spread = self.gain_rows.view(1, -1, 1).expand(before, -1, after)
+            found = spread.reshape(-1).contiguous()  # of a single token it would be one number, seen many times
+            self._spread[before, after] = found
+        return found
 
     def of_rows(self, rows: int) -> tuple[Tensor, Any]:
         """Slots and groups for a head that is given `rows` rows: all tokens, or those that predict.

@@ -6,6 +6,7 @@ transformers 5.23; `version.py` refuses others.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -19,20 +20,28 @@ from transformers.generation.continuous_batching.initialization import update_cb
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
 from transformers.generation.logits_process import LogitsProcessorList
 
 from meswitch_cli.engine import attention
 from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.batch import Batch, CurrentBatch
+from meswitch_cli.engine.compiling import compile_products
 from meswitch_cli.engine.contract import EngineError, TokenLogprob
 from meswitch_cli.engine.generation import Generation
+from meswitch_cli.engine.inputs import BatchInputs
 from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
 from meswitch_cli.engine.sampler import Sampler, choose
 from meswitch_cli.engine.settings import EngineSettings
+from meswitch_kernels.dispatch import default_backend
 
 logger = logging.getLogger(__name__)
+
+
+#: Prompts of fewer tokens are read by kernels that larger ones have compiled.
+WARM_UP_TOKENS = 16
 
 
 class Hooks(Protocol):
@@ -49,11 +58,13 @@ class GenerationState(RequestState):  # type: ignore[misc]
 
     generation: Generation
     chosen: TokenLogprob | None = None
+    #: Whether what a token completes is told while the device computes the next batch.
+    tells_later = False
 
     @classmethod
-    def of(cls, generation: Generation, tokens: list[int]) -> GenerationState:
+    def of(cls, generation: Generation, tokens: list[int], tells_later: bool) -> GenerationState:
         state = cls(request_id=generation.id, initial_tokens=tokens, max_new_tokens=None)
-        state.generation = generation
+        state.generation, state.tells_later = generation, tells_later
         return state
 
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
@@ -65,44 +76,105 @@ class GenerationState(RequestState):  # type: ignore[misc]
             self.generation.end("error", "the model gave no token a finite score")
             over = True
         else:
-            over = self.generation.accept(token_id, self.chosen)
+            over = self.generation.accept(token_id, self.chosen, self.tells_later)
         if over:
             self.status = RequestStatus.FINISHED
         return over
 
     def create_equivalent_initial_request(self) -> GenerationState:
         """Begin again with what was generated as prompt: how transformers makes room in a full cache."""
-        return GenerationState.of(self.generation, self.initial_tokens + self.generated_tokens)
+        tokens = self.initial_tokens + self.generated_tokens
+        return GenerationState.of(self.generation, tokens, self.tells_later)
 
 
 class Runner(ModelRunner):  # type: ignore[misc]
     """Runs the model, under a graph where there is one, and then our sampler, which never is under it.
 
+    Graphs are of batches whose requests have one token each; a batch with a prompt in it is not worth one.
+
     Attributes:
         slot_of_token: `[max_batch_tokens]` int32, filled before every batch; at one place, so that a graph may read it.
-        mixed: whether the batch has tokens of an expert.
     """
 
     def __init__(self, current: CurrentBatch, slots: int, **options: Any) -> None:
         super().__init__(**options)
+        self.use_cuda_graph_decode: bool
         self._current, self._slots = current, slots
         self._backend = kernels(self.inputs_and_outputs.device, self.cache.dtype)
         self._logits: dict[tuple[int, ...] | None, torch.Tensor] = {}
         io = self.inputs_and_outputs
         self.slot_of_token = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32, device=io.device)
-        self.mixed = True
+        self._host_slots = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32)
+        if io.device.type == "cuda":
+            self._host_slots = self._host_slots.pin_memory()
+        self._runs: list[tuple[int, int]] = []
         self.samples = True
+        #: Whether the thread waits for a device that computes, and may do something else meanwhile.
+        self.waits = io.device.type != "cpu"
+        self.untold: list[Generation] = []
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the batch has tokens of an expert."""
+        return bool(self.inputs_and_outputs.mixed)
+
+    @mixed.setter
+    def mixed(self, mixed: bool) -> None:
+        self.inputs_and_outputs.mixed = mixed
+
+    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        self.pad_inputs = self.use_cuda_graph_decode and use_decode_fast_path
+        padded: tuple[int, int] = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
+        return padded
 
     def set_slots(self, batch: list[FutureRequestState]) -> None:
-        """Note the slot of every token of the batch. A graph is captured once for all mixtures, so with graphs even
-        the base's tokens go through the experts' kernels; without, a batch of the base alone has plain layers."""
-        slots: list[int] = []
-        for item in batch:
-            slots += [item.state.generation.slot] * item.query_length
-        slots += [-1] * (self.inputs_and_outputs.num_q_tokens - len(slots))
-        graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
-        self.mixed = graphs or max(slots, default=-1) >= 0
-        self.slot_of_token[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        """Note the slot of every token of the batch. A batch of the base alone has plain layers."""
+        runs = [(item.state.generation.slot, item.query_length) for item in batch]
+        padding = self.inputs_and_outputs.num_q_tokens - sum(length for _, length in runs)
+        self._runs = [*runs, (-1, padding)]
+        slots = [slot for slot, length in self._runs for _ in range(length)]
+        self.mixed = max(slots, default=-1) >= 0
+        self._host_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        with stream_context(self.inputs_and_outputs.compute_stream):
+            self.slot_of_token[: len(slots)].copy_(self._host_slots[: len(slots)], non_blocking=True)
+
+    def warm_up(self, model: nn.Module) -> None:
+        """Capture a graph of each size, of the base alone and with experts."""
+        if not self.use_cuda_graph_decode:
+            return
+        self.samples = False
+        self._read_prompts(model)
+        sizes = [self.cb_config.max_requests_per_batch]
+        while sizes[-1] > 1:
+            sizes.append(1 << (sizes[-1] - 1).bit_length() - 1)
+        for size, self.mixed in itertools.product(sizes, (True, False)):
+            self.run_one_warmup(model, num_q_tokens=size, max_kv_read=None)
+            if self.inputs_and_outputs.get_graph() is None:  # the reason has been logged
+                logger.warning("no graph of %d requests could be captured: batches are computed without graphs", size)
+                self.use_cuda_graph_decode = False
+                break
+        self.samples = True
+        self.cache.reset()
+
+    def _read_prompts(self, model: nn.Module) -> None:
+        """Have the kernels for prompts compiled: of each size for which they differ, in both kinds of batch."""
+        tokens = self.cache.max_batch_tokens
+        while tokens >= WARM_UP_TOKENS:
+            self._runs = [(0, tokens)]
+            for self.mixed in (True, False):
+                self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0)
+            tokens //= 2
+
+    def forget_graphs(self) -> None:
+        """Have every graph captured again when it is needed: the layers read from other memory now."""
+        self.inputs_and_outputs.graphs = CudaGraphBuffer()
+        self._logits.clear()
+
+    def _capture_graph(self, forward: Callable[..., None], stream: Any, *arguments: Any) -> None:
+        super()._capture_graph(forward, stream, *arguments)
+        # A capture computes nothing, and what the forward pass before it computed lies elsewhere.
+        with stream_context(stream):
+            self.inputs_and_outputs.get_graph().replay()
 
     def _forward_process_and_sample(
         self,
@@ -112,47 +184,60 @@ class Runner(ModelRunner):  # type: ignore[misc]
         prev_output_ids: torch.Tensor,
         output_ids: torch.Tensor,
     ) -> None:
+        io = self.inputs_and_outputs
+        slots = self.slot_of_token[: batch_data["input_ids"].shape[1]]
+        batch_data = dict(batch_data)
         indices = batch_data["logits_indices"]
-        tokens = batch_data["input_ids"].shape[1]
-        slots = self.slot_of_token[:tokens]
-        self._current.batch = Batch(slots, slots[indices.long()], self._slots, self._backend) if self.mixed else None
+        if io.use_block_table:  # every token is a row, in their order; the sampler finds those that it needs
+            batch_data.pop("logits_to_keep", None)
+            indices = None
+        if self.mixed:
+            rows = slots if indices is None else slots[indices.long()]
+            runs = None if io.use_block_table else self._runs  # a graph is replayed with other slots
+            self._current.batch = Batch(slots, rows, self._slots, self._backend, runs)
         try:
-            with attention.attending(batch_data):
+            with attention.attending(batch_data, io.layout):
                 logits: torch.Tensor = model(**batch_data).logits
         finally:
             self._current.batch = None
-        if "logits_to_keep" not in batch_data:
+        if indices is not None and "logits_to_keep" not in batch_data:
             logits = logits[:, indices, :]
         self._logits[self._key()] = logits[0]
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         io = self.inputs_and_outputs
-        if io.compute_stream is not None:  # it reads the slots that were copied on this one
-            io.compute_stream.wait_stream(torch.get_device_module().current_stream())
         super().compute_batch(model, batch_data)
         if not self.samples:
             return
-        if io.compute_stream is not None:
-            io.compute_stream.synchronize()
+        self.tell()
         key = self._key()
-        logits = self._logits[key] if key else self._logits.pop(None)
-        states = [item.state for item in io.requests_in_batch if item.has_new_token]
-        if not states:
-            return
-        chosen = choose(
-            logits[: len(states)].to(torch.float32, copy=True),
-            [cast(Sampler, state.generation.sampler) for state in states],
-        )
+        with stream_context(io.compute_stream):
+            logits = self._logits[key] if key else self._logits.pop(None)
+            rows = [row for row, item in enumerate(io.requests_in_batch) if item.has_new_token]
+            states = [io.requests_in_batch[row].state for row in rows]
+            if io.use_block_table and len(rows) < len(io.requests_in_batch):
+                logits = logits[rows]
+            io.new_tokens = self._chosen(logits[: len(rows)], states) if rows else []
+
+    def tell(self) -> None:
+        """Tell what the last batch's tokens complete."""
+        untold, self.untold = self.untold, []
+        for generation in untold:
+            generation.tell()
+
+    @staticmethod
+    def _chosen(logits: torch.Tensor, states: list[GenerationState]) -> list[int]:
+        """The next token of each request, -1 where none has a finite score."""
+        samplers = [cast(Sampler, state.generation.sampler) for state in states]
+        chosen = choose(logits.to(torch.float32, copy=True), samplers)
         for state, choice in zip(states, chosen, strict=True):
             state.chosen = choice.logprob
-        tokens = [-1 if choice.token is None else choice.token for choice in chosen]
-        io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)
+        return [-1 if choice.token is None else choice.token for choice in chosen]
 
     def _key(self) -> tuple[int, ...] | None:
         """The graph that the logits belong to: each keeps its own, and a replay writes them again."""
         io = self.inputs_and_outputs
-        graphed = self.use_cuda_graph_decode if io.use_block_table else self.use_cuda_graph_varlen
-        return (int(io.use_block_table), *io._get_graph_key()) if graphed else None
+        return io._get_graph_key() if self.use_cuda_graph_decode and io.use_block_table else None
 
 
 class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
@@ -186,6 +271,16 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         self._hooks = hooks
         #: Blocks that running requests hold, for any thread to read.
         self.blocks_used = 0
+        self.inputs_and_outputs = BatchInputs(
+            staged=self.cache.max_blocks_per_request > 0,
+            cache=self.cache,
+            config=self.config,
+            continuous_batching_config=self.cb_config,
+            device=self.model_device,
+            model_dtype=self.model_dtype,
+            logit_processor=self.logit_processor,
+        )
+        self.offloading_manager._compute_stream = self.inputs_and_outputs.compute_stream
         self.model_runner = Runner(
             current,
             slots,
@@ -201,14 +296,13 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         self.__dict__.pop("inputs_and_outputs", None)  # graphs go first; `Manager.stop` collects the rest, once
 
     def warmup(self, model: nn.Module) -> None:
-        self.model_runner.samples = False
-        super().warmup(model)
-        self.model_runner.samples = True
+        self.model_runner.warm_up(model)
 
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
         self.cache.admit(generation.id, generation.model.digest)
-        self.scheduler.add_waiting_request(GenerationState.of(generation, list(generation.request.prompt_tokens)))
+        state = GenerationState.of(generation, list(generation.request.prompt_tokens), self.model_runner.waits)
+        self.scheduler.add_waiting_request(state)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out of the scheduler and free its blocks."""
@@ -224,6 +318,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         ready: bool = super().prepare_next_batch()
         if ready:
             self.model_runner.set_slots(self.inputs_and_outputs.requests_in_batch)
+        else:
+            self.model_runner.tell()
         return ready
 
     def update_batch(self) -> None:
@@ -231,6 +327,7 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         for generation in generations:
             generation.cached_tokens = self.cache.matched.get(generation.id, 0)
         super().update_batch()
+        self.model_runner.untold = generations
         self.blocks_used = self.cache.count_blocks_used()
         for generation in generations:
             if generation.finished:
@@ -259,16 +356,27 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
     """The loop and its thread."""
 
     def __init__(
-        self, model: Any, config: ContinuousBatchingConfig, current: CurrentBatch, slots: int, hooks: Hooks
+        self,
+        model: Any,
+        config: ContinuousBatchingConfig,
+        current: CurrentBatch,
+        slots: int,
+        hooks: Hooks,
+        *,
+        pages: int,
     ) -> None:
+        """`pages`: the most that a request has."""
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
         self.output_router = OutputSink(hooks.on_failure)
         self._current, self._slots, self._hooks = current, slots, hooks
+        # As resolved, there are graphs and tables for a flash kernel alone.
+        graphs = captures_graphs(model.device)
+        self.continuous_batching_config.use_cuda_graph = (False, graphs)
+        self.continuous_batching_config.max_blocks_per_request = pages if graphs else 0
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        if model.config._attn_implementation != attention.NAME:
-            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
 
     def wake(self) -> None:
         """Have the loop look for work now."""
@@ -281,6 +389,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
             return made
         config, model = self.continuous_batching_config, self.model
         cache = SaltedCache(
+            paged=config.max_blocks_per_request > 0,
             config=model.config.get_text_config(),
             continuous_batching_config=config,
             device=model.device,
@@ -289,8 +398,6 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
             model_supports_logits_to_keep=model._supports_logits_to_keep(),
         )
         update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
-        if not all(allocator.supports_block_table for allocator in cache.cache_allocators.values()):
-            config.max_blocks_per_request = 0
         return Processor(
             current=self._current,
             slots=self._slots,
@@ -318,13 +425,18 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
             self._hooks.on_stop(self.background_thread_status.fatal_error)
 
 
+def captures_graphs(device: torch.device) -> bool:
+    """Whether a batch's launches follow from its size alone, and repeating them saves time."""
+    return device.type == "cuda" and default_backend(device.type) == "triton"
+
+
 def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks) -> Manager:
     """Make the cache and the loop, and capture graphs where there are any.
 
     Raises:
         EngineError: the cache does not fit.
     """
-    page_size = settings.page_size or (256 if base.device.type == "cuda" else 32)
+    page_size = settings.page_size or (64 if base.device.type == "cuda" else 32)
     config = ContinuousBatchingConfig(
         page_size=page_size,
         num_blocks=cache_pages(base, settings.cache_tokens, page_size, max_model_len),
@@ -332,9 +444,15 @@ def make_manager(base: BaseModel, settings: EngineSettings, slots: int, max_mode
         max_requests_per_batch=settings.max_running,
         allow_block_sharing=settings.prefix_sharing,
         use_async_batching=False,
+        auto_switch_to_flash=False,
     )
     try:
-        manager = Manager(base.model, config, base.current, slots, hooks)
+        if base.device.type == "cuda":
+            compile_products([*base.linears.values(), base.head], kernels(base.device, base.dtype), slots)
+            torch.cuda.synchronize(base.device)  # batches are computed on a stream that does not wait for the others
+        # A request that is tried before the first fills a batch alone.
+        pages = -(-max(max_model_len, settings.max_batch_tokens) // page_size)
+        manager = Manager(base.model, config, base.current, slots, hooks, pages=pages)
         manager.warmup()
     except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
         raise EngineError(f"the cache cannot be made: {error}; fewer slots or cache tokens would help") from error

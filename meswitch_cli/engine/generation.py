@@ -48,18 +48,42 @@ class Generation:
         self._detokenizer = Detokenizer(model.tokenizer, request.prompt_tokens)
         self._stops = StopStrings(request.sampling.stop)
         self._first = True
+        self._untold: tuple[int, TokenLogprob | None] | None = None
 
     @property
     def id(self) -> str:
         return self.request.id
 
-    def accept(self, token: int, logprob: TokenLogprob | None) -> bool:
-        """Take the next token, tell what it completes; return whether the request is over."""
+    def accept(self, token: int, logprob: TokenLogprob | None, later: bool = False) -> bool:
+        """Take the next token, tell what it completes; return whether the request is over.
+
+        `later`, a token that does not end the request may wait for `tell`: where no text is looked for in the answer,
+        the token alone says whether it does.
+        """
+        self.tell()
         if self.finished:
             return True
-        sampling = self.request.sampling
         self.sampler.take(token)
-        count = len(self.sampler.generated)
+        if later and not self._stops and self._goes_on(token):
+            self._untold = (token, logprob)
+            return False
+        return self._told(token, logprob)
+
+    def tell(self) -> None:
+        """Tell what has waited."""
+        untold, self._untold = self._untold, None
+        if untold is not None and not self.finished:
+            self._told(*untold)
+
+    def _goes_on(self, token: int) -> bool:
+        """Whether a token does not end the request, its text apart."""
+        sampling = self.request.sampling
+        ends = token in sampling.stop_token_ids or (token in self.model.end_ids and not sampling.ignore_eos)
+        return not (ends or self.sampler.complete or len(self.sampler.generated) >= sampling.max_tokens)
+
+    def _told(self, token: int, logprob: TokenLogprob | None) -> bool:
+        """Tell what the last token completes; return whether the request is over."""
+        sampling, count = self.request.sampling, len(self.sampler.generated)
         logprobs = () if logprob is None else (logprob,)
         ended: FinishReason | None = None
         stop_reason: str | int | None = None
@@ -108,6 +132,7 @@ class Generation:
 
     def end(self, reason: FinishReason, error: str | None = None) -> None:
         """End it before its time."""
+        self.tell()
         if not self.finished:
             self.finished = True
             self._tell(Chunk(self.id, self._rest() if reason == "length" else "", finish_reason=reason, error=error))

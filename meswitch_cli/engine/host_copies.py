@@ -6,15 +6,14 @@ from collections import OrderedDict
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.banks import Stored
+from meswitch_cli.engine.staging import pinned_buffer
 
 
 class HostCopies:
-    """Experts in host memory by the digest of their manifest, the least recently used given up first.
+    """Experts in host memory by the digest of their manifest, `limit` bytes at most, the least recently used given up
+    first."""
 
-    `limit` bytes; None is no limit.
-    """
-
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self._copies: OrderedDict[str, Stored] = OrderedDict()
 
@@ -34,9 +33,7 @@ class HostCopies:
         if key in self._copies:
             self._copies.move_to_end(key)
             return self._copies[key]
-        stored = artifact.read_all()
-        if pinned:
-            stored = {name: delta.mapped(lambda tensor: tensor.pin_memory()) for name, delta in stored.items()}
+        stored = artifact.read_all(pinned_buffer) if pinned else artifact.read_all()
         self._put(key, stored)
         return stored
 
@@ -44,10 +41,10 @@ class HostCopies:
         self._copies.pop(key, None)
 
     def _put(self, key: str, stored: Stored) -> None:
-        if self.limit is not None and _nbytes(stored) > self.limit:
+        if _nbytes(stored) > self.limit:
             return
         self._copies[key] = stored
-        while self.limit is not None and self.nbytes > self.limit:
+        while self.nbytes > self.limit:
             self._copies.popitem(last=False)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.residency import Load
+from meswitch_cli.engine.staging import StagedCopy
 from meswitch_cli.errors import MeswitchError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ class SlotLoader:
         self._on_loaded = on_loaded
         self._jobs: queue.SimpleQueue[tuple[Load | None, ServedModel] | None] = queue.SimpleQueue()
         self._queued_prefetches: set[str] = set()
+        self._stream: Any = None
+        if banks.base.device.type == "cuda":
+            self._stream = torch.cuda.Stream(banks.base.device)  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(target=self._run, name="meswitch-loader", daemon=True)
 
     def start(self) -> None:
@@ -55,21 +61,24 @@ class SlotLoader:
 
     def prefetch(self, model: ServedModel) -> None:
         """Have a copy in host memory, if copies are kept at all."""
-        unlimited_or_room = self.copies.limit is None or self.copies.limit > 0
-        if unlimited_or_room and model.digest not in self.copies and model.name not in self._queued_prefetches:
+        if self.copies.limit and model.digest not in self.copies and model.name not in self._queued_prefetches:
             self._queued_prefetches.add(model.name)
             self._jobs.put((None, model))
 
     def copy(self, model: ServedModel, slot: int) -> None:
         """Copy an expert into a slot, in the caller's thread. The caller holds `lock`."""
         started = time.perf_counter()
-        moved = self.banks.load(slot, _artifact(model).manifest, self._stored(model))
+        with self._beside_the_loop():
+            stored = self._stored(model)
+            if self._stream is not None:
+                stored = StagedCopy(stored, self._stream.device)
+            moved = self.banks.load(slot, _artifact(model).manifest, stored)
         self.seconds += time.perf_counter() - started
         self.nbytes += moved
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        with self.lock, torch.no_grad():
+        with self.lock, torch.no_grad(), self._beside_the_loop():
             self.banks.clear(slot)
 
     def has_room(self, manifests: Sequence[Manifest]) -> bool:
@@ -84,17 +93,46 @@ class SlotLoader:
         """Make banks that hold any of these experts too, and put those in slots into the same slots there.
 
         Nobody may generate meanwhile.
+
+        Raises:
+            EngineError: the device has no room for them beside the old ones; these are kept.
         """
         old = self.banks
         layout = bank_layout(old.base, manifests).joined(old.layout)
         # The loop runs in inference mode, whose tensors the loader's thread could not write to.
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            self.banks = Banks(old.base, layout, old.slots)
-            for slot, model in resident.items():  # one that is being loaded is copied twice, harmlessly
-                self.copy(model, slot)
+            try:
+                with self._beside_the_loop():
+                    self.banks = Banks(old.base, layout, old.slots)
+                for slot, model in resident.items():  # one that is being loaded is copied twice, harmlessly
+                    self.copy(model, slot)
+            except BaseException as error:
+                self.banks = old
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise EngineError(
+                        "the device has no room for wider slots while the present ones hold their experts: start the "
+                        "engine with all of them, with fewer slots, or with less for the cache (cache_tokens)"
+                    ) from error
+                raise
             self.banks.install()
 
+    @contextlib.contextmanager
+    def _beside_the_loop(self) -> Iterator[None]:
+        """Have the device do the work of this block on a stream of its own, and return when it is done.
+
+        On the stream that every thread begins with, whatever the loop copies would wait for a whole expert.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
     def _run(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)  # a new thread begins on the first
         while (job := self._jobs.get()) is not None:
             load, model = job
             problem = None

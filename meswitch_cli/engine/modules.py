@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -33,15 +34,44 @@ class ExpertLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.current, self.multiply = current, backend.expert_linear
         self.bank: ExpertBank | None = None
+        #: Those that are given the same input, this one among them.
+        self.siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         batch, bank = self.current.batch, self.bank
         if batch is None or bank is None:
             return nn.functional.linear(x, self.weight, self.bias)
+        if self.siblings is not None:
+            y = self.siblings.answer(self, x, batch)
+        else:
+            y = self.answer(x, batch, bank)
+        return y.view(*x.shape[:-1], -1)
+
+    def answer(self, x: Tensor, batch: Batch, bank: ExpertBank) -> Tensor:
+        """`[tokens, out]` of this layer alone."""
         rows = x.reshape(-1, x.shape[-1])
         slots, groups = batch.of_tokens(rows.shape[0])
         y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
-        return y.view(*x.shape[:-1], -1)
+        return y
+
+
+class Siblings:
+    """Linears that a model gives the same input, one after the other: the first that is called computes for all."""
+
+    def __init__(self, layers: Sequence[ExpertLinear], backend: ModuleType) -> None:
+        self.layers, self.multiply = tuple(layers), backend.expert_linears
+
+    def answer(self, layer: ExpertLinear, x: Tensor, batch: Batch) -> Tensor:
+        """`[tokens, out]` of one of the layers, which has a bank."""
+        held = batch.held
+        if held is None or held[0] is not x or layer not in held[1]:
+            rows = x.reshape(-1, x.shape[-1])
+            slots, groups = batch.of_tokens(rows.shape[0])
+            served = [(item, item.bank.tensors) for item in self.layers if item.bank is not None]
+            operands = [(item.weight, item.bias, tensors) for item, tensors in served]
+            results = self.multiply(rows, operands, slots, groups)
+            held = batch.held = x, dict(zip((item for item, _ in served), results, strict=True))
+        return held[1].pop(layer)
 
 
 class ExpertHead(ExpertLinear):
@@ -141,21 +171,40 @@ class ExpertNorm(GainedNorm):
     ) -> None:
         """`epsilon` is that of a root mean square norm, None of any other."""
         super().__init__(base, plain, current)
-        #: Norm and gain at once, where the kernels do that.
+        #: Norm and gain at once, where the kernels do that: each row's own gain, and one gain for all rows.
         self.rms_norm = None if epsilon is None else backend.rms_norm
+        self.base_norm = None if epsilon is None else backend.base_norm
         self.epsilon = epsilon
+        self._base_gain: tuple[Any, Tensor] | None = None
         #: Which dimension of the input is the tokens; norms of heads are given `[1, heads, tokens, width]` or not.
         self.token_dimension = 1
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.batch
+        y: Tensor
         if batch is None:
-            y: Tensor = self.base(x)
-            return y
-        one_row_a_token = x.dim() == 3 and self.token_dimension == 1 and x.shape[1] == batch.gain_rows.shape[0]
-        if self.rms_norm and self.gains and not self.shifts and one_row_a_token:
-            rows: Tensor = self.rms_norm(x[0], self.epsilon, self.gains.table, batch.gain_rows)
-            return rows.unsqueeze(0)
+            if self.base_norm is None:
+                y = self.base(x)
+                return y
+            y = self.base_norm(x.reshape(-1, x.shape[-1]), self.epsilon, self.base_gain)
+            return y.view(x.shape)
+        place = self.token_dimension
+        if self.rms_norm and self.gains and not self.shifts and x.shape[place] == batch.gain_rows.shape[0]:
+            if x.dim() == 3 and place == 1:
+                y = self.rms_norm(x[0], self.epsilon, self.gains.table, batch.gain_rows)
+                return y.unsqueeze(0)
+            rows = batch.spread_gain_rows(math.prod(x.shape[:place]), math.prod(x.shape[place + 1 : -1]))
+            y = self.rms_norm(x.reshape(-1, x.shape[-1]), self.epsilon, self.gains.table, rows)
+            return y.view(x.shape)
         shape = [1] * (x.dim() - 1) + [x.shape[-1]]
-        shape[self.token_dimension] = x.shape[self.token_dimension]
+        shape[place] = x.shape[place]
         return self.gained(self.plain(x), batch.gain_rows, shape).to(x.dtype)
+
+    @property
+    def base_gain(self) -> Tensor:
+        """The base's gain `[width]`, in the type that `Banks` keeps gains in."""
+        weight = self.base.weight
+        if self._base_gain is None or self._base_gain[0] is not weight:
+            shift = 1.0 - float(self.plain.weight.flatten()[0])
+            self._base_gain = weight, weight.detach() if not shift else weight.detach().float() + shift
+        return self._base_gain[1]

@@ -7,7 +7,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 
 class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
@@ -16,8 +18,10 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
     Its own keys hash tokens alone, so that it would hand one expert the keys and values of another.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, *, paged: bool, **options: Any) -> None:
+        """`paged`: requests have a table of their pages instead of a list of every row."""
+        self._paged = paged
+        super().__init__(**options)
         self._salts: dict[str, bytes] = {}
         #: Prompt tokens that were found in the cache, by request.
         self.matched: dict[str, int] = {}
@@ -36,6 +40,27 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
             len({block for table in allocator.block_table.values() for block in table})
             for allocator in self.cache_allocators.values()
         )
+
+    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
+        """Of rings too: our attention knows them, where the kernels that transformers calls do not."""
+        for allocator in self.cache_allocators.values():
+            own = block_table[allocator.index]
+            FullAttentionCacheAllocator.fill_block_table(allocator, request_id, past_length, query_length, own)
+
+    def _infer_max_decode_fast_path_length(self) -> int:
+        pages: int = min(allocator.tokens_per_page for allocator in self.cache_allocators.values())
+        return self.max_blocks_per_request * pages if self._paged else 0
+
+    def extend_read_and_write_indices(
+        self,
+        request_id: str,
+        past_length: int,
+        query_length: int,
+        read_index: list[list[int]] | None,
+        write_index: list[list[int]],
+    ) -> None:
+        if not self._paged:
+            super().extend_read_and_write_indices(request_id, past_length, query_length, read_index, write_index)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         if not self.use_prefix_sharing:

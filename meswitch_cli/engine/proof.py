@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.engine.attention import NAME, implementation
+from meswitch_cli.engine.attention import NAME, register
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import BaseModel, replace_layers
 from meswitch_cli.engine.contract import BASE, Chunk, EngineError, GenerationRequest, Sampling
@@ -34,6 +34,7 @@ from meswitch_cli.model.architecture import architecture
 EXPERT = "expert"
 #: Where the expert lies; the slot before it stays empty.
 SLOT, SLOTS = 1, 2
+PAGE_SIZE = 8
 #: Tokens of the prompts, in pages of the cache; the third and fourth fill more than one.
 PROMPT_PAGES = (0.4, 0.9, 1.6, 2.7)
 DECODED = 4
@@ -70,7 +71,7 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             described = architecture(small, "config.json")
             served = _Served.of(plain, described, small, device, dtype)
-            requests = _requests(served.base.vocabulary, special_ids(small), served.page_size)
+            requests = _requests(served.base.vocabulary, special_ids(small))
             together = served.answers(requests)
         except CheckpointError:
             raise
@@ -159,15 +160,17 @@ class _Served:
 
     def __init__(self, base: BaseModel, expert: SyntheticExpert) -> None:
         self.base, self.expert = base, expert
-        self.page_size = 256 if base.device.type == "cuda" else 8
 
     @classmethod
     def of(
         cls, plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype
     ) -> _Served:
-        model = build_random(config, implementation(device))
+        model = build_random(config, register())
         model.load_state_dict(plain.state_dict())
-        base = replace_layers(model.to(device=device, dtype=dtype), described, "config.json")
+        model.to(device)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32, as in any model
+            parameter.data = parameter.data.to(dtype)
+        base = replace_layers(model, described, "config.json")
         expert = synthetic_expert(plain, described, base, dtype, torch.Generator().manual_seed(_SEED + 1))
         banks = Banks(base, bank_layout(base, [expert.manifest]), SLOTS)
         banks.load(SLOT, expert.manifest, expert.stored)
@@ -178,13 +181,13 @@ class _Served:
         """What the engine generates, prompts split over several batches, some beside others' continuations."""
         from meswitch_cli.engine.batching import make_manager
 
-        longest = 8 * self.page_size
+        longest = 8 * PAGE_SIZE
         settings = EngineSettings(
             base="",
             device=str(self.base.device),
-            page_size=self.page_size,
+            page_size=PAGE_SIZE,
             cache_tokens=8 * longest,
-            max_batch_tokens=4 * self.page_size,
+            max_batch_tokens=4 * PAGE_SIZE,
             max_running=len(PROMPT_PAGES),
         )
         manager = make_manager(self.base, settings, SLOTS, longest, _Unheard())
@@ -217,13 +220,13 @@ def _generation(answer: _Answer, vocabulary: int) -> Generation:
     return generation
 
 
-def _requests(vocabulary: int, avoided: set[int], page_size: int) -> list[GenerationRequest]:
+def _requests(vocabulary: int, avoided: set[int]) -> list[GenerationRequest]:
     """Greedy requests of base and expert in turn, of lengths of their own."""
     generator = torch.Generator().manual_seed(_SEED + 2)
     allowed = torch.tensor([token for token in range(vocabulary // 16, vocabulary // 2) if token not in avoided])
     made = []
     for index, pages in enumerate(PROMPT_PAGES):
-        drawn = torch.randint(len(allowed), (int(pages * page_size),), generator=generator)
+        drawn = torch.randint(len(allowed), (int(pages * PAGE_SIZE),), generator=generator)
         sampling = Sampling(temperature=0, max_tokens=DECODED, ignore_eos=True, logprobs=vocabulary)
         prompt = tuple(allowed[drawn].tolist())
         made.append(GenerationRequest(f"proof-{index}", (BASE, EXPERT)[index % 2], prompt, sampling))

@@ -124,9 +124,9 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[ChosenToken]:
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [samplers[row] for row in drawn])
     choices = []
-    for row, (token, value) in enumerate(zip(tokens.tolist(), values.tolist(), strict=True)):
-        logprob = _report(logprobs[row], token, wanted[row]) if row in wanted else None
-        choices.append(ChosenToken(token if math.isfinite(value) else None, logprob))
+    for row, token in enumerate(tokens.masked_fill_(~values.isfinite(), -1).tolist()):  # the one wait for the device
+        logprob = _report(logprobs[row], max(token, 0), wanted[row]) if row in wanted else None
+        choices.append(ChosenToken(token if token >= 0 else None, logprob))
     return choices
 
 

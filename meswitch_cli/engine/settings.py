@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from meswitch_cli.errors import UsageError
-from meswitch_cli.model.device import choose_device
+from meswitch_cli.model.device import available_bytes, choose_device
 from meswitch_cli.model.dtype import DTYPES
 from meswitch_cli.names import check_name
 
@@ -29,10 +29,12 @@ class EngineSettings:
         max_running: requests in one batch.
         max_batch_tokens: tokens of one forward pass, prompts included.
         cache_tokens: tokens whose keys and values the cache holds; None chooses by device and model.
-        page_size: tokens of a cache block, the unit of sharing; None is 32, and 256 on a GPU, as its kernels need.
+        page_size: tokens of a cache block, the unit of sharing; None is 32, and 64 on a GPU, whose attention reads as
+            many at once.
         prefix_sharing: whether requests of one expert share the cache of equal beginnings.
         max_wait: seconds that a request may wait for a slot before its expert is given one that others still use.
-        host_bytes: host memory for copies of experts that are not on the device; None is 0 on a CPU, else no limit.
+        host_bytes: host memory for copies of experts that are not on the device; None is 0 on a CPU, else half of
+            what is available at the start: it is pinned, so nobody else gets it back.
         seed: of requests that bring none.
         strict: whether one artifact that cannot be served stops the start.
     """
@@ -83,6 +85,8 @@ class EngineSettings:
         return choose_device(self.device)
 
     @property
-    def copies_nbytes(self) -> int | None:
+    def copies_nbytes(self) -> int:
         """`host_bytes`, decided: on a CPU a copy would be the same memory twice."""
-        return 0 if self.host_bytes is None and self.torch_device.type == "cpu" else self.host_bytes
+        if self.host_bytes is not None:
+            return self.host_bytes
+        return 0 if self.torch_device.type == "cpu" else available_bytes(torch.device("cpu")) // 2

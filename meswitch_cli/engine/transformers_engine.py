@@ -140,12 +140,8 @@ class TransformersEngine(SlottedEngine["Processor"]):
             served = [item.model.artifact for item in self._table.experts.values()]
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
         if not self._loader.has_room(everyone):
-            if loop.model_runner.pad_inputs:
-                raise EngineError(
-                    f"expert {model.name!r} needs more room than the slots have, and captured graphs cannot follow "
-                    "them elsewhere: start the engine with it"
-                )
             self._loader.make_room(everyone, {item.slot: item.model for item in resident if item.slot is not None})
+            loop.model_runner.forget_graphs()
         with self._lock:
             self._table.add(model)
 

@@ -23,6 +23,7 @@ from meswitch_cli.evaluation.fidelity import EncodedItem, answer_logits, compare
 from meswitch_cli.evaluation.figures import TokenFigures
 from meswitch_cli.evaluation.streaming import streamed_logits
 from meswitch_cli.model.build import build_model
+from meswitch_cli.model.device import available_bytes
 from meswitch_cli.model.weights import Weights, parameter_count
 
 Mode = Literal["resident", "stream"]
@@ -51,16 +52,6 @@ def choose_mode(weights: Sequence[Weights], device: torch.device, dtype: torch.d
     """`resident` where the largest model fits into the memory that is free."""
     largest = max(parameter_count(item) for item in weights) * dtype.itemsize
     return "resident" if largest <= RESIDENT_SHARE * available_bytes(device) else "stream"
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; of a CPU, what the operating system says is available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62  # an operating system that does not say: the user chooses --mode
 
 
 def logits_of(

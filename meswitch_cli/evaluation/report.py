@@ -17,6 +17,7 @@ import torch
 
 from meswitch_cli import __version__
 from meswitch_cli.artifact.disk import write_atomically
+from meswitch_cli.model.dtype import dtype_name
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
@@ -92,7 +93,7 @@ def environment(device: torch.device, dtype: torch.dtype, mode: str) -> dict[str
         "device_name": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "mode": mode,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -26,3 +27,13 @@ def choose_device(name: str) -> torch.device:
     if index >= found:
         raise UsageError(f"--device {name}: {found} CUDA devices found")
     return torch.device("cuda", index)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device; of a CPU, what the operating system says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62  # an operating system that does not say

@@ -9,7 +9,7 @@ from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.architecture import Architecture, Kind, Storage, architecture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
     """One tensor of the expert beside the base tensor it is taken against.
 

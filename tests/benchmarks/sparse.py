@@ -25,13 +25,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.calibration.data import random_window
 from meswitch_cli.compression.closeness import WINDOWS
 from meswitch_cli.compression.job import compress, prepare
-from meswitch_cli.compression.settings import (
-    DEFAULT_STEPS,
-    RANDOM,
-    CompressionSettings,
-    default_channel_scale,
-    default_rank,
-)
+from meswitch_cli.compression.settings import CompressionSettings
 from zoo.cache import Zoo, zoo_at
 from zoo.item import read_items
 from zoo.recipe import QUICK
@@ -101,18 +95,6 @@ def texts_of(zoo: Zoo, expert: str, count: int) -> list[torch.Tensor]:
     return found
 
 
-def settings(bits: int) -> CompressionSettings:
-    """The defaults of `meswitch compress`."""
-    return CompressionSettings(
-        bits=bits,
-        rank=default_rank(bits),
-        channel_scale=default_channel_scale(bits),
-        steps=DEFAULT_STEPS,
-        embedding_bits=max(2, bits),
-        calibration=RANDOM,
-    )
-
-
 def row(
     label: str, zoo: Zoo, base: Tensors, expert: Tensors, bits: int, judge: Judge, full: Any, gap: Any, scratch: Path
 ) -> str:
@@ -120,7 +102,7 @@ def row(
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(zoo.base, folder)
     safetensors.torch.save_file(expert, folder / WEIGHTS, {"format": "pt"})
-    job = prepare(str(zoo.base), str(folder), out, settings(bits), None)
+    job = prepare(str(zoo.base), str(folder), out, CompressionSettings.with_defaults(bits=bits), None)
     manifest = compress(job, force=True, keep_weak=True, on_note=said.append)
     artifact = Artifact.open(out)
     restored = dict(expert) | {

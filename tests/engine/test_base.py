@@ -30,6 +30,7 @@ from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.version import check_transformers
 from meswitch_cli.errors import CheckpointError, UsageError
 from meswitch_cli.model.differences import model_differences
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny import make_pair
 
 Start = Callable[..., TransformersEngine]
@@ -176,14 +177,34 @@ def test_config_spelled_differently_is_the_same() -> None:
     assert model_differences(plain, old | {"rope_theta": 5e5}) == ["rope_parameters"]
 
 
-def test_another_device_than_the_cpu_needs_no_accelerate(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_the_base_is_loaded_without_transformers_loading(
+    family: Family, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`meta` stands for the other device, since every machine has it."""
-    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
-    model = load_plain(pair[0], torch.device("meta"), torch.bfloat16)
-    assert {(tensor.device.type, tensor.dtype) for tensor in model.parameters()} == {("meta", torch.bfloat16)}
-    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    """It would need accelerate for any device but the CPU, and might fetch a flash kernel."""
+
+    def asked(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("transformers is asked to load, or to look for a kernel")
+
+    batch = requests(family, 4, seed=3)
+    expected = [family.greedy(request) for request in batch]
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", asked)
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.is_flash_attn_3_available", asked)
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.is_flash_attn_2_available", asked)
+    engine = start(family)
+    assert [completion.tokens for completion in generate(engine, batch)] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3"])
+def test_a_model_filled_by_us_is_the_one_that_transformers_loads(name: str, tmp_path: Path) -> None:
+    path, _ = make_pair(tmp_path, name, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    ours = load_plain(CheckpointWeights(Checkpoint.open(str(path))), torch.device("cpu"), torch.bfloat16)
+    assert not ours.training
+    for (key, theirs), (_, own) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
+        assert own.dtype == theirs.dtype and torch.equal(own, theirs), key
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=0.05, atol=0.05)
 
 
 def test_ends_of_text(tmp_path: Path) -> None:

@@ -165,3 +165,41 @@ def test_an_end_of_text_may_complete_a_stop_string(stop: str, text: str, answer:
     assert [generation.accept(token, None) for token in tokens] == [False] * (len(tokens) - 1) + [True]
     assert "".join(chunk.text for chunk in chunks) == answer
     assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == ("stop", reason)
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(max_tokens=9), Sampling(max_tokens=50, ignore_eos=True), Sampling(max_tokens=50),
+    Sampling(max_tokens=50, stop_token_ids=(40,)), Sampling(max_tokens=50, stop=("ab",)),
+])  # fmt: skip
+def test_what_is_told_later_is_the_same(sampling: Sampling) -> None:
+    tokenizer = tiny_tokenizer()
+    model = ServedModel("red", Path("red"), "", tokenizer, 268, frozenset({1}))
+    tokens = [5, 200, 201, 7, 66, 67, 40, 1, *tokenizer.encode("abc \u00e9", add_special_tokens=False), *range(60, 130)]
+
+    def told(later: bool, told_after: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        generation = Generation(GenerationRequest("1", "red", (5,), sampling), model, Chosen(), chunks.append)
+        for index, token in enumerate(tokens):
+            before = len(chunks)
+            over = generation.accept(token, None, later)
+            assert len(chunks) > before or (later and not over)
+            if over:
+                break
+            if index % told_after == 0:
+                generation.tell()
+        assert generation.finished
+        return chunks
+
+    expected = told(False, 1)
+    assert told(True, 1) == expected and told(True, 3) == expected
+
+
+def test_what_waits_is_told_before_an_early_end() -> None:
+    model = ServedModel("red", Path("red"), "", tiny_tokenizer(), 268, frozenset())
+    chunks: list[Chunk] = []
+    request = GenerationRequest("1", "red", (5,), Sampling(max_tokens=50))
+    generation = Generation(request, model, Chosen(), chunks.append)
+    generation.accept(70, None, True)
+    assert chunks == []
+    generation.end("cancelled")
+    assert [(chunk.tokens, chunk.finish_reason) for chunk in chunks] == [((70,), None), ((), "cancelled")]

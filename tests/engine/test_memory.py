@@ -17,7 +17,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
-from meswitch_cli.engine import TransformersEngine
+from meswitch_cli.engine import EngineSettings, TransformersEngine
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.memory import MemoryPlan, parse_bytes, plan_memory
@@ -87,6 +87,15 @@ def test_cache_is_what_the_plan_counts(family: Family, start: Callable[..., Tran
     )
     trash = 2 * cache.bytes_per_sector
     assert cache.cache_tensor.numel() - trash == 1024 * plan.token_nbytes
+
+
+def test_pinned_copies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meswitch_cli.engine.settings.choose_device", torch.device)
+    monkeypatch.setattr("meswitch_cli.engine.settings.available_bytes", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert EngineSettings(base="x", device="cuda:0").copies_nbytes == 500
+    assert EngineSettings(base="x", device="cuda:0", host_bytes=7).copies_nbytes == 7
+    assert EngineSettings(base="x", device="cpu").copies_nbytes == 0
 
 
 def test_arithmetic_of_a_plan() -> None:

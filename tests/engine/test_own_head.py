@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -43,11 +44,23 @@ def test_the_engine_ties_what_the_checkpoint_ties(tmp_path: Path, ratio: float, 
     assert torch.equal(loaded.embedding.weight, stored["model.embed_tokens.weight"].to(dtype))
 
 
-def test_a_folder_that_transformers_does_not_load_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_transformers_does_not_load_is_served(tmp_path: Path) -> None:
+    """An index without metadata: the weights are where it says."""
     base, _ = make_pair(tmp_path, max_shard_size="90KB")
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
     checkpoint = Checkpoint.open(str(base))
     assert "has no metadata" in checkpoint.notes[0]
-    with pytest.raises(EngineError, match="cannot be served"):
-        load_base(checkpoint, torch.device("cpu"), torch.float32)
+    loaded = load_base(checkpoint, torch.device("cpu"), torch.float32)
+    file = base / json.loads(index.read_text())["weight_map"]["model.norm.weight"]
+    stored = safetensors.torch.load_file(file)["model.norm.weight"]
+    assert torch.equal(loaded.layer("model.norm").weight, stored.float())
+
+
+def test_a_model_that_cannot_be_built_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr("meswitch_cli.engine.base_model.build_model", fails)
+    with pytest.raises(EngineError, match=r"^[^\n]*cannot be served: no such[^\n]*$"):
+        load_base(Checkpoint.open(str(_base(tmp_path, 1.0))), torch.device("cpu"), torch.float32)

@@ -114,7 +114,7 @@ def test_a_model_that_is_no_language_model_is_refused() -> None:
 
 
 def without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "attending", lambda batch: contextlib.nullcontext())
+    monkeypatch.setattr(attention, "attending", lambda *_: contextlib.nullcontext())
 
 
 def without_gains(monkeypatch: pytest.MonkeyPatch) -> None:

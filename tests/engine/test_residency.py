@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from engine.family import Family, copy_artifact, requests
 
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
@@ -256,6 +257,26 @@ def test_load_and_unload_under_traffic(family: Family, start: Start, tmp_path: P
     with pytest.raises(EngineError, match="base"):
         engine.unload_expert(BASE)
     assert_idle(engine)
+
+
+def test_no_room_for_wider_slots_leaves_everything_as_it_was(
+    family: Family, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(family, experts={"alpha": family.artifacts["alpha"]}, slots=2)
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("meswitch_cli.engine.loader.Banks", full)
+        with pytest.raises(EngineError, match="no room for wider slots"):
+            engine.load_expert("beta", family.artifacts["beta"])
+    assert not engine.serves("beta")
+    (completion,) = generate(engine, [one("alpha")])
+    assert completion.tokens == family.greedy(one("alpha"))
+    engine.load_expert("beta", family.artifacts["beta"])
+    (completion,) = generate(engine, [one("beta")])
+    assert completion.tokens == family.greedy(one("beta"))
 
 
 def test_unloading_waits_for_what_runs(family: Family, start: Start) -> None:

@@ -32,10 +32,12 @@ def dense(expert):
 @pytest.mark.parametrize("k", [0, 1, 8])
 @pytest.mark.parametrize("scale", [False, True])
 def test_dequantize_follows_the_definition(bits, group_size, k, scale):
-    bank = ExpertBank(2, IN, OUT, Capacity(bits=4, group_size=32, salient=8))
     expert = random_expert(1, IN, OUT, bits, group_size, k, channel_scale=scale)
-    bank.load(1, expert)
-    torch.testing.assert_close(bank.dequantize(1), dense(expert), rtol=1e-6, atol=1e-7)
+    for planes in (False, True):
+        capacity = Capacity(bits=4, group_size=32, salient=8, channel_scale=scale)
+        bank = ExpertBank(2, IN, OUT, capacity, planes=planes)
+        bank.load(1, expert)
+        torch.testing.assert_close(bank.dequantize(1), dense(expert), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 8])
@@ -54,7 +56,7 @@ def test_the_low_rank_part_is_added(rank, k):
 def test_reloading_a_slot_leaves_nothing_of_the_expert_before(rank):
     first = random_expert(1, IN, OUT, 4, 32, 8, channel_scale=True, bias=True, rank=8)
     second = random_expert(2, IN, OUT, 1, 0, 1, rank=rank)
-    capacity = Capacity(bits=4, group_size=32, salient=8, rank=8)
+    capacity = Capacity(bits=4, group_size=32, salient=8, rank=8, channel_scale=True)
     used, fresh = (ExpertBank(1, IN, OUT, capacity) for _ in range(2))
     used.load(0, first)
     used.load(0, second)
@@ -82,10 +84,12 @@ def test_nbytes_counts_every_byte_and_does_not_move_with_loading():
     bank = ExpertBank(3, IN, OUT, capacity)
     words, groups = 7, 4
     per_slot = OUT * words * 4 + OUT * groups * 4 + 4 * 4 + OUT * 4 * 2 + IN * 2 + OUT * 4 + 3 * 4
-    assert bank.nbytes == ExpertBank(3, IN, OUT, capacity, device="meta").nbytes == 3 * per_slot
-    assert ExpertBank(3, IN, OUT, replace(capacity, rank=5)).nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4)
+    tickets = 4
+    assert bank.nbytes == ExpertBank(3, IN, OUT, capacity, device="meta").nbytes == 3 * per_slot + tickets
+    ranked = ExpertBank(3, IN, OUT, replace(capacity, rank=5))
+    assert ranked.nbytes == 3 * (per_slot + 5 * (IN + OUT) * 2 + 4) + tickets
     bank.load(0, random_expert(1, IN, OUT, k=4))
-    assert bank.nbytes == 3 * per_slot
+    assert bank.nbytes == 3 * per_slot + tickets
 
 
 def test_a_float32_bank_holds_both_16_bit_types_exactly():
@@ -143,12 +147,18 @@ BAD_LOADS = {
 @pytest.mark.parametrize("case", BAD_LOADS)
 def test_a_bad_load_is_refused_and_changes_nothing(case):
     changes, error, message = BAD_LOADS[case]
-    bank = ExpertBank(2, IN, OUT, Capacity(bits=2, salient=8, rank=4))
+    bank = ExpertBank(2, IN, OUT, Capacity(bits=2, salient=8, rank=4, channel_scale=True))
     bank.load(0, random_expert(5, IN, OUT, rank=3))
     before = bank.dequantize(0)
     with pytest.raises(error, match=message):
         load(bank, **changes)
     assert torch.equal(bank.dequantize(0), before)
+
+
+def test_channel_scales_need_a_bank_that_reads_them():
+    bank = ExpertBank(1, IN, OUT, Capacity(bits=2, salient=8))
+    with pytest.raises(ValueError, match="without channel scales"):
+        load(bank, channel_scale=torch.ones(IN).half())
 
 
 @pytest.mark.parametrize(

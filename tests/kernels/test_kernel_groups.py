@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from meswitch_kernels import group_tokens
-from meswitch_kernels.groups import max_tiles
+from meswitch_kernels import available_backends, group_tokens
+from meswitch_kernels.groups import max_tiles, sort_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(groups, slots):
@@ -47,6 +49,34 @@ def test_a_slot_without_tokens_takes_no_tile():
     groups = group_tokens(slots, 3, tile_size=2)
     check(groups, slots)
     assert groups.tile_slot[groups.tile_count > 0].tolist() == [-1, 0, 2, 2]
+
+
+@pytest.mark.parametrize("slots", [1, 5, 31, 300])
+@pytest.mark.parametrize("tile", [8, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 65, 200])
+def test_one_launch_groups_as_pytorch_does(tokens, tile, slots):
+    """Slots outside the bank among them: their tokens must be visited too."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    from meswitch_kernels import triton_groups
+
+    rng = torch.Generator().manual_seed(tokens + slots)
+    for first, last in ((-1, slots), (-4, slots + 4), (slots - 1, slots), (-1, 0)):
+        tensor = torch.randint(first, last, (tokens,), generator=rng, dtype=torch.int32).to(DEVICE)
+        tiles = max_tiles(tokens, slots, tile)
+        expected = sort_tokens(tensor, slots, tile, tiles)
+        for found, wanted in zip(triton_groups.sort_tokens(tensor, slots, tile, tiles), expected, strict=True):
+            assert found.dtype == wanted.dtype
+            assert found.tolist() == wanted.tolist()
+
+
+def test_a_column_of_a_table_is_grouped():
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    from meswitch_kernels import triton_groups
+
+    table = torch.tensor([[1, 7], [-1, 7], [1, 7], [0, 7]], dtype=torch.int32, device=DEVICE)
+    assert triton_groups.sort_tokens(table[:, 0], 2, 16, 3)[0].tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize(

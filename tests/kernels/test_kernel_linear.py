@@ -111,6 +111,28 @@ def test_triton_covers_formats_mixtures_and_shapes(tokens, case):
     check(call, "triton", group_tokens(call.slot_of_token, call.bank.slots) if n % 2 else None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("in_features", [31, 1000, 1024, 2100])
+@pytest.mark.parametrize("group_size", [0, 64])
+def test_codes_in_planes(dtype, in_features, group_size):
+    """A bank as it lies on a GPU: whole blocks of words, a rest, both, and slots of every width."""
+    skip_if_unavailable("triton")
+    for tokens in (3, 17):
+        call = random_call(
+            tokens, in_features, 35, bits=(4, 2, 1), group_size=group_size, channel_scale=tokens == 17, dtype=dtype,
+            device=DEVICE, planes=True,
+        )  # fmt: skip
+        check(call, "triton")
+        check(call, "naive")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the cpu backend reads no bank on a GPU")
+def test_the_cpu_backend_refuses_codes_in_planes():
+    skip_if_unavailable("cpu")
+    with pytest.raises(ValueError, match="planes"):
+        check(random_call(3, 64, 16, planes=True), "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("tokens", [1, 17, 300, 1100])
@@ -157,7 +179,10 @@ def test_gpu_answers_a_bad_slot_with_nan():
 
 def test_slots_of_other_settings_are_served_together(backend):
     """One bank: widths, groups and salient channels all differ from slot to slot."""
-    call = random_call(11, 160, 24, bits=4, group_size=32, k=8, slots=4, dtype=torch.float32, device=device_of(backend))
+    call = random_call(
+        11, 160, 24, bits=4, group_size=32, k=8, channel_scale=True, slots=4, dtype=torch.float32,
+        device=device_of(backend),
+    )  # fmt: skip
     for slot, (bits, group, k) in enumerate([(4, 32, 8), (2, 64, 3), (1, 0, 0), (2, 96, 1)]):
         call.bank.load(slot, random_expert(slot, 160, 24, bits, group, k, channel_scale=slot == 1, bias=slot == 2))
     check(call, backend)

@@ -1,12 +1,14 @@
 """Registration and dispatch: tracing, fake tensors, the choice of a backend."""
 
+import contextlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from meswitch_kernels import dispatch, expert_head, expert_linear, group_tokens
+from meswitch_kernels import available_backends, dispatch, expert_head, expert_linear, group_tokens
 from meswitch_kernels.testing import random_call
 
 
@@ -52,6 +54,47 @@ def test_fake_tensors_get_shapes_without_a_kernel():
         )
     assert y.shape == (5, 24)
     assert y.dtype == torch.bfloat16
+
+
+def test_triton_launches_on_the_card_of_its_tensors(monkeypatch):
+    """Each entry point makes its first argument's card the current one; a new thread's is the first card."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    from meswitch_kernels import triton_groups, triton_ops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    call = random_call(2, 64, 32, dtype=torch.float32, device=device)
+    ids = torch.zeros(2, dtype=torch.int64, device=device)
+    added = torch.zeros(4, 1, 64, device=device)
+    counts, rows = torch.zeros(4, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    slots, bank = call.slot_of_token, call.bank.tensors
+    entries = {
+        "expert_linear": (triton_ops, (call.x, call.weight, None, bank, slots)),
+        "expert_embedding": (triton_ops, (ids, call.weight, bank, added, slots)),
+        "added_logits": (triton_ops, (call.x, added, counts, slots)),
+        "rms_norm": (triton_ops, (call.x, 1e-5, torch.ones(1, 64, device=device), rows)),
+        "sort_tokens": (triton_groups, (slots, 4, 16, 2)),
+    }
+    for name, (module, arguments) in entries.items():
+        guarded = []
+
+        def device_of(tensor, guarded=guarded):
+            guarded.append(tensor)
+            return contextlib.nullcontext()
+
+        monkeypatch.setattr(torch.cuda, "device_of", device_of)
+        getattr(module, name)(*arguments)
+        assert guarded and guarded[0] is arguments[0], name
+
+
+def test_a_gpu_left_to_the_naive_backend_is_told_of(monkeypatch, fresh_dispatch):
+    monkeypatch.delenv("MESWITCH_KERNEL", raising=False)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="the package triton, which is not installed; the naive backend serves"):
+        assert dispatch.default_backend("cuda") == "naive"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.default_backend("mps") == "naive"
 
 
 def test_the_environment_chooses_the_backend(monkeypatch, fresh_dispatch):

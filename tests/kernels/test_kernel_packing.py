@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from meswitch_kernels.packing import pack_codes, unpack_codes, words_per_row
+from meswitch_kernels import available_backends
+from meswitch_kernels.packing import from_planes, pack_codes, to_planes, unpack_codes, words_per_row
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -28,6 +29,39 @@ def test_the_last_code_of_a_word_may_set_its_sign_bit():
 
 def test_padding_bits_are_zero():
     assert pack_codes(torch.full((1, 5), 15), 4).tolist() == [[0xFFFFF]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 7, 33, 100, 256, 512, 1024, 1025, 2100])
+def test_planes_hold_neighbouring_channels(bits, width):
+    """Every code is found by the definition, and the way back gives the same words."""
+    codes = torch.randint(0, 2**bits, (2, width), generator=torch.Generator().manual_seed(width))
+    words = pack_codes(codes, bits)
+    planes = to_planes(words, bits)
+    assert torch.equal(from_planes(planes, bits), words)
+    channels = 32 * 32 // bits
+    for i in range(width):
+        block, place = divmod(i, channels)
+        together = min(32, words.shape[1] - 32 * block)
+        plane, pair = divmod(place, 2 * together)
+        word = planes[:, 32 * block + pair // 2]
+        assert torch.equal(word >> (plane * bits + pair % 2 * 16) & 2**bits - 1, codes[:, i].int())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 33, 512, 1025, 2100])
+@pytest.mark.parametrize("out_features", [1, 21])
+def test_planes_in_one_launch(bits, width, out_features):
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    from meswitch_kernels import triton_planes
+
+    codes = torch.randint(0, 2**bits, (out_features, width), generator=torch.Generator().manual_seed(width))
+    words = pack_codes(codes, bits).to("cuda" if torch.cuda.is_available() else "cpu")
+    memory = torch.full((words.numel() + 2,), -1, dtype=torch.int32, device=words.device)
+    triton_planes.to_planes(words, bits, memory[1:-1].view(words.shape))
+    assert torch.equal(memory[1:-1].view(words.shape), to_planes(words, bits))
+    assert memory[0] == memory[-1] == -1
 
 
 @pytest.mark.parametrize("bits", [0, 3, 8])

@@ -30,7 +30,7 @@ def skip_unsupported(backend, dtype):
 
 def vocabulary_bank(group_size=0, device="cpu"):
     """Slot 0: 2 bits and no added row; slot 1: 4 bits and one; slot 2: 1 bit and all three."""
-    capacity = Capacity(bits=4, group_size=group_size, salient=8, added_rows=ADDED)
+    capacity = Capacity(bits=4, group_size=group_size, salient=8, added_rows=ADDED, channel_scale=True)
     bank = ExpertBank(SLOTS, HIDDEN, VOCAB, capacity, torch.float32, device)
     for slot, (bits, added) in enumerate([(2, 0), (4, 1), (1, ADDED)]):
         bank.load(
@@ -89,7 +89,7 @@ def test_an_embedding_with_a_low_rank_part_is_refused(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gains_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [HIDDEN, 7, 1100], ids=str)  # Triton takes 1,024 at a time
+@pytest.mark.parametrize("width", [HIDDEN, 7, 1100, 5000], ids=str)  # Triton takes up to 1,024 of several rows
 def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width):
     """The base's gain may be 0 where an expert's is not: they are gains, not ratios to the base's."""
     skip_unsupported(backend, dtype)
@@ -114,6 +114,23 @@ def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width)
     rtol = 2e-6 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(y[:5].double(), expected[:5], rtol=rtol, atol=1e-6)
     assert y[5].isnan().all()  # an empty slot
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (17, 128), (3, 2000)])
+def test_a_norm_of_one_gain(dtype, rows, width):
+    """A batch without experts gives the bytes that its tokens have beside experts."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    triton_ops = backend_module("triton")
+    rng = torch.Generator().manual_seed(width)
+    x = torch.randn(rows, 2 * width, generator=rng).to(DEVICE, dtype)[:, width:]
+    gains = GainBank(1, torch.randn(width, generator=rng).to(DEVICE, dtype))
+    nobody = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    y = triton_ops.base_norm(x, 1e-5, gains.table[0])
+    assert torch.equal(y, triton_ops.rms_norm(x, 1e-5, gains.table, nobody))
+    exact = backend_module("naive").rms_norm(x.double(), 1e-5, gains.table.double(), nobody)
+    assert relative_error(y, exact.cpu()) < (2e-6 if dtype == torch.float32 else 6e-3)
 
 
 def test_gain_bank_refuses_what_does_not_fit():

@@ -146,8 +146,9 @@ def _build_expert(zoo: Zoo, name: str, recipe: FineTune, checkpoint: Path) -> No
     counts = train_resumably(model, sequences, recipe.schedule, SEED, checkpoint, watch)
     if recipe.method == "lora":
         merge(model)
-    model.to(getattr(torch, recipe.dtype))
-    model.config.dtype = getattr(torch, recipe.dtype)
+    dtype = getattr(torch, recipe.dtype)
+    model.to(dtype)
+    model.config.dtype = dtype
     with building(zoo.folder / "training" / f"{name}.json") as file:
         facts = {**counts, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
         file.write_text(json.dumps(facts))
