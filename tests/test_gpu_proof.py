@@ -177,7 +177,7 @@ def test_goals_are_judged_by_the_figures() -> None:
         {"figure": "linear_prefill", "tokens": 2048, "which": "as the engine plans", "of_cublas_on_merged": 0.9},
         {"figure": "linear_prefill", "tokens": 2048, "which": "as the engine plans", "of_cublas_on_merged": 0.8},
         {"figure": "linear_prefill", "tokens": 2048, "which": "without a plan", "of_cublas_on_merged": 0.2},
-        {"figure": "profile", "what": "2 bit", "experts": 16, "layers": 8, "kernels_per_step": 100, "top": []},
+        {"figure": "profile", "what": "2 bit", "experts": 16, "kernels_of_32_layers": 400, "top": []},
     ]
     told = {what: (bound, measured, met) for what, bound, measured, met in goals(rows)}
     assert told["decoder: 16 experts of 2 bits, times the base's step"] == ("at most 3.5", "3.6", "**no**")

@@ -14,7 +14,7 @@ from gpu.engine import decode, started
 from gpu.figures import say
 from gpu.load import Load, Steps, measured
 from gpu.model import Model, nbytes, parser
-from meswitch_cli.engine import transformers_engine
+from meswitch_cli.engine import TransformersEngine, transformers_engine
 from meswitch_cli.engine.contract import BASE
 from meswitch_kernels.bank import BankTensors
 from meswitch_kernels.dispatch import backend_module, default_backend
@@ -58,8 +58,9 @@ def base_alone(model: Model, steps: Steps) -> None:
     engine = started(model, "base alone", {})
     sizes = model.sizes
     try:
-        for requests in dict.fromkeys((min(sizes.requests[-1], sizes.experts), *sizes.requests)):
-            decode(engine, model, steps, "the base alone", [BASE], requests)
+        with model.measuring():
+            for requests in dict.fromkeys((min(sizes.requests[-1], sizes.experts), *sizes.requests)):
+                decode(engine, model, steps, "the base alone", [BASE], requests)
     finally:
         engine.stop()
 
@@ -76,8 +77,9 @@ def lora(model: Model, steps: Steps) -> None:
     sizes, names = model.sizes, list(experts)
     some = min(sizes.requests[-1], sizes.experts)
     try:
-        for group, requests in ((names, some), (names[:1], sizes.requests[0]), (names, sizes.requests[-1])):
-            decode(engine, model, steps, "LoRA of rank 16", group, requests)
+        with model.measuring():
+            for group, requests in ((names, some), (names[:1], sizes.requests[0]), (names, sizes.requests[-1])):
+                decode(engine, model, steps, "LoRA of rank 16", group, requests)
         layers = engine._base.linears.values()
         ranks = {rank for layer in layers if layer.bank is not None for rank in layer.bank.tensors.slot_rank.tolist()}
         if ranks != {16}:
@@ -94,34 +96,40 @@ def dense(model: Model, steps: Steps) -> None:
     engines = [
         started(model, "one dense model", {}, base=model.expert, cache_tokens=tokens) for _ in range(sizes.dense)
     ]
-    total = model.sizes.experts
     try:
-        decode(engines[0], model, steps, "one dense model", [BASE], 1)
-        for what, together in (("dense models in turn", False), ("dense models at once", True)):
-            loads = []
-            began = time.perf_counter()
-            for engine in engines:
-                load = Load(engine)
-                load.add(BASE, sizes.prompt, sizes.new)
-                loads.append(load if together else load.wait())
-            for load in loads if together else ():
-                load.wait()
-            seconds = time.perf_counter() - began
-            row = measured(loads[0], steps) if not together else {}
-            say(
-                "dense",
-                what=what,
-                models=len(engines),
-                requests=len(loads),
-                tokens_per_second=sum(load.tokens for load in loads) / seconds,
-                step_ms_p50=row.get("step_ms_p50"),
-                gigabytes_a_model=nbytes(model.expert) / 1e9,
-                gigabytes_of_all_experts=total * nbytes(model.expert) / 1e9,
-                errors=sorted(set().union(*(load.errors for load in loads))),
-            )
+        with model.measuring():
+            in_turn_and_at_once(engines, model, steps)
     finally:
         for engine in engines:
             engine.stop()
+
+
+def in_turn_and_at_once(engines: list[TransformersEngine], model: Model, steps: Steps) -> None:
+    """One request of each model, first one after another, then together."""
+    sizes = model.sizes
+    decode(engines[0], model, steps, "one dense model", [BASE], 1)
+    for what, together in (("dense models in turn", False), ("dense models at once", True)):
+        loads = []
+        began = time.perf_counter()
+        for engine in engines:
+            load = Load(engine)
+            load.add(BASE, sizes.prompt, sizes.new)
+            loads.append(load if together else load.wait())
+        for load in loads if together else ():
+            load.wait()
+        seconds = time.perf_counter() - began
+        row = measured(loads[0], steps) if not together else {}
+        say(
+            "dense",
+            what=what,
+            models=len(engines),
+            requests=len(loads),
+            tokens_per_second=sum(load.tokens for load in loads) / seconds,
+            step_ms_p50=row.get("step_ms_p50"),
+            gigabytes_a_model=nbytes(model.expert) / 1e9,
+            gigabytes_of_all_experts=sizes.experts * nbytes(model.expert) / 1e9,
+            errors=sorted(set().union(*(load.errors for load in loads))),
+        )
 
 
 def main() -> None:

@@ -15,20 +15,22 @@ from gpu.profiling import profiled
 from meswitch_cli.engine import TransformersEngine
 from meswitch_cli.engine.contract import BASE
 
-#: All that the profiler may take; where it hangs, its part tells where and ends.
+#: All that the profiler may take.
 PROFILE_SECONDS = 60
 
 
 def started(model: Model, what: str, experts: dict, **others: object) -> TransformersEngine:
-    """An engine that takes requests; says how long that took and how it generates."""
-    began = time.perf_counter()
-    engine = TransformersEngine(model.settings(experts, **others))
-    engine.start()
+    """An engine that takes requests; says how long that took, beside other parts that start, and how it generates."""
+    with model.starting():
+        began = time.perf_counter()
+        engine = TransformersEngine(model.settings(experts, **others))
+        engine.start()
+        seconds = time.perf_counter() - began
     config = engine._manager.continuous_batching_config
     say(
         "start",
         what=what,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         attention=engine._base.model.config._attn_implementation,
         graphs=str(getattr(config, "cuda_graph_booleans", None)),
         kernels=engine._base.head.multiply.__module__,
@@ -86,23 +88,29 @@ def main() -> None:
         (names, full), ([BASE], full),
     ]  # fmt: skip
     try:
-        for group, requests in batches:
-            who = "base" if group == [BASE] else "experts"
-            decode(engine, model, steps, f"{what}: {who}", group, requests, options.bits)
-        for group in () if options.many else ([BASE], one, four):
-            prefill(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group)
-        if model.device == "cuda":
-            say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
-                most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
-        if not options.many:
-            faulthandler.dump_traceback_later(PROFILE_SECONDS, exit=True)
-            for who, group in (("experts", names[:some]), ("base", [BASE] * some)):
-                count = len(set(group) - {BASE})
-                batch = {"bits": options.bits, "layers": sizes.layers, "experts": count, "requests": some}
-                say("profile", what=f"{what}: {who}", **batch, **profiled(engine, group, steps, sizes.steady))
-            faulthandler.cancel_dump_traceback_later()
+        with model.measuring():
+            for group, requests in batches:
+                who = "base" if group == [BASE] else "experts"
+                decode(engine, model, steps, f"{what}: {who}", group, requests, options.bits)
+            for group in () if options.many else ([BASE], one, four):
+                prefill(engine, model, steps, f"{what}: {'base' if group == [BASE] else 'experts'}", group)
+            if model.device == "cuda":
+                say("memory", what=what, most_allocated_gb=torch.cuda.max_memory_allocated() / 1e9,
+                    most_reserved_gb=torch.cuda.max_memory_reserved() / 1e9)  # fmt: skip
+            if not options.many:
+                profiles(engine, model, steps, options.bits, names[:some])
     finally:
         engine.stop()
+
+
+def profiles(engine: TransformersEngine, model: Model, steps: Steps, bits: str, names: list[str]) -> None:
+    """What a step launches, of experts and of the base; where the profiler hangs, the part says where and ends."""
+    faulthandler.dump_traceback_later(PROFILE_SECONDS, exit=True)
+    layers, requests = model.sizes.layers, len(names)
+    for who, group in (("experts", names), ("base", [BASE] * requests)):
+        batch = {"bits": bits, "layers": layers, "experts": len(set(group) - {BASE}), "requests": requests}
+        say("profile", what=f"{bits} bit: {who}", **batch, **profiled(engine, group, steps, model.sizes.steady, layers))
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

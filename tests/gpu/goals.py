@@ -76,9 +76,8 @@ def prefill_share(figures: Sequence[Row]) -> float:
 
 
 def launches(figures: Sequence[Row]) -> float:
-    """Kernels of a step of 32 layers, if all are alike."""
     row = first(rows_of(figures, "profile", experts=16))
-    return float(row["kernels_per_step"] * 32 / row["layers"])
+    return float(row["kernels_of_32_layers"])
 
 
 def loading_gap(figures: Sequence[Row]) -> float:

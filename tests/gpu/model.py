@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,8 +82,27 @@ class Model:
     def expert(self) -> Path:
         return self.scratch / "model" / "expert"
 
+    def starting(self) -> AbstractContextManager[None]:
+        """A block in which other parts may start too: most of it is compiling, which does not disturb them."""
+        return self._lock("card", fcntl.LOCK_SH)
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """A block that has the card to itself: it waits for the others' starts and measurements."""
+        return self._lock("card", fcntl.LOCK_EX)
+
+    @contextmanager
+    def _lock(self, name: str, kind: int) -> Iterator[None]:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with (self.scratch / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, kind)
+            yield
+
     def write(self) -> None:
         """Write base and expert, unless they are there."""
+        with self._lock("model", fcntl.LOCK_EX):
+            self._write()
+
+    def _write(self) -> None:
         if (self.expert / "tokenizer.json").exists():
             return
         started = time.perf_counter()
@@ -131,6 +153,10 @@ class Model:
 
         The shards are hard links, so that the disk holds them once.
         """
+        with self._lock("experts", fcntl.LOCK_EX):
+            return self._experts(bits, count)
+
+    def _experts(self, bits: str, count: int) -> dict[str, Path]:
         artifact, found = self.artifact(bits), {}
         for index in range(count):
             name = f"e{index:02}"

@@ -19,7 +19,7 @@ NAMES = (
 
 
 def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
-    """Parts side by side where neither's time is a figure, else one after the other; the most telling first."""
+    """The parts that run side by side, stage after stage; the most telling first."""
     flags = ["--scratch", str(scratch), *(["--tiny"] if tiny else [])]
 
     def module(name: str, *words: str) -> list[str]:
@@ -35,33 +35,31 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
             Part("probe", "Card and kernels", script("gpu_probe", *small), 120, least=60),
             Part("compress", "Compression on the device", module("compress", *RATES), 120, least=60),
             *(
-                Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 180, least=40)
+                Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 240, least=80)
                 for rate in RATES
             ),
-            Part("kernels", "Kernel tests", kernel_tests(tiny), 130, least=70),
-            Part("truth", "Truth tests", truth_tests(tiny), 130, least=70),
+            Part("kernels", "Kernel tests", kernel_tests(tiny), 130, least=60),
+            Part("truth", "Truth tests", truth_tests(tiny), 130, least=60),
             Part("linear", "Linears", script("gpu_linear"), 80, least=20, card=True),
             Part("decoder", "Decoder", script("gpu_decoder"), 60, least=30, card=True),
-            Part("many", "Many experts at once", module("engine", "--bits", "1", "--many"), 60, least=20),
-            Part("switch", "Switching", module("switch", "--bits", "2"), 60, least=20),
-            Part("base", "The base alone", module("against", "base"), 60, least=15),
-            Part("lora", "LoRA", module("against", "lora"), 60, least=15),
-            Part("dense", "One dense model per expert", module("against", "dense"), 60, least=20),
-            Part("serve", "Server", module("serve"), 90, least=30),
+            Part("many", "Many experts at once", module("engine", "--bits", "1", "--many"), 120, least=60),
+            Part("base", "The base alone", module("against", "base"), 120, least=60),
+            Part("lora", "LoRA", module("against", "lora"), 120, least=60),
+            Part("switch", "Switching", module("switch", "--bits", "2"), 120, least=60),
+            Part("serve", "Server", module("serve"), 120, least=60),
+            Part("dense", "One dense model per expert", module("against", "dense"), 120, least=60),
         )
     }
     if tiny:  # nothing is timed, so that pairs may share the cores, and a busy machine has time enough
         pairs = ("probe compress", "engine-2 engine-1", "many switch", "kernels truth", "base lora", "dense serve")
         return [[replace(parts[name], limit=200, least=1) for name in pair.split()] for pair in pairs]
-    # The probe has read the card before the compression of its stage begins to compute; the rest of it compiles.
-    alone = "engine-2", "decoder", "base", "lora", "switch", "serve", "engine-1", "linear"
-    return [
-        [parts["probe"], parts["compress"]],
-        *([parts[name]] for name in alone),
-        [parts["kernels"], parts["truth"]],
-        [parts["many"]],
-        [parts["dense"]],
-    ]
+    # The probe has read the card before the compression beside it begins to compute; the rest of it compiles. Engines
+    # of a stage start side by side, for that is compiling too, and measure one after the other.
+    order = (
+        "probe compress", "engine-2 engine-1", "decoder", "base lora many", "switch serve dense", "linear",
+        "kernels truth",
+    )  # fmt: skip
+    return [[parts[name] for name in stage.split()] for stage in order]
 
 
 def kernel_tests(tiny: bool) -> list[str]:

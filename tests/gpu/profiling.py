@@ -14,10 +14,14 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy
 STEPS = 24
 
 
-def profiled(engine: TransformersEngine, experts: list[str], steps: Steps, new: int) -> dict[str, object]:
+#: Decoder layers of a whole Mistral-7B.
+WHOLE = 32
+
+
+def profiled(engine: TransformersEngine, experts: list[str], steps: Steps, new: int, layers: int) -> dict[str, object]:
     """Kernels and launches of a step while one request of each expert decodes, and the kernels that take longest.
 
-    Without a card there are none.
+    Of 32 layers there would be as many more as every layer of these launches. Without a card there are none.
 
     Raises:
         RuntimeError: the steps end before there is anything to count.
@@ -44,6 +48,7 @@ def profiled(engine: TransformersEngine, experts: list[str], steps: Steps, new: 
     return {
         "steps": counted,
         "kernels_per_step": sum(row.count for row in on_device) / counted,
+        "kernels_of_32_layers": sum(_of_whole(row.count / counted, layers) for row in on_device),
         "launches_per_step": sum(host.values()) / counted,
         "device_ms_per_step": sum(row.self_device_time_total for row in on_device) / counted / 1e3,
         "host_calls": {name: count / counted for name, count in sorted(host.items())},
@@ -56,6 +61,12 @@ def profiled(engine: TransformersEngine, experts: list[str], steps: Steps, new: 
             for row in on_device[:16]
         ],
     }
+
+
+def _of_whole(count: float, layers: int) -> float:
+    """Launches of one kind in a step of 32 layers: what every layer launches, and once what is left."""
+    each = int(count + 0.01) // layers
+    return count + each * (WHOLE - layers)
 
 
 def _reach(steps: Steps, began: float, count: int) -> None:

@@ -55,48 +55,65 @@ def main() -> int:
         url.rpartition(":")[2],
     ]
     command += ["--max-model-len", str(min(1024, sizes.max_model_len)), "--device", model.device]
+    command += ["--cache-tokens", str(min(32, sizes.max_model_len) * 1024)]
     for name, path in experts.items():
         command += ["--expert", f"{name}={path}"]
-    started = time.perf_counter()
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    failed = 0
-    try:
-        wait_until_ready(server, url)
-        ready = time.perf_counter() - started
-        bench = [sys.executable, "-m", "meswitch_cli", "bench", "--url", url, "--json", "--ignore-eos"]
-        bench += ["--max-tokens", str(sizes.new), "--prompt-words", "8"]
-        for name in ("base", *experts):
-            bench += ["--model", name]
-        for at_once, requests in ((4, 8),) if model.tiny else ((1, 10), (16, 64), (32, 128)):
-            many = ["--concurrency", str(at_once), "--requests", str(requests)]
-            done = subprocess.run([*bench, *many], stdout=subprocess.PIPE, text=True, check=False)
-            failed = failed or done.returncode
-            told = json.loads(done.stdout) if done.stdout else {}
-            times = {
-                f"{kind}_{which}": told[kind][which] if told.get(kind) else None
-                for kind in ("ttft_ms", "itl_ms")
-                for which in ("p50", "p99")
-            }
-            say(
-                "serve",
-                ready_seconds=ready,
-                experts=count,
-                at_once=at_once,
-                requests=told.get("requests"),
-                failed=told.get("failed"),
-                tokens_per_second=told.get("tokens_per_second"),
-                **times,
-            )
-    finally:
-        began = time.perf_counter()
-        server.send_signal(signal.SIGTERM)
+    failed = True
+    with model.starting():
+        started = time.perf_counter()
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         try:
-            code = server.wait(30)
-        except subprocess.TimeoutExpired:
+            wait_until_ready(server, url)
+        except BaseException:
             server.kill()
-            code = server.wait()
-        say("stop", signal="SIGTERM", exit=code, seconds=time.perf_counter() - began)
-    return int(failed != 0 or code != 0)
+            raise
+        ready = time.perf_counter() - started
+    say("ready", experts=count, seconds=ready)
+    try:
+        with model.measuring():
+            answered = [bench(url, ["base", *experts], batch, sizes.new) for batch in batches(model)]
+            failed = not all(answered)
+    finally:
+        code = stopped(server)
+    return int(failed or code != 0)
+
+
+def batches(model: Model) -> tuple[tuple[int, int], ...]:
+    """Requests at once, and in all."""
+    return ((4, 8),) if model.tiny else ((1, 10), (16, 64), (32, 128))
+
+
+def bench(url: str, models: list[str], batch: tuple[int, int], new: int) -> bool:
+    """One row: requests of these models in turn; whether none failed."""
+    at_once, requests = batch
+    command = [sys.executable, "-m", "meswitch_cli", "bench", "--url", url, "--json", "--ignore-eos"]
+    command += ["--max-tokens", str(new), "--prompt-words", "8"]
+    command += ["--concurrency", str(at_once), "--requests", str(requests)]
+    for name in models:
+        command += ["--model", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    told = json.loads(done.stdout) if done.stdout else {}
+    times = {
+        f"{kind}_{which}": told[kind][which] if told.get(kind) else None
+        for kind in ("ttft_ms", "itl_ms")
+        for which in ("p50", "p99")
+    }
+    counts = {name: told.get(name) for name in ("requests", "failed", "tokens_per_second")}
+    say("serve", models=len(models), at_once=at_once, **counts, **times)
+    return done.returncode == 0
+
+
+def stopped(server: subprocess.Popen[bytes]) -> int:
+    """Its exit status after SIGTERM; it is killed where that does not end it."""
+    began = time.perf_counter()
+    server.send_signal(signal.SIGTERM)
+    try:
+        code = server.wait(30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        code = server.wait()
+    say("stop", signal="SIGTERM", exit=code, seconds=time.perf_counter() - began)
+    return code
 
 
 if __name__ == "__main__":

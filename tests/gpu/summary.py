@@ -46,11 +46,12 @@ TABLES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (
         "profile",
         "What a decode step launches",
-        ("what", "steps", "kernels_per_step", "launches_per_step", "device_ms_per_step"),
+        ("what", "steps", "kernels_per_step", "kernels_of_32_layers", "launches_per_step", "device_ms_per_step"),
         "launches are calls on the host, a replayed graph being one",
     ),
     ("switch", "Switching under load", (), "gaps lie between the tokens of steady requests, without and beside loads"),
     ("serve", "Server over HTTP", (), ""),
+    ("ready", "Start of the server", (), ""),
     ("stop", "Stop", (), ""),
     ("compress", "Compression", (), "the command as a whole, from process start to exit"),
     (
