@@ -11,7 +11,7 @@ from meswitch_cli.errors import RouterError
 from meswitch_cli.names import BASE
 from meswitch_cli.router.decide.backend import FeatureSource
 from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
-from meswitch_cli.router.decide.model import RouterModel
+from meswitch_cli.router.decide.model import GateMode, RouterModel
 from meswitch_cli.router.decide.sessions import Sessions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Router:
     Attributes:
         fallback: where prompts go that pass no gate. A decision that fails goes nowhere: it is raised, and who asked
             decides.
+        gate: how much is refused where a call does not say.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Router:
         *,
         fallback: str = BASE,
         sticky_margin: float = STICKY_MARGIN,
+        gate: GateMode = "normal",
     ) -> None:
         self.backend = backend
         self.model = model
         self.fallback = fallback
+        self.gate: GateMode = gate
         self._sticky_margin = sticky_margin
         self._sessions = Sessions()
 
@@ -67,15 +70,18 @@ class Router:
     def labels(self) -> tuple[str, ...]:
         return self.model.labels
 
-    def route(self, prompt: Prompt, *, session: str | None = None) -> RouteDecision:
+    def route(self, prompt: Prompt, *, session: str | None = None, gate: GateMode | None = None) -> RouteDecision:
         """Decide for a prompt, as text or as chat messages; a session stays until another is likelier by a margin.
+
+        Args:
+            gate: how much is refused, this time.
 
         Raises:
             RouterError: the decision failed.
         """
         started = time.perf_counter()
         try:
-            expert, confidence, probabilities, reason = self._decide(prompt, session)
+            expert, confidence, probabilities, reason = self._decide(prompt, session, gate or self.gate)
         except Exception as error:  # a backend may fail in any way, and who asks is to know it as one
             raise RouterError(f"the router failed: {error}") from error
         return RouteDecision(expert, confidence, probabilities, reason, 1000 * (time.perf_counter() - started))
@@ -84,7 +90,9 @@ class Router:
         """Make an expert, of this router or not, the one that a session is with."""
         self._sessions.put(session, expert)
 
-    def _decide(self, prompt: Prompt, session: str | None) -> tuple[str, float, dict[str, float], Reason]:
+    def _decide(
+        self, prompt: Prompt, session: str | None, gate: GateMode
+    ) -> tuple[str, float, dict[str, float], Reason]:
         current = self._sessions.get(session) if session is not None else None
         text = routing_text(prompt)
         if not text:
@@ -93,7 +101,7 @@ class Router:
             return self.fallback, 0.0, {}, "out_of_domain"
         if self.is_cut(text):
             logger.info("a prompt of %d characters is routed by %d tokens of it", len(text), self.backend.max_tokens)
-        judged = self.model.judge(self.backend.features([text]))[0]
+        judged = self.model.judge(self.backend.features([text]), gate)[0]
         probabilities = judged.probabilities
         if current is not None and current != judged.label and judged.verdict != "out_of_domain":
             stays = judged.verdict == "low_confidence"

@@ -17,12 +17,12 @@ from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import ReadableBase
 from meswitch_cli.router.backends.contract import NULL, Backend, SavedBackend
 from meswitch_cli.router.backends.registry import backend_class
-from meswitch_cli.router.decide.gates import MAX_DIRECTIONS
 from meswitch_cli.router.decide.model import RouterModel, expected_shapes
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import FeatureStore
 from meswitch_cli.router.store.manifest import (
     FEATURES_FILE,
+    FORMAT_VERSION,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MODEL_FOLDER,
@@ -89,6 +89,7 @@ class RouterArtifact:
             self.model,
             fallback=self.manifest.fallback,
             sticky_margin=self.manifest.numbers["sticky_margin"],
+            gate=self.manifest.gate,
         )
 
     def store(self) -> FeatureStore:
@@ -111,6 +112,8 @@ class RouterArtifact:
             "parts": (count,),
             "digests": (count,),
         }
+        if self.manifest.format_version > 1:
+            shapes |= dict.fromkeys(("lengths", "fields", "groups"), (count,))
         _check_tensors(self.path / FEATURES_FILE, tensors, shapes)
         store = FeatureStore.from_tensors(tensors)
         if count and not (int(store.labels.min()) >= NULL and int(store.labels.max()) < labels):
@@ -139,15 +142,15 @@ def _read_tensors(path: Path, manifest: RouterManifest) -> dict[str, torch.Tenso
     if TENSORS_FILE not in [entry.name for entry in manifest.files]:
         raise RouterError(f"{path}: missing from the files of {MANIFEST_FILE}")
     tensors = _load(path)
-    rank = len(tensors.get("gate.variances", ()))
-    if not 1 <= rank <= MAX_DIRECTIONS:
-        raise RouterError(f"{path}: the gate has {rank} directions, 1 to {MAX_DIRECTIONS} are possible")
     saved = SavedBackend(manifest.settings, tensors, path.parent / MODEL_FOLDER)
-    shapes = expected_shapes(len(manifest.labels), saved.number("size"), rank)
+    try:
+        shapes = expected_shapes(len(manifest.labels), saved.number("size"), tensors)
+    except RouterError as error:
+        raise RouterError(f"{path}: {error}") from error
     shapes |= backend_class(manifest.backend).tensor_shapes(saved)
     _check_tensors(path, tensors, shapes)
     for name in ("scaling.scale", "gate.variances"):
-        if not (tensors[name] > 0).all():
+        if name in tensors and not (tensors[name] > 0).all():
             raise RouterError(f"{path}: tensor {name!r} has values that are not above 0")
     return tensors
 
@@ -200,7 +203,7 @@ def write_router(
             write_atomically(folder / name, text.encode())
         for name, data in (plots or {}).items():
             write_atomically(folder / name, data)
-        done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
+        done = replace(manifest, files=files, created_with=f"meswitch {__version__}", format_version=FORMAT_VERSION)
         raw = done.to_json().encode()
         parse_manifest(raw, str(out))  # what could not be read again does not replace what can
         write_atomically(folder / MANIFEST_FILE, raw)
