@@ -12,6 +12,8 @@ from meswitch_cli.router.train.generalising import Known
 
 #: The line is in the middle of those that separate nearly as well as the best does: by these points of the index.
 SLACK = 0.01
+#: Of prompts like those trained on, whatever else is lost.
+LEAST_KEPT = 0.95
 #: Of prompts of other fields that a strict gate lets through.
 STRICT_PASSED = 0.02
 
@@ -37,7 +39,8 @@ def draw_gate(known: Known, seed: int) -> DrawnGate:
 
     A general prompt's distance is taken without the prompts of its own field (of an adopted one: of its part of the
     field), so that it is as strange as a new field's prompt will be. The line is the one that keeps most of the held-in
-    prompts for the fewest of others (Youden's index), every source of prompts counting the same.
+    prompts for the fewest of others (Youden's index), every source of prompts counting the same; it never refuses more
+    than a twentieth of the data's own calibration part.
     """
     store, points = known.store, known.points
     gate = fit_neighbours(store.features[points], known.owners[points], seed)
@@ -47,6 +50,8 @@ def draw_gate(known: Known, seed: int) -> DrawnGate:
     null = gate.distances(store.features[store.rows("calibration", null=True)])
     others = [values for values in (foreign, null) if len(values)]
     line = separating_line([values for values in (adopted, siblings) if len(values)], others)
+    if len(siblings):
+        line = max(line, float(siblings.quantile(LEAST_KEPT)))
     strict = min(line, *(float(values.quantile(STRICT_PASSED)) for values in others))
     return DrawnGate(replace(gate, threshold=line, strict_threshold=strict), adopted, foreign, null)
 

@@ -14,8 +14,6 @@ from meswitch_cli.router.train.adoption import NOBODY, UNCLEAR, adopt
 FOLDS = 3
 #: Taken where there is no prompt to choose the penalty by.
 USUAL_PENALTY = 1e-1
-#: Of an adopted field's prompts, this share must have its expert as their likeliest before they teach anything.
-LEAST_AGREEMENT = 0.6
 
 
 @dataclass(frozen=True)
@@ -33,30 +31,19 @@ class Known:
 
     @classmethod
     def of(cls, store: FeatureStore, classes: int) -> Known:
-        """Find whose fields the general prompts are of.
-
-        A field that is near to an expert and that a head of the experts' own prompts sends elsewhere is `UNCLEAR`.
-        """
+        """Find whose fields the general prompts are of."""
         owners = store.labels.clone()
         general, own = store.general_rows(), store.rows("train")
-        if not general.any():
-            return cls(store, owners)
-        groups = store.groups[general]
-        found = adopt(
-            store.features[general],
-            store.lengths[general],
-            groups,
-            store.features[own],
-            store.lengths[own],
-            store.labels[own],
-            classes,
-        )
-        head = _fit(cls(store, owners), torch.zeros_like(general), classes, USUAL_PENALTY)
-        agrees = head(store.features[general]).argmax(1) == found
-        for group in torch.unique(groups[found >= 0]):
-            if agrees[groups == group].float().mean() < LEAST_AGREEMENT:
-                found[groups == group] = UNCLEAR
-        owners[general] = found
+        if general.any():
+            owners[general] = adopt(
+                store.features[general],
+                store.lengths[general],
+                store.groups[general],
+                store.features[own],
+                store.lengths[own],
+                store.labels[own],
+                classes,
+            )
         return cls(store, owners)
 
     @property
