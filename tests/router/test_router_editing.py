@@ -32,7 +32,7 @@ def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
     artifact = RouterArtifact.open(probe_folder)
     first = artifact.store()
     backend = load_probe(probe_folder).backend
-    edit = add_expert(artifact, backend, "law", examples({"law": 80}), digest="d" * 64)
+    edit = add_expert(artifact, backend, "law", examples({"law": 160}), digest="d" * 64)
     edit.refuse_regression(0.1)
     assert edit.added is not None and edit.added["value"] > 0.9
     assert set(edit.before) == set(edit.after) == {"code", "maths"}
@@ -40,7 +40,7 @@ def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
     written = write_router(probe_folder, edit.manifest, edit.model, None, edit.store, source=artifact, force=True)
     assert written.manifest.labels == ("code", "law", "maths")
     assert written.manifest.experts == {"code": None, "law": "d" * 64, "maths": None}
-    assert written.manifest.split["added law"]["train"]["prompts"] == 44
+    assert written.manifest.split["added law"]["train"]["prompts"] == 88
     router = load_probe(probe_folder)
     law = [router.route(text) for text in sentences("law", 30, seed=1)]
     assert sum(item.expert == "law" for item in law) >= 25
