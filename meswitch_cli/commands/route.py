@@ -10,11 +10,14 @@ from typing import Annotated
 
 import typer
 
+from meswitch_cli.names import GateMode
+
 
 def run(
     text: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     router: Annotated[Path, typer.Option(help="The router's folder.")],
     base: Annotated[str | None, typer.Option(help="The shared base; a probe needs it.", show_default="none")] = None,
+    gate: Annotated[GateMode | None, typer.Option(help="How much is refused.", show_default="the router's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as one JSON object.")] = False,
 ) -> None:
     """Decides as a server would for a request without a session.
@@ -33,7 +36,7 @@ def run(
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        decision = opened.route(text)
+        decision = opened.route(text, gate=gate)
     finally:
         logger.removeHandler(handler)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from meswitch_cli.names import GateMode
 from meswitch_cli.router.backends import Kind
 
 
@@ -36,11 +37,18 @@ def run(
     layer: Annotated[
         str, typer.Option(help="Decoder layer that the probe reads, 1 the first; auto: chosen on validation.")
     ] = "auto",
+    max_prompts: Annotated[
+        int, typer.Option(min=20, help="Of a domain that has more, so many are taken, spread over its groups.")
+    ] = 500,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a prompt that are read; the middle is cut.")] = 256,
     fallback: Annotated[str, typer.Option(help="Where prompts go that pass no gate: base, or an expert.")] = "base",
     target_precision: Annotated[
         float, typer.Option(help="Of what is routed, this share must be right; sets the confidence threshold.")
     ] = 0.95,
+    gate: Annotated[
+        GateMode,
+        typer.Option(help="How much is refused: strict, all that is doubtful; off, nothing; serve may differ."),
+    ] = "normal",
     sticky_margin: Annotated[
         float, typer.Option(help="A session leaves its expert for one that is likelier by this much.")
     ] = 0.2,
@@ -63,7 +71,7 @@ def run(
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store.artifact import manifest_digest, write_router
     from meswitch_cli.router.train.autolabel import label_by_loss
-    from meswitch_cli.router.train.data import gather, read_examples
+    from meswitch_cli.router.train.data import gather, read_examples, thinned
     from meswitch_cli.router.train.losses import expert_losses
     from meswitch_cli.router.train.report import markdown, plots
     from meswitch_cli.router.train.settings import TrainingSettings
@@ -82,6 +90,7 @@ def run(
         fallback=fallback,
         target_precision=target_precision,
         sticky_margin=sticky_margin,
+        gate=gate,
         lm_steps=lm_steps,
         seed=seed,
     )
@@ -100,6 +109,10 @@ def run(
     gathered = gather(examples)
     if gathered.duplicates:
         announce(f"{gathered.duplicates} duplicates dropped")
+    gathered, had = thinned(gathered, max_prompts, seed)
+    for name, count in had.items():
+        which = "no domain" if name == "None" else name
+        announce(f"{which}: {max_prompts} of {count} prompts are taken; --max-prompts takes more, and longer")
     with router_progress() as on_progress:
         trained = train_router(gathered, settings, base=base, model=model, experts=digests, on_progress=on_progress)
     cut = trained.report["cut_prompts"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import GateMode
 from meswitch_cli.router.decide.gates import DistanceGate
 from meswitch_cli.router.decide.head import Head, Scaling
 from meswitch_cli.router.decide.neighbours import NeighbourGate
@@ -17,9 +18,6 @@ Verdict = Literal["routed", "low_confidence", "out_of_domain"]
 #: What draws the line between the experts' prompts and others: the prompts near by, or in routers of format version 1
 #: the experts' own prompts alone.
 Gate = NeighbourGate | DistanceGate
-#: How much is refused: `strict` refuses what is at all doubtful, `off` nothing.
-GateMode = Literal["strict", "normal", "off"]
-GATE_MODES: tuple[GateMode, ...] = get_args(GateMode)
 
 
 @dataclass(frozen=True)

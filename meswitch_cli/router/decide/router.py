@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.names import BASE
+from meswitch_cli.names import BASE, GateMode
 from meswitch_cli.router.decide.backend import FeatureSource
 from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
-from meswitch_cli.router.decide.model import GateMode, RouterModel
+from meswitch_cli.router.decide.model import RouterModel
 from meswitch_cli.router.decide.sessions import Sessions
 
 logger = logging.getLogger(__name__)

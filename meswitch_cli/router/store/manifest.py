@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import GATE_MODES, GateMode
 from meswitch_cli.printable import is_name
 from meswitch_cli.router.backends.registry import KINDS, Kind, backend_class
 from meswitch_cli.router.decide.labels import check_fallback, check_label
-from meswitch_cli.router.decide.model import GATE_MODES, GateMode
 from meswitch_cli.router.store.membership import TrainedFor
 
 #: Version 1 had one line of the distance, drawn from the experts' own prompts, and knew no general prompts.

@@ -14,8 +14,10 @@ from meswitch_cli.jsonl import read_jsonl
 from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
 from meswitch_cli.router.decide.labels import check_label
 
-#: Fewer prompts cannot be dealt into four parts that each say something.
-MIN_PROMPTS = 20
+#: Fewer prompts do not tell what a field is.
+MIN_PROMPTS = 5
+#: More of a domain do not make a better router, only a slower training (docs/results/router.md).
+MAX_PROMPTS = 500
 MAX_FILE_BYTES = 2 << 30
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -128,6 +130,29 @@ def gather(examples: Sequence[Example], *, min_prompts: int = MIN_PROMPTS) -> Ro
         if count < min_prompts:
             raise RouterError(f"domain {name!r} has {count} different prompts; at least {min_prompts} are needed")
     return RoutingData(tuple(kept), tuple(sorted(counts)), duplicates)
+
+
+def thinned(data: RoutingData, limit: int, seed: int) -> tuple[RoutingData, dict[str, int]]:
+    """At most `limit` prompts of each domain, and of none, and how many those with more had.
+
+    They are chosen by a hash of the text that the seed salts, spread over the domain's groups: of each in turn.
+    """
+    by_domain: dict[str | None, list[Example]] = {}
+    for example in data.examples:
+        by_domain.setdefault(example.domain, []).append(example)
+    kept: set[int] = set()
+    for members in by_domain.values():
+        ordered = sorted(members, key=lambda item: hashlib.sha256(f"{seed}/{item.digest}".encode()).digest())
+        turns: Counter[str] = Counter()
+        ranked: list[tuple[int, int, int]] = []
+        for example in ordered:
+            group = example.group if example.group is not None else f"text {example.digest}"
+            ranked.append((turns[group], len(ranked), example.digest))
+            turns[group] += 1
+        kept.update(digest for *_, digest in sorted(ranked)[:limit])
+    found = tuple(example for example in data.examples if example.digest in kept)
+    counts = {str(domain): len(members) for domain, members in by_domain.items() if len(members) > limit}
+    return replace(data, examples=found), counts
 
 
 def without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], int]:

@@ -69,8 +69,7 @@ def separating_line(inside: Sequence[torch.Tensor], outside: Sequence[torch.Tens
     Shares are means over the sources, whatever their sizes. Of the lines that do so nearly as well as the best
     (`SLACK`) it is the one in the middle.
     """
-    every = torch.unique(torch.cat([*inside, *outside]))
-    candidates = torch.cat([every, (every[1:] + every[:-1]) / 2]).sort().values
+    candidates = torch.unique(torch.cat([*inside, *outside]))
 
     def share(sources: Sequence[torch.Tensor]) -> torch.Tensor:
         if not sources:
@@ -81,5 +80,7 @@ def separating_line(inside: Sequence[torch.Tensor], outside: Sequence[torch.Tens
         ).mean(0)
 
     index = share(inside) - share(outside)
-    good = candidates[index >= index.max() - SLACK]
-    return float((good.min() + good.max()) / 2)
+    good = (index >= index.max() - SLACK).nonzero().flatten()
+    # A line stays as good as it is up to the next distance that there is.
+    after = min(int(good[-1]) + 1, len(candidates) - 1)
+    return float((candidates[good[0]] + candidates[after]) / 2)

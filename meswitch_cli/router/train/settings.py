@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meswitch_cli.errors import UsageError
-from meswitch_cli.names import BASE
+from meswitch_cli.names import BASE, GATE_MODES, GateMode
 from meswitch_cli.router.backends.registry import Kind
-from meswitch_cli.router.decide.model import GATE_MODES, GateMode
 from meswitch_cli.router.decide.router import STICKY_MARGIN
 
 
