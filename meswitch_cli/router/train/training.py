@@ -79,7 +79,9 @@ def train_router(
         settings=settings,
         base=FolderBase(base) if base is not None else None,
         model=model,
-        badness=lambda features: badness(_store(parts, texts, general, features, standardise=True)[1], data.labels),
+        badness=lambda features: badness(
+            scaled_store(parts, texts, general, features, standardise=True)[1], data.labels
+        ),
         on_progress=on_progress,
     )
     made = backend_class(settings.backend)
@@ -145,10 +147,10 @@ def _fitted_store(
     parts: Mapping[str, Sequence[Example]], request: FitRequest, general: General, fitted: FittedBackend
 ) -> tuple[Scaling, FeatureStore]:
     standardise = None if fitted.head is not None else fitted.standardise
-    return _store(parts, request.parts, general, fitted.features, standardise=standardise)
+    return scaled_store(parts, request.parts, general, fitted.features, standardise=standardise)
 
 
-def _store(
+def scaled_store(
     parts: Mapping[str, Sequence[Example]],
     texts: Mapping[str, LabelledTexts],
     general: General,
