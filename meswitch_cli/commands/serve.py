@@ -34,6 +34,12 @@ def run(
             help="How much the router refuses; x-meswitch-gate asks for another.", show_default="the router's"
         ),
     ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append to this file who should have answered, for `router add --feedback`.", show_default="no"
+        ),
+    ] = None,
     router_strict: Annotated[
         bool, typer.Option("--router-strict", help="A router that fails is an error, not an answer of the base.")
     ] = False,
@@ -106,6 +112,7 @@ def run(
         max_choices=max_n,
         drain_seconds=drain_seconds,
         router_strict=router_strict,
+        feedback=feedback,
         log_prompts=log_prompts,
     )
 

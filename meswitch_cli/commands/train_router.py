@@ -58,6 +58,9 @@ def run(
     lm_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the lm backend, 8 prompts each.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the split, the gates and the lm backend.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the router that is there.")] = False,
+    no_excerpts: Annotated[
+        bool, typer.Option("--no-excerpts", help="Keep no beginnings of prompts, which `route --explain` shows.")
+    ] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Add report.png and report.svg.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -91,6 +94,7 @@ def run(
         target_precision=target_precision,
         sticky_margin=sticky_margin,
         gate=gate,
+        excerpts=not no_excerpts,
         lm_steps=lm_steps,
         seed=seed,
     )
@@ -124,6 +128,7 @@ def run(
         trained.router.model,
         trained.backend,
         trained.store,
+        known=trained.known,
         report={"report.json": json.dumps(trained.report, indent=1) + "\n", "report.md": markdown(trained.report)},
         plots=plots(trained.report) if plot else None,
         force=force,

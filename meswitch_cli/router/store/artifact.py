@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from meswitch_cli.router.backends.base import ReadableBase
 from meswitch_cli.router.backends.contract import NULL, Backend, SavedBackend
 from meswitch_cli.router.backends.registry import backend_class
 from meswitch_cli.router.decide.model import RouterModel, expected_shapes
+from meswitch_cli.router.decide.neighbours import NeighbourGate
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.known import KNOWN_FILE, KnownPrompt, read_known, to_json
 from meswitch_cli.router.store.manifest import (
     FEATURES_FILE,
     FORMAT_VERSION,
@@ -91,6 +93,18 @@ class RouterArtifact:
             sticky_margin=self.manifest.numbers["sticky_margin"],
             gate=self.manifest.gate,
         )
+
+    def known(self) -> tuple[KnownPrompt, ...]:
+        """The beginnings of the gate's prompts, in their order; none where they were left out or never were.
+
+        Raises:
+            RouterError: they are not what they should be.
+        """
+        entry = next((entry for entry in self.manifest.files if entry.name == KNOWN_FILE), None)
+        if entry is None or not isinstance(self.model.gate, NeighbourGate):
+            return ()
+        _check_file(self.path, entry)
+        return read_known(self.path / KNOWN_FILE, len(self.model.gate.owners))
 
     def store(self) -> FeatureStore:
         """The stored training features.
@@ -173,6 +187,7 @@ def write_router(
     backend: Backend | None,
     store: FeatureStore,
     *,
+    known: Sequence[KnownPrompt] = (),
     source: RouterArtifact | None = None,
     report: Mapping[str, str] | None = None,
     plots: Mapping[str, bytes] | None = None,
@@ -182,6 +197,7 @@ def write_router(
 
     Args:
         manifest: its `files` are filled in here; reports are not among them, since two runs' latencies differ.
+        known: the beginnings of the gate's prompts, in their order; none are written where it is empty.
         backend: gives tensors and model; None takes those of `source`, for a router that was only refitted.
         report: text of files by name; plots: bytes of files by name.
 
@@ -194,6 +210,8 @@ def write_router(
         own = backend.tensors() if backend is not None else dict(source.backend_tensors if source else {})
         _save(folder / TENSORS_FILE, model.tensors() | own)
         _save(folder / FEATURES_FILE, store.tensors())
+        if known:
+            write_atomically(folder / KNOWN_FILE, to_json(known).encode("utf-8", "replace"))
         if backend is not None:
             backend.save_model(folder / MODEL_FOLDER)
         elif source is not None and (source.path / MODEL_FOLDER).is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,11 @@ class FeatureStore:
         return FeatureStore.from_tensors(
             dict(zip(self.tensors(), (torch.cat([mine, theirs]) for mine, theirs in pairs), strict=True))
         )
+
+    def without(self, digests: Sequence[int]) -> FeatureStore:
+        """The examples but for those of these texts."""
+        kept = ~torch.isin(self.digests, torch.tensor(list(digests)))
+        return FeatureStore.from_tensors({name: tensor[kept] for name, tensor in self.tensors().items()})
 
     def relabelled(self, old: tuple[str, ...], new: tuple[str, ...]) -> FeatureStore:
         """The same examples under other labels; those of a label that is gone are dropped."""

@@ -20,6 +20,7 @@ class TrainingSettings:
         fallback: where prompts go that pass no gate.
         target_precision: of what is routed; sets the confidence threshold.
         gate: how much is refused where nobody says otherwise.
+        excerpts: whether the folder keeps the beginnings of prompts, for explanations.
         lm_steps, lm_learning_rate: of the lm backend's fine-tuning.
     """
 
@@ -30,6 +31,7 @@ class TrainingSettings:
     target_precision: float = 0.95
     sticky_margin: float = STICKY_MARGIN
     gate: GateMode = "normal"
+    excerpts: bool = True
     lm_steps: int = 60
     lm_learning_rate: float = 5e-5
     seed: int = 0

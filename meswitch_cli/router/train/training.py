@@ -20,11 +20,13 @@ from meswitch_cli.router.decide.head import Scaling
 from meswitch_cli.router.decide.labels import check_fallback
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import PARTS, FeatureStore
+from meswitch_cli.router.store.known import KnownPrompt
 from meswitch_cli.router.store.manifest import RouterManifest
 from meswitch_cli.router.train.data import Example, RoutingData
 from meswitch_cli.router.train.evaluation import baseline, measure_features, measure_latency
 from meswitch_cli.router.train.fitting import badness, fit_model
 from meswitch_cli.router.train.general import General
+from meswitch_cli.router.train.generalising import Known
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.split import part_hash, split
 
@@ -42,6 +44,7 @@ class TrainedRouter:
     backend: Backend
     manifest: RouterManifest
     store: FeatureStore
+    known: tuple[KnownPrompt, ...]
     report: dict[str, Any]
 
 
@@ -126,7 +129,22 @@ def train_router(
         files=(),
         created_with="",
     )
-    return TrainedRouter(router, fitted.backend, manifest, store, report)
+    known = known_prompts(store, len(data.labels), excerpts([*data.examples, *general.examples]))
+    return TrainedRouter(router, fitted.backend, manifest, store, known if settings.excerpts else (), report)
+
+
+def excerpts(examples: Sequence[Example]) -> dict[int, KnownPrompt]:
+    """The beginnings of prompts, by digest."""
+    return {
+        item.digest: KnownPrompt.of(item.text, item.digest, item.domain or item.group or "no domain")
+        for item in examples
+    }
+
+
+def known_prompts(store: FeatureStore, classes: int, found: Mapping[int, KnownPrompt]) -> tuple[KnownPrompt, ...]:
+    """Those of the gate's points, in their order; none where not all are found."""
+    digests = store.digests[Known.of(store, classes).points].tolist()
+    return tuple(found[digest] for digest in digests) if all(digest in found for digest in digests) else ()
 
 
 def labelled(examples: Sequence[Example], labels: tuple[str, ...]) -> LabelledTexts:
