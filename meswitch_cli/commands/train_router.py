@@ -55,6 +55,10 @@ def run(
     auto_label: Annotated[
         bool, typer.Option("--auto-label", help="Label (prompt, response) pairs by the experts' loss on the response.")
     ] = False,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="An --artifact without prompts gets those of its model card and of its field."),
+    ] = False,
     lm_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the lm backend, 8 prompts each.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the split, the gates and the lm backend.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the router that is there.")] = False,
@@ -73,6 +77,7 @@ def run(
     from meswitch_cli.errors import UsageError
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store.artifact import manifest_digest, write_router
+    from meswitch_cli.router.train.auto import examples_from_card
     from meswitch_cli.router.train.autolabel import label_by_loss
     from meswitch_cli.router.train.data import gather, read_examples, thinned
     from meswitch_cli.router.train.losses import expert_losses
@@ -82,8 +87,8 @@ def run(
 
     files = pairs(expert or [], "--expert")
     models = pairs(artifact or [], "--artifact")
-    if not data and not files:
-        raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from")
+    if not data and not files and not (auto and models):
+        raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from; or --auto and --artifact")
     if layer != "auto" and (not layer.isdecimal() or int(layer) < 1):
         raise UsageError(f"--layer must be auto or a number from 1, not {layer!r}")
     settings = TrainingSettings(
@@ -101,6 +106,12 @@ def run(
     examples = [item for path in data or [] for item in read_examples(path, need_domain=not auto_label)]
     for name, path in files.items():
         examples += read_examples(path, domain=check_label(name, "--expert"))
+    given = {item.domain for item in examples}
+    for name, path in models.items() if auto else ():
+        if name not in given:
+            found = examples_from_card(name, path)
+            announce(f"{name}: {len(found)} prompts of its card and of its field; some of your own make it surer")
+            examples += found
     digests = {check_label(name, "--artifact"): manifest_digest(path) for name, path in models.items()}
     if auto_label:
         if len(models) < 2:

@@ -39,7 +39,7 @@ def test_reads_prompts_messages_and_null(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "not an object"),
-        ({"domain": "maths"}, 'needs "prompt" or "messages"'),
+        ({"domain": "maths"}, 'needs "prompt", "messages" or "text"'),
         ({"prompt": "x"}, 'has no "domain"'),
         ({"prompt": "  ", "domain": "maths"}, "the prompt is empty"),
         ({"messages": [{"role": "system", "content": "x"}], "domain": "maths"}, "the prompt is empty"),

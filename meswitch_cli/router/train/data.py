@@ -18,6 +18,8 @@ from meswitch_cli.router.decide.labels import check_label
 MIN_PROMPTS = 5
 #: More of a domain do not make a better router, only a slower training (docs/results/router.md).
 MAX_PROMPTS = 500
+#: Of a text without a question, so much is read: as much as of a prompt, about.
+TEXT_CHARACTERS = 1000
 MAX_FILE_BYTES = 2 << 30
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -58,7 +60,9 @@ class RoutingData:
 
 
 def read_examples(path: Path, *, domain: str | None = None, need_domain: bool = True) -> list[Example]:
-    """Read JSONL whose lines are `{"prompt" | "messages", "domain"[, "response"][, "group"]}`.
+    """Read JSONL whose lines are `{"prompt" | "messages" | "text", "domain"[, "response"][, "group"]}`.
+
+    "text" is what calibration data may have; its beginning stands for the prompt.
 
     With `domain` given, every line is of that domain and need not say so.
 
@@ -101,12 +105,14 @@ def _text(where: str, item: dict[str, Any]) -> str:
     prompt: Prompt
     if isinstance(item.get("prompt"), str):
         prompt = item["prompt"]
+    elif isinstance(item.get("text"), str):
+        prompt = item["text"][:TEXT_CHARACTERS]
     elif isinstance(item.get("messages"), list):
         prompt = item["messages"]
         if not all(isinstance(turn, dict) and turn.get("role") in _ROLES for turn in prompt):
             raise RouterError(f'{where}: "messages" must be a list of objects with "role" and "content"')
     else:
-        raise RouterError(f'{where}: needs "prompt" or "messages"')
+        raise RouterError(f'{where}: needs "prompt", "messages" or "text"')
     text = routing_text(prompt)
     if not text:
         raise RouterError(f"{where}: the prompt is empty")
