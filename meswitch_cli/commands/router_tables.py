@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from meswitch_cli.router.train.editing import Edit
 
 
+_DOUBTS = ("domain", "likeliest", "verdict", "confidence", "prompt")
+#: Share of test prompts with a twin in training from which the figures are an upper bound.
+_MANY_TWINS = 0.3
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Domains, where prompts go, and the figures that sum it up."""
     out, test = console(), report["test"]
@@ -35,6 +40,17 @@ def print_report(report: Mapping[str, Any]) -> None:
         if "out_of_domain" in test:
             line += f"; out-of-domain AUROC {test['out_of_domain']['auroc']:.3f}"
         out.print(line)
+    if report.get("doubts") and report["doubts"]["count"]:
+        doubtful = table(f"{report['doubts']['count']} test prompts are refused, doubted or sent elsewhere", *_DOUBTS)
+        for item in report["doubts"]["prompts"]:
+            cells = (item["domain"], item["likeliest"], item["verdict"], f"{item['confidence']:.2f}", item["prompt"])
+            doubtful.add_row(*cells)
+        out.print(doubtful)
+    if (report.get("twins") or 0) >= _MANY_TWINS:
+        out.print(
+            f"{percent(report['twins'])} of the test prompts have a twin in training (the same words but for names or "
+            'numbers): on other people\'s prompts the router will be right less often. Give templates a "group"'
+        )
     for name, figures in report.get("baselines", {}).items():
         shown = interval(figures["accuracy"]) + " %" if "accuracy" in figures else figures.get("failed", "")
         out.print(f"baseline {name}: {shown}")

@@ -13,6 +13,7 @@ from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import GENERAL, FeatureStore
 from meswitch_cli.router.train.adoption import UNCLEAR, adopt
 from meswitch_cli.router.train.data import Example, gather
+from meswitch_cli.router.train.doubts import doubts, twins
 from meswitch_cli.router.train.gating import draw_gate, separating_line
 from meswitch_cli.router.train.general import General, general_prompts
 from meswitch_cli.router.train.generalising import Known, fit_generalising
@@ -171,3 +172,19 @@ def test_modes_of_the_gate(tfidf_router: Router) -> None:
     own = Router(tfidf_router.backend, tfidf_router.model, gate="off")
     assert own.route("Who wrote Hamlet?").reason == "routed"
     assert own.route("Who wrote Hamlet?", gate="normal").reason == "out_of_domain"
+
+
+def test_doubtful_prompts_and_twins_are_told(tfidf_router: Router) -> None:
+    model, backend = tfidf_router.model, tfidf_router.backend
+    sure, foreign = Example(sentences("maths", 1, seed=1)[0], "maths", ""), Example("Who wrote Hamlet?", "maths", "")
+    null = Example("Bake a cake.", None, "")
+    told = doubts(model, backend.features([item.text for item in (sure, foreign, null)]), [sure, foreign, null])
+    assert told["count"] == 1 and told["prompts"][0]["prompt"] == foreign.text
+    assert told["prompts"][0]["verdict"] == "out_of_domain"
+    # Of the training part are some; all are known but for those of the other parts.
+    known = [Example(text, "maths", "") for text in sentences("maths", 80)]
+    new = [Example(text, "maths", "") for text in sentences("maths", 40, seed=5)]
+    shares = [twins(model, backend.features([item.text for item in items]), items) for items in (known, new)]
+    assert shares[0] is not None and shares[0] >= 0.5
+    assert shares[1] is not None and shares[1] <= 0.1
+    assert twins(model, backend.features([null.text]), [null]) is None

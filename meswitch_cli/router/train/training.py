@@ -23,6 +23,7 @@ from meswitch_cli.router.store.features import PARTS, FeatureStore
 from meswitch_cli.router.store.known import KnownPrompt
 from meswitch_cli.router.store.manifest import RouterManifest
 from meswitch_cli.router.train.data import Example, RoutingData
+from meswitch_cli.router.train.doubts import doubts, twins
 from meswitch_cli.router.train.evaluation import baseline, measure_features, measure_latency
 from meswitch_cli.router.train.fitting import badness, fit_model
 from meswitch_cli.router.train.general import General
@@ -225,6 +226,8 @@ def _report(
         "test": measure_features(
             router.model, fitted.features["test"], [item.domain for item in test], settings.target_precision
         ),
+        "doubts": doubts(router.model, fitted.features["test"], test) if settings.excerpts else None,
+        "twins": twins(router.model, fitted.features["test"], test),
         "latency_ms": measure_latency(router, [item.text for item in test]),
         "cut_prompts": sum(router.is_cut(item.text) for members in parts.values() for item in members),
         "baselines": {BASELINE: _baseline(parts, general, request, settings)},
