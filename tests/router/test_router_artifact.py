@@ -126,6 +126,7 @@ def test_a_manifest_that_is_no_json_is_refused(probe_folder: Path, raw: bytes) -
         ("scaling.scale", lambda tensor: tensor.zero_(), "not above 0"),
         ("gate.directions", lambda tensor: tensor[:, :0].contiguous(), "the gate has 0 directions"),
         ("gate.directions", lambda tensor: tensor[:, :-1].contiguous(), "'gate.points' is"),
+        ("gate.owners", lambda tensor: tensor.float().fill_(float("nan")), "not whole numbers"),
         ("gate.owners", lambda tensor: tensor.fill_(2), "a prompt of an expert that the router does not have"),
         ("gate.owners", lambda tensor: tensor[:-1].contiguous(), "'gate.points' is"),
     ],

@@ -72,6 +72,8 @@ class NeighbourGate:
         if not 1 <= rank <= DIRECTIONS:
             raise RouterError(f"the gate has {rank} directions, 1 to {DIRECTIONS} are possible")
         count = owners.numel() if owners is not None else 0
+        if owners is not None and (owners.is_floating_point() or owners.is_complex()):
+            raise RouterError("the gate's owners are not whole numbers")
         if owners is not None and count and not -1 <= int(owners.min()) <= int(owners.max()) < labels:
             raise RouterError("the gate has a prompt of an expert that the router does not have")
         return {"gate.directions": (size, rank), "gate.points": (count, rank), "gate.owners": (count,)}
