@@ -1,6 +1,8 @@
-"""What a request can name: the base, an expert, or whom the router chooses."""
+"""What a request can name: the base, an expert, whom the router chooses, and how much that may refuse."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 from meswitch_cli.errors import UsageError
 
@@ -10,6 +12,9 @@ BASE = "base"
 AUTO = "auto"
 #: Names that no expert can have.
 RESERVED = (BASE, AUTO)
+#: How much a router refuses: `strict` all that is at all doubtful, `off` nothing.
+GateMode = Literal["strict", "normal", "off"]
+GATE_MODES: tuple[GateMode, ...] = get_args(GateMode)
 
 
 def check_name(name: str) -> None:

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 
-@app.command(help="Add an expert from its prompts; the other experts' prompts are not needed again.")
+@app.command(help="Add an expert from its prompts, or learn from feedback; the other prompts are not needed again.")
 def add(
     router: Annotated[Path, typer.Option(help="The router's folder.")],
-    expert: Annotated[str, typer.Option(help="Name of the new expert.")],
-    data: Annotated[Path, typer.Option(help='JSONL with "prompt" or "messages": the new expert\'s domain.')],
+    expert: Annotated[str | None, typer.Option(help="Name of the new expert.", show_default="none")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='JSONL with "prompt" or "messages": the new expert\'s domain.', show_default="none"),
+    ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of `serve --feedback`: prompts and their right experts.", show_default="none"),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The shared base; a probe needs it.", show_default="none")] = None,
     artifact: Annotated[
         Path | None, typer.Option(help="The expert's artifact, whose hash is kept.", show_default="none")
@@ -31,12 +38,21 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Refits head, temperature and gates on stored features, in seconds."""
+    from meswitch_cli.errors import UsageError
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store import RouterArtifact, open_router
     from meswitch_cli.router.store.artifact import manifest_digest
     from meswitch_cli.router.train.data import read_examples
-    from meswitch_cli.router.train.editing import add_expert
+    from meswitch_cli.router.train.editing import add_expert, learn
 
+    if feedback is not None:
+        if expert is not None or data is not None:
+            raise UsageError("--feedback goes without --expert and --data: its lines say whose they are")
+        opened = RouterArtifact.open(router)
+        edit = learn(opened, open_router(opened, base).backend, read_examples(feedback))
+        return _finish(opened, edit, out, max_regression, as_json)
+    if expert is None or data is None:
+        raise UsageError("--expert NAME and --data FILE are needed, or --feedback FILE")
     examples = read_examples(data, domain=check_label(expert, "--expert"))
     digest = manifest_digest(artifact) if artifact is not None else None
     opened = RouterArtifact.open(router)
@@ -112,7 +128,9 @@ def _finish(opened: RouterArtifact, edit: Edit, out: Path | None, max_regression
 
     edit.refuse_regression(max_regression)
     target = out or opened.path
-    written = write_router(target, edit.manifest, edit.model, None, edit.store, source=opened, force=out is None)
+    written = write_router(
+        target, edit.manifest, edit.model, None, edit.store, known=edit.known, source=opened, force=out is None
+    )
     if as_json:
         figures = {"before": edit.before, "after": edit.after, "added": edit.added}
         seconds = {"feature_seconds": edit.feature_seconds, "refit_seconds": edit.refit_seconds}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.commands.console import console, table
 from meswitch_cli.router.train.report import interval, percent
 
 if TYPE_CHECKING:
+    from meswitch_cli.router.decide.explanation import Explanation
     from meswitch_cli.router.decide.router import RouteDecision
+    from meswitch_cli.router.store.known import KnownPrompt
     from meswitch_cli.router.train.editing import Edit
+
+
+_DOUBTS = ("domain", "likeliest", "verdict", "confidence", "prompt")
+#: Share of test prompts with a twin in training from which the figures are an upper bound.
+_MANY_TWINS = 0.3
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -33,6 +40,17 @@ def print_report(report: Mapping[str, Any]) -> None:
         if "out_of_domain" in test:
             line += f"; out-of-domain AUROC {test['out_of_domain']['auroc']:.3f}"
         out.print(line)
+    if report.get("doubts") and report["doubts"]["count"]:
+        doubtful = table(f"{report['doubts']['count']} test prompts are refused, doubted or sent elsewhere", *_DOUBTS)
+        for item in report["doubts"]["prompts"]:
+            cells = (item["domain"], item["likeliest"], item["verdict"], f"{item['confidence']:.2f}", item["prompt"])
+            doubtful.add_row(*cells)
+        out.print(doubtful)
+    if (report.get("twins") or 0) >= _MANY_TWINS:
+        out.print(
+            f"{percent(report['twins'])} of the test prompts have a twin in training (the same words but for names or "
+            'numbers): on other people\'s prompts the router will be right less often. Give templates a "group"'
+        )
     for name, figures in report.get("baselines", {}).items():
         shown = interval(figures["accuracy"]) + " %" if "accuracy" in figures else figures.get("failed", "")
         out.print(f"baseline {name}: {shown}")
@@ -46,6 +64,26 @@ def print_decision(decision: RouteDecision) -> None:
     out = console()
     out.print(shown)
     out.print(f"confidence {decision.confidence:.3f}, {decision.latency_ms:.1f} ms")
+
+
+def print_explanation(explanation: Explanation, known: Sequence[KnownPrompt]) -> None:
+    """Both gates' figures, and the known prompts nearest to the one asked about."""
+    out = console()
+    strict = explanation.strict_distance_threshold
+    out.print(
+        f"distance {explanation.distance:.3f} (0: an expert's own, 1: another field's; routed up to "
+        f"{explanation.distance_threshold:.3f}, strictly {strict:.3f}); confidence {explanation.confidence:.3f} "
+        f"(routed from {explanation.confidence_threshold:.3f})"
+    )
+    if explanation.nearest:
+        shown = table("nearest known prompts", "similarity", "of", "prompt")
+        for item in explanation.nearest:
+            prompt = known[item.point] if known else None
+            field = item.owner or "no expert"
+            if prompt is not None and prompt.field != item.owner:
+                field = f"{item.owner} ({prompt.field})" if item.owner else prompt.field
+            shown.add_row(f"{item.similarity:.2f}", field, prompt.excerpt if prompt is not None else "")
+        out.print(shown)
 
 
 def print_edit(edit: Edit) -> None:

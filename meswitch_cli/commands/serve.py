@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from meswitch_cli.names import GateMode
+
 if TYPE_CHECKING:
     from meswitch_cli.engine.contract import Engine
     from meswitch_cli.engine.slotted_engine import SlottedEngine
@@ -25,6 +27,18 @@ def run(
     ] = None,
     router: Annotated[
         Path | None, typer.Option(help='A router of `meswitch train-router`; makes the model "auto".')
+    ] = None,
+    gate: Annotated[
+        GateMode | None,
+        typer.Option(
+            help="How much the router refuses; x-meswitch-gate asks for another.", show_default="the router's"
+        ),
+    ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append to this file who should have answered, for `router add --feedback`.", show_default="no"
+        ),
     ] = None,
     router_strict: Annotated[
         bool, typer.Option("--router-strict", help="A router that fails is an error, not an answer of the base.")
@@ -98,6 +112,7 @@ def run(
         max_choices=max_n,
         drain_seconds=drain_seconds,
         router_strict=router_strict,
+        feedback=feedback,
         log_prompts=log_prompts,
     )
 
@@ -127,7 +142,7 @@ def run(
     try:
         made.start()
         _warn_of(refused | made.failed)
-        chosen = load_router(router, made)
+        chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
         if not settings.api_keys and not is_loopback(host):
@@ -150,13 +165,15 @@ def _engine_class(name: str) -> type[SlottedEngine[Any]]:
     return TransformersEngine
 
 
-def load_router(path: Path | None, engine: Engine) -> Router | None:
+def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None) -> Router | None:
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
     from meswitch_cli.server.routing import open_served_router
 
-    return open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
+    opened = open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
+    opened.gate = gate or opened.gate
+    return opened
 
 
 def _warn_of(refused: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from meswitch_cli.names import GateMode
 from meswitch_cli.router.backends import Kind
 
 
@@ -36,20 +37,34 @@ def run(
     layer: Annotated[
         str, typer.Option(help="Decoder layer that the probe reads, 1 the first; auto: chosen on validation.")
     ] = "auto",
+    max_prompts: Annotated[
+        int, typer.Option(min=20, help="Of a domain that has more, so many are taken, spread over its groups.")
+    ] = 500,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a prompt that are read; the middle is cut.")] = 256,
     fallback: Annotated[str, typer.Option(help="Where prompts go that pass no gate: base, or an expert.")] = "base",
     target_precision: Annotated[
         float, typer.Option(help="Of what is routed, this share must be right; sets the confidence threshold.")
     ] = 0.95,
+    gate: Annotated[
+        GateMode,
+        typer.Option(help="How much is refused: strict, all that is doubtful; off, nothing; serve may differ."),
+    ] = "normal",
     sticky_margin: Annotated[
         float, typer.Option(help="A session leaves its expert for one that is likelier by this much.")
     ] = 0.2,
     auto_label: Annotated[
         bool, typer.Option("--auto-label", help="Label (prompt, response) pairs by the experts' loss on the response.")
     ] = False,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="An --artifact without prompts gets those of its model card and of its field."),
+    ] = False,
     lm_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the lm backend, 8 prompts each.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the split, the gates and the lm backend.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the router that is there.")] = False,
+    no_excerpts: Annotated[
+        bool, typer.Option("--no-excerpts", help="Keep no beginnings of prompts, which `route --explain` shows.")
+    ] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Add report.png and report.svg.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -62,8 +77,9 @@ def run(
     from meswitch_cli.errors import UsageError
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store.artifact import manifest_digest, write_router
+    from meswitch_cli.router.train.auto import examples_from_card
     from meswitch_cli.router.train.autolabel import label_by_loss
-    from meswitch_cli.router.train.data import gather, read_examples
+    from meswitch_cli.router.train.data import gather, read_examples, thinned
     from meswitch_cli.router.train.losses import expert_losses
     from meswitch_cli.router.train.report import markdown, plots
     from meswitch_cli.router.train.settings import TrainingSettings
@@ -71,8 +87,8 @@ def run(
 
     files = pairs(expert or [], "--expert")
     models = pairs(artifact or [], "--artifact")
-    if not data and not files:
-        raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from")
+    if not data and not files and not (auto and models):
+        raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from; or --auto and --artifact")
     if layer != "auto" and (not layer.isdecimal() or int(layer) < 1):
         raise UsageError(f"--layer must be auto or a number from 1, not {layer!r}")
     settings = TrainingSettings(
@@ -82,12 +98,20 @@ def run(
         fallback=fallback,
         target_precision=target_precision,
         sticky_margin=sticky_margin,
+        gate=gate,
+        excerpts=not no_excerpts,
         lm_steps=lm_steps,
         seed=seed,
     )
     examples = [item for path in data or [] for item in read_examples(path, need_domain=not auto_label)]
     for name, path in files.items():
         examples += read_examples(path, domain=check_label(name, "--expert"))
+    given = {item.domain for item in examples}
+    for name, path in models.items() if auto else ():
+        if name not in given:
+            found = examples_from_card(name, path)
+            announce(f"{name}: {len(found)} prompts of its card and of its field; some of your own make it surer")
+            examples += found
     digests = {check_label(name, "--artifact"): manifest_digest(path) for name, path in models.items()}
     if auto_label:
         if len(models) < 2:
@@ -100,6 +124,10 @@ def run(
     gathered = gather(examples)
     if gathered.duplicates:
         announce(f"{gathered.duplicates} duplicates dropped")
+    gathered, had = thinned(gathered, max_prompts, seed)
+    for name, count in had.items():
+        which = "no domain" if name == "None" else name
+        announce(f"{which}: {max_prompts} of {count} prompts are taken; --max-prompts takes more, and longer")
     with router_progress() as on_progress:
         trained = train_router(gathered, settings, base=base, model=model, experts=digests, on_progress=on_progress)
     cut = trained.report["cut_prompts"]
@@ -111,6 +139,7 @@ def run(
         trained.router.model,
         trained.backend,
         trained.store,
+        known=trained.known,
         report={"report.json": json.dumps(trained.report, indent=1) + "\n", "report.md": markdown(trained.report)},
         plots=plots(trained.report) if plot else None,
         force=force,

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 from meswitch_cli import __version__
-from meswitch_cli.server import admin, chat, completions, health, models, routing, tokenize, webpage
+from meswitch_cli.server import admin, chat, completions, feedback, health, models, routing, tokenize, webpage
 from meswitch_cli.server.auth import Authentication
 from meswitch_cli.server.context import EXPOSED_HEADERS, RequestContext
 from meswitch_cli.server.errors import install_error_handlers
@@ -38,7 +38,7 @@ def create_app(service: Service) -> FastAPI:
     """The ASGI application of a service whose engine has started."""
     app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (chat, completions, models, routing, tokenize, admin, health, webpage):
+    for module in (chat, completions, models, routing, feedback, tokenize, admin, health, webpage):
         app.include_router(module.endpoints)
     install_error_handlers(app)
     # The last one added is the outermost.

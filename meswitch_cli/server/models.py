@@ -64,6 +64,7 @@ def status(request: Request) -> dict[str, Any]:
         "version": __version__,
         "base": service.engine.base_id,
         "router": service.router is not None,
+        "feedback": service.router is not None and service.feedback is not None,
         "draining": service.draining,
         "uptime_seconds": round(time.time() - service.created, 1),
         "completion_tokens": service.tokens,

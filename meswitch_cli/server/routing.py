@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.contract import Engine
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.names import AUTO, BASE
+from meswitch_cli.names import AUTO, BASE, GATE_MODES, GateMode
 from meswitch_cli.router.backends.base import ServedBase
 from meswitch_cli.router.decide import RouteDecision, Router
 from meswitch_cli.router.store import Policy, open_router
@@ -26,6 +26,8 @@ from meswitch_cli.server.service import Service
 
 #: A conversation keeps its expert while its requests carry the same value here.
 SESSION_HEADER = "x-meswitch-session"
+#: How much the router refuses, for this request.
+GATE_HEADER = "x-meswitch-gate"
 _MAX_SESSION = 256
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,17 @@ async def choose(service: Service, request: Request, model: str, subject: Subjec
     return Choice(model, 1.0, {}, "pinned", 0.0)
 
 
+def _gate(request: Request) -> GateMode | None:
+    given = request.headers.get(GATE_HEADER)
+    for mode in GATE_MODES:
+        if given == mode:
+            return mode
+    if given is None:
+        return None
+    message = f"the header {GATE_HEADER} must be one of {', '.join(GATE_MODES)}"
+    raise ApiError(400, message, code="invalid_value", parameter=GATE_HEADER)
+
+
 def _session(request: Request) -> str | None:
     """What the router knows a conversation by: two keys' sessions of one name are two sessions."""
     session = request.headers.get(SESSION_HEADER)
@@ -110,10 +123,11 @@ async def _routed(service: Service, request: Request, subject: Subject | None, s
     if subject is None:
         message = f"model {AUTO!r} routes one prompt of text; for several prompts or token ids, name the expert"
         raise ApiError(400, message, code="invalid_value", parameter="model")
+    gate = _gate(request)
     started = time.perf_counter()
     failure: Exception | None = None
     try:
-        decision = await service.routing(lambda: router.route(subject, session=session))
+        decision = await service.routing(lambda: router.route(subject, session=session, gate=gate))
     except Exception as error:  # whatever goes wrong in a router must not fail the user's request
         failure = error
         logger.exception("request %s: the router failed", RequestRecord.of(request).id)

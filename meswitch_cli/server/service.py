@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from meswitch_cli.engine.contract import Engine, ExpertStatus
 from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.feedback_file import FeedbackFile
 from meswitch_cli.server.metrics import Metrics
 from meswitch_cli.server.settings import ServerSettings
 
@@ -25,6 +26,7 @@ class Service:
     """One server's parts.
 
     Attributes:
+        feedback: where users' corrections of the router are kept; None where they are not wanted.
         draining: requests that would generate are turned away; the running ones end.
         created: Unix time of the start.
         tokens: generated for requests over HTTP since then; unlike the engine's count, it moves with every token.
@@ -32,6 +34,7 @@ class Service:
 
     def __init__(self, engine: Engine, settings: ServerSettings, router: Router | None = None) -> None:
         self.engine, self.settings, self.router = engine, settings, router
+        self.feedback = FeedbackFile(settings.feedback) if settings.feedback is not None else None
         self.metrics = Metrics(engine)
         self.draining = False
         self.created = int(time.time())

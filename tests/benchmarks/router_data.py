@@ -75,12 +75,15 @@ class Prompts:
     fourth: list[Example]
 
 
-def load(packages: Path) -> Prompts:
-    """Read everything; `packages` is the folder of the two packages."""
+def load(packages: Path, *, quick: bool = False, count: int = TRAIN) -> Prompts:
+    """Read everything; `packages` is the folder of the two packages, `count` the training prompts of each domain.
+
+    The items of the quick zoo are those of the full one.
+    """
     train: list[Example] = []
     test: list[Example] = []
     for name in zoo.EXPERTS:
-        held_out, rest = _by_template(name)
+        held_out, rest = _by_template(name, quick, count)
         test += held_out
         train += rest
     data = packages / "evals" / "registry" / "data"
@@ -88,19 +91,19 @@ def load(packages: Path) -> Prompts:
         example
         for name, sets in OTHER_SOURCES.items()
         for source in sets
-        for example in _spread(_evals(data, source, name), OTHER_EACH)
+        for example in spread(read_set(data, source, name), OTHER_EACH)
     ]
-    null = [example for source in NULL_SETS for example in _spread(_evals(data, source, None), NULL_EACH)]
-    small_talk = _spread(list(_chatterbot(packages / "chatterbot_corpus" / "data" / "english")), NULL_TRAIN)
-    fourth = _spread(_evals(data, FOURTH[1], FOURTH[0]), TRAIN + 100)
+    null = [example for source in NULL_SETS for example in spread(read_set(data, source, None), NULL_EACH)]
+    small_talk = spread(list(_chatterbot(packages / "chatterbot_corpus" / "data" / "english")), NULL_TRAIN)
+    fourth = spread(read_set(data, FOURTH[1], FOURTH[0]), TRAIN + 100)
     return Prompts(train + small_talk, test, without_duplicates(null)[0], without_duplicates(other)[0], fourth)
 
 
-def _by_template(name: str) -> tuple[list[Example], list[Example]]:
+def _by_template(name: str, quick: bool, count: int) -> tuple[list[Example], list[Example]]:
     """(test, train) of an expert: no template is in both, nor any template that the expert was judged on in train."""
-    test = [_example(name, item) for part in ("choice", "report") for item in zoo.items(name, part)]
+    test = [_example(name, item) for part in ("choice", "report") for item in zoo.items(name, part, quick)]
     groups: dict[str, list[Example]] = defaultdict(list)
-    for item in zoo.items(name, "train"):
+    for item in zoo.items(name, "train", quick):
         groups[item["template"]].append(_example(name, item))
     train: list[Example] = []
     for template in sorted(groups, key=_order):
@@ -109,14 +112,14 @@ def _by_template(name: str) -> tuple[list[Example], list[Example]]:
         else:
             train += groups[template]
     test, train = without_duplicates(test)[0], without_duplicates(train)[0]
-    return _spread(test, TEST), _spread(train, TRAIN)
+    return spread(test, TEST), spread(train, count)
 
 
 def _example(name: str, item: dict[str, str]) -> Example:
     return Example(item["prompt"], name, f"zoo {name}", item["template"], item["response"])
 
 
-def _evals(data: Path, source: str, domain: str | None) -> list[Example]:
+def read_set(data: Path, source: str, domain: str | None) -> list[Example]:
     """The last message of every sample of one question set."""
     lines = (data / f"{source}.jsonl").read_text(encoding="utf-8").split("\n")
     examples = []
@@ -138,7 +141,7 @@ def _chatterbot(folder: Path) -> Iterator[Example]:
                 yield Example(talk[0].strip(), None, f"chatterbot {file.stem}")
 
 
-def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
     """At most `count`, chosen by a hash of the text."""
     kept = without_duplicates(examples)[0]
     return sorted(kept, key=lambda example: _order(example.text))[:count]

@@ -92,6 +92,35 @@ def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_p
     assert json.loads((bigger / "router.json").read_text())["labels"] == ["code", "maths"]
 
 
+def test_cards_explanations_and_feedback(tmp_path: Path) -> None:
+    """A router of experts that nobody gave prompts of, asked why, and corrected."""
+    out = tmp_path / "router"
+    for name in ("maths", "law"):
+        (tmp_path / name).mkdir()
+    made = in_process(
+        "train-router", "--backend", "tfidf", "--auto", "--artifact", f"maths={tmp_path / 'maths'}",
+        "--artifact", f"law={tmp_path / 'law'}", "--target-precision", 0.5, "--out", out,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "prompts of its card and of its field" in made.stderr
+    asked = "Can my landlord keep my deposit?"
+    told = json.loads(in_process("route", "--router", out, "--gate", "off", "--explain", "--json", asked).stdout)
+    assert told["expert"] == "law"
+    assert asked in told["explanation"]["prompts"]
+    assert told["explanation"]["distance"] <= told["explanation"]["distance_threshold"]
+    shown = in_process("route", "--router", out, "--explain", asked)
+    assert "nearest known prompts" in shown.stdout and "landlord" in shown.stdout
+    said = write(tmp_path / "said.jsonl", [{"prompt": asked, "domain": "maths"}])
+    learned = in_process("router", "add", "--router", out, "--feedback", said, "--max-regression", 1)
+    assert learned.returncode == 0, learned.stderr
+    again = json.loads(in_process("route", "--router", out, "--gate", "off", "--explain", "--json", asked).stdout)
+    assert again["explanation"]["nearest"][0]["owner"] == "maths"
+    fails(in_process("router", "add", "--router", out), 2, "--expert NAME and --data FILE are needed, or --feedback")
+    fails(
+        in_process("router", "add", "--router", out, "--feedback", said, "--expert", "x"), 2, "--feedback goes without"
+    )
+
+
 def test_labels_by_loss(tmp_path: Path, make_artifact: Callable[..., Artifact]) -> None:
     """Two experts that differ from the base in opposite ways label the pairs; their hashes end in the router."""
     pair = make_pair(tmp_path / "models", relative_delta=0.05)

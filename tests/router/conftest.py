@@ -83,7 +83,8 @@ def tfidf_router() -> Router:
 
 
 def save(trained: TrainedRouter, folder: Path) -> RouterArtifact:
-    return write_router(folder, trained.manifest, trained.router.model, trained.backend, trained.store)
+    model, known = trained.router.model, trained.known
+    return write_router(folder, trained.manifest, model, trained.backend, trained.store, known=known)
 
 
 @pytest.fixture(scope="session")

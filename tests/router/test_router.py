@@ -177,6 +177,46 @@ def test_sessions_are_bounded_and_forget_the_oldest() -> None:
     assert (sessions.get("a"), sessions.get("b"), len(sessions)) == ("maths", None, 2)
 
 
+def test_an_idle_session_begins_anew() -> None:
+    now = 0.0
+    sessions = Sessions(idle_seconds=60, clock=lambda: now)
+    sessions.put("a", "maths")
+    now = 59.0
+    assert sessions.get("a") == "maths"
+    now = 118.0
+    assert sessions.get("a") == "maths"
+    now = 179.0
+    assert sessions.get("a") is None and len(sessions) == 0
+
+
+def test_an_open_tool_call_stays_with_its_expert(gateless: Router) -> None:
+    maths, code = sentences("maths", 1, seed=5)[0], sentences("code", 1, seed=5)[0]
+    assert gateless.route(maths, session="tool").expert == "maths"
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": code},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+    ]
+    result = {"role": "tool", "content": code}
+    for conversation in (turns, [*turns, result]):
+        decision = gateless.route(conversation, session="tool")
+        assert (decision.expert, decision.reason) == ("maths", "sticky")
+    answered = [*turns, result, {"role": "assistant", "content": "done"}, {"role": "user", "content": code}]
+    assert gateless.route(answered, session="tool").expert == "code"
+    assert gateless.route(turns, session="unheard of").expert == "code"
+
+
+def test_a_long_conversation_is_left_for_a_larger_lead(tfidf_router: Router) -> None:
+    maths, code = sentences("maths", 1, seed=5)[0], sentences("code", 40, seed=5)
+    asked = {"role": "user", "content": " ".join(code[:4])}
+    long = [{"role": "system", "content": "Read this. " * 2000}, asked]
+    lead = tfidf_router.route([asked], gate="off")
+    lead_of = lead.probabilities["code"] - lead.probabilities["maths"]
+    router = Router(tfidf_router.backend, tfidf_router.model, sticky_margin=lead_of / 2, gate="off")
+    for session, conversation, expert in (("short", [asked], "code"), ("long", long, "maths")):
+        router.route(maths, session=session)
+        assert router.route(conversation, session=session).expert == expert
+
+
 def test_threads_share_a_router(tfidf_router: Router) -> None:
     wrong: list[str] = []
 

@@ -6,7 +6,14 @@ import pytest
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.decide.conversation import HISTORY_CHARACTERS, clip_characters, clip_tokens, routing_text
 from meswitch_cli.router.decide.labels import check_fallback
-from meswitch_cli.router.train.data import Example, gather, only_known_domains, read_examples, without_duplicates
+from meswitch_cli.router.train.data import (
+    Example,
+    gather,
+    only_known_domains,
+    read_examples,
+    thinned,
+    without_duplicates,
+)
 from meswitch_cli.router.train.split import PARTS, part_hash, split
 
 
@@ -32,7 +39,7 @@ def test_reads_prompts_messages_and_null(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "not an object"),
-        ({"domain": "maths"}, 'needs "prompt" or "messages"'),
+        ({"domain": "maths"}, 'needs "prompt", "messages" or "text"'),
         ({"prompt": "x"}, 'has no "domain"'),
         ({"prompt": "  ", "domain": "maths"}, "the prompt is empty"),
         ({"messages": [{"role": "system", "content": "x"}], "domain": "maths"}, "the prompt is empty"),
@@ -84,8 +91,8 @@ def test_duplicates_are_dropped_and_contradictions_refused() -> None:
 def test_one_domain_and_too_few_prompts_are_refused() -> None:
     with pytest.raises(RouterError, match="at least two domains; the data has 'maths'"):
         gather([*make("maths", 30), *make(None, 30)])
-    with pytest.raises(RouterError, match="domain 'code' has 7 different prompts; at least 20"):
-        gather([*make("maths", 30), *make("code", 7)])
+    with pytest.raises(RouterError, match="domain 'code' has 4 different prompts; at least 5"):
+        gather([*make("maths", 30), *make("code", 4)])
     with pytest.raises(RouterError, match="unknown domain 'law'; this router knows code, maths"):
         only_known_domains(make("law", 1), ("code", "maths"))
     with pytest.raises(RouterError, match="fallback 'law' is not one of base, code, maths"):
@@ -103,7 +110,24 @@ def test_split_is_stratified_disjoint_and_the_same_twice() -> None:
     for part, share in zip(PARTS, (0.55, 0.15, 0.15, 0.15), strict=True):
         for domain, count in (("maths", 100), ("code", 40)):
             assert abs(sum(item.domain == domain for item in parts[part]) - share * count) <= 1
-    assert [sum(item.domain is None for item in parts[part]) for part in PARTS] == [0, 0, 10, 10]
+    assert [sum(item.domain is None for item in parts[part]) for part in PARTS] == [8, 0, 6, 6]
+
+
+def test_of_few_prompts_nearly_all_are_for_the_head() -> None:
+    parts = split(gather([*make("maths", 5), *make("code", 40)]).examples, seed=0)
+    assert [sum(item.domain == "maths" for item in parts[part]) for part in PARTS] == [4, 0, 0, 1]
+    assert [sum(item.domain == "code" for item in parts[part]) for part in PARTS] == [22, 6, 6, 6]
+
+
+def test_many_prompts_are_thinned_evenly_over_their_groups() -> None:
+    large = [Example(f"maths {group} {index}", "maths", "", f"g{group}") for group in range(4) for index in range(50)]
+    data = gather([*large, *make("code", 30)])
+    thin, counts = thinned(data, 40, seed=1)
+    assert counts == {"maths": 200}
+    assert [sum(item.group == f"g{group}" for item in thin.examples) for group in range(4)] == [10] * 4
+    assert sum(item.domain == "code" for item in thin.examples) == 30
+    assert thinned(data, 40, seed=1)[0] == thin and thinned(data, 40, seed=2)[0] != thin
+    assert thinned(data, 500, seed=1) == (data, {})
 
 
 def test_groups_stay_whole() -> None:

@@ -11,7 +11,7 @@ from meswitch_cli.errors import RouterError
 from meswitch_cli.router import Router
 from meswitch_cli.router.store.artifact import RouterArtifact, write_router
 from meswitch_cli.router.train.data import Example, gather
-from meswitch_cli.router.train.editing import add_expert, remove_expert
+from meswitch_cli.router.train.editing import add_expert, learn, remove_expert
 from meswitch_cli.router.train.fitting import fit_model
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.training import TrainedRouter, train_router
@@ -32,7 +32,7 @@ def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
     artifact = RouterArtifact.open(probe_folder)
     first = artifact.store()
     backend = load_probe(probe_folder).backend
-    edit = add_expert(artifact, backend, "law", examples({"law": 80}), digest="d" * 64)
+    edit = add_expert(artifact, backend, "law", examples({"law": 160}), digest="d" * 64)
     edit.refuse_regression(0.1)
     assert edit.added is not None and edit.added["value"] > 0.9
     assert set(edit.before) == set(edit.after) == {"code", "maths"}
@@ -40,7 +40,7 @@ def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
     written = write_router(probe_folder, edit.manifest, edit.model, None, edit.store, source=artifact, force=True)
     assert written.manifest.labels == ("code", "law", "maths")
     assert written.manifest.experts == {"code": None, "law": "d" * 64, "maths": None}
-    assert written.manifest.split["added law"]["train"]["prompts"] == 44
+    assert written.manifest.split["added law"]["train"]["prompts"] == 88
     router = load_probe(probe_folder)
     law = [router.route(text) for text in sentences("law", 30, seed=1)]
     assert sum(item.expert == "law" for item in law) >= 25
@@ -61,8 +61,8 @@ def test_bad_additions_are_refused(probe_folder: Path, load_probe: LoadProbe) ->
         add_expert(artifact, backend, "maths", law)
     with pytest.raises(RouterError, match="'base' cannot be an expert's name"):
         add_expert(artifact, backend, "base", law)
-    with pytest.raises(RouterError, match="has 5 different prompts; at least 20"):
-        add_expert(artifact, backend, "law", law[:5])
+    with pytest.raises(RouterError, match="has 4 different prompts; at least 5"):
+        add_expert(artifact, backend, "law", law[:4])
     known = Example(sentences("maths", 1)[0], None, "law.jsonl: line 3")
     with pytest.raises(RouterError, match=r"law.jsonl: line 3: this prompt is in the router already, as 'maths'"):
         add_expert(artifact, backend, "law", [*law, known])
@@ -89,3 +89,56 @@ def test_the_fallback_cannot_be_removed(tmp_path: Path) -> None:
     trained = train_router(data, TrainingSettings(backend="tfidf", fallback="law"))
     with pytest.raises(RouterError, match="'law' is the router's fallback"):
         remove_expert(save(trained, tmp_path / "router"), "law")
+
+
+def test_feedback_teaches_and_what_was_said_last_counts(tmp_path: Path) -> None:
+    artifact = save(train_router(gather(examples(COUNTS)), TrainingSettings(backend="tfidf")), tmp_path / "router")
+    router = artifact.router(None)
+    said = [f"{text} over the fence" for text in sentences(None, 20, seed=8)]
+    assert {router.route(text).expert for text in said} == {"base"}
+    known = sentences("maths", 1)[0]
+    feedback = [Example(said[0], None, "f:1"), *(Example(text, "maths", "f:2") for text in said)]
+    feedback.append(Example(known, "code", "f:3"))
+    edit = learn(artifact, router.backend, feedback)
+    assert edit.manifest.labels == ("code", "maths")
+    written = write_router(
+        tmp_path / "router", edit.manifest, edit.model, None, edit.store, known=edit.known, source=artifact, force=True
+    )
+    taught = written.router(None)
+    assert sum(taught.route(text).expert == "maths" for text in said) >= 15
+    assert taught.route(known).expert == "code"
+    assert len(written.store().labels) == len(artifact.store().labels) + 20
+    assert [item.field for item in written.known() if item.excerpt == known] == ["code"]
+    assert written.manifest.split["learned 4"]["prompts"] == 21
+    with pytest.raises(RouterError, match="unknown domain 'law'"):
+        learn(written, router.backend, [Example("x", "law", "f:1")])
+    with pytest.raises(RouterError, match="no prompt to learn from"):
+        learn(written, router.backend, [])
+
+
+def test_the_nearest_known_prompts_are_named(tmp_path: Path) -> None:
+    artifact = save(train_router(gather(examples(COUNTS)), TrainingSettings(backend="tfidf")), tmp_path / "router")
+    router, known = artifact.router(None), artifact.known()
+    assert len(known) == len(router.model.gate.tensors()["gate.owners"])
+    # Of the training part, whichever those are: the prompt itself is the nearest, and its expert owns it.
+    own = next(item for item in known if item.field == "maths")
+    found = router.explain(own.excerpt)
+    assert found is not None and known[found.nearest[0].point] == own
+    assert (found.nearest[0].owner, found.nearest[0].similarity) == ("maths", pytest.approx(1, abs=1e-2))
+    assert found.distance < found.distance_threshold and found.confidence >= found.confidence_threshold
+    foreign = router.explain("Which river is longer, the Nile or the Amazon?")
+    assert foreign is not None and foreign.distance > foreign.distance_threshold
+    nearest = foreign.nearest[0]
+    assert nearest.owner is None and known[nearest.point].field == "geography and travel"
+    assert router.explain(" ") is None
+    (artifact.path / "known.json").write_text("[]")
+    with pytest.raises(RouterError, match=r"known\.json"):
+        RouterArtifact.open(artifact.path).known()
+
+
+def test_no_beginning_of_a_prompt_is_kept_where_none_is_wanted(tmp_path: Path) -> None:
+    settings = TrainingSettings(backend="tfidf", excerpts=False)
+    artifact = save(train_router(gather(examples(COUNTS)), settings), tmp_path / "router")
+    assert artifact.known() == () and not (artifact.path / "known.json").exists()
+    texts = b"".join(path.read_bytes() for path in artifact.path.iterdir())
+    assert sentences("maths", 1)[0].encode() not in texts

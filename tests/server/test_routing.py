@@ -17,6 +17,7 @@ from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router import Router
 from meswitch_cli.router.decide.router import Reason
 from meswitch_cli.router.store import check_membership, write_router
+from meswitch_cli.router.train.data import read_examples
 from meswitch_cli.router.train.training import TrainedRouter
 from meswitch_cli.server import webpage
 from meswitch_cli.server.routing import POLICY, open_served_router, served_base, served_experts
@@ -196,3 +197,38 @@ def test_a_router_and_a_server_that_do_not_belong_together(
 
 def save(trained: TrainedRouter, folder: Path) -> Path:
     return write_router(folder, trained.manifest, trained.router.model, trained.backend, trained.store).path
+
+
+def test_feedback_is_kept_and_learned_from(start_server: Start, router: Router, tmp_path: Path) -> None:
+    kept = tmp_path / "feedback.jsonl"
+    server = start_server(router=router, settings=ServerSettings(feedback=kept))
+    assert server.get("/v1/status").json()["feedback"] is True
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was für ein Tag! ünïcode"}]
+    assert server.post("/v1/route/feedback", {"messages": turns, "expert": "blue"}).status_code == 200
+    assert server.post("/v1/route/feedback", {"prompt": "a dozen coins", "expert": "base"}).status_code == 200
+    found = [(item.text, item.domain) for item in read_examples(kept)]
+    assert found == [("Was für ein Tag! ünïcode", "blue"), ("a dozen coins", None)]
+    for body, parameter in (
+        ({"prompt": "x", "expert": "nobody"}, "expert"),
+        ({"prompt": " ", "expert": "red"}, "messages"),
+        ({"expert": "red"}, "messages"),
+        ({"prompt": "x"}, "expert"),
+    ):
+        response = server.post("/v1/route/feedback", body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, parameter)
+    assert len(read_examples(kept)) == 2
+
+
+def test_no_feedback_is_kept_unasked(routed: Running) -> None:
+    assert routed.get("/v1/status").json()["feedback"] is False
+    response = routed.post("/v1/route/feedback", {"prompt": "x", "expert": "red"})
+    assert response.status_code == 404 and "--feedback" in response.json()["error"]["message"]
+
+
+def test_a_request_says_how_much_is_refused(routed: Running) -> None:
+    asked = {"prompt": "Which river is longer, the Nile or the Amazon?"}
+    assert routed.post("/v1/route", asked).json()["reason"] == "out_of_domain"
+    answer = routed.post("/v1/route", asked, headers={"x-meswitch-gate": "off"}).json()
+    assert answer["reason"] == "routed" and answer["expert"] in FIELDS
+    refused = routed.post("/v1/chat/completions", chat("x"), headers={"x-meswitch-gate": "loose"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-meswitch-gate")

@@ -133,6 +133,8 @@ class FitRequest:
         parts: by name, `train` and `validation` among them; what belongs to the others may be looked at by nobody, and
             only their features are wanted.
         base, model: as the user gave them; there is a base where the backend `needs_base`.
+        badness: of features by part, `[n, size]`: how ill they tell prompts apart. It is what a backend that can make
+            several chooses by.
     """
 
     parts: Mapping[str, LabelledTexts]
@@ -140,6 +142,7 @@ class FitRequest:
     settings: FitSettings
     base: FolderBase | None = None
     model: Path | None = None
+    badness: Callable[[Mapping[str, torch.Tensor]], float] = lambda features: 0.0
     on_progress: Progress = lambda what, done, total: None
 
     def counted(self, what: str) -> Callable[[int], None]:

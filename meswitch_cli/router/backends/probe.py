@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import PooledHiddenStates
 from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
-from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try, validation_losses
+from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try
 from meswitch_cli.router.backends.texts import encode
 from meswitch_cli.router.decide.conversation import clip_characters
 
@@ -19,7 +20,7 @@ CHUNK = 32
 
 
 class Probe(Backend):
-    """Mean-pooled hidden states after decoder layer `layer`.
+    """Mean-pooled hidden states after decoder layer `layer`, scaled to length 1: in deep layers a few dimensions grow.
 
     Prompts go in as plain text through the base's tokenizer, without a chat template: experts have templates of their
     own, and which one applies is what is to be found out.
@@ -29,13 +30,21 @@ class Probe(Backend):
     needs_base = True
 
     def __init__(
-        self, hidden_states: PooledHiddenStates, tokenizer: Any, *, layer: int, size: int, max_tokens: int
+        self,
+        hidden_states: PooledHiddenStates,
+        tokenizer: Any,
+        *,
+        layer: int,
+        size: int,
+        max_tokens: int,
+        unit_length: bool = True,
     ) -> None:
         self._hidden_states = hidden_states
         self._tokenizer = tokenizer
         self.layer = layer
         self.size = size
         self.max_tokens = max_tokens
+        self.unit_length = unit_length
 
     @classmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
@@ -46,11 +55,12 @@ class Probe(Backend):
         hidden_states, tokenizer = base.hidden_states(max(tried)), base.tokenizer()
         advance = request.counted("hidden states")
         pooled: dict[str, dict[int, torch.Tensor]] = {}
-        for name in ("train", "validation") if len(tried) > 1 else ():
+        for name in parts if len(tried) > 1 else ():
             token_ids = [encode(tokenizer, text, settings.max_tokens) for text in parts[name].texts]
-            pooled[name] = hidden_states.pooled_at(token_ids, tried, advance)
-        losses = validation_losses(pooled, parts) if pooled else {}
-        layer = best_layer(losses) if losses else tried[0]
+            found = hidden_states.pooled_at(token_ids, tried, advance)
+            pooled[name] = {layer: normalize(values, dim=1) for layer, values in found.items()}
+        badness = {layer: request.badness({name: pooled[name][layer] for name in pooled}) for layer in tried if pooled}
+        layer = best_layer(badness) if badness else tried[0]
         size = int(hidden_states.hidden_size)
         probe = cls(hidden_states, tokenizer, layer=layer, size=size, max_tokens=settings.max_tokens)
         known = {name: by_layer[layer] for name, by_layer in pooled.items()}
@@ -60,9 +70,7 @@ class Probe(Backend):
             standardise=True,
             notes={
                 "layers": layers,
-                "validation_by_layer": {
-                    str(item): {"errors": errors, "nll": loss} for item, (errors, loss) in losses.items()
-                },
+                "badness_by_layer": {str(item): value for item, value in badness.items()},
             },
         )
 
@@ -70,7 +78,9 @@ class Probe(Backend):
     def load(cls, saved: SavedBackend) -> Probe:
         assert saved.base is not None
         numbers = {name: saved.number(name) for name in ("layer", "size", "max_tokens")}
-        return cls(saved.base.hidden_states(numbers["layer"]), saved.base.tokenizer(), **numbers)
+        unit_length = saved.settings.get("unit_length") is True  # version 1 took the mean as it is
+        hidden_states = saved.base.hidden_states(numbers["layer"])
+        return cls(hidden_states, saved.base.tokenizer(), **numbers, unit_length=unit_length)
 
     def features(self, texts: Sequence[str], on_done: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         token_ids = [encode(self._tokenizer, text, self.max_tokens) for text in texts]
@@ -87,13 +97,13 @@ class Probe(Backend):
                 )
             pooled[chunk] = found
             on_done(len(chunk))
-        return pooled
+        return normalize(pooled, dim=1) if self.unit_length else pooled
 
     def count_tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(clip_characters(text, self.max_tokens)))
 
     def settings(self) -> dict[str, Any]:
-        return {"layer": self.layer, "size": self.size, "max_tokens": self.max_tokens}
+        return {"layer": self.layer, "size": self.size, "max_tokens": self.max_tokens, "unit_length": self.unit_length}
 
 
 BACKEND = Probe

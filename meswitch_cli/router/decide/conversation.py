@@ -35,6 +35,19 @@ def routing_text(prompt: Prompt) -> str:
     return f"{history}\n\n{text}" if history else text
 
 
+def has_open_tool_call(prompt: Prompt) -> bool:
+    """Whether the conversation stands in the middle of a tool call: the expert who made it is to read the result."""
+    if isinstance(prompt, str) or not prompt:
+        return False
+    newest = prompt[-1]
+    return newest.get("role") == "tool" or (newest.get("role") == "assistant" and bool(newest.get("tool_calls")))
+
+
+def cached_characters(prompt: Prompt) -> int:
+    """About how much of a conversation an expert has in its cache: all that came before the newest turn."""
+    return 0 if isinstance(prompt, str) else sum(len(message_text(turn.get("content"))) for turn in prompt[:-1])
+
+
 def message_text(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts of which the text parts are joined."""
     if isinstance(content, str):

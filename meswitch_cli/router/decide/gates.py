@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,11 @@ class DistanceGate:
     residual: float
     threshold: float = float("inf")
 
+    @property
+    def strict_threshold(self) -> float:
+        """The same: nothing was known of other fields when it was drawn."""
+        return self.threshold
+
     def distances(self, features: torch.Tensor) -> torch.Tensor:
         """`[n, d]` scaled features to `[n]` squared distances, divided by d."""
         offsets = features[:, None, :] - self.centres
@@ -46,6 +51,38 @@ class DistanceGate:
         within = (along.square() / self.variances).sum(-1)
         beyond = (offsets.square().sum(-1) - along.square().sum(-1)).clamp_min(0) / self.residual
         return (within + beyond).amin(1) / features.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "gate.centres": self.centres,
+            "gate.directions": self.directions.half(),
+            "gate.variances": self.variances,
+        }
+
+    def numbers(self) -> dict[str, float]:
+        return {"distance_threshold": self.threshold, "distance_residual": self.residual}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> DistanceGate:
+        return cls(
+            tensors["gate.centres"],
+            tensors["gate.directions"].float(),
+            tensors["gate.variances"],
+            numbers["distance_residual"],
+            numbers["distance_threshold"],
+        )
+
+    @staticmethod
+    def shapes(labels: int, size: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors; the number of directions is free.
+
+        Raises:
+            RouterError: they are none, or more than there can be.
+        """
+        rank = len(tensors.get("gate.variances", ()))
+        if not 1 <= rank <= MAX_DIRECTIONS:
+            raise RouterError(f"the gate has {rank} directions, 1 to {MAX_DIRECTIONS} are possible")
+        return {"gate.centres": (labels, size), "gate.directions": (size, rank), "gate.variances": (rank,)}
 
 
 def fit_distances(features: torch.Tensor, labels: torch.Tensor, classes: int, seed: int) -> DistanceGate:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 #: Strengths of the L2 penalty tried on validation, strongest first: of equals the strongest is taken.
-PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
 MAX_ITERATIONS = 100
 
 

@@ -9,10 +9,15 @@ from typing import Literal
 import torch
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import GateMode
 from meswitch_cli.router.decide.gates import DistanceGate
 from meswitch_cli.router.decide.head import Head, Scaling
+from meswitch_cli.router.decide.neighbours import NeighbourGate
 
 Verdict = Literal["routed", "low_confidence", "out_of_domain"]
+#: What draws the line between the experts' prompts and others: the prompts near by, or in routers of format version 1
+#: the experts' own prompts alone.
+Gate = NeighbourGate | DistanceGate
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class RouterModel:
     labels: tuple[str, ...]
     scaling: Scaling
     head: Head
-    gate: DistanceGate
+    gate: Gate
     temperature: float
     confidence_threshold: float
 
@@ -53,7 +58,7 @@ class RouterModel:
     def distances(self, features: torch.Tensor) -> torch.Tensor:
         return self.gate.distances(self.scaling(features))
 
-    def judge(self, features: torch.Tensor) -> list[Judgement]:
+    def judge(self, features: torch.Tensor, gate: GateMode = "normal") -> list[Judgement]:
         """Judge prompts by their features, `[n, d]`.
 
         Raises:
@@ -70,36 +75,37 @@ class RouterModel:
                 float(probabilities[row, best[row]]),
                 {label: float(value) for label, value in zip(self.labels, probabilities[row], strict=True)},
                 float(distances[row]),
-                self._verdict(float(probabilities[row, best[row]]), float(distances[row])),
+                self._verdict(float(probabilities[row, best[row]]), float(distances[row]), gate),
             )
             for row in range(len(features))
         ]
 
-    def _verdict(self, confidence: float, distance: float) -> Verdict:
-        if distance > self.gate.threshold:
+    def distance_threshold(self, gate: GateMode) -> float:
+        """The line of the distance that a mode draws."""
+        if gate == "off":
+            return float("inf")
+        return self.gate.strict_threshold if gate == "strict" else self.gate.threshold
+
+    def _verdict(self, confidence: float, distance: float, gate: GateMode) -> Verdict:
+        if distance > self.distance_threshold(gate):
             return "out_of_domain"
-        return "routed" if confidence >= self.confidence_threshold else "low_confidence"
+        return "routed" if gate == "off" or confidence >= self.confidence_threshold else "low_confidence"
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What router.safetensors holds of it; the gate's directions, most of the bytes, in 16 bit."""
+        """What router.safetensors holds of it; the gate, most of the bytes, in 16 bit."""
         return {
             "scaling.mean": self.scaling.mean,
             "scaling.scale": self.scaling.scale,
             "head.weight": self.head.weight,
             "head.bias": self.head.bias,
-            "gate.centres": self.gate.centres,
-            "gate.directions": self.gate.directions.half(),
-            "gate.variances": self.gate.variances,
-        }
+        } | self.gate.tensors()
 
     def numbers(self) -> dict[str, float]:
         """What router.json holds of it."""
         return {
             "temperature": self.temperature,
             "confidence_threshold": self.confidence_threshold,
-            "distance_threshold": self.gate.threshold,
-            "distance_residual": self.gate.residual,
-        }
+        } | self.gate.numbers()
 
     @classmethod
     def from_parts(
@@ -109,26 +115,18 @@ class RouterModel:
             labels,
             Scaling(tensors["scaling.mean"], tensors["scaling.scale"]),
             Head(tensors["head.weight"], tensors["head.bias"]),
-            DistanceGate(
-                tensors["gate.centres"],
-                tensors["gate.directions"].float(),
-                tensors["gate.variances"],
-                numbers["distance_residual"],
-                numbers["distance_threshold"],
-            ),
+            (DistanceGate if "gate.centres" in tensors else NeighbourGate).from_parts(tensors, numbers),
             numbers["temperature"],
             numbers["confidence_threshold"],
         )
 
 
-def expected_shapes(labels: int, size: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a router of so many labels, feature dimensions and gate directions."""
+def expected_shapes(labels: int, size: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors of a router of so many labels and feature dimensions must have."""
+    gate = DistanceGate if "gate.centres" in tensors else NeighbourGate
     return {
         "scaling.mean": (size,),
         "scaling.scale": (size,),
         "head.weight": (labels, size),
         "head.bias": (labels,),
-        "gate.centres": (labels, size),
-        "gate.directions": (size, rank),
-        "gate.variances": (rank,),
-    }
+    } | gate.shapes(labels, size, tensors)

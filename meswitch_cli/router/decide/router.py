@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meswitch_cli.errors import RouterError
-from meswitch_cli.names import BASE
+from meswitch_cli.names import BASE, GateMode
 from meswitch_cli.router.decide.backend import FeatureSource
-from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
+from meswitch_cli.router.decide.conversation import (
+    Prompt,
+    cached_characters,
+    has_open_tool_call,
+    is_binary,
+    routing_text,
+)
+from meswitch_cli.router.decide.explanation import Explanation, explain
 from meswitch_cli.router.decide.model import RouterModel
 from meswitch_cli.router.decide.sessions import Sessions
 
@@ -21,6 +28,9 @@ logger = logging.getLogger(__name__)
 Reason = Literal["routed", "sticky", "low_confidence", "out_of_domain", "empty", "pinned", "error", "unavailable"]
 #: A session leaves its expert only for one that is likelier by this much: a switch discards the session's cache.
 STICKY_MARGIN = 0.2
+#: After a long conversation, of this many characters or more (about 4,000 tokens to be read again), it is this many
+#: times as much.
+FULL_PRICE_CHARACTERS, LARGEST_PRICE = 16_000, 3.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Router:
     Attributes:
         fallback: where prompts go that pass no gate. A decision that fails goes nowhere: it is raised, and who asked
             decides.
+        gate: how much is refused where a call does not say.
     """
 
     def __init__(
@@ -56,10 +67,12 @@ class Router:
         *,
         fallback: str = BASE,
         sticky_margin: float = STICKY_MARGIN,
+        gate: GateMode = "normal",
     ) -> None:
         self.backend = backend
         self.model = model
         self.fallback = fallback
+        self.gate: GateMode = gate
         self._sticky_margin = sticky_margin
         self._sessions = Sessions()
 
@@ -67,25 +80,46 @@ class Router:
     def labels(self) -> tuple[str, ...]:
         return self.model.labels
 
-    def route(self, prompt: Prompt, *, session: str | None = None) -> RouteDecision:
+    def route(self, prompt: Prompt, *, session: str | None = None, gate: GateMode | None = None) -> RouteDecision:
         """Decide for a prompt, as text or as chat messages; a session stays until another is likelier by a margin.
+
+        Args:
+            gate: how much is refused, this time.
 
         Raises:
             RouterError: the decision failed.
         """
         started = time.perf_counter()
         try:
-            expert, confidence, probabilities, reason = self._decide(prompt, session)
+            expert, confidence, probabilities, reason = self._decide(prompt, session, gate or self.gate)
         except Exception as error:  # a backend may fail in any way, and who asks is to know it as one
             raise RouterError(f"the router failed: {error}") from error
         return RouteDecision(expert, confidence, probabilities, reason, 1000 * (time.perf_counter() - started))
+
+    def explain(self, prompt: Prompt, count: int = 5) -> Explanation | None:
+        """The figures of a decision and the `count` known prompts nearest to it; None where there is no text to read.
+
+        Raises:
+            RouterError: the prompt cannot be read.
+        """
+        text = routing_text(prompt)
+        if not text or is_binary(text):
+            return None
+        try:
+            return explain(self.model, self.backend.features([text]), count)
+        except Exception as error:  # as for a decision
+            raise RouterError(f"the router failed: {error}") from error
 
     def keep(self, session: str, expert: str) -> None:
         """Make an expert, of this router or not, the one that a session is with."""
         self._sessions.put(session, expert)
 
-    def _decide(self, prompt: Prompt, session: str | None) -> tuple[str, float, dict[str, float], Reason]:
+    def _decide(
+        self, prompt: Prompt, session: str | None, gate: GateMode
+    ) -> tuple[str, float, dict[str, float], Reason]:
         current = self._sessions.get(session) if session is not None else None
+        if current is not None and has_open_tool_call(prompt):
+            return current, 0.0, {}, "sticky"
         text = routing_text(prompt)
         if not text:
             return (current, 0.0, {}, "sticky") if current else (self.fallback, 0.0, {}, "empty")
@@ -93,11 +127,11 @@ class Router:
             return self.fallback, 0.0, {}, "out_of_domain"
         if self.is_cut(text):
             logger.info("a prompt of %d characters is routed by %d tokens of it", len(text), self.backend.max_tokens)
-        judged = self.model.judge(self.backend.features([text]))[0]
+        judged = self.model.judge(self.backend.features([text]), gate)[0]
         probabilities = judged.probabilities
         if current is not None and current != judged.label and judged.verdict != "out_of_domain":
             stays = judged.verdict == "low_confidence"
-            stays |= judged.confidence - probabilities.get(current, 0.0) < self._sticky_margin
+            stays |= judged.confidence - probabilities.get(current, 0.0) < self._price(prompt)
             if stays:
                 return current, probabilities.get(current, 0.0), probabilities, "sticky"
         if current == judged.label and judged.verdict == "low_confidence":
@@ -107,6 +141,11 @@ class Router:
         if session is not None:
             self._sessions.put(session, judged.label)
         return judged.label, judged.confidence, probabilities, "routed"
+
+    def _price(self, prompt: Prompt) -> float:
+        """The lead in probability for which a session leaves its expert; it grows with the cache that is lost."""
+        lost = cached_characters(prompt) / FULL_PRICE_CHARACTERS
+        return self._sticky_margin * (1 + (LARGEST_PRICE - 1) * min(1.0, lost))
 
     def is_cut(self, text: str) -> bool:
         """Whether a prompt is longer than what the router reads of it."""

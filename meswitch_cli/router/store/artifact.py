@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import ReadableBase
 from meswitch_cli.router.backends.contract import NULL, Backend, SavedBackend
 from meswitch_cli.router.backends.registry import backend_class
-from meswitch_cli.router.decide.gates import MAX_DIRECTIONS
 from meswitch_cli.router.decide.model import RouterModel, expected_shapes
+from meswitch_cli.router.decide.neighbours import NeighbourGate
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.known import KNOWN_FILE, KnownPrompt, read_known, to_json
 from meswitch_cli.router.store.manifest import (
     FEATURES_FILE,
+    FORMAT_VERSION,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MODEL_FOLDER,
@@ -89,7 +91,20 @@ class RouterArtifact:
             self.model,
             fallback=self.manifest.fallback,
             sticky_margin=self.manifest.numbers["sticky_margin"],
+            gate=self.manifest.gate,
         )
+
+    def known(self) -> tuple[KnownPrompt, ...]:
+        """The beginnings of the gate's prompts, in their order; none where they were left out or never were.
+
+        Raises:
+            RouterError: they are not what they should be.
+        """
+        entry = next((entry for entry in self.manifest.files if entry.name == KNOWN_FILE), None)
+        if entry is None or not isinstance(self.model.gate, NeighbourGate):
+            return ()
+        _check_file(self.path, entry)
+        return read_known(self.path / KNOWN_FILE, len(self.model.gate.owners))
 
     def store(self) -> FeatureStore:
         """The stored training features.
@@ -111,6 +126,8 @@ class RouterArtifact:
             "parts": (count,),
             "digests": (count,),
         }
+        if self.manifest.format_version > 1:
+            shapes |= dict.fromkeys(("lengths", "fields", "groups"), (count,))
         _check_tensors(self.path / FEATURES_FILE, tensors, shapes)
         store = FeatureStore.from_tensors(tensors)
         if count and not (int(store.labels.min()) >= NULL and int(store.labels.max()) < labels):
@@ -139,15 +156,15 @@ def _read_tensors(path: Path, manifest: RouterManifest) -> dict[str, torch.Tenso
     if TENSORS_FILE not in [entry.name for entry in manifest.files]:
         raise RouterError(f"{path}: missing from the files of {MANIFEST_FILE}")
     tensors = _load(path)
-    rank = len(tensors.get("gate.variances", ()))
-    if not 1 <= rank <= MAX_DIRECTIONS:
-        raise RouterError(f"{path}: the gate has {rank} directions, 1 to {MAX_DIRECTIONS} are possible")
     saved = SavedBackend(manifest.settings, tensors, path.parent / MODEL_FOLDER)
-    shapes = expected_shapes(len(manifest.labels), saved.number("size"), rank)
+    try:
+        shapes = expected_shapes(len(manifest.labels), saved.number("size"), tensors)
+    except RouterError as error:
+        raise RouterError(f"{path}: {error}") from error
     shapes |= backend_class(manifest.backend).tensor_shapes(saved)
     _check_tensors(path, tensors, shapes)
     for name in ("scaling.scale", "gate.variances"):
-        if not (tensors[name] > 0).all():
+        if name in tensors and not (tensors[name] > 0).all():
             raise RouterError(f"{path}: tensor {name!r} has values that are not above 0")
     return tensors
 
@@ -170,6 +187,7 @@ def write_router(
     backend: Backend | None,
     store: FeatureStore,
     *,
+    known: Sequence[KnownPrompt] = (),
     source: RouterArtifact | None = None,
     report: Mapping[str, str] | None = None,
     plots: Mapping[str, bytes] | None = None,
@@ -179,6 +197,7 @@ def write_router(
 
     Args:
         manifest: its `files` are filled in here; reports are not among them, since two runs' latencies differ.
+        known: the beginnings of the gate's prompts, in their order; none are written where it is empty.
         backend: gives tensors and model; None takes those of `source`, for a router that was only refitted.
         report: text of files by name; plots: bytes of files by name.
 
@@ -191,6 +210,8 @@ def write_router(
         own = backend.tensors() if backend is not None else dict(source.backend_tensors if source else {})
         _save(folder / TENSORS_FILE, model.tensors() | own)
         _save(folder / FEATURES_FILE, store.tensors())
+        if known:
+            write_atomically(folder / KNOWN_FILE, to_json(known).encode("utf-8", "replace"))
         if backend is not None:
             backend.save_model(folder / MODEL_FOLDER)
         elif source is not None and (source.path / MODEL_FOLDER).is_dir():
@@ -200,7 +221,7 @@ def write_router(
             write_atomically(folder / name, text.encode())
         for name, data in (plots or {}).items():
             write_atomically(folder / name, data)
-        done = replace(manifest, files=files, created_with=f"meswitch {__version__}")
+        done = replace(manifest, files=files, created_with=f"meswitch {__version__}", format_version=FORMAT_VERSION)
         raw = done.to_json().encode()
         parse_manifest(raw, str(out))  # what could not be read again does not replace what can
         write_atomically(folder / MANIFEST_FILE, raw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from meswitch_cli.router.backends.contract import NULL
 #: The head is fitted on train; layer and regularisation are chosen on validation; temperature and thresholds are
 #: fitted on calibration; figures are of test.
 PARTS = ("train", "validation", "calibration", "test")
+#: The part of the prompts that come with the package, as a number beside the indices into `PARTS`.
+GENERAL = len(PARTS)
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,11 @@ class FeatureStore:
         features: `[n, d]` fp32, scaled and rounded to 16 bit, so that a refit sees what the first fit saw.
         targets: `[n, labels]` probability of each label; zeros for prompts of no domain.
         labels: `[n]` index of the certain label, `NULL` where there is none.
-        parts: `[n]` index into `PARTS`.
+        parts: `[n]` index into `PARTS`, or `GENERAL`.
         digests: `[n]` of the prompts' texts, to know them again.
+        lengths: `[n]` characters.
+        fields: `[n]` number of a general prompt's field, -1 for every other; groups: `[n]` number of the wide field
+            that it is a part of.
     """
 
     features: torch.Tensor
@@ -31,6 +36,9 @@ class FeatureStore:
     labels: torch.Tensor
     parts: torch.Tensor
     digests: torch.Tensor
+    lengths: torch.Tensor
+    fields: torch.Tensor
+    groups: torch.Tensor
 
     def rows(self, part: str, *, null: bool = False) -> torch.Tensor:
         """Mask of a part's rows with a certain label, or with `null` of those of no domain."""
@@ -41,12 +49,21 @@ class FeatureStore:
         """Rows that the head is fitted on, uncertain labels included."""
         return (self.parts == PARTS.index("train")) & (self.targets.sum(1) > 0)
 
+    def general_rows(self) -> torch.Tensor:
+        """Rows of the prompts that come with the package."""
+        return self.parts == GENERAL
+
     def joined(self, other: FeatureStore) -> FeatureStore:
         """Both stores' examples; their labels must be the same."""
         pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
         return FeatureStore.from_tensors(
             dict(zip(self.tensors(), (torch.cat([mine, theirs]) for mine, theirs in pairs), strict=True))
         )
+
+    def without(self, digests: Sequence[int]) -> FeatureStore:
+        """The examples but for those of these texts."""
+        kept = ~torch.isin(self.digests, torch.tensor(list(digests)))
+        return FeatureStore.from_tensors({name: tensor[kept] for name, tensor in self.tensors().items()})
 
     def relabelled(self, old: tuple[str, ...], new: tuple[str, ...]) -> FeatureStore:
         """The same examples under other labels; those of a label that is gone are dropped."""
@@ -59,7 +76,8 @@ class FeatureStore:
                 targets[:, new.index(label)] = self.targets[:, position]
         total = targets.sum(1, keepdim=True)
         targets = torch.where(total > 0, targets / total.clamp_min(1e-9), targets)
-        return FeatureStore(self.features[kept], targets[kept], labels[kept], self.parts[kept], self.digests[kept])
+        rest = (self.parts, self.digests, self.lengths, self.fields, self.groups)
+        return FeatureStore(self.features[kept], targets[kept], labels[kept], *(tensor[kept] for tensor in rest))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -68,14 +86,22 @@ class FeatureStore:
             "labels": self.labels.to(torch.int16),
             "parts": self.parts.to(torch.uint8),
             "digests": self.digests,
+            "lengths": self.lengths.to(torch.int32),
+            "fields": self.fields.to(torch.int16),
+            "groups": self.groups.to(torch.int16),
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> FeatureStore:
+        """The store of these tensors; one of format version 1 knows no lengths and no general prompts."""
+        nothing = torch.full((len(tensors["labels"]),), -1)
         return cls(
             tensors["features"].float(),
             tensors["targets"],
             tensors["labels"].long(),
             tensors["parts"],
             tensors["digests"],
+            tensors.get("lengths", nothing).long(),
+            tensors.get("fields", nothing).long(),
+            tensors.get("groups", nothing).long(),
         )

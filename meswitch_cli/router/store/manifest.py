@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from meswitch_cli.errors import RouterError
+from meswitch_cli.names import GATE_MODES, GateMode
 from meswitch_cli.printable import is_name
 from meswitch_cli.router.backends.registry import KINDS, Kind, backend_class
 from meswitch_cli.router.decide.labels import check_fallback, check_label
 from meswitch_cli.router.store.membership import TrainedFor
 
-FORMAT_VERSION = 1
+#: Version 1 had one line of the distance, drawn from the experts' own prompts, and knew no general prompts.
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 MANIFEST_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
 FEATURES_FILE = "features.safetensors"
@@ -26,7 +29,9 @@ MAX_LABELS = 4096
 _FILE_NAME = re.compile(rf"({MODEL_FOLDER}/)?[A-Za-z0-9_][\w.-]{{0,127}}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
-NUMBERS = ("temperature", "confidence_threshold", "distance_threshold", "distance_residual", "sticky_margin")
+NUMBERS = ("temperature", "confidence_threshold", "distance_threshold", "sticky_margin")
+#: One of the two, by the kind of the gate.
+GATE_NUMBERS = ("strict_distance_threshold", "distance_residual")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ class RouterManifest:
     format_version: int = FORMAT_VERSION
 
     @property
+    def gate(self) -> GateMode:
+        """How much it refuses where nobody says."""
+        given = self.training.get("gate")
+        return cast(GateMode, given) if given in GATE_MODES else "normal"
+
+    @property
     def trained_for(self) -> TrainedFor:
         return TrainedFor(self.experts, self.base_id, self.base_fingerprint)
 
@@ -88,10 +99,10 @@ def parse_manifest(raw: bytes, where: str) -> RouterManifest:
     if not isinstance(value, dict):
         raise RouterError(f"{where}: not a JSON object")
     version = value.get("format_version")
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version not in READABLE:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise RouterError(
-            f"{where}: format version {version!r}; this meswitch reads version {FORMAT_VERSION}"
+            f"{where}: format version {version!r}; this meswitch reads versions {READABLE[0]} and {READABLE[1]}"
             + ("; upgrade meswitch" if newer else "")
         )
 
@@ -123,15 +134,19 @@ def parse_manifest(raw: bytes, where: str) -> RouterManifest:
         metrics=take("metrics", _is_object, "an object"),
         files=tuple(_file(item, where) for item in take("files", _is_short_list, "a list of files")),
         created_with=take("created_with", is_name, "a name"),
+        format_version=version,
     )
 
 
 def _checked_numbers(numbers: Mapping[str, Any], where: str) -> Mapping[str, float]:
-    for name in NUMBERS:
+    given = [name for name in GATE_NUMBERS if name in numbers]
+    if len(given) != 1:
+        raise RouterError(f"{where}: numbers: needs one of {' and '.join(map(repr, GATE_NUMBERS))}")
+    for name in (*NUMBERS, *given):
         value = numbers.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise RouterError(f"{where}: numbers: {name!r} is not a finite number from 0: {value!r}")
-    if not numbers["temperature"] or not numbers["distance_residual"]:
+    if not numbers["temperature"] or not numbers.get("distance_residual", 1):
         raise RouterError(f"{where}: numbers: temperature and distance_residual must be above 0")
     return numbers
 

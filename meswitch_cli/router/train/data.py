@@ -14,8 +14,12 @@ from meswitch_cli.jsonl import read_jsonl
 from meswitch_cli.router.decide.conversation import Prompt, is_binary, routing_text
 from meswitch_cli.router.decide.labels import check_label
 
-#: Fewer prompts cannot be dealt into four parts that each say something.
-MIN_PROMPTS = 20
+#: Fewer prompts do not tell what a field is.
+MIN_PROMPTS = 5
+#: More of a domain do not make a better router, only a slower training (docs/results/router.md).
+MAX_PROMPTS = 500
+#: Of a text without a question, so much is read: as much as of a prompt, about.
+TEXT_CHARACTERS = 1000
 MAX_FILE_BYTES = 2 << 30
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -56,7 +60,9 @@ class RoutingData:
 
 
 def read_examples(path: Path, *, domain: str | None = None, need_domain: bool = True) -> list[Example]:
-    """Read JSONL whose lines are `{"prompt" | "messages", "domain"[, "response"][, "group"]}`.
+    """Read JSONL whose lines are `{"prompt" | "messages" | "text", "domain"[, "response"][, "group"]}`.
+
+    "text" is what calibration data may have; its beginning stands for the prompt.
 
     With `domain` given, every line is of that domain and need not say so.
 
@@ -99,12 +105,14 @@ def _text(where: str, item: dict[str, Any]) -> str:
     prompt: Prompt
     if isinstance(item.get("prompt"), str):
         prompt = item["prompt"]
+    elif isinstance(item.get("text"), str):
+        prompt = item["text"][:TEXT_CHARACTERS]
     elif isinstance(item.get("messages"), list):
         prompt = item["messages"]
         if not all(isinstance(turn, dict) and turn.get("role") in _ROLES for turn in prompt):
             raise RouterError(f'{where}: "messages" must be a list of objects with "role" and "content"')
     else:
-        raise RouterError(f'{where}: needs "prompt" or "messages"')
+        raise RouterError(f'{where}: needs "prompt", "messages" or "text"')
     text = routing_text(prompt)
     if not text:
         raise RouterError(f"{where}: the prompt is empty")
@@ -128,6 +136,29 @@ def gather(examples: Sequence[Example], *, min_prompts: int = MIN_PROMPTS) -> Ro
         if count < min_prompts:
             raise RouterError(f"domain {name!r} has {count} different prompts; at least {min_prompts} are needed")
     return RoutingData(tuple(kept), tuple(sorted(counts)), duplicates)
+
+
+def thinned(data: RoutingData, limit: int, seed: int) -> tuple[RoutingData, dict[str, int]]:
+    """At most `limit` prompts of each domain, and of none, and how many those with more had.
+
+    They are chosen by a hash of the text that the seed salts, spread over the domain's groups: of each in turn.
+    """
+    by_domain: dict[str | None, list[Example]] = {}
+    for example in data.examples:
+        by_domain.setdefault(example.domain, []).append(example)
+    kept: set[int] = set()
+    for members in by_domain.values():
+        ordered = sorted(members, key=lambda item: hashlib.sha256(f"{seed}/{item.digest}".encode()).digest())
+        turns: Counter[str] = Counter()
+        ranked: list[tuple[int, int, int]] = []
+        for example in ordered:
+            group = example.group if example.group is not None else f"text {example.digest}"
+            ranked.append((turns[group], len(ranked), example.digest))
+            turns[group] += 1
+        kept.update(digest for *_, digest in sorted(ranked)[:limit])
+    found = tuple(example for example in data.examples if example.digest in kept)
+    counts = {str(domain): len(members) for domain, members in by_domain.items() if len(members) > limit}
+    return replace(data, examples=found), counts
 
 
 def without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], int]:

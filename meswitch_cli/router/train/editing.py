@@ -14,12 +14,13 @@ from meswitch_cli.router.decide.labels import check_label
 from meswitch_cli.router.decide.model import RouterModel
 from meswitch_cli.router.store.artifact import RouterArtifact
 from meswitch_cli.router.store.features import FeatureStore
+from meswitch_cli.router.store.known import KnownPrompt
 from meswitch_cli.router.store.manifest import RouterManifest
 from meswitch_cli.router.train import measures
-from meswitch_cli.router.train.data import MIN_PROMPTS, Example, without_duplicates
+from meswitch_cli.router.train.data import MIN_PROMPTS, Example, only_known_domains, without_duplicates
 from meswitch_cli.router.train.fitting import fit_model
 from meswitch_cli.router.train.split import split
-from meswitch_cli.router.train.training import describe_split, labelled, store_of
+from meswitch_cli.router.train.training import describe_split, excerpts, known_prompts, labelled, store_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Edit:
     manifest: RouterManifest
     model: RouterModel
     store: FeatureStore
+    known: tuple[KnownPrompt, ...]
     before: dict[str, dict[str, Any]]
     after: dict[str, dict[str, Any]]
     added: dict[str, Any] | None
@@ -89,12 +91,40 @@ def add_expert(
     feature_seconds = time.perf_counter() - started
     experts = dict(manifest.experts) | {name: digest}
     added = describe_split(parts)
-    edit = _refit(artifact, labels, joined, experts, feature_seconds)
+    edit = _refit(artifact, labels, joined, experts, feature_seconds, kept)
     return replace(
         edit,
         added=_recalls(edit.model, joined, labels)[name],
         manifest=replace(edit.manifest, split=dict(manifest.split) | {f"added {name}": added}),
     )
+
+
+def learn(artifact: RouterArtifact, backend: FeatureSource, examples: Sequence[Example]) -> Edit:
+    """Learn from prompts whose right expert somebody said: of experts that are in the router, or of no domain.
+
+    What was said last of a prompt counts, and more than what the router knew of it. All of them train: the figures
+    stay those of the data that the router was made from.
+
+    Raises:
+        RouterError: a prompt is of an expert that the router does not have, there is none, or the backend cannot be
+            refitted.
+    """
+    manifest = artifact.manifest
+    _require_extendable(manifest)
+    only_known_domains(examples, manifest.labels)
+    latest = list({example.digest: example for example in examples}.values())
+    if not latest:
+        raise RouterError("there is no prompt to learn from")
+    started = time.perf_counter()
+    texts = labelled(latest, manifest.labels)
+    features = backend.features(texts.texts)
+    store = artifact.store().without([example.digest for example in latest])
+    store = store.joined(store_of(latest, texts, "train", features, artifact.model.scaling))
+    seconds = time.perf_counter() - started
+    edit = _refit(artifact, manifest.labels, store, manifest.experts, seconds, latest)
+    taught = describe_split({"train": latest})["train"]
+    split_now = dict(manifest.split) | {f"learned {len(manifest.split)}": taught}
+    return replace(edit, manifest=replace(edit.manifest, split=split_now))
 
 
 def remove_expert(artifact: RouterArtifact, name: str) -> Edit:
@@ -114,7 +144,7 @@ def remove_expert(artifact: RouterArtifact, name: str) -> Edit:
     labels = tuple(label for label in manifest.labels if label != name)
     experts = {label: manifest.experts[label] for label in labels}
     store = artifact.store().relabelled(manifest.labels, labels)
-    edit = _refit(artifact, labels, store, experts, 0.0)
+    edit = _refit(artifact, labels, store, experts, 0.0, ())
     return replace(edit, manifest=replace(edit.manifest, split=dict(manifest.split) | {f"removed {name}": {}}))
 
 
@@ -148,6 +178,7 @@ def _refit(
     store: FeatureStore,
     experts: Mapping[str, str | None],
     feature_seconds: float,
+    new: Sequence[Example],
 ) -> Edit:
     manifest = artifact.manifest
     before = _recalls(artifact.model, artifact.store(), manifest.labels)
@@ -171,6 +202,7 @@ def _refit(
         ),
         model,
         store,
+        known_prompts(store, len(labels), {item.digest: item for item in artifact.known()} | excerpts(new)),
         {label: before[label] for label in labels if label in before},
         {label: after[label] for label in labels if label in before},
         None,

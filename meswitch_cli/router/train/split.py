@@ -12,8 +12,10 @@ from meswitch_cli.router.train.data import Example
 
 #: Of `PARTS`, in their order.
 _SHARES = (0.55, 0.15, 0.15, 0.15)
-#: Prompts of no domain train nothing: half set the gates, half are figures.
-_NULL_SHARES = (0.0, 0.0, 0.5, 0.5)
+#: Of a domain with few prompts nearly all are for the head: general prompts of its field set the rest.
+_FEW, _FEW_SHARES = 20, (0.8, 0.0, 0.0, 0.2)
+#: Prompts of no domain train the gate, set its line, and are figures; no head is chosen by them.
+_NULL_SHARES = (0.4, 0.0, 0.3, 0.3)
 
 
 def split(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
@@ -32,15 +34,17 @@ def split(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
         else:
             by_domain[example.domain].append(example)
     for domain in sorted(by_domain, key=str):
-        dealt = _deal(by_domain[domain], _NULL_SHARES if domain is None else _SHARES, seed)
-        empty = [part for part, members in dealt.items() if not members]
+        members = by_domain[domain]
+        shares = _NULL_SHARES if domain is None else _SHARES if len(members) >= _FEW else _FEW_SHARES
+        dealt = _deal(members, shares, seed)
+        empty = [part for part, share in zip(PARTS, shares, strict=True) if share and not dealt[part]]
         if domain is not None and empty:
             raise RouterError(
                 f"domain {domain!r}: its groups cannot be dealt into {', '.join(PARTS)}: nothing is left for "
                 f"{empty[0]}; give more groups"
             )
-        for part, members in dealt.items():
-            parts[part] += members
+        for part in PARTS:
+            parts[part] += dealt[part]
     return parts
 
 

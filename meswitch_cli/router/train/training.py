@@ -20,15 +20,21 @@ from meswitch_cli.router.decide.head import Scaling
 from meswitch_cli.router.decide.labels import check_fallback
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import PARTS, FeatureStore
+from meswitch_cli.router.store.known import KnownPrompt
 from meswitch_cli.router.store.manifest import RouterManifest
 from meswitch_cli.router.train.data import Example, RoutingData
+from meswitch_cli.router.train.doubts import doubts, twins
 from meswitch_cli.router.train.evaluation import baseline, measure_features, measure_latency
-from meswitch_cli.router.train.fitting import fit_model
+from meswitch_cli.router.train.fitting import badness, fit_model
+from meswitch_cli.router.train.general import General
+from meswitch_cli.router.train.generalising import Known
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.split import part_hash, split
 
 #: The backend that every report compares with: it needs no model.
 BASELINE: Kind = "tfidf"
+#: What the prompts that come with the package are called among the parts of the data.
+GENERAL_PART = "general"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class TrainedRouter:
     backend: Backend
     manifest: RouterManifest
     store: FeatureStore
+    known: tuple[KnownPrompt, ...]
     report: dict[str, Any]
 
 
@@ -67,12 +74,18 @@ def train_router(
             raise RouterError(f"expert {name!r} is given, but no prompt is of its domain ({', '.join(data.labels)})")
     started = time.perf_counter()
     parts = split(data.examples, settings.seed)
+    general = General.without(data.examples)
+    texts = {part: labelled(members, data.labels) for part, members in parts.items()}
+    texts |= {GENERAL_PART: labelled(general.examples, data.labels)}
     request = FitRequest(
-        parts={part: labelled(members, data.labels) for part, members in parts.items()},
+        parts=texts,
         labels=data.labels,
         settings=settings,
         base=FolderBase(base) if base is not None else None,
         model=model,
+        badness=lambda features: badness(
+            scaled_store(parts, texts, general, features, standardise=True)[1], data.labels
+        ),
         on_progress=on_progress,
     )
     made = backend_class(settings.backend)
@@ -84,7 +97,7 @@ def train_router(
         require_name(base_id, f"--base {base}", RouterError)
         fingerprint = request.base.fingerprint
     fitted = made.fit(request)
-    scaling, store = _store(parts, request.parts, fitted)
+    scaling, store = _fitted_store(parts, request, general, fitted)
     router_model = fit_model(
         data.labels,
         scaling,
@@ -93,9 +106,15 @@ def train_router(
         seed=settings.seed,
         head=fitted.head,
     )
-    router = Router(fitted.backend, router_model, fallback=settings.fallback, sticky_margin=settings.sticky_margin)
+    router = Router(
+        fitted.backend,
+        router_model,
+        fallback=settings.fallback,
+        sticky_margin=settings.sticky_margin,
+        gate=settings.gate,
+    )
     seconds = time.perf_counter() - started
-    report = _report(router, parts, fitted, request, settings, seconds)
+    report = _report(router, parts, general, fitted, request, settings, seconds)
     manifest = RouterManifest(
         labels=data.labels,
         experts={label: (experts or {}).get(label) for label in data.labels},
@@ -111,7 +130,22 @@ def train_router(
         files=(),
         created_with="",
     )
-    return TrainedRouter(router, fitted.backend, manifest, store, report)
+    known = known_prompts(store, len(data.labels), excerpts([*data.examples, *general.examples]))
+    return TrainedRouter(router, fitted.backend, manifest, store, known if settings.excerpts else (), report)
+
+
+def excerpts(examples: Sequence[Example]) -> dict[int, KnownPrompt]:
+    """The beginnings of prompts, by digest."""
+    return {
+        item.digest: KnownPrompt.of(item.text, item.digest, item.domain or item.group or "no domain")
+        for item in examples
+    }
+
+
+def known_prompts(store: FeatureStore, classes: int, found: Mapping[int, KnownPrompt]) -> tuple[KnownPrompt, ...]:
+    """Those of the gate's points, in their order; none where not all are found."""
+    digests = store.digests[Known.of(store, classes).points].tolist()
+    return tuple(found[digest] for digest in digests) if all(digest in found for digest in digests) else ()
 
 
 def labelled(examples: Sequence[Example], labels: tuple[str, ...]) -> LabelledTexts:
@@ -128,18 +162,31 @@ def labelled(examples: Sequence[Example], labels: tuple[str, ...]) -> LabelledTe
     return LabelledTexts(tuple(example.text for example in examples), targets, indices)
 
 
-def _store(
-    parts: Mapping[str, Sequence[Example]], texts: Mapping[str, LabelledTexts], fitted: FittedBackend
+def _fitted_store(
+    parts: Mapping[str, Sequence[Example]], request: FitRequest, general: General, fitted: FittedBackend
 ) -> tuple[Scaling, FeatureStore]:
-    train = fitted.features["train"]
-    if fitted.head is not None:
-        scaling = Scaling.identity(train.shape[1])
+    standardise = None if fitted.head is not None else fitted.standardise
+    return scaled_store(parts, request.parts, general, fitted.features, standardise=standardise)
+
+
+def scaled_store(
+    parts: Mapping[str, Sequence[Example]],
+    texts: Mapping[str, LabelledTexts],
+    general: General,
+    features: Mapping[str, torch.Tensor],
+    *,
+    standardise: bool | None,
+) -> tuple[Scaling, FeatureStore]:
+    """The scaling, and every example scaled by it; `standardise` None: a head is given, for features as they are."""
+    known = torch.cat([features["train"], features[GENERAL_PART]])
+    if standardise is None:
+        scaling = Scaling.identity(known.shape[1])
     else:
-        scaling = Scaling.standard(train) if fitted.standardise else Scaling.overall(train)
-    stores = [store_of(parts[part], texts[part], part, fitted.features[part], scaling) for part in PARTS if parts[part]]
-    whole = stores[0]
-    for store in stores[1:]:
-        whole = whole.joined(store)
+        scaling = Scaling.standard(known) if standardise else Scaling.overall(known)
+    whole = general.store(texts[GENERAL_PART], features[GENERAL_PART], scaling)
+    for part in PARTS:
+        if parts[part]:
+            whole = whole.joined(store_of(parts[part], texts[part], part, features[part], scaling))
     return scaling, whole
 
 
@@ -153,12 +200,15 @@ def store_of(
         texts.labels,
         torch.full((len(examples),), PARTS.index(part), dtype=torch.uint8),
         torch.tensor([example.digest for example in examples]),
+        torch.tensor([len(example.text) for example in examples]),
+        *(torch.full((len(examples),), -1) for _ in ("fields", "groups")),
     )
 
 
 def _report(
     router: Router,
     parts: Mapping[str, Sequence[Example]],
+    general: General,
     fitted: FittedBackend,
     request: FitRequest,
     settings: TrainingSettings,
@@ -176,20 +226,22 @@ def _report(
         "test": measure_features(
             router.model, fitted.features["test"], [item.domain for item in test], settings.target_precision
         ),
+        "doubts": doubts(router.model, fitted.features["test"], test) if settings.excerpts else None,
+        "twins": twins(router.model, fitted.features["test"], test),
         "latency_ms": measure_latency(router, [item.text for item in test]),
         "cut_prompts": sum(router.is_cut(item.text) for members in parts.values() for item in members),
-        "baselines": {BASELINE: _baseline(parts, request, settings)},
+        "baselines": {BASELINE: _baseline(parts, general, request, settings)},
     }
     request.on_progress("report", 1, 1)
     return report
 
 
 def _baseline(
-    parts: Mapping[str, Sequence[Example]], request: FitRequest, settings: TrainingSettings
+    parts: Mapping[str, Sequence[Example]], general: General, request: FitRequest, settings: TrainingSettings
 ) -> dict[str, Any]:
     """The same data through `BASELINE`; a reason instead of figures where that cannot be fitted."""
     fitted = backend_class(BASELINE).fit(dataclasses.replace(request, on_progress=lambda what, done, total: None))
-    scaling, store = _store(parts, request.parts, fitted)
+    scaling, store = _fitted_store(parts, request, general, fitted)
     precision = settings.target_precision
     try:
         model = fit_model(request.labels, scaling, store, target_precision=precision, seed=settings.seed)

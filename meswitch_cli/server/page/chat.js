@@ -20,6 +20,7 @@ let session = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
 let answering = null;
 let previous = null;
 let shown = "";
+let feedback = null;
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -77,6 +78,7 @@ function show(status) {
   at("hint").textContent = status.router
     ? "The router picks the expert that fits each message. Pin one to decide yourself."
     : "Pick who answers: the base, or one of its experts.";
+  feedback = status.feedback ? [...status.experts.map((expert) => expert.name), "base"] : null;
   showModels(status);
   showExperts(status);
 }
@@ -160,7 +162,8 @@ function showWho(message, response) {
   const sure = reason === "routed" || reason === "sticky" ? `, ${Math.round(100 * Number(response.headers.get("x-meswitch-confidence")))} % sure` : "";
   message.querySelector(".who").replaceChildren(element("b", "", expert), element("span", "", (REASONS[reason] || reason) + sure));
   const told = response.headers.get("x-meswitch-probabilities");
-  if (!told) return;
+  // Probabilities are among the experts; of a prompt that is none's field they say nothing.
+  if (!told || reason === "out_of_domain") return;
   const bars = element("div", "bars");
   for (const [name, probability] of Object.entries(JSON.parse(told))) {
     const chosen = name === expert ? "chosen" : "";
@@ -171,6 +174,27 @@ function showWho(message, response) {
     bars.append(element("span", chosen, name), bar, element("span", chosen, `${(100 * probability).toFixed(probability < 0.1 ? 1 : 0)} %`));
   }
   message.append(bars);
+}
+
+// A click that says who should have answered teaches the router, where the server keeps it.
+
+function askWhoWasRight(message, turns, response) {
+  const expert = response.headers.get("x-meswitch-expert");
+  if (!feedback || !expert || response.headers.get("x-meswitch-reason") === "pinned") return;
+  const select = element("select", "feedback");
+  select.setAttribute("aria-label", "Who should have answered?");
+  const names = feedback.filter((name) => name !== expert);
+  select.append(new Option("wrong expert?", ""), ...names.map((name) => new Option(name === "base" ? "none of them" : name, name)));
+  select.addEventListener("change", async () => {
+    if (!select.value) return;
+    const sent = await fetch("/v1/route/feedback", {
+      method: "POST",
+      headers: headers({ "content-type": "application/json" }),
+      body: JSON.stringify({ messages: turns, expert: select.value }),
+    }).catch(() => null);
+    select.replaceWith(element("span", "feedback", sent?.ok ? `noted: ${select.selectedOptions[0].text}` : sent ? await failure(sent) : "the server does not answer"));
+  });
+  message.append(select);
 }
 
 function follow() {
@@ -215,6 +239,7 @@ async function send(text) {
     });
     if (!response.ok) throw new Error(await failure(response));
     showWho(message, response);
+    askWhoWasRight(message, turns.slice(), response);
     for await (const event of events(response)) {
       answer += event.choices[0]?.delta.content || "";
       target.textContent = answer;
