@@ -105,7 +105,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     if expert_nbytes is not None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
     out.print(line)
-    if any((entry.weight_error or 0.0) > 1 for entry in manifest.tensors):
+    if any((entry.weight_error or 0.0) > entry.usual_error for entry in manifest.tensors):
         out.print(
             "weight errors beyond the delta: these codes lie farther from the expert's weights than the base's weights "
             "do, as where an update leaves most weights alone. --bits 4 lowers them; meswitch eval says what they do "

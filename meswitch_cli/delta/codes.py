@@ -79,6 +79,11 @@ class TrellisCode:
         """Message bits before the newest that a plane sees."""
         return self.states.bit_length() - 1
 
+    @property
+    def least_noise(self) -> float:
+        """What no unbiased code of this rate can be below on a Gaussian, over its energy: 1 / (2^(2 bits) - 1)."""
+        return 1 / (4.0**self.bits - 1)
+
     def words(self, in_features: int) -> int:
         """Words that the message of a row takes."""
         return -(-in_features // (WORD_BITS * self.channels_a_bit))
@@ -104,10 +109,10 @@ STATES = tuple(1 << memory for memory in range(4, 13))
 TRELLIS_CODES = {
     code.bits: code
     for code in (
-        TrellisCode(0.125, (0x65, 0x49, 0x71, 0x7D, 0x5B, 0x6D, 0x53, 0x77), 64),
+        TrellisCode(0.125, (0x49, 0x4D, 0x51, 0x55, 0x63, 0x6F, 0x73, 0x77), 64),
         TrellisCode(0.25, (0x49, 0x5D, 0x67, 0x7F), 64),
         TrellisCode(0.5, (0x57, 0x75), 64),
-        TrellisCode(1, (0x5A, 0x73), 64),
+        TrellisCode(1, (0x22, 0x57), 64),
     )
 }
 CodeName = Literal["scalar", "trellis"]

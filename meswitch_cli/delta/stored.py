@@ -20,6 +20,9 @@ from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.steps import multiples_of
 from meswitch_cli.delta.trellis import decode
 
+#: Noise of the trellis codes over the least possible, on the heaviest tails of ordinary deltas: a Laplacian's at 1 bit.
+ABOVE_LEAST_NOISE = 1.75
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
@@ -85,6 +88,11 @@ class TensorEntry:
         """Words of a row's codes, as they are stored."""
         columns = self.shape[1]
         return self.trellis.words(columns) if self.trellis else packed_width(columns, self.width)
+
+    @property
+    def usual_error(self) -> float:
+        """A weight error that an ordinary delta does not exceed: all of the delta, or what so few bits must cost."""
+        return max(1.0, ABOVE_LEAST_NOISE * self.trellis.least_noise) if self.trellis else 1.0
 
     @property
     def parts(self) -> list[Part]:
