@@ -82,7 +82,7 @@ class TrellisCode:
     @property
     def least_noise(self) -> float:
         """What no unbiased code of this rate can be below on a Gaussian, over its energy: 1 / (2^(2 bits) - 1)."""
-        return 1 / (4.0**self.bits - 1)
+        return 1 / (math.exp2(2 * self.bits) - 1)
 
     def words(self, in_features: int) -> int:
         """Words that the message of a row takes."""
@@ -132,11 +132,12 @@ def find_code(bits: float, name: CodeName | None = None) -> Code | TrellisCode:
         ValueError: there is none.
     """
     scalar = (name or default_code(bits)) == "scalar"
-    table = dict[float, Code | TrellisCode](CODES if scalar else TRELLIS_CODES)
-    if bits not in table:
+    codes: tuple[Code | TrellisCode, ...] = (*CODES.values(),) if scalar else (*TRELLIS_CODES.values(),)
+    found = next((code for code in codes if code.bits == bits), None)
+    if found is None:
         kind = f"{name} codes: " if name else ""
-        raise ValueError(f"{kind}bits must be {listed(table if name else RATES)}, not {bits}")
-    return table[bits]
+        raise ValueError(f"{kind}bits must be {listed((code.bits for code in codes) if name else RATES)}, not {bits}")
+    return found
 
 
 def default_code(bits: float) -> CodeName:

@@ -112,8 +112,8 @@ class TensorEntry:
     def problem(self) -> str | None:
         """What an entry cannot say; None where it can be."""
         if self.kind == "dense":
-            quantised = self.bits or self.salient or self.group_size or self.channel_scale
-            quantised = quantised or self.rank or self.added_rows or self.trellis or self.taps or self.states
+            settings = (self.bits, self.trellis, self.taps, self.states, self.salient, self.group_size)
+            quantised = any((*settings, self.channel_scale, self.rank, self.added_rows))
             return "a dense tensor cannot have quantisation settings" if quantised else None
         if len(self.shape) != 2 or len(self.base_shape) != 2 or self.shape[1] != self.base_shape[1]:
             return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
