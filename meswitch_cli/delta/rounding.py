@@ -24,7 +24,8 @@ from meswitch_cli.delta.steps import (
     without,
 )
 from meswitch_cli.delta.sweep import BLOCK_ELEMENTS
-from meswitch_cli.delta.trellis import ROWS_TOGETHER, decode, encode
+from meswitch_cli.delta.trellis import ROWS_TOGETHER, decode
+from meswitch_cli.delta.trellis_encoder import encode
 
 FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14

@@ -12,7 +12,6 @@ quantisers of language models is QTIP (arXiv 2406.11235), whose codes are of who
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -21,16 +20,6 @@ from meswitch_cli.delta.codes import WORD_BITS, TrellisCode, packed_width
 
 #: Rows that the search on a CPU takes at once.
 ROWS_TOGETHER = 32
-#: Steps on either side of the row's seam that decide in which state the circle begins.
-SEAM = 32
-#: Step of the four levels that the search tells apart, over a row's root mean square. The noise of a Gaussian is flat
-#: around it, and a Laplacian's is least there too.
-FOUR_LEVEL_STEP = 0.79
-#: Bits of a row's largest weight while its root mean square is found: squares are then exact in fp32, and their sum in
-#: float64, in whatever order it is taken.
-_PEAK_BITS = 12
-#: The clamp of a row's values, in root mean squares for signs and in half steps for four levels.
-_CLAMP = {1: 6.0, 2: 10.0}
 
 
 class Branches(NamedTuple):
@@ -103,46 +92,3 @@ def _spread(words: torch.Tensor) -> torch.Tensor:
     for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         words = (words | words << shift) & mask
     return words
-
-
-def encode(block: torch.Tensor, code: TrellisCode, channels: torch.Tensor) -> torch.Tensor:
-    """The messages `[rows, words]` int32 whose codes are nearest a block's rows.
-
-    Args:
-        block: fp32 `[rows, in]`.
-        channels: bool `[in]`, those that count; the others cost nothing, whatever code they get.
-    """
-    found = branches(code)
-    values, costs = whole_numbers(block, code, channels, found)
-    if block.device.type == "cpu" and importlib.util.find_spec("numba"):
-        from meswitch_cli.delta.viterbi_cpu import best_messages
-    else:
-        from meswitch_cli.delta.viterbi import best_messages
-    return best_messages(values, costs, code, found, SEAM)
-
-
-def whole_numbers(
-    block: torch.Tensor, code: TrellisCode, channels: torch.Tensor, found: Branches
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values that the search sees, int16 `[rows, channels]` filled up to whole words, and what an outer level costs
-    beside them, int16 `[channels]`.
-
-    With y a weight in half steps, a level l of -3, -1, 1 or 3 wins l * y - (l * l - 1) / 2; a sign, its product with y.
-    """
-    counted = channels.to(block.dtype)
-    masked = block * counted
-    peak = masked.abs().amax(1, keepdim=True)
-    exponent = torch.frexp(peak).exponent.clamp(min=-100, max=100)
-    size = torch.ldexp(torch.ones_like(peak), _PEAK_BITS - exponent)  # a power of two: the product is exact
-    coarse = (masked * size).round_()
-    energy = coarse.square_().sum(1, keepdim=True, dtype=torch.float64)
-    rms = (energy / counted.sum().clamp(min=1)).sqrt() / size
-    unit = int(found.largest / _CLAMP[code.width])
-    length = rms if code.width == 1 else rms * (FOUR_LEVEL_STEP / 2)
-    factor = torch.where(length > 0, unit / length, 0.0).float()
-    values = masked.mul_(factor).round_().clamp_(-found.largest, found.largest).to(torch.int16)
-    costs = (counted * (4 * unit)).to(torch.int16)
-    missing = code.words(block.shape[1]) * WORD_BITS * code.channels_a_bit - block.shape[1]
-    if missing:
-        values, costs = (torch.nn.functional.pad(item, (0, missing)) for item in (values, costs))
-    return values, costs

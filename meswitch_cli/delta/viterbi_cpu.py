@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from meswitch_cli.delta.codes import WORD_BITS, TrellisCode
-from meswitch_cli.delta.trellis import ROWS_TOGETHER, Branches
+from meswitch_cli.delta.trellis import ROWS_TOGETHER, Branches, branches
 
 LANES = ROWS_TOGETHER
 #: States that a word of decisions tells of.
@@ -51,8 +51,6 @@ def best_messages(
 @functools.lru_cache(16)
 def _offsets(code: TrellisCode) -> Any:
     """Bytes from the table of labels to each branch's, int64 `[states / 2, 2, 2]`."""
-    from meswitch_cli.delta.trellis import branches
-
     return (branches(code).labels * _ROW).contiguous().numpy()
 
 

@@ -19,7 +19,8 @@ import torch
 
 from meswitch_cli.delta.codes import TrellisCode, unpack
 from meswitch_cli.delta.steps import multiples_of
-from meswitch_cli.delta.trellis import decode, encode
+from meswitch_cli.delta.trellis import decode
+from meswitch_cli.delta.trellis_encoder import encode
 
 COLUMNS = 4096
 #: Rows of each round, and how many candidates it keeps.

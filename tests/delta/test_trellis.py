@@ -10,7 +10,8 @@ from meswitch_cli.delta.codes import CODES, TRELLIS_CODES, TrellisCode, pack, un
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
-from meswitch_cli.delta.trellis import SEAM, branches, decode, encode, whole_numbers
+from meswitch_cli.delta.trellis import branches, decode
+from meswitch_cli.delta.trellis_encoder import SEAM, encode, whole_numbers
 
 #: Besides the codes in use: more states, fewer, and four levels at half a bit.
 ALL = [
