@@ -91,7 +91,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         errors = _errors(entries)
         shown.add_row(
             kind,
-            "/".join(str(bits) for bits in sorted({entry.bits for entry in entries})),
+            "/".join(sorted({f"{entry.bits}{' trellis' if entry.trellis else ''}" for entry in entries})),
             str(len(entries)),
             megabytes(sum(entry.nbytes for entry in entries)),
             _percent(errors["weight_error"]),

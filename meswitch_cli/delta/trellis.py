@@ -12,6 +12,7 @@ quantisers of language models is QTIP (arXiv 2406.11235), whose codes are of who
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Branches(NamedTuple):
     handicap: int
 
 
+@functools.lru_cache(16)
 def branches(code: TrellisCode) -> Branches:
     """Two path metrics differ by at most what `memory` steps can make of it, and at the start by the handicap too; the
     branches added, that must stay within 15 bits, so that differences of wrapped metrics have the right sign."""
