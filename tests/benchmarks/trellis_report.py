@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from meswitch_cli.delta.codes import TRELLIS_CODES
+from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.estimates import wilson_interval
 
 INTRO = Path(__file__).parent / "trellis_intro.md"
-#: Weights of Mistral-7B's linears.
-LINEARS_7B = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+#: Mistral-7B's linears, how many of each shape, and its vocabulary's tensors.
+LINEARS = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
+VOCABULARY = (32000, 4096)
+LINEARS_7B = sum(rows * columns * count for (rows, columns), count in LINEARS.items())
+SCALAR_1, SCALAR_2 = ("1 bit, scalar", 1, "scalar"), ("2 bits, scalar", 2, "scalar")
 
 
 def write_page(data: Path, page: Path) -> None:
@@ -21,7 +27,36 @@ def write_page(data: Path, page: Path) -> None:
     for file in sorted(data.glob("*.json")):
         if file.stem != "codes":
             parts.append(_expert(file.stem, json.loads(file.read_text())))
-    page.write_text("\n".join(parts))
+    page.write_text("\n".join([*parts, _sizes()]))
+
+
+def _sizes() -> str:
+    """Bytes of an expert of Mistral-7B's shape whose tensors all differ, on disk and in a slot, computed."""
+    lines = [
+        "## Mistral-7B's shape\n",
+        "Bytes of an expert whose tensors all differ from the base's, computed from the shapes: 8 salient channels, "
+        "rank 16, embedding and head at 2 bits. *In a slot* are the codes of the linears on the device, *whole* what all "
+        "of it takes on disk; the full expert has 14.48 GB.\n",
+        "| linears | codes, GB | in a slot, GB | steps, channels, directions, GB | embedding, head, GB | whole, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, bits, code in (
+        *((f"{bits} bit, trellis", bits, "trellis") for bits in TRELLIS_CODES),
+        SCALAR_1,
+        SCALAR_2,
+    ):
+        codes = beside = slot = 0
+        for (rows, columns), count in LINEARS.items():
+            entry = expected_entry(QuantizerSettings(bits, 8, rank=16, code=code), (rows, columns))
+            own = 4 * rows * entry.code_words
+            codes += count * own
+            beside += count * (entry.expected_nbytes(2) - own)
+            slot += count * rows * columns * entry.width // 8
+        ends = expected_entry(QuantizerSettings(2, 0), VOCABULARY).expected_nbytes(2)
+        ends += expected_entry(QuantizerSettings(2, 8), VOCABULARY).expected_nbytes(2)
+        sizes = " | ".join(f"{size / 1e9:.3f}" for size in (codes, slot, beside, ends, codes + beside + ends))
+        lines.append(f"| {name} | {sizes} |")
+    return "\n".join([*lines, ""])
 
 
 def _codes(value: dict[str, Any]) -> str:

@@ -115,7 +115,8 @@ def test_an_error_beyond_the_delta_is_said_in_words(make_artifact: Any, pair: An
 
 
 @pytest.mark.parametrize(
-    ("settings", "shown"), [({"bits": 0.25, "salient": 2}, "0.25 trellis"), ({"bits": 1, "code": "trellis"}, "1 trellis")]
+    ("settings", "shown"),
+    [({"bits": 0.25, "salient": 2}, "0.25 trellis"), ({"bits": 1, "code": "trellis"}, "1 trellis")],
 )
 def test_a_trellis_code_is_told_and_its_noise_is_no_warning(
     make_artifact: Any, pair: Any, capsys: Any, settings: dict[str, Any], shown: str
