@@ -35,8 +35,8 @@ def _sizes() -> str:
     lines = [
         "## Mistral-7B's shape\n",
         "Bytes of an expert whose tensors all differ from the base's, computed from the shapes: 8 salient channels, "
-        "rank 16, embedding and head at 2 bits. *In a slot* are the codes of the linears on the device, *whole* what all "
-        "of it takes on disk; the full expert has 14.48 GB.\n",
+        "rank 16, embedding and head at 2 bits. *In a slot* are the codes of the linears on the device, *whole* what "
+        "all of it takes on disk; the full expert has 14.48 GB.\n",
         "| linears | codes, GB | in a slot, GB | steps, channels, directions, GB | embedding, head, GB | whole, GB |",
         "|---|---|---|---|---|---|",
     ]
