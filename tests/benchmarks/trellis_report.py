@@ -84,12 +84,13 @@ def _codes(value: dict[str, Any]) -> str:
 def _expert(name: str, value: dict[str, Any]) -> str:
     ends, measured = value["ends"], value["rows"]
     items = ends["items"]
+    base = f"the base answers {ends['base_right']} rightly, " if "base_right" in ends else ""
     low, high = wilson_interval(ends["expert_right"], items)
     lines = [
         f"## {name}\n",
         f"{items} report items, {ends['tokens']} answer tokens of {ends['kl_items']} of them for KL. KL of the base to "
         "the full expert "
-        f"{ends['base_kl']:.4f} nats a token; the base answers {ends['base_right']} rightly, the full expert "
+        f"{ends['base_kl']:.4f} nats a token; {base}the full expert answers "
         f"{ends['expert_right']} "
         f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %). KL in percent of the base's; *linears alone* has the "
         "expert's own embedding.\n",
