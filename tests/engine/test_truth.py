@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.family import Family, Kind, make_family, requests
+from engine.family import Family, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.batching import Runner
@@ -100,19 +100,6 @@ def test_families(name: str, config: dict[str, object], tmp_path: Path, start: S
     own = make_family(tmp_path, name, **config)
     engine = start(own, slots=2, max_wait=0.05)
     check(engine, own, requests(own, 12, seed=1))
-
-
-def test_rates_mixed_in_a_batch(tmp_path: Path, start: Start) -> None:
-    """Scalar codes and trellis codes of several rates."""
-    experts = {
-        "eighth": Kind({"bits": 0.125, "salient": 4, "rank": 8}),
-        "quarter": Kind({"bits": 0.25, "salient": 4, "rank": 12}, added_rows=2),
-        "levels": Kind({"bits": 1, "code": "trellis", "salient": 0, "channel_scale": "rms"}),
-        "two": Kind({"bits": 2, "salient": 3}),
-    }
-    own = make_family(tmp_path, experts=experts)
-    engine = start(own, slots=3, max_wait=0.05)
-    check(engine, own, requests(own, 16, seed=4))
 
 
 def test_expert_with_a_head_of_its_own_on_a_tied_base(tmp_path: Path, start: Start) -> None:
