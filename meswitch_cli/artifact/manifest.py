@@ -11,15 +11,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from meswitch_cli.delta.codes import CODES
+from meswitch_cli.delta.codes import CODES, RATES, TRELLIS_VERSION, CodeName
 from meswitch_cli.delta.stored import PARTS, TensorEntry
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.printable import is_name
 
 #: The newest version of the format; what needs only an older one is written as that, which older readers know.
-FORMAT_VERSION = max(*(part.version for part in PARTS), *(code.version for code in CODES.values()))
+FORMAT_VERSION = max(TRELLIS_VERSION, *(part.version for part in PARTS), *(code.version for code in CODES.values()))
 MANIFEST_FILE = "meswitch.json"
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DIMENSION = 1 << 26
@@ -30,6 +30,8 @@ _SHARD_NAME = re.compile(r"delta-(\d{5})-of-(\d{5})\.safetensors")
 SIDE_FILE_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][\w.-]{0,127}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
+#: Members of a tensor's entry that older versions of the format do not have.
+_MEMBERS_SINCE = {2: ("rank",), 3: ("code", "taps", "states")}
 KINDS = ("linear", "embedding", "head", "dense")
 
 
@@ -84,9 +86,10 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest's file."""
         value = {"format_version": self.format_version} | dataclasses.asdict(self)
-        if self.format_version == 1:
-            for entry in value["tensors"]:
-                del entry["rank"]
+        unknown = [name for version, names in _MEMBERS_SINCE.items() if version > self.format_version for name in names]
+        for entry in value["tensors"]:
+            for name in unknown:
+                del entry[name]
         return json.dumps(value, indent=1, sort_keys=False) + "\n"
 
 
@@ -171,7 +174,10 @@ def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
         layer=layer,
         shard=fields.matching("shard", _SHARD_NAME),
         nbytes=fields.size("nbytes", _MAX_BYTES),
-        bits=fields.size("bits", max(CODES)),
+        bits=fields.rate("bits") if version > 2 else fields.size("bits", max(CODES)),
+        code=fields.choice("code", get_args(CodeName)) if version > 2 else "scalar",
+        taps=fields.whole_numbers("taps") if version > 2 else (),
+        states=fields.size("states") if version > 2 else 0,
         salient=fields.size("salient"),
         group_size=fields.size("group_size"),
         channel_scale=fields.boolean("channel_scale"),
@@ -217,6 +223,18 @@ class _Fields:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
             raise self._fail(key, f"a whole number from 0 to {limit}")
         return value
+
+    def rate(self, key: str) -> float:
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= max(RATES):
+            raise self._fail(key, f"a number from 0 to {max(RATES)}")
+        return value if isinstance(value, int) or value != int(value) else int(value)
+
+    def whole_numbers(self, key: str) -> tuple[int, ...]:
+        values = self._list(key)
+        if not all(type(item) is int and 0 <= item <= _MAX_DIMENSION for item in values) or len(values) > 64:
+            raise self._fail(key, "a list of whole numbers")
+        return tuple(values)
 
     def boolean(self, key: str) -> bool:
         value = self._get(key)

@@ -104,7 +104,7 @@ def _without_private_keys(data: bytes) -> bytes:
 
 
 def model_card(
-    *, base_id: str, expert_id: str, bits: int, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
+    *, base_id: str, expert_id: str, bits: float, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
 ) -> bytes:
     """A Hub model card that says what the artifact is and how to use it."""
     settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())

@@ -66,7 +66,10 @@ class UnitRecord:
     def from_value(cls, value: Mapping[str, Any]) -> UnitRecord:
         """The record that `to_json` wrote, from its JSON value."""
         tensors = [
-            TensorEntry(**item | {"shape": tuple(item["shape"]), "base_shape": tuple(item["base_shape"])})
+            TensorEntry(
+                **item
+                | {"shape": tuple(item["shape"]), "base_shape": tuple(item["base_shape"]), "taps": tuple(item["taps"])}
+            )
             for item in value["tensors"]
         ]
         return cls(

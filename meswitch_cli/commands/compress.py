@@ -8,19 +8,32 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from meswitch_cli.delta.codes import CODES
+from meswitch_cli.delta.codes import CODES, RATES, CodeName
 
 if TYPE_CHECKING:
     Bits = str
+    Rate = str
 else:
     Bits = Literal[tuple(map(str, CODES))]
+    Rate = Literal[tuple(map(str, RATES))]
+
+
+def rate(text: str) -> float:
+    """What one of `Rate` stands for."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def run(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id (owner/name@revision).")],
     expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
-    bits: Annotated[Bits, typer.Option(help="Bits a weight of the linear layers.")] = "2",
+    bits: Annotated[
+        Rate, typer.Option(help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.")
+    ] = "2",
+    code: Annotated[
+        CodeName | None,
+        typer.Option(help="At 1 bit: trellis chooses among four levels.", show_default="scalar from 1 bit"),
+    ] = None,
     salient: Annotated[
         int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.")
     ] = 8,
@@ -29,7 +42,7 @@ def run(
         typer.Option(
             min=0,
             help="Leading singular directions of a tensor kept beside its codes, at 4 bits.",
-            show_default="16 at 1 bit, else 0",
+            show_default="16 up to 1 bit, else 0",
         ),
     ] = None,
     group_size: Annotated[
@@ -38,7 +51,8 @@ def run(
     channel_scale: Annotated[
         Literal["none", "rms"] | None,
         typer.Option(
-            help="Scale input channels by the RMS of the delta's column.", show_default="rms at 1 bit, else none"
+            help="Scale input channels by the RMS of the delta's column.",
+            show_default="rms for 1-bit scalar codes, else none",
         ),
     ] = None,
     rounding: Annotated[
@@ -94,7 +108,8 @@ def run(
     chosen = choose_device(device)
     data, recorded = calibration_asked(calibration)
     settings = CompressionSettings.with_defaults(
-        bits=int(bits),
+        bits=rate(bits),
+        code=code,
         salient=salient,
         rank=rank,
         group_size=group_size,

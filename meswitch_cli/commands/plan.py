@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meswitch_cli.commands.compress import Bits
+from meswitch_cli.commands.compress import Bits, Rate, rate
+from meswitch_cli.delta.codes import CodeName
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.memory import MemoryPlan
@@ -18,7 +19,14 @@ def run(
     base: Annotated[str, typer.Option(help="The base: a folder or a Hub id.")],
     experts: Annotated[int, typer.Option(min=1, help="How many experts are to be served.")],
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
-    bits: Annotated[Bits, typer.Option(help="Bits a weight of the experts' linear layers.")] = "2",
+    bits: Annotated[
+        Rate,
+        typer.Option(help="Bits a weight of the experts' linear layers; a slot holds 1 where fewer are stored."),
+    ] = "2",
+    code: Annotated[
+        CodeName | None,
+        typer.Option(help="As for compress; a slot holds 2 bits of a trellis code at 1.", show_default="scalar from 1"),
+    ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
     salient: Annotated[int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.")] = 8,
@@ -27,7 +35,7 @@ def run(
         typer.Option(
             min=0,
             help="Leading singular directions a tensor keeps beside its codes.",
-            show_default="16 at 1 bit, else 0",
+            show_default="16 up to 1 bit, else 0",
         ),
     ] = None,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
@@ -56,7 +64,8 @@ def run(
 
     known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
-        bits=int(bits),
+        bits=rate(bits),
+        code=code,
         salient=salient,
         rank=rank,
         group_size=group_size,

@@ -91,7 +91,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         errors = _errors(entries)
         shown.add_row(
             kind,
-            "/".join(str(bits) for bits in sorted({entry.bits for entry in entries})),
+            "/".join(sorted({f"{entry.bits}{' trellis' if entry.trellis else ''}" for entry in entries})),
             str(len(entries)),
             megabytes(sum(entry.nbytes for entry in entries)),
             _percent(errors["weight_error"]),
@@ -105,7 +105,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     if expert_nbytes is not None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
     out.print(line)
-    if any((entry.weight_error or 0.0) > 1 for entry in manifest.tensors):
+    if any((entry.weight_error or 0.0) > entry.usual_error for entry in manifest.tensors):
         out.print(
             "weight errors beyond the delta: these codes lie farther from the expert's weights than the base's weights "
             "do, as where an update leaves most weights alone. --bits 4 lowers them; meswitch eval says what they do "

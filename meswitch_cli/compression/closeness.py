@@ -26,8 +26,8 @@ from meswitch_cli.errors import CheckpointError, MeswitchError, reason_of
 from meswitch_cli.model.matching import PlannedTensor
 from meswitch_cli.model.streaming import StreamedModel
 
-#: A weight error from which on the models are compared: of one tensor, or of all, each weighed by its delta's energy.
-#: At 1 bit without a low-rank part a Gaussian delta has 0.36.
+#: A weight error from which on the models are compared, over the usual one: of one tensor, or of all, each weighed by
+#: its delta's energy. At 1 bit without a low-rank part a Gaussian delta has 0.36.
 DOUBTFUL_TENSOR, DOUBTFUL_MODEL = 1.0, 0.5
 #: The share of the base's KL from which on the user is told.
 WEAK = 0.5
@@ -66,9 +66,9 @@ class Closeness:
 def doubtful(records: list[UnitRecord]) -> bool:
     """Whether the weights' errors leave it open if the delta is worth anything."""
     measured = _measured(records)
-    energy = sum(entry.delta_energy or 0.0 for entry in measured)
+    energy = sum((entry.delta_energy or 0.0) * entry.usual_error for entry in measured)
     error = sum((entry.weight_error or 0.0) * (entry.delta_energy or 0.0) for entry in measured)
-    worst = max((entry.weight_error or 0.0 for entry in measured), default=0.0)
+    worst = max(((entry.weight_error or 0.0) / entry.usual_error for entry in measured), default=0.0)
     return worst > DOUBTFUL_TENSOR or error > DOUBTFUL_MODEL * energy
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from meswitch_cli.delta.codes import CODES, LISTED
+from meswitch_cli.delta.codes import CODES, CodeName, default_code, listed
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
@@ -23,14 +23,14 @@ StepMethod = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"
 DEFAULT_STEPS: StepMethod = "output-unbiased"
 
 
-def default_channel_scale(bits: int) -> ChannelScale:
+def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
     """By the same items: at 1 bit the scale lowers the mean KL of the three experts, above it does not."""
-    return "rms" if bits == 1 else "none"
+    return "rms" if bits == 1 and code == "scalar" else "none"
 
 
-def default_rank(bits: int) -> int:
-    """At 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
-    return 16 if bits == 1 else 0
+def default_rank(bits: float) -> int:
+    """Up to 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
+    return 16 if bits <= 1 else 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class CompressionSettings:
     """Everything that decides an artifact's bytes besides the two checkpoints.
 
     Attributes:
-        bits, salient, rank, group_size, channel_scale, rounding: as in `QuantizerSettings`, for the decoder's linears.
+        bits, salient, rank, group_size, channel_scale, rounding, code: as in `QuantizerSettings`, for the decoder's
+            linears.
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
         embedding_bits: code width of embedding and head.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
@@ -49,7 +50,7 @@ class CompressionSettings:
         UsageError: a value is not possible, or needs calibration data that was not given.
     """
 
-    bits: int = 2
+    bits: float = 2
     salient: int = 8
     rank: int = 0
     group_size: int = 0
@@ -61,6 +62,7 @@ class CompressionSettings:
     samples: int = 128
     sequence_length: int = 512
     seed: int = 0
+    code: CodeName | None = None
 
     def __post_init__(self) -> None:
         if self.steps not in get_args(StepMethod):
@@ -70,7 +72,7 @@ class CompressionSettings:
         except ValueError as error:
             raise UsageError(str(error)) from error
         if self.embedding_bits not in CODES:
-            raise UsageError(f"--embedding-bits must be {LISTED}, not {self.embedding_bits}")
+            raise UsageError(f"--embedding-bits must be {listed(CODES)}, not {self.embedding_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -81,7 +83,8 @@ class CompressionSettings:
     def with_defaults(
         cls,
         *,
-        bits: int = 2,
+        bits: float = 2,
+        code: CodeName | None = None,
         salient: int = 8,
         rank: int | None = None,
         channel_scale: ChannelScale | None = None,
@@ -98,14 +101,16 @@ class CompressionSettings:
         if unknown := sorted(set(others) - {field.name for field in fields(cls)}):
             raise UsageError(f"no such setting: {', '.join(unknown)}")
         rule = steps or DEFAULT_STEPS
+        chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
         return cls(
             bits=bits,
             salient=salient,
             rank=default_rank(bits) if rank is None else rank,
-            channel_scale=channel_scale or default_channel_scale(bits),
+            channel_scale=channel_scale or default_channel_scale(bits, chosen),
             steps=rule,
-            embedding_bits=embedding_bits or max(2, bits),
+            embedding_bits=embedding_bits or int(max(2, bits)),
+            code=code if chosen != default_code(bits) else None,
             calibration=calibration if calibration != RANDOM or of_use else None,
             **others,
         )
@@ -114,7 +119,7 @@ class CompressionSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
         return QuantizerSettings(
-            self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule, self.rank
+            self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule, self.rank, self.code
         )
 
     @property
@@ -137,17 +142,18 @@ class CompressionSettings:
     def of(self, kind: str, *, unrelated: bool = False) -> QuantizerSettings | None:
         """Settings of a kind of tensor, None for one that is stored whole; `unrelated` to what it is taken against."""
         found = self.by_kind().get(kind)
-        return replace(found, bits=max(found.bits, UNRELATED_BITS)) if found and unrelated else found
+        return replace(found, bits=max(found.bits, UNRELATED_BITS), code=None) if found and unrelated else found
 
     def by_kind(self) -> dict[str, QuantizerSettings]:
         """Settings by kind of tensor; one of any other kind is stored whole."""
         return {"linear": self.linears(), "head": self.head(), "embedding": self.embedding()}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As a manifest has them: the code is told where it is not the one that its bits mean."""
+        return {name: value for name, value in asdict(self).items() if name != "code" or value is not None}
 
     def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""
         mine = self.to_dict()
         names = [field.name for field in fields(self)]
-        return [f"{name}: {other.get(name)} -> {mine[name]}" for name in names if other.get(name) != mine[name]]
+        return [f"{name}: {other.get(name)} -> {mine.get(name)}" for name in names if other.get(name) != mine.get(name)]

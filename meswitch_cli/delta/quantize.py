@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.feedback import inverse_factor
 from meswitch_cli.delta.low_rank import Directions, fit_factors, leading_directions
 from meswitch_cli.delta.rounding import FP16_MAX, Rounder, sixteen_bit
@@ -140,7 +141,13 @@ def _salient_channels(blocks: RowBlocks, rounder: Rounder, input_energy: torch.T
         fit = rounder.fit(rounder.scaled(block), rounds=1)
         return column_energy(block.sub_(rounder.values(fit.multiples, fit.least_squares)))
 
-    error = blocks.column_sum(column_error)
+    # A search takes as long as all else: of a large tensor a few blocks tell which columns stand out.
+    searched = isinstance(rounder.settings.coding, TrellisCode)
+    error = blocks.column_sum(
+        column_error,
+        rounder.block_elements(blocks.shape[1]) if searched else None,
+        most=OUTPUT_BLOCKS if searched else 0,
+    )
     if input_energy is not None:
         error *= input_energy
     return error.topk(rounder.settings.salient).indices.sort().values
@@ -169,7 +176,11 @@ def _output_factor(blocks: RowBlocks, rounder: Rounder, inputs: torch.Tensor | N
         seen = rest @ inputs.T
         return torch.stack([seen.square().sum(), (seen * (values @ inputs.T)).sum()]).double()
 
-    own, kept = torch.stack(list(blocks.sweep(projections, rounder.block_elements, most=OUTPUT_BLOCKS))).sum(0).tolist()
+    own, kept = (
+        torch.stack(list(blocks.sweep(projections, rounder.block_elements(blocks.shape[1]), most=OUTPUT_BLOCKS)))
+        .sum(0)
+        .tolist()
+    )
     return float(own / kept) if own > 0 and kept > 0 else 1.0
 
 
@@ -183,7 +194,9 @@ def _quantized(blocks: RowBlocks, rounder: Rounder) -> tuple[StoredDelta, Energi
         block[:, salient] -= residual.float()
         return codes, steps, residual.cpu(), energy, column_energy(block)
 
-    codes, steps, residuals, energies, missed = zip(*blocks.sweep(quantise, rounder.block_elements), strict=True)
+    codes, steps, residuals, energies, missed = zip(
+        *blocks.sweep(quantise, rounder.block_elements(blocks.shape[1])), strict=True
+    )
     delta = _with_salient(_coded(blocks, rounder, codes, steps), rounder.salient, torch.cat(residuals))
     return delta, Energies(_finite_sum(energies), _finite_sum(missed))
 
@@ -201,7 +214,7 @@ def _quantized_beside(
         codes, steps, energy = rounder.code(block)
         return codes, steps, block @ seen.T + directions.left[place] @ of_directions, energy
 
-    codes, steps, images, energies = zip(*rest.sweep(quantise, rounder.block_elements), strict=True)
+    codes, steps, images, energies = zip(*rest.sweep(quantise, rounder.block_elements(rest.shape[1])), strict=True)
     _finite_sum(energies)
     coded = _coded(whole, rounder, codes, steps)
 
@@ -229,8 +242,10 @@ def _coded(
     joined = torch.cat(steps)
     if rounder.settings.group_size and torch.equal(joined.half().float(), joined):
         joined = joined.half()
+    code = rounder.settings.coding
     return StoredDelta(
-        bits=rounder.settings.bits,
+        bits=code.bits,
+        trellis=code if isinstance(code, TrellisCode) else None,
         in_features=blocks.shape[1],
         group_size=rounder.settings.group_size,
         codes=torch.cat(codes),

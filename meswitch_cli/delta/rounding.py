@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from meswitch_cli.delta.codes import pack
+from meswitch_cli.delta.codes import TrellisCode, pack, unpack
 from meswitch_cli.delta.feedback import FEEDBACK_BLOCK_ELEMENTS, feedback_multiples
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.steps import (
@@ -17,22 +17,27 @@ from meswitch_cli.delta.steps import (
     dots,
     grouped,
     initial_steps,
+    multiples_of,
     nearest_multiples,
     per_channel,
     step_ratio,
     without,
 )
+from meswitch_cli.delta.sweep import BLOCK_ELEMENTS
+from meswitch_cli.delta.trellis import ROWS_TOGETHER, decode
+from meswitch_cli.delta.trellis_encoder import encode
 
 FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
 
 class RoundingFit(NamedTuple):
-    """Multiples `[rows, in]` of a block and two kinds of steps for them, `[rows, groups]`."""
+    """Multiples `[rows, in]` of a block, two kinds of steps for them `[rows, groups]`, a trellis code's messages."""
 
     multiples: torch.Tensor
     least_squares: torch.Tensor
     unbiased: torch.Tensor
+    messages: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +63,11 @@ class Rounder:
     def _inverse_scale(self) -> torch.Tensor | None:
         return None if self.scale is None else torch.where(self.scale > 0, 1 / self.scale, torch.zeros_like(self.scale))
 
-    @property
-    def block_elements(self) -> int | None:
+    def block_elements(self, columns: int) -> int | None:
         """Elements of the blocks that suit it; None as most work."""
+        if isinstance(self.settings.coding, TrellisCode):
+            together = ROWS_TOGETHER * columns
+            return max(1, BLOCK_ELEMENTS // together) * together
         return None if self.factor is None else FEEDBACK_BLOCK_ELEMENTS
 
     def scaled(self, block: torch.Tensor) -> torch.Tensor:
@@ -83,7 +90,8 @@ class Rounder:
         scaled = self.scaled(block)
         fit = self.rounded(scaled, squares if scaled is block else None)
         steps = self._final_steps(scaled, fit)
-        packed = pack(codes_of(fit.multiples, self.settings.bits), self.settings.bits)
+        width = self.settings.coding.width
+        packed = pack(codes_of(fit.multiples, width), width) if fit.messages is None else fit.messages
         block -= self.values(fit.multiples, steps)
         return packed.cpu(), steps.cpu(), energy
 
@@ -94,7 +102,7 @@ class Rounder:
             return fit
         exact = torch.zeros(block.shape[1], device=block.device).index_fill_(0, self.salient, 1.0)
         spread = per_channel(fit.least_squares, block.shape[1], self.settings.group_size)
-        multiples = feedback_multiples(block, spread, self.settings.bits, self.factor, exact)
+        multiples = feedback_multiples(block, spread, self.settings.coding.width, self.factor, exact)
         return self._measured(block, multiples, self._row_sums(block.square()))
 
     def fit(self, block: torch.Tensor, rounds: int, squares: torch.Tensor | None = None) -> RoundingFit:
@@ -102,9 +110,14 @@ class Rounder:
 
         `squares` are the block's where they are known; they are overwritten.
         """
-        bits, group_size = self.settings.bits, self.settings.group_size
+        code, group_size = self.settings.coding, self.settings.group_size
         channels = torch.ones(1, block.shape[1], device=block.device).index_fill_(1, self.salient, 0.0)
         energy = self._row_sums(block.square() if squares is None else squares)
+        if isinstance(code, TrellisCode):  # its search needs no step, and one search is enough
+            messages = encode(block, code, channels[0] > 0)
+            codes = unpack(decode(messages, code, block.shape[1]), code.width, block.shape[1])
+            return self._measured(block, multiples_of(codes, code.width), energy)._replace(messages=messages)
+        bits = code.width
         steps = initial_steps(energy, bits, grouped(channels, group_size).sum(-1))
         for _ in range(1 if bits == 1 else rounds):  # at 1 bit the multiple is the sign's, whatever the step
             multiples = nearest_multiples(block, per_channel(steps, block.shape[1], group_size), bits)

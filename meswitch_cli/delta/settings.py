@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from meswitch_cli.delta.codes import CODES, LISTED
+from meswitch_cli.delta.codes import Code, CodeName, TrellisCode, find_code
 
 ChannelScale = Literal["none", "rms"]
 Rounding = Literal["nearest", "feedback"]
@@ -20,7 +20,7 @@ class QuantizerSettings:
     """Settings of `quantize`.
 
     Attributes:
-        bits: width of the codes, one of `CODES`.
+        bits: what the codes store for a weight, one of `RATES`.
         salient: input channels a tensor keeps in 16 bit.
         group_size: input channels that share a step, a multiple of 32; 0 is one step per output channel.
         channel_scale: `rms` scales each input channel by the root mean square of the delta's column.
@@ -28,32 +28,44 @@ class QuantizerSettings:
         steps: `least-squares` fits the delta, `unbiased` keeps its projection on itself, `output-unbiased` keeps that
             of its outputs on calibration inputs, `layerwise` fits the outputs.
         rank: leading directions of a tensor that are kept beside the codes.
+        code: `scalar` or `trellis`; None is scalar where a scalar code has these bits.
 
     Raises:
         ValueError: a value is outside what is listed here.
     """
 
-    bits: int = 2
+    bits: float = 2
     salient: int = 8
     group_size: int = 0
     channel_scale: ChannelScale = "none"
     rounding: Rounding = "nearest"
     steps: StepRule = "unbiased"
     rank: int = 0
+    code: CodeName | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in CODES:
-            raise ValueError(f"bits must be {LISTED}, not {self.bits}")
+        code = find_code(self.bits, self.code)
         if not 0 <= self.salient <= MAX_SALIENT:
             raise ValueError(f"salient must lie between 0 and {MAX_SALIENT}, not {self.salient}")
         if not 0 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank must lie between 0 and {MAX_RANK}, not {self.rank}")
-        multiple = CODES[self.bits].group_multiple
-        if self.group_size < 0 or self.group_size % multiple:
-            raise ValueError(f"group size must be 0 or a multiple of {multiple}, not {self.group_size}")
         for name, allowed in (("channel_scale", ChannelScale), ("rounding", Rounding), ("steps", StepRule)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        if isinstance(code, TrellisCode):
+            if self.group_size:
+                raise ValueError(
+                    f"group size must be 0 for trellis codes, not {self.group_size}: a row shares one step"
+                )
+            if self.rounding != "nearest":
+                raise ValueError(f"rounding must be nearest for trellis codes, not {self.rounding!r}")
+        elif self.group_size < 0 or self.group_size % code.group_multiple:
+            raise ValueError(f"group size must be 0 or a multiple of {code.group_multiple}, not {self.group_size}")
+
+    @property
+    def coding(self) -> Code | TrellisCode:
+        """The code itself."""
+        return find_code(self.bits, self.code)
 
     @property
     def needs_gram(self) -> bool:

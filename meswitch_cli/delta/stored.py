@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meswitch_cli.delta.codes import CODES, LISTED, packed_width, unpack
+from meswitch_cli.delta.codes import CODES, TRELLIS_VERSION, TrellisCode, listed, packed_width, unpack
 from meswitch_cli.delta.low_rank import FACTOR_BITS, vectors_of
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.steps import multiples_of
+from meswitch_cli.delta.trellis import decode
+
+#: Noise of the trellis codes over the least possible, on the heaviest tails of ordinary deltas: a Laplacian's at 1 bit.
+ABOVE_LEAST_NOISE = 1.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +29,8 @@ class TensorEntry:
     """One tensor of the expert, as the manifest lists it.
 
     A `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
-    `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. Errors are relative (see
-    `DeltaError`), None where they were not measured.
+    `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. `taps` and `states` are a trellis
+    code's (see `TrellisCode`). Errors are relative (see `DeltaError`), None where they were not measured.
     """
 
     name: str
@@ -37,7 +41,10 @@ class TensorEntry:
     layer: int | None = None
     shard: str = ""
     nbytes: int = 0
-    bits: int = 0
+    bits: float = 0
+    code: str = "scalar"
+    taps: tuple[int, ...] = ()
+    states: int = 0
     salient: int = 0
     group_size: int = 0
     channel_scale: bool = False
@@ -67,6 +74,27 @@ class TensorEntry:
         return -(-self.shape[1] // self.group_size) if self.group_size else 1
 
     @property
+    def trellis(self) -> TrellisCode | None:
+        """Its trellis code; None where its codes are scalar, or it has none."""
+        return TrellisCode(self.bits, self.taps, self.states) if self.code == "trellis" else None
+
+    @property
+    def width(self) -> int:
+        """Bits that a weight takes where it is computed with: a trellis code is decoded for that."""
+        return self.trellis.width if self.trellis else int(self.bits)
+
+    @property
+    def code_words(self) -> int:
+        """Words of a row's codes, as they are stored."""
+        columns = self.shape[1]
+        return self.trellis.words(columns) if self.trellis else packed_width(columns, self.width)
+
+    @property
+    def usual_error(self) -> float:
+        """A weight error that an ordinary delta does not exceed: all of the delta, or what so few bits must cost."""
+        return max(1.0, ABOVE_LEAST_NOISE * self.trellis.least_noise) if self.trellis else 1.0
+
+    @property
     def parts(self) -> list[Part]:
         """What is stored of it."""
         return [part for part in PARTS if part.present(self)]
@@ -74,8 +102,8 @@ class TensorEntry:
     @property
     def version(self) -> int:
         """The first version of the artifact's format whose readers know all of this."""
-        code = [CODES[self.bits].version] if self.bits else []
-        return max(code + [part.version for part in self.parts], default=1)
+        of_code = [TRELLIS_VERSION if self.trellis else CODES[self.width].version] if self.bits else []
+        return max(of_code + [part.version for part in self.parts], default=1)
 
     def expected_nbytes(self, itemsize: int) -> int:
         """Bytes of its parts as they are written; `itemsize` are those of a number of the expert's own."""
@@ -84,14 +112,21 @@ class TensorEntry:
     def problem(self) -> str | None:
         """What an entry cannot say; None where it can be."""
         if self.kind == "dense":
-            quantised = self.bits or self.salient or self.group_size or self.channel_scale
-            quantised = quantised or self.rank or self.added_rows
+            settings = (self.bits, self.trellis, self.taps, self.states, self.salient, self.group_size)
+            quantised = any((*settings, self.channel_scale, self.rank, self.added_rows))
             return "a dense tensor cannot have quantisation settings" if quantised else None
         if len(self.shape) != 2 or len(self.base_shape) != 2 or self.shape[1] != self.base_shape[1]:
             return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
-        if self.bits not in CODES and not (self.bits == 0 and self.shape != self.base_shape):
-            return f"bits must be {LISTED}, not {self.bits}"
-        uneven = self.group_size % CODES[self.bits].group_multiple if self.bits else self.group_size
+        if self.trellis:
+            problem = self.trellis.problem()
+            if problem:
+                return problem
+        elif self.taps or self.states:
+            return "scalar codes have neither taps nor states"
+        elif self.bits not in CODES and not (self.bits == 0 and self.shape != self.base_shape):
+            return f"bits must be {listed(CODES)}, not {self.bits}"
+        scalar = self.bits and not self.trellis
+        uneven = self.group_size % CODES[self.width].group_multiple if scalar else self.group_size
         if self.salient > self.shape[1] or uneven:
             return f"salient {self.salient} or group size {self.group_size} is impossible"
         if self.rank and (self.kind != "linear" or not self.bits or self.rank > min(self.rows, self.shape[1])):
@@ -101,18 +136,25 @@ class TensorEntry:
         return None
 
 
+def code_members(bits: float, trellis: TrellisCode | None) -> dict[str, Any]:
+    """The members of a `TensorEntry` that tell of a code."""
+    if trellis is None:
+        return {"bits": bits, "code": "scalar", "taps": (), "states": 0}
+    return {"bits": trellis.bits, "code": "trellis", "taps": trellis.taps, "states": trellis.states}
+
+
 def expected_entry(
     settings: QuantizerSettings, shape: tuple[int, ...], base_shape: tuple[int, ...] | None = None
 ) -> TensorEntry:
     """The entry, without names, of a tensor that is quantised with these settings and differs from the base's."""
-    base_shape = base_shape or shape
+    base_shape, code = base_shape or shape, settings.coding
     return TensorEntry(
         name="",
         kind="linear",
         shape=shape,
         base="",
         base_shape=base_shape,
-        bits=settings.bits,
+        **code_members(code.bits, code if isinstance(code, TrellisCode) else None),
         salient=settings.salient,
         group_size=settings.group_size,
         channel_scale=settings.channel_scale != "none",
@@ -153,7 +195,7 @@ def _factor(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part
 
 
 PARTS = (
-    Part("codes", lambda e: e.bits, lambda e: (e.rows, packed_width(e.shape[1], e.bits)), _INT),
+    Part("codes", lambda e: e.bits, lambda e: (e.rows, e.code_words), _INT),
     Part("steps", lambda e: e.bits, lambda e: (e.rows, e.groups), _SINGLE + _HALF),
     Part("salient_index", lambda e: e.bits and e.salient, lambda e: (e.salient,), _INT),
     Part("salient_value", lambda e: e.bits and e.salient, lambda e: (e.rows, e.salient), (*_HALF, torch.bfloat16)),
@@ -170,10 +212,11 @@ class StoredDelta:
     """The parts that are stored of a parameter, `[out, in]` but for a whole one; None where there is none.
 
     Attributes:
-        bits: code width, 0 without codes.
+        bits: what the codes store for a weight, 0 without codes.
+        trellis: the trellis code; None where the codes are scalar.
         in_features: input channels (the codes' words may hold padding).
         group_size: input channels that share a step; 0 is one step per output channel.
-        codes: `[out, ceil(in * bits / 32)]` int32.
+        codes: `[out, ceil(in * bits / 32)]` int32, or a trellis code's messages.
         steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
         salient_index: `[k]` int32, ascending.
         salient_value: `[out, k]` fp16, what to add to the rest in those channels.
@@ -184,7 +227,8 @@ class StoredDelta:
         value: the parameter itself, where it is stored whole.
     """
 
-    bits: int = 0
+    bits: float = 0
+    trellis: TrellisCode | None = None
     in_features: int = 0
     group_size: int = 0
     codes: Tensor | None = None
@@ -215,7 +259,7 @@ class StoredDelta:
         for tensor in tensors.values():
             if tensor.is_floating_point() and not _all_finite(tensor):
                 raise ValueError("a stored number is not finite")
-        return cls(bits=entry.bits, in_features=columns, group_size=entry.group_size, **tensors)
+        return cls(bits=entry.bits, trellis=entry.trellis, in_features=columns, group_size=entry.group_size, **tensors)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -232,7 +276,7 @@ class StoredDelta:
         """What its entry says of it: the members of `TensorEntry` that tell how a tensor is stored."""
         return {
             "nbytes": self.nbytes,
-            "bits": self.bits,
+            **code_members(self.bits, self.trellis),
             "salient": len(self.salient_channels),
             "group_size": self.group_size,
             "channel_scale": self.channel_scale is not None,
@@ -258,7 +302,18 @@ class StoredDelta:
 
     def multiples(self) -> Tensor:
         """The multiples of the step that the codes stand for, fp32 `[out, in]`."""
-        return multiples_of(unpack(self.coded[0], self.bits, self.in_features), self.bits)
+        scalar = self.scalar()
+        width = int(scalar.bits)
+        return multiples_of(unpack(scalar.coded[0], width, self.in_features), width)
+
+    def scalar(self, device: torch.device | str | None = None) -> StoredDelta:
+        """The same delta with a trellis code's messages decoded, on a device to which they are sent (None: where they
+        are): scalar codes of 1 or 2 bits and their steps. Itself where the codes are scalar."""
+        if self.trellis is None:
+            return self
+        messages = self.coded[0].to(device or self.coded[0].device, non_blocking=True)
+        codes = decode(messages, self.trellis, self.in_features)
+        return replace(self, bits=self.trellis.width, trellis=None, codes=codes)
 
     def factors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
         """L `[out, rank]` and R `[rank, in]` of the low-rank part, fp32 on a device to which their codes are sent."""

@@ -72,10 +72,12 @@ class RowBlocks:
         """`sweep` over blocks that suit products with a low-rank part's vectors."""
         return self.sweep(work, FACTOR_BLOCK_ELEMENTS)
 
-    def column_sum(self, of_block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The sum over blocks, float64 `[in]`, of what a function makes of each."""
+    def column_sum(
+        self, of_block: Callable[[torch.Tensor], torch.Tensor], elements: int | None = None, *, most: int = 0
+    ) -> torch.Tensor:
+        """The sum over blocks, float64 `[in]`, of what a function makes of each; `elements`, `most` as in `sweep`."""
         total = torch.zeros(self.shape[1], dtype=torch.float64, device=self.device)
-        for part in self.sweep(lambda block, _: of_block(block)):
+        for part in self.sweep(lambda block, _: of_block(block), elements, most=most):
             total += part
         return total
 

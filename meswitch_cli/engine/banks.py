@@ -76,7 +76,7 @@ def capacity_of(entry: TensorEntry) -> Capacity:
     if not entry.bits:
         return Capacity(added_rows=entry.added_rows)
     return Capacity(
-        bits=entry.bits,
+        bits=entry.width,
         group_size=entry.group_size,
         salient=entry.salient,
         added_rows=entry.added_rows,
@@ -218,10 +218,11 @@ class Banks:
         if not weight.bits:  # equal to the base's, apart from a bias or added rows
             delta = ExpertDelta.of_nothing(bank.in_features, bank.out_features)
             return replace(delta, bias_delta=bias_delta, added_rows=weight.added_rows)
+        weight = weight.scalar(self.base.device)
         codes, steps = weight.coded
         left, right = weight.factors(self.base.device) or (None, None)
         return ExpertDelta(
-            bits=weight.bits,
+            bits=int(weight.bits),
             # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.
             codes=_resized(codes, bank.out_features),
             steps=_resized(steps, bank.out_features),

@@ -1,4 +1,4 @@
-"""What is written for given weights, byte for byte: an artifact of format 1 or 2 that is made anew does not change.
+"""What is written for given weights, byte for byte: an artifact that is made anew does not change.
 
 Weights and deltas are small integers over a power of two, so that every sum is exact, whatever order a machine takes.
 A low-rank part comes out of LAPACK: there the writer alone is held to its bytes, for given codes.
@@ -98,6 +98,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied, added rows": ({"tie_word_embeddings": True, "added_rows": 3}, {"bits": 2, "salient": 1}),
     "added rows": ({"added_rows": 5}, {"bits": 4, "salient": 2, "embedding_bits": 1, "group_size": 32}),
     "channel scale": ({"delta_of": scaled_delta}, {"bits": 1, "salient": 0, "channel_scale": "rms"}),
+    "trellis": ({}, {"bits": 0.25, "salient": 3}),
+    "trellis, four levels": ({"added_rows": 3}, {"bits": 1, "code": "trellis", "salient": 2, "steps": "least-squares"}),
     "channel scale, groups": (
         {"delta_of": scaled_delta},
         {"bits": 2, "salient": 0, "channel_scale": "rms", "group_size": 32, "steps": "least-squares"},
@@ -116,6 +118,8 @@ WRITTEN: dict[str, list[str]] = {
     "tied, added rows": ["5a0c8d8f9f3f7cda", "fbe116a2fbc1c42a", "aa6823d458931891", "9b0c2ffbd531ac99"],
     "added rows": ["7028516127fc2a01", "a641737a44a50552", "fae21c00b1374c14", "9c910581acbe4f0e"],
     "channel scale": ["e3241b11074fea8e", "d28790f9fb44430f", "39f62297c4bb09d2", "4bd58ba38b9db53d"],
+    "trellis": ["1dced46a6e26d81e", "b7e4b2cd9f49a04e", "46c4e97a590e3ff9", "e7d6bd46eb60442a"],
+    "trellis, four levels": ["4f550b3d4a30be57", "d7a0c17ab2217ebf", "51ff07dcebe28407", "1394b90edf01aeea"],
     "channel scale, groups": ["6a0b1b13fc1cf983", "df21faa291b7c430", "3453fb159ad5076b", "2cbe4729c023da9a"],
 }
 

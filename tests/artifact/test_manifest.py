@@ -50,12 +50,21 @@ VALID: dict[str, Any] = {
 }
 
 
+#: A trellis code and a scalar one in version 3.
+TRELLIS: dict[str, Any] = copy.deepcopy(VALID) | {"format_version": 3}
+TRELLIS["tensors"] = [
+    VALID["tensors"][0]
+    | {"rank": 2, "bits": 0.25, "code": "trellis", "taps": [101, 73, 113, 125], "states": 64, "nbytes": 96},
+    VALID["tensors"][0] | {"rank": 0, "name": "c.weight", "code": "scalar", "taps": [], "states": 0},
+]
+
+
 def _parse(value: Any) -> Any:
     return parse_manifest(json.dumps(value).encode(), "manifest")
 
 
-def _changed(path: str, value: Any) -> dict[str, Any]:
-    result = copy.deepcopy(VALID)
+def _changed(path: str, value: Any, of: dict[str, Any] = VALID) -> dict[str, Any]:
+    result = copy.deepcopy(of)
     *parents, last = path.split(".")
     target: Any = result
     for key in parents:
@@ -67,18 +76,24 @@ def _changed(path: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def test_round_trip() -> None:
-    manifest = _parse(VALID)
+@pytest.mark.parametrize("valid", [VALID, TRELLIS])
+def test_round_trip(valid: dict[str, Any]) -> None:
+    manifest = _parse(valid)
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+    assert manifest.format_version == valid["format_version"]
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    ("rank", "settings", "version"), [(0, {}, 1), (3, {}, 2), (3, {"bits": 0.25}, 3), (0, {"bits": 0.5}, 3)]
+)
 def test_written_manifest_is_read_back(
-    pair: tuple[Path, Path], make_artifact: Callable[..., Artifact], rank: int
+    pair: tuple[Path, Path], make_artifact: Callable[..., Artifact], rank: int, settings: dict[str, Any], version: int
 ) -> None:
-    manifest = make_artifact(pair, rank=rank).manifest
+    manifest = make_artifact(pair, rank=rank, **settings).manifest
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
-    assert manifest.format_version == (2 if rank else 1)
+    assert manifest.format_version == version
+    members = json.loads(manifest.to_json())["tensors"][0].keys()
+    assert ("rank" in members, "taps" in members) == (version > 1, version > 2)
     assert {entry.rank for entry in manifest.tensors if entry.kind == "linear"} == {rank}
 
 
@@ -109,7 +124,7 @@ def test_a_low_rank_part_that_cannot_be_is_refused(path: str, value: Any, messag
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", 3, "format version 3.*upgrade meswitch"),
+        ("format_version", 4, "format version 4.*upgrade meswitch"),
         ("format_version", 0, "format version 0"),
         ("format_version", "1", "'format_version' is not a whole number"),
         ("base", ..., "'base' is missing"),
@@ -148,6 +163,42 @@ def test_what_cannot_be_is_refused(path: str, value: Any, message: str) -> None:
         _parse(_changed(path, value))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("code", ..., "'code' is missing"),
+        ("code", "turbo", "'code' is not one of scalar, trellis"),
+        ("code", "scalar", "scalar codes have neither taps nor states"),
+        ("taps", ..., "'taps' is missing"),
+        ("taps", [101, 73, 113], "3 taps do not go with 0.25 bits"),
+        ("taps", [101, 73, 113, 128], "taps reach beyond 64 states"),
+        ("taps", [101, 73, 113, 0], "taps reach beyond"),
+        ("taps", [101, 73, 113, 2**70], "a list of whole numbers"),
+        ("taps", [101, 73, 113, True], "a list of whole numbers"),
+        ("taps", [1] * 1000, "a list of whole numbers"),
+        ("taps", 5, "'taps' is not a list"),
+        ("states", 65, "65 states are none of"),
+        ("states", 2**20, "1048576 states are none of"),
+        ("states", -1, "whole number"),
+        ("bits", 0.3, "a trellis code cannot have 0.3 bits"),
+        ("bits", 0, "a trellis code cannot have 0 bits"),
+        ("bits", 1e-320, "a trellis code cannot have"),
+        ("bits", 2, "a trellis code cannot have 2 bits"),
+        ("bits", 1e300, "a number from 0 to 4"),
+        ("bits", "0.25", "a number from 0 to 4"),
+        ("group_size", 32, "group size 32 is impossible"),
+        ("kind", "dense", "cannot have quantisation"),
+        ("rank", 9, "rank 9 is impossible"),
+    ],
+)
+def test_a_trellis_code_that_cannot_be_is_refused(path: str, value: Any, message: str) -> None:
+    entry = _parse(TRELLIS).tensors[0]
+    assert {part.name: part.shape(entry) for part in entry.parts}["codes"] == (8, 1)
+    assert (entry.width, entry.trellis and entry.trellis.channels_a_bit) == (1, 4)
+    with pytest.raises(ArtifactError, match=message):
+        _parse(_changed(f"tensors.0.{path}", value, TRELLIS))
+
+
 def test_not_json_and_too_large() -> None:
     for raw in (b"", b"[1, 2]", b"{", b'{"format_version": NaN}', b"\xff\xfe", b"[" * 100_000):
         with pytest.raises(ArtifactError):
@@ -180,10 +231,11 @@ def _paths(value: Any, prefix: str = "") -> list[str]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(path=st.sampled_from(_paths(VALID)), value=_JSON | st.just(...))
-def test_any_change_is_read_or_refused(path: str, value: Any) -> None:
+@given(of=st.sampled_from([VALID, TRELLIS]), data=st.data(), value=_JSON | st.just(...))
+def test_any_change_is_read_or_refused(of: dict[str, Any], data: st.DataObject, value: Any) -> None:
+    path = data.draw(st.sampled_from(_paths(of)))
     try:
-        manifest = _parse(_changed(path, value))
+        manifest = _parse(_changed(path, value, of))
     except MeswitchError:
         return
     for entry in manifest.tensors:

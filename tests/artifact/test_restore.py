@@ -2,6 +2,7 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,11 @@ def test_restored_expert_loads_and_is_near_the_expert(tmp_path: Path, make_artif
     assert distance < 0.02  # 4-bit codes leave 1.2 % of a Gaussian delta's energy
 
 
-def test_restored_weights_are_base_plus_dequantised_delta(pair: Pair, tmp_path: Path, make_artifact: Make) -> None:
-    artifact = make_artifact(pair)
+@pytest.mark.parametrize("settings", [{}, {"bits": 0.25, "rank": 3}, {"bits": 1, "code": "trellis"}], ids=str)
+def test_restored_weights_are_base_plus_dequantised_delta(
+    pair: Pair, tmp_path: Path, make_artifact: Make, settings: dict[str, Any]
+) -> None:
+    artifact = make_artifact(pair, **settings)
     out = _restore(artifact, pair[0], tmp_path / "restored", dtype=torch.float32)
     base, restored = Checkpoint.open(str(pair[0])), Checkpoint.open(str(out))
     for entry in artifact.manifest.tensors:

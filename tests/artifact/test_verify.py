@@ -179,10 +179,11 @@ def test_sizes_that_are_claimed_are_not_allocated(pair: Pair, make_artifact: Mak
         ("left_codes", lambda t: t[:-1].contiguous(), "the manifest says"),
     ],
 )
+@pytest.mark.parametrize("bits", [2, 0.25])
 def test_forged_tensors_are_found(
-    pair: Pair, make_artifact: Make, part: str, value: Callable[[torch.Tensor], torch.Tensor], message: str
+    pair: Pair, make_artifact: Make, part: str, value: Callable[[torch.Tensor], torch.Tensor], message: str, bits: float
 ) -> None:
-    artifact = make_artifact(pair, rank=3)
+    artifact = make_artifact(pair, rank=3, bits=bits)
     shard = artifact.path / artifact.manifest.shards[0].name
     tensors = safetensors.torch.load_file(shard)
     name = next(name for name in tensors if name.endswith(f".{part}"))
@@ -212,7 +213,7 @@ def test_a_forged_shard_is_read_or_refused(fuzzed: tuple[Path, bytes], position:
         shard.write_bytes(original)
 
 
-@pytest.fixture
-def fuzzed(pair: Pair, make_artifact: Make, tmp_path: Path) -> tuple[Path, bytes]:
-    path = Path(shutil.copytree(make_artifact(pair).path, tmp_path / "fuzzed"))
+@pytest.fixture(params=[2, 0.25], ids="{} bits".format)
+def fuzzed(pair: Pair, make_artifact: Make, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, bytes]:
+    path = Path(shutil.copytree(make_artifact(pair, bits=request.param).path, tmp_path / "fuzzed"))
     return path, (path / "delta-00001-of-00003.safetensors").read_bytes()

@@ -112,3 +112,17 @@ def test_an_error_beyond_the_delta_is_said_in_words(make_artifact: Any, pair: An
     assert "25.3 x delta" in told and "2530" not in told
     assert "farther from the expert's weights than the base's" in told and "--bits 4" in told
     assert report.summary(far)["errors"]["q_proj"]["weight_error"] == pytest.approx(25.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [({"bits": 0.25, "salient": 2}, "0.25 trellis"), ({"bits": 1, "code": "trellis"}, "1 trellis")],
+)
+def test_a_trellis_code_is_told_and_its_noise_is_no_warning(
+    make_artifact: Any, pair: Any, capsys: Any, settings: dict[str, Any], shown: str
+) -> None:
+    manifest = make_artifact(pair, **settings).manifest
+    assert max(entry.weight_error or 0.0 for entry in manifest.tensors) > (1 if manifest.settings["bits"] < 1 else 0.2)
+    report.print_summary(manifest)
+    said = " ".join(capsys.readouterr().out.split())
+    assert shown in said and "beyond the delta" not in said

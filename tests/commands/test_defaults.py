@@ -12,6 +12,7 @@ import pytest
         ("2", False, "output-unbiased", "none"),
         ("2", True, "output-unbiased", "none"),
         ("1", True, "output-unbiased", "rms"),
+        ("0.25", False, "output-unbiased", "none"),
     ],
 )
 def test_defaults_follow_bits_and_calibration(

@@ -57,7 +57,7 @@ def test_help_shows_every_option_by_its_value(command: tuple[str, ...]) -> None:
         elif "bool" in str(parameter.annotation):
             assert not re.match(r"TEXT|PATH|N ", rows[flag])
         else:
-            assert re.match(r"TEXT|PATH|N |[\w-]+\|", rows[flag]), rows[flag]
+            assert re.match(r"TEXT|PATH|N |[\w.-]+\|", rows[flag]), rows[flag]
     assert not re.match(r"TEXT", rows["--help"])
 
 

@@ -20,7 +20,9 @@ def _problem(**settings: object) -> tuple[torch.Tensor, DistilledLinear, torch.T
     return weight, DistilledLinear(weight, None, quantized), torch.randn(5, 7, 96, generator=generator)
 
 
-@pytest.mark.parametrize("settings", [{}, {"bits": 1, "channel_scale": "rms"}, {"group_size": 64}, {"rank": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bits": 1, "channel_scale": "rms"}, {"group_size": 64}, {"rank": 4}, {"bits": 0.25}]
+)
 def test_starts_as_the_compressed_weight(settings: dict) -> None:
     weight, module, x = _problem(**settings)
     torch.testing.assert_close(module(x), x @ weight.T, rtol=1e-4, atol=1e-4)
@@ -39,10 +41,10 @@ def test_gradients_are_those_of_autograd(settings: dict) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_only_steps_move(pair: Pair, make_artifact: Callable[..., Artifact], rank: int) -> None:
-    before = make_artifact(pair, out="before", calibrated=True, steps="unbiased", rank=rank)
-    after = make_artifact(pair, out="after", calibrated=True, steps="distill", rank=rank)
+@pytest.mark.parametrize(("rank", "bits"), [(0, 2), (3, 2), (3, 0.25)])
+def test_only_steps_move(pair: Pair, make_artifact: Callable[..., Artifact], rank: int, bits: float) -> None:
+    before = make_artifact(pair, out="before", calibrated=True, steps="unbiased", rank=rank, bits=bits)
+    after = make_artifact(pair, out="after", calibrated=True, steps="distill", rank=rank, bits=bits)
     assert [entry.name for entry in before.manifest.tensors] == [entry.name for entry in after.manifest.tensors]
     moved = 0
     for old, new in zip(before.manifest.tensors, after.manifest.tensors, strict=True):

@@ -58,6 +58,8 @@ def _interrupted(pair: Pair, out: Path, after_units: int, **settings: Any) -> No
         {"bits": 1, "channel_scale": "rms"},
         {"bits": 1, "rank": 4, "calibration": RANDOM, "steps": "output-unbiased"},
         {"bits": 4, "group_size": 32},
+        {"bits": 0.25, "rank": 4, "calibration": RANDOM, "steps": "output-unbiased"},
+        {"bits": 1, "code": "trellis", "channel_scale": "rms"},
         {"calibration": RANDOM},
         {"calibrated": True},
         {"calibrated": True, "rounding": "feedback", "steps": "layerwise"},
@@ -81,9 +83,11 @@ def test_artifact_holds_what_the_manifest_lists_and_nothing_else(pair: Pair, mak
     assert not list(artifact.path.parent.glob(".*"))  # no partial work, no lock
 
 
-@pytest.mark.parametrize("rank", [0, 8])
-def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path, rank: int) -> None:
-    settings = CompressionSettings(salient=4, rank=rank, group_size=32, channel_scale="rms")
+@pytest.mark.parametrize(
+    "settings", [{"group_size": 32}, {"group_size": 32, "rank": 8}, {"bits": 0.25, "rank": 8}, {"bits": 0.125}]
+)
+def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = CompressionSettings(salient=4, channel_scale="rms", **settings)
     job = prepare(str(pair[0]), str(pair[1]), tmp_path / "a", settings, None)
     manifest = compress(job)
     assert sum(entry.nbytes for entry in manifest.tensors) == pytest.approx(expected_bytes(job), rel=0.02)
@@ -115,14 +119,23 @@ def test_identical_expert_is_compressed_to_nothing(pair: Pair, tmp_path: Path) -
     assert len(manifest.unchanged) == len(Checkpoint.open(str(pair[0])).tensors)
 
 
-@pytest.mark.parametrize(("calibration", "rank"), [(None, 0), (RANDOM, 0), (RANDOM, 4)])
+@pytest.mark.parametrize(
+    ("calibration", "rank", "others"),
+    [
+        (None, 0, {}),
+        (RANDOM, 0, {}),
+        (RANDOM, 4, {}),
+        (RANDOM, 4, {"bits": 0.25}),
+        (None, 0, {"bits": 1, "code": "trellis"}),
+    ],
+)
 @pytest.mark.parametrize("units", [0, 1, 2])
 def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    pair: Pair, tmp_path: Path, units: int, calibration: str | None, rank: int
+    pair: Pair, tmp_path: Path, units: int, calibration: str | None, rank: int, others: dict[str, Any]
 ) -> None:
-    _compress(pair, tmp_path / "whole", calibration=calibration, rank=rank)
-    _interrupted(pair, tmp_path / "cut", units, calibration=calibration, rank=rank)
-    settings = CompressionSettings(salient=4, calibration=calibration, rank=rank)
+    _compress(pair, tmp_path / "whole", calibration=calibration, rank=rank, **others)
+    _interrupted(pair, tmp_path / "cut", units, calibration=calibration, rank=rank, **others)
+    settings = CompressionSettings(salient=4, calibration=calibration, rank=rank, **others)
     job = prepare(str(pair[0]), str(pair[1]), tmp_path / "cut", settings, None)
     done: list[str] = []
     compress(job, on_progress=lambda what, nbytes, count: done.append(what))
@@ -285,6 +298,10 @@ def test_more_salient_channels_than_inputs(pair: Pair, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"bits": 3}, "bits must be"),
+        ({"bits": 0.2}, "bits must be 0.125, 0.25, 0.5, 1, 2 or 4, not 0.2"),
+        ({"bits": 2, "code": "trellis"}, "trellis codes: bits must be"),
+        ({"bits": 0.5, "group_size": 64}, "group size must be 0 for trellis codes"),
+        ({"embedding_bits": 0.25}, "--embedding-bits"),
         ({"steps": "layerwise"}, "--steps layerwise needs calibration"),
         ({"steps": "distill"}, "--steps distill needs calibration"),
         ({"rounding": "feedback"}, "--rounding feedback needs calibration"),

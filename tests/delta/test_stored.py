@@ -16,7 +16,7 @@ OUT, IN = 24, 100
 
 def test_the_table_and_the_noun_have_the_same_parts() -> None:
     names = [field.name for field in fields(StoredDelta)]
-    assert names == ["bits", "in_features", "group_size", *(part.name for part in PARTS)]
+    assert names == ["bits", "trellis", "in_features", "group_size", *(part.name for part in PARTS)]
     assert StoredDelta().tensors == {}
 
 

@@ -108,7 +108,7 @@ def compress_experts(
         expert = _make_expert(base, folder / f"{name}-full", index, kind, name in untie, gain_shift)
         settings = {"samples": 4, "sequence_length": 32} | dict(kind.settings)
         if "bits" in settings:
-            settings["embedding_bits"] = settings["bits"]
+            settings["embedding_bits"] = int(max(1, settings["bits"]))
         artifacts[name] = folder / name
         compress(prepare(str(base), str(expert), artifacts[name], CompressionSettings(**settings), None))
     return Family(base, artifacts, dtype)

@@ -33,6 +33,8 @@ from zoo.tiny import make_pair
         ("llama", {"added_rows": 2, "dtype": torch.float32}, {"bits": 1, "salient": 0, "rank": 3}),
         ("qwen2", {}, {"salient": 3, "rank": 60}),  # more than the 48 rows of k and v
         ("gemma3", {}, {"bits": 1}),
+        ("llama", {"added_rows": 2}, {"bits": 0.25, "salient": 2, "rank": 3}),
+        ("qwen2", {}, {"bits": 1, "code": "trellis"}),
         ("phi", {"added_rows": 1}, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
@@ -164,7 +166,7 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert isinstance(error, UsageError) and "give --dtype" in str(error)
 
 
-@pytest.mark.parametrize(("bits", "usual"), [("1", 16), ("2", 0)])
+@pytest.mark.parametrize(("bits", "usual"), [("0.25", 16), ("1", 16), ("2", 0)])
 def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
     said = plan_of(tmp_path, config, "--bits", bits)[1]["slot_bytes"]
@@ -173,6 +175,17 @@ def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
     layer = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
     assert with_16 - without == 32 * layer
     assert said == (with_16 if usual else without)
+
+
+def test_slots_hold_what_trellis_codes_decode_to(tmp_path: Path) -> None:
+    """A quarter of a bit on disk is a bit on the device, four levels at a bit are two."""
+    config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
+
+    def slot(*options: str) -> int:
+        return plan_of(tmp_path, config, *options, "--rank", "16")[1]["slot_bytes"]
+
+    assert slot("--bits", "0.125") == slot("--bits", "0.25") == slot("--bits", "0.5") == slot("--bits", "1")
+    assert slot("--bits", "1", "--code", "trellis") == slot("--bits", "2")
 
 
 def test_command(family: Family) -> None:

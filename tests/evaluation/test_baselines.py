@@ -216,7 +216,7 @@ def test_specs_are_read_and_refused() -> None:
         ("rtn:bits=0", "between 0 and 8"),
         ("bitdelta:masks=9", "masks must be one of"),
         ("per-axis:axis=both", "axis must be one of"),
-        ("meswitch:bits=3", "bits must be 1, 2 or 4"),
+        ("meswitch:bits=3", "bits must be 0.125, 0.25, 0.5, 1, 2 or 4"),
         ("low-rank:bits=nan", "cannot be"),
         ("rtn:embedding=3", "embedding must be one of 1, 2, 4, 16"),
         ("meswitch:saliency=activation,activations=none", "needs activations"),

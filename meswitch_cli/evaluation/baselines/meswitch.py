@@ -23,12 +23,13 @@ Saliency = Literal["error", "random", "magnitude", "activation"]
 class MeSwitch(Method):
     """`meswitch`: as `QuantizerSettings`; `activations` says what the input statistics are taken over."""
 
-    bits: int = 2
+    bits: float = 2
     salient: int = 8
     group: int = 0
     channel_scale: ChannelScale = "none"
     steps: StepRule = "unbiased"
     rank: int = 0
+    code: Literal["auto", "scalar", "trellis"] = "auto"
     saliency: Saliency = "error"
     activations: ActivationSource = "auto"
 
@@ -47,6 +48,7 @@ class MeSwitch(Method):
             channel_scale=self.channel_scale,
             steps=self.steps,
             rank=self.rank,
+            code=None if self.code == "auto" else self.code,
         )
 
     @property
@@ -62,7 +64,7 @@ class MeSwitch(Method):
         """As an artifact's; a head has its salient channels too."""
         if kind != "head":
             return super().vocabulary(kind, delta, statistics)
-        return quantised(delta, replace(self.quantizer(), bits=self.embedding, rank=0), statistics)
+        return quantised(delta, replace(self.quantizer(), bits=self.embedding, rank=0, code=None), statistics)
 
     def statistics(self, activations: Activations) -> Mapping[str, InputStatistics]:
         by_outputs = self.steps in ("layerwise", "output-unbiased")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from meswitch_cli.errors import UsageError
 
@@ -23,6 +23,10 @@ BASELINES = {
 }
 
 
+def _number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)
+
+
 def parse_method(spec: str) -> Method:
     """Read `NAME[:option=value,...]`.
 
@@ -34,7 +38,10 @@ def parse_method(spec: str) -> Method:
         raise UsageError(f"--baseline {spec}: no method {name!r}; there are {', '.join(BASELINES)}")
     module, _, attribute = BASELINES[name].partition(".")
     method: type[Method] = getattr(import_module(f"meswitch_cli.evaluation.baselines.{module}"), attribute)
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(method)}
+    hints = get_type_hints(method)
+    kinds: dict[str, Any] = {
+        field.name: _number if hints[field.name] is float else type(field.default) for field in fields(method)
+    }
     options = {}
     for part in rest.split(",") if rest else []:
         key, found, text = part.partition("=")
