@@ -41,12 +41,12 @@ def _plane_block(
     words_of_row,
     in_features,
     BITS: tl.constexpr,
+    PLACES: tl.constexpr,
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """`sums` and `x_sums` plus the products of one block of words; WHOLE where the row has all of its channels."""
     TOGETHER: tl.constexpr = PLANE_WORDS
-    PLACES: tl.constexpr = places_for(BITS)
     DTYPE: tl.constexpr = x.dtype.element_ty
     pairs, within = TOGETHER, tl.arange(0, TOGETHER)
     place = codes + (rows[:, None] * words_of_row + block * TOGETHER + within[None, :])
@@ -64,7 +64,7 @@ def _plane_block(
             inside = inside & (channel < 2 * pairs)[None, :] & (k < in_features)[None, :]
         given = tl.load(x + (token[:, None] * x_stride + k[None, :]), mask=inside, other=0.0)
         given = tl.trans(given)
-        value = plane_values(words, plane * BITS, BITS, DTYPE, ASM)
+        value = plane_values(words, plane * BITS, BITS, PLACES, DTYPE, ASM)
         if plane % PLACES == 0:
             sums = tl.dot(value, given, sums[0]), sums[1], sums[2]
             x_sums = tl.dot(ones, given, x_sums[0]), x_sums[1], x_sums[2]
@@ -97,11 +97,12 @@ def _delta_planes(
 ):
     """`[BLOCK_OUT, BLOCK_TOKENS]` float32: one split's share of the slot's delta times x, with one step a row.
 
-    A code is in the mantissa of 128 and in one of three places there. So each place has sums of its own, and the
+    A code is in the mantissa of 128 and in one of a few places there. So each place has sums of its own, and the
     factors, the 128 and the middle of a code come off once at the end, through sums of x that the same
     instructions make.
     """
     CHANNELS: tl.constexpr = PLANE_WORDS * 32 // BITS
+    PLACES: tl.constexpr = places_for(BITS, BLOCK_TOKENS)
     LOWEST: tl.constexpr = 1.0 if tl.bfloat16 == x.dtype.element_ty else 0.125
     blocks = tl.cdiv(in_features, CHANNELS)
     per_split = tl.cdiv(blocks, splits)
@@ -119,15 +120,15 @@ def _delta_planes(
     for block in tl.range(begin, tl.minimum(end, whole), num_stages=STAGES):
         sums, x_sums = _plane_block(
             sums, x_sums, x, x_stride, token, token_mask, codes, rows, block, words_of_row,
-            in_features, BITS, True, ASM,
+            in_features, BITS, PLACES, True, ASM,
         )  # fmt: skip
     if not EVEN and (begin < end) & (end > whole):
         sums, x_sums = _plane_block(
             sums, x_sums, x, x_stride, token, token_mask, codes, rows, whole, words_of_row,
-            in_features, BITS, False, ASM,
+            in_features, BITS, PLACES, False, ASM,
         )  # fmt: skip
     total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
-    for place in tl.static_range(places_for(BITS)):
+    for place in tl.static_range(PLACES):
         unit = 0.5 ** (place * BITS)
         offset = 128.0 * unit + ((1 << BITS) - 1) / 2
         # The rows of `x_sums` are equal, so that their sum divided by their number is exact.

@@ -12,13 +12,13 @@ PLANE_WORDS = tl.constexpr(_PLANE_WORDS)
 
 
 @triton.constexpr_function
-def places_for(bits):
+def places_for(bits, tokens):
     """How many places of the mantissa codes are set into by turns, so that fewer words need a shift.
 
-    bfloat16's seven bits limit the wider codes; more than three places, each with sums of its own, take too many
-    registers.
+    bfloat16's seven bits limit the wider codes. Each place has sums of its own, for every token: more than this take
+    more registers than there are.
     """
-    return min(3, 7 // bits)
+    return min(3 if tokens <= 8 else 2, 7 // bits)
 
 
 @triton.jit
@@ -71,7 +71,9 @@ def load_codes(
 
 
 @triton.jit
-def plane_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def plane_values(
+    words, SHIFT: tl.constexpr, BITS: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
     """Two values of each word `[BLOCK_OUT, n]`, the codes SHIFT bits up in either half: `[BLOCK_OUT, 2n]` of DTYPE.
 
     A code is set into the mantissa of 128 in bfloat16, of 1024 in float16; which place it has there is the
@@ -79,7 +81,7 @@ def plane_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
     """
     BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
     LOWEST: tl.constexpr = 0 if BFLOAT else 3
-    PLACE: tl.constexpr = SHIFT // BITS % places_for(BITS) * BITS
+    PLACE: tl.constexpr = SHIFT // BITS % PLACES * BITS
     DOWN: tl.constexpr = SHIFT - PLACE - LOWEST
     MASK: tl.constexpr = ((1 << BITS) - 1) << (PLACE + LOWEST)
     if DOWN > 0:

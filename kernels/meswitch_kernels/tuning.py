@@ -99,6 +99,8 @@ def default_settings(
     # Programs without a tile leave at once, but cost a start; those of many tiles pass them on to one another.
     programs = max(1, 16 * card.processors // (blocks * delta_splits))
     warps, stages = (4, 2) if wide else (2, 3)
+    if tokens > 32 and not card.hopper:
+        warps = 4  # two would spill there
     return LaunchSettings(block_out, block_k, splits, warps, stages, delta_splits, programs)
 
 
