@@ -19,6 +19,7 @@ from gpu import figures
 from gpu.against import LoraLinear
 from gpu.goals import goals
 from gpu.load import quantile
+from gpu.page import BEGIN, END, PAGE, with_run
 from gpu.parts import NAMES, stages
 from gpu.process import PASSED, Outcome, Part, start
 from gpu.summary import Heading, summary
@@ -190,6 +191,16 @@ def test_goals_are_judged_by_the_figures() -> None:
     page = summary(replace(HEADING, tiny=False), [part], {"decoder": Outcome(PASSED, 1.0, rows)})
     assert "## Goals" in page and "| 3.6 | **no** |" in page
     assert "## Goals" not in summary(HEADING, [part], {"decoder": Outcome(PASSED, 1.0, rows)})
+
+
+def test_a_run_takes_its_place_on_the_page() -> None:
+    page = PAGE.read_text()
+    published = with_run(page, "# Proof on a GPU\n\nCard: one.\n\n## Goals\n\n| a |\n")
+    assert "\n## Proof on a GPU\n\nCard: one.\n\n### Goals\n" in published
+    assert published.startswith(page.partition(BEGIN)[0]) and published.endswith(page.partition(END)[2])
+    assert with_run(published, "# Other").count("Card: one.") == 0
+    with pytest.raises(ValueError, match="needs the marks"):
+        with_run("# A page\n", "# Run")
 
 
 def test_stacked_adapters_are_each_tokens_own() -> None:

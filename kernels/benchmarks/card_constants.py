@@ -1,9 +1,10 @@
 """Make a card's constants for `meswitch plan` from the figures of a proof run, and put them into `tuning.json`.
 
-    python kernels/benchmarks/card_constants.py build/gpu/results.json [--out FILE]
+    python kernels/benchmarks/card_constants.py build/gpu/results.json [more/results.json ...] [--out FILE]
 
-Needs no card. The parts probe, decoder, engine and switch must have run. Prints the constants, and beside each measured
-step of the engine what they make of it.
+Needs no card. The parts probe, decoder and engine must have run, and switch for loads, together or in several runs on
+one kind of card, of which a later one's parts count. Prints the constants, and beside each measured step of the engine
+what they make of it: they are taken at 16 requests, and the host's share of a step grows with those.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ HEAD_GB = 2 * HIDDEN * VOCABULARY / 1e9
 class Run:
     """The figures of a proof run, by table."""
 
-    def __init__(self, results: dict[str, Any]) -> None:
-        self.commit, self.card = results["commit"], results["device"]
+    def __init__(self, runs: list[dict[str, Any]]) -> None:
+        """`runs` are what results.json held of each, of one kind of card."""
+        self.commit, self.card = runs[-1]["commit"], runs[-1]["device"]
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        for part in results["parts"].values():
+        parts = {name: part for run in runs for name, part in run["parts"].items() if part["figures"]}
+        for part in parts.values():
             for row in part["figures"]:
                 self.rows.setdefault(row["figure"], []).append(row)
 
@@ -93,7 +96,8 @@ def constants(run: Run) -> dict[str, Any]:
     prompts = run.of("prefill", experts=1)
     weights = (gigabytes(run, prompts[0]["layers"], 0, 0)) * 1e9 / 2
     found["prompt_operations"] = 2 * weights * max(row["prompt_tokens_per_second"] for row in prompts)
-    found["load"] = 1e9 * max(row["gb_per_second"] for row in run.of("switch"))
+    loads = [row["gb_per_second"] for row in run.rows.get("switch", [])]
+    found["load"] = 1e9 * max(loads) if loads else None
     return found
 
 
@@ -122,14 +126,15 @@ def predicted(held: CardConstants, run: Run, step: dict[str, Any]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="results.json of a proof run")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of a proof run")
     parser.add_argument("--out", type=Path, default=TUNING)
     options = parser.parse_args()
-    results = json.loads(options.results.read_text())
-    if results["device"] == "none" or results["tiny"]:
-        print(f"{options.results}: no run on a card", file=sys.stderr)
+    runs = [json.loads(file.read_text()) for file in options.results]
+    cards = {run["device"] for run in runs}
+    if len(cards) > 1 or "none" in cards or any(run["tiny"] for run in runs):
+        print(f"not runs on one card: {', '.join(sorted(cards))}", file=sys.stderr)
         return 1
-    run = Run(results)
+    run = Run(runs)
     found = constants(run)
     write_tuning(options.out, run.card, constants=found)
     print(json.dumps({run.card: found}, indent=1))

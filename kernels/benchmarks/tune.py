@@ -27,6 +27,7 @@ from torch import Tensor
 
 from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops
 from meswitch_kernels.groups import TokenGroups, tile_size_for
+from meswitch_kernels.prefill_plan import plan_prefill
 from meswitch_kernels.testing import ERROR_BOUND, relative_error
 from meswitch_kernels.tuning import LaunchSettings, card_of, default_settings, token_bucket
 
@@ -44,7 +45,7 @@ GRID: dict[str, dict[str, tuple[int, ...]]] = {
         "block_k": (32, 64, 128),
         "splits": (1, 2, 4, 8),
         "delta_splits": (1, 2, 4, 8),
-        "delta_block_k": (64, 128, 256),
+        "delta_programs": (1, 2, 4, 8, 16, 32, 64),
         "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4, 5),
     },
@@ -55,13 +56,12 @@ GRID: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (2, 3, 4),
     },
 }
-MERGE_TOKENS = (64, 128, 256, 512, 1024)
+MERGE_TOKENS = (32, 64, 96, 128, 256, 512)
 
 
 def candidates(kernel: str, default: LaunchSettings) -> list[LaunchSettings]:
     """The default, and it with one member or two of its members changed."""
-    known = {field.name for field in dataclasses.fields(LaunchSettings)}
-    grid = {name: values for name, values in GRID[kernel].items() if name in known}
+    grid = GRID[kernel]
     found = [default]
     for names in (*combinations(grid, 1), *combinations(grid, 2)):
         for values in product(*(grid[name] for name in names)):
@@ -218,8 +218,6 @@ def launch_entries(kernels: Iterable[str], jobs: int, deadline: float) -> Iterat
 
 def merge_crossover() -> int:
     """The least number of tokens of a slot from which merging for cuBLAS takes less time, over the four layers."""
-    from meswitch_kernels.prefill_plan import plan_prefill
-
     for tokens in MERGE_TOKENS:
         seconds = {True: 0.0, False: 0.0}
         for shape in LAYERS:

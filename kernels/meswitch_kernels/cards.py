@@ -42,7 +42,7 @@ class CardConstants:
         layer_seconds: of a decoder layer, whatever it reads: attention, norms, launches.
         step_seconds: of a step, whatever its layers: sampling, and what the host does between steps.
         prompt_operations: multiply-adds, counted twice, at which prompts are read.
-        load: bytes at which an expert comes from host memory into its slot.
+        load: bytes at which an expert comes from host memory into its slot; None where that was not measured.
     """
 
     commit: str
@@ -52,7 +52,7 @@ class CardConstants:
     layer_seconds: float
     step_seconds: float
     prompt_operations: float
-    load: float
+    load: float | None
 
 
 @functools.cache

@@ -113,5 +113,5 @@ def prompt_rates(plan: MemoryPlan, card: KnownCard) -> tuple[float | None, float
 
 
 def load_seconds(plan: MemoryPlan, card: KnownCard) -> float | None:
-    """Seconds until an expert is in its slot that waits in host memory; None of a card that was never measured."""
-    return plan.slot_nbytes / card.measured.load if card.measured else None
+    """Seconds until an expert is in its slot that waits in host memory; None where loads were never measured."""
+    return plan.slot_nbytes / card.measured.load if card.measured and card.measured.load else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_expectation_is_what_was_measured() -> None:
     assert base.expected == pytest.approx(1000 / 80 + 45 / 90 + 1.25)
     assert step_time(PLAN, card, DecodeBatch(3, 2, 5), 1).expected is None  # experts of 1 bit were not measured
     assert prompt_rates(PLAN, card) == (1e9 / 1000, 5000 / 1000) and load_seconds(PLAN, card) == 130 / 26
+    assert load_seconds(PLAN, KnownCard("card", None, replace(CONSTANTS, load=None))) is None
 
 
 def test_a_card_without_a_data_sheet_is_judged_by_its_own_copy() -> None:

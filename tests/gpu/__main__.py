@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from gpu.page import PAGE, with_run
 from gpu.parts import NAMES, stages
 from gpu.process import Outcome, Part, Running, ended, start
 from gpu.summary import Heading, summary
@@ -95,7 +96,13 @@ def main() -> int:
     parser.add_argument("--only", help="names of parts, with commas: " + ", ".join(NAMES))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, and no card: shows that the parts run")
     parser.add_argument("--commit", help="the commit, where this is not a git checkout")
+    parser.add_argument(
+        "--publish", type=Path, metavar="SUMMARY", help="put a run's summary.md into docs/results/gpu.md"
+    )
     options = parser.parse_args()
+    if options.publish:
+        PAGE.write_text(with_run(PAGE.read_text(), options.publish.read_text()))
+        return 0
     started = time.monotonic()
     only = options.only.split(",") if options.only else list(NAMES)
     if unknown := sorted(set(only) - set(NAMES)):
