@@ -13,7 +13,7 @@ METHODS = {
     "before": "head of own prompts, Mahalanobis distance, line from own prompts (format version 1)",
     "mahalanobis": "head with adopted prompts, Mahalanobis distance, line from general prompts",
     "without adoption": "neighbours' gate, no field adopted",
-    "several layers": "the whole method, five layers side by side",
+    "several layers": "the whole method, three layers side by side",
     "product": "**the whole method, one layer chosen in training**",
 }
 

@@ -168,12 +168,13 @@ def _confusion(figures: Mapping[str, Any]) -> list[str]:
     for label, row in rows.items():
         lines.append(f"| {label} | {' | '.join(str(row[column]) for column in columns)} |")
     notes = figures["probe"]["notes"]
-    tried = ", ".join(
-        f"{layer}: {item['errors']} errors, {item['nll']:.4f} nats"
-        for layer, item in notes["validation_by_layer"].items()
-    )
+    tried = ", ".join(f"{layer}: {value:.3f}" for layer, value in notes["badness_by_layer"].items())
     layer = figures["probe"]["settings"]["layer"]
-    return [*lines, "", f"It reads layer {layer} of {notes['layers']}; on validation, by layer: {tried}."]
+    return [
+        *lines,
+        "",
+        f"It reads layer {layer} of {notes['layers']}; errors of head and gate in training: {tried}.",
+    ]
 
 
 def _machines(figures: Mapping[str, Any]) -> list[str]:

@@ -124,11 +124,11 @@ def test_prompts_that_a_person_types_reach_their_expert(router: Router) -> None:
         likeliest = sum(item.label == name for item in found)
         reached = sum(item.label == name and item.verdict == "routed" for item in found)
         missed = [text for text, item in zip(TYPED[name], found, strict=True) if item.label != name]
-        assert likeliest >= 17 and reached >= 15, f"{name}: {likeliest} likeliest, {reached} reached; {missed}"
+        assert likeliest >= 19 and reached >= 17, f"{name}: {likeliest} likeliest, {reached} reached; {missed}"
 
 
 @pytest.mark.zoo
 def test_prompts_of_other_fields_reach_nobody(router: Router) -> None:
     judged = router.model.judge(router.backend.features(FOREIGN))
     passed = [text for text, item in zip(FOREIGN, judged, strict=True) if item.verdict == "routed"]
-    assert len(passed) <= 2, passed
+    assert len(passed) <= 1, passed
