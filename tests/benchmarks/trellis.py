@@ -79,6 +79,7 @@ class Bench:
 
     def __init__(self, zoo: Zoo, name: str, count: int, kl_count: int) -> None:
         self.zoo, self.name = zoo, name
+        self.machine = described()  # of the code that is loaded, not of what the folder holds when a row ends
         self.base, self.expert = (CheckpointWeights(Checkpoint.open(str(path))) for path in self.paths)
         self.tokenizer = AutoTokenizer.from_pretrained(self.paths[1])
         self.items = [item for item in read_items(zoo.items_file(name, "report")) if item["answer"]][:count]
@@ -142,7 +143,7 @@ class Bench:
             same = sum(one == other for one, other in zip(texts, self.texts, strict=True))
             result |= {"same": same, "right": self.right(texts)}
         self.load(self.expert.read, lambda name: "embed_tokens" in name or "lm_head" in name)
-        return result | {"linear_kl": self.kl(), "machine": described()}
+        return result | {"linear_kl": self.kl(), "machine": self.machine}
 
 
 def described() -> str:

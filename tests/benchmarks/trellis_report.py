@@ -103,7 +103,7 @@ def _expert(name: str, value: dict[str, Any]) -> str:
         lines.append(
             f"| {row} | {found['nbytes'] / 1e6:.2f} | {found['linear_nbytes'] / 1e6:.2f} "
             f"| {8 * found['linear_nbytes'] / found['linear_weights']:.2f} | {found['noise']:.3f} "
-            f"| {100 * found['kl'] / ends['base_kl']:.4f} | {100 * found['linear_kl'] / ends['base_kl']:.4f} "
+            f"| {100 * found['kl'] / ends['base_kl']:.3g} | {100 * found['linear_kl'] / ends['base_kl']:.3g} "
             f"| {answers} | {found['cpu_seconds']:.0f} |"
         )
     machines = list(dict.fromkeys(found["machine"] for found in measured.values()))
