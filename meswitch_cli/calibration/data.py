@@ -41,17 +41,19 @@ def read_calibration(path: Path) -> CalibrationFile:
 
 
 def _item(path: Path, number: int, item: Any) -> dict[str, Any]:
+    """One line as `text`, or `messages` and the short right `answer` where it names one."""
     if isinstance(item, dict):
+        answer = {"answer": item["answer"]} if _is_text(item.get("answer")) else {}
         if _is_text(item.get("text")):
             return {"text": item["text"]}
         if _is_text(item.get("prompt")):
             messages = [{"role": "user", "content": item["prompt"]}]
             if _is_text(item.get("response")):
                 messages.append({"role": "assistant", "content": item["response"]})
-            return {"messages": messages}
+            return {"messages": messages} | answer
         turns = item.get("messages")
         if isinstance(turns, list) and turns and all(_is_message(turn) for turn in turns):
-            return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
+            return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]} | answer
     raise CalibrationError(
         f'{path}: line {number}: needs "text", or "prompt" with or without "response", or "messages"'
     )

@@ -63,6 +63,13 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Examples used of each file and task, the first ones.")
     ] = None,
+    exact_match: Annotated[
+        bool,
+        typer.Option(
+            "--exact-match", help='Also let every model answer the prompts of --text that have an "answer", greedily.'
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer for --exact-match.")] = 128,
     min_recovery: Annotated[
         float | None, typer.Option(help="Exit with 1 where less than this part of the gap is recovered, 0.99 say.")
     ] = None,
@@ -107,6 +114,8 @@ def run(
         server_model=server_model,
         calibration=calibration,
         limit=limit,
+        exact_match=exact_match,
+        max_new_tokens=max_new_tokens,
         device=choose_device(device),
         dtype=DTYPES[dtype],
         mode=None if mode == "auto" else mode,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE
-from meswitch_cli.checkpoint.checkpoint import Checkpoint, read_json
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.differences import model_differences
-from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.tokenizer import end_ids, load_tokenizer
 from meswitch_cli.model.weights import CheckpointWeights
 
 
@@ -106,17 +104,3 @@ def expert_vocabulary(manifest: Manifest, otherwise: int) -> int:
     """Rows of an expert's own embedding and head; `otherwise` where it stores neither."""
     rows = [entry.shape[0] for entry in manifest.tensors if entry.kind in ("embedding", "head") and entry.shape]
     return min(rows, default=otherwise)
-
-
-def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json, of config.json and of the tokenizer, all of them.
-
-    Fine-tuning adds an end of turn to one of the three and often leaves the others as the base had them.
-    """
-    configs = [
-        read_json(path / file, "") for file in ("generation_config.json", CONFIG_FILE) if (path / file).is_file()
-    ]
-    configs += [item for config in configs for item in config.values() if isinstance(item, dict)]  # text_config
-    named = [config.get("eos_token_id") for config in configs] + [tokenizer.eos_token_id]
-    ids = [item for value in named for item in (value if isinstance(value, list) else [value])]
-    return frozenset(item for item in ids if type(item) is int and item >= 0)

@@ -25,6 +25,9 @@ from meswitch_cli.evaluation.statistics import (
 #: A gap between base and expert smaller than this many standard errors is none: a share of it would be noise.
 GAP_STANDARD_ERRORS = 2.0
 
+#: The metric of answers to a text's prompts.
+EXACT_MATCH = "exact_match"
+
 Members = dict[str, float | None]
 #: By quantity, each `[tokens]` float64 on the CPU: the answer tokens of one item.
 TokenFigures = Mapping[str, torch.Tensor]

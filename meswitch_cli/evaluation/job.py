@@ -62,6 +62,8 @@ class Request:
     margin: float = 0.02
     calibration: Path | None = None
     limit: int | None = None
+    exact_match: bool = False
+    max_new_tokens: int = 128
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     mode: Mode | None = None
@@ -79,6 +81,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be a number")
+        if self.exact_match and not self.texts:
+            raise UsageError('--exact-match: answers the prompts of --text that have an "answer"; give some')
         if self.server is not None and not self.tasks:
             raise UsageError(f"--server {self.server}: a server is measured on --tasks; give some")
         if self.server is not None and not self.server.startswith(("http://", "https://")):
@@ -86,7 +90,9 @@ class Request:
 
     def options(self) -> dict[str, Any]:
         """What changes the figures, for the report."""
-        names = ("limit", "margin", "min_recovery", "max_kld", "server", "server_model")
+        names = (
+            "limit", "margin", "min_recovery", "max_kld", "server", "server_model", "exact_match", "max_new_tokens",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"tasks": list(self.tasks)}
 
 
@@ -141,9 +147,15 @@ def prepare(request: Request) -> Evaluation:
     for item in sets:
         if item.owner is not None and item.owner not in labels:
             raise UsageError(f"--text {item.owner}={item.path}: no expert is called {item.owner!r}")
+    if request.exact_match and not any(item.has_answers for item in sets):
+        raise UsageError('--exact-match: no line of --text has an "answer"')
     tasks, failures = choose_tasks(request.tasks, labels, request.include_path, allow_code=request.allow_task_code)
     if failures and not tasks and not sets:
         raise EvaluationError(next(iter(failures.values())))
+    named = {task for choice in tasks for task in choice.tasks}
+    twice = next((item.name for item in sets if request.exact_match and item.name in named), None)
+    if twice is not None:
+        raise UsageError(f"--text: {twice!r} is a task's name too; rename the file for --exact-match")
     candidates: list[Candidate] = []
     for path in request.artifacts:
         candidates.append(open_artifact(path, base, experts, [item.label for item in candidates]))

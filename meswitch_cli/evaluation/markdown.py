@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from meswitch_cli.evaluation.figures import COLUMNS, interval
+from meswitch_cli.evaluation.figures import COLUMNS, EXACT_MATCH, interval
+from meswitch_cli.names import BASE
 
 Table = tuple[Sequence[str], list[list[str]]]
 #: By title, the text of a column's cell; None: the member of this name.
@@ -46,7 +47,11 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Table, str]]:
             rows = [row for row in report["fidelity"] if row["set"] == name and row["expert"] == expert]
             size = next((item["nbytes"] for item in report["experts"] if item["label"] == expert), None)
             found.append(
-                (f"Fidelity to {expert} on {name}", fidelity_table(rows, size), _set_note(report, name, expert))
+                (
+                    f"Fidelity to {expert} on {name}",
+                    fidelity_table(rows, size, answer_cells(report, name, expert)),
+                    _set_note(report, name, expert),
+                )
             )
     if report["tasks"]:
         found.append(("Tasks", _tabled(_TASKS, report["tasks"]), "Score with a 95 % interval over documents."))
@@ -69,8 +74,17 @@ _COMPARISON_NOTE = (
 )
 
 
-def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None = None) -> Table:
-    """Base, full expert and compressed models of one expert on one set; `expert_nbytes` is the full expert's size."""
+def fidelity_table(
+    rows: Sequence[Mapping[str, Any]],
+    expert_nbytes: int | None = None,
+    answers: Mapping[str, Sequence[str]] | None = None,
+) -> Table:
+    """Base, full expert and compressed models of one expert on one set.
+
+    `expert_nbytes` is the full expert's size, `answers` each model's cells of `ANSWER_COLUMNS`, the full expert's as
+    "full expert"; None: nothing was answered.
+    """
+    header = ["model", "MB", *(figure.title for figure in COLUMNS)]
     lines = []
     if rows[0].get("base_kl_mean") is not None:
         cells = [figure.base or figure.cell(rows[0], f"base_{figure.name}") for figure in COLUMNS]
@@ -80,7 +94,38 @@ def fidelity_table(rows: Sequence[Mapping[str, Any]], expert_nbytes: int | None 
     for row in rows:
         cells = [figure.cell(row, figure.name) for figure in COLUMNS]
         lines.append([row["model"], f"{row['nbytes'] / 1e6:.1f}", *cells])
-    return ["model", "MB", *(figure.title for figure in COLUMNS)], lines
+    if answers:
+        header += ANSWER_COLUMNS
+        lines = [[*line, *answers.get(line[0], [""] * len(ANSWER_COLUMNS))] for line in lines]
+    return header, lines
+
+
+ANSWER_COLUMNS = ("right", "same answer, %", "lost, gained", "difference, points", "MDE, points")
+
+
+def answer_cells(report: Mapping[str, Any], name: str, expert: str) -> dict[str, list[str]]:
+    """By model, what exact match on a set found: the cells of `ANSWER_COLUMNS`."""
+    scores = {row["model"]: row for row in report["tasks"] if (row["task"], row["metric"]) == (name, EXACT_MATCH)}
+    found = {}
+    wanted = {"against": expert, "role": "full expert", "task": name, "metric": EXACT_MATCH}
+    for row in report["comparisons"]:
+        if wanted.items() <= row.items():
+            found[row["model"]] = [
+                _right(scores[row["model"]]),
+                f"{100 * row['same_answers'] / row['documents']:.1f}",
+                f"−{row['lost']} +{row['gained']}",
+                interval(row, "difference", 100, 1),
+                f"{100 * row['minimum_detectable_effect']:.1f}",
+            ]
+    if expert in scores:
+        found["full expert"] = [_right(scores[expert]), "100", "", "0", ""]
+        if BASE in scores:
+            found.setdefault(BASE, [_right(scores[BASE]), "", "", "", ""])
+    return found
+
+
+def _right(row: Mapping[str, Any]) -> str:
+    return f"{round(row['score'] * row['documents'])} of {row['documents']}"
 
 
 _TASKS: Columns = {

@@ -28,6 +28,7 @@ class EvaluationSet:
         owner: label of the expert whose own prompts these are, None where the user named none.
         conversations: message lists whose last message is the answer; empty for plain text.
         texts: plain texts, each all answer.
+        answers: the short right answer of each conversation, for exact match; None where it names none.
     """
 
     name: str
@@ -36,6 +37,11 @@ class EvaluationSet:
     owner: str | None
     conversations: tuple[tuple[dict[str, str], ...], ...]
     texts: tuple[str, ...]
+    answers: tuple[str | None, ...] = ()
+
+    @property
+    def has_answers(self) -> bool:
+        return any(answer is not None for answer in self.answers)
 
     @property
     def kind(self) -> Literal["responses", "text"]:
@@ -60,6 +66,8 @@ class EncodedSet:
 def read_set(path: Path, owner: str | None = None) -> EvaluationSet:
     """Read JSONL (`prompt` and `response`, `messages`, or `text`), or any other file as one plain text.
 
+    An example's `answer` is what exact match compares, and its response where it has no other.
+
     Raises:
         EvaluationError: no such file, nothing in it, a line of no known form, or a prompt without an answer.
     """
@@ -69,7 +77,8 @@ def read_set(path: Path, owner: str | None = None) -> EvaluationSet:
         file = read_calibration(path)
     except CalibrationError as error:
         raise EvaluationError(str(error)) from error
-    conversations = [tuple(item["messages"]) for item in file.items if "messages" in item]
+    examples = [item for item in file.items if "messages" in item]
+    conversations = [tuple(_answered(item)) for item in examples]
     texts = [item["text"] for item in file.items if "text" in item]
     if conversations and texts:
         raise EvaluationError(f"{path}: holds both conversations and plain texts; put them into two files")
@@ -79,7 +88,15 @@ def read_set(path: Path, owner: str | None = None) -> EvaluationSet:
                 f'{path}: example {number} has no answer to evaluate; give "prompt" and "response", or "messages" '
                 "that end with the assistant's"
             )
-    return EvaluationSet(path.stem, path, file.sha256, owner, tuple(conversations), tuple(texts))
+    answers = tuple(item.get("answer") for item in examples)
+    return EvaluationSet(path.stem, path, file.sha256, owner, tuple(conversations), tuple(texts), answers)
+
+
+def _answered(item: dict[str, Any]) -> list[dict[str, str]]:
+    messages = list(item["messages"])
+    if "answer" in item and messages[-1]["role"] == "user":
+        messages.append({"role": "assistant", "content": item["answer"]})
+    return messages
 
 
 def _read_text(path: Path, owner: str | None) -> EvaluationSet:

@@ -1,4 +1,4 @@
-"""Tasks of an evaluation: every model on every task that concerns it, compared in pairs."""
+"""Tasks of an evaluation, and exact match on its texts: every model on all that concern it, compared in pairs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 from meswitch_cli.artifact.disk import disk_errors
 from meswitch_cli.errors import EvaluationError, MeswitchError
+from meswitch_cli.evaluation.exact_match import exact_match
 from meswitch_cli.evaluation.job import Evaluation, OnStep
 from meswitch_cli.evaluation.paired import PairedComparison, compare_paired, with_holm
+from meswitch_cli.evaluation.prompts import EvaluationSet
 from meswitch_cli.evaluation.subjects import BASE, Expert
 from meswitch_cli.evaluation.task_choice import TaskChoice
 from meswitch_cli.evaluation.tasks import (
@@ -24,6 +26,7 @@ from meswitch_cli.evaluation.tasks import (
     served_model,
 )
 from meswitch_cli.model.build import build_model
+from meswitch_cli.model.tokenizer import end_ids
 from meswitch_cli.model.weights import Weights, context_length
 
 SAMPLES_FILE = "samples.jsonl"
@@ -39,6 +42,7 @@ class _Subject:
     label: str
     kind: str
     expert: Expert
+    weights: Weights | None
     make: Callable[[], Any]
 
 
@@ -47,24 +51,31 @@ def measure_tasks(evaluation: Evaluation, on_step: OnStep = lambda what: None) -
     request, report = evaluation.request, evaluation.report
     choices = evaluation.tasks
     runs: Runs = {}
-    if not choices:
+    answered = [item for item in evaluation.sets if request.exact_match and item.has_answers]
+    if not choices and not answered:
         return runs
     if evaluation.arithmetic.mode == "stream":
         report.fail("tasks", "they need a model in memory, and these models are streamed; give --server URL instead")
         choices = [] if request.server is None else choices
     for subject in _subjects(evaluation):
         wanted = [item.name for item in choices if _concerns(evaluation, item, subject)]
-        if not wanted:
-            continue
-        on_step(f"tasks: {subject.label}: {', '.join(wanted)}")
-        try:
-            runs[subject.label] = _run(evaluation, subject, wanted)
-        except MeswitchError as error:
-            report.fail(f"tasks: {subject.label}", str(error))
-        else:
-            _keep(evaluation, subject, runs[subject.label])
-        gc.collect()  # one model in memory at a time
-        evaluation.save()
+        sets = [item for item in answered if subject.kind == "base" or item.owner in (None, subject.expert.label)]
+        parts: list[tuple[list[str], Callable[[], dict[str, TaskRun]]]] = []
+        if wanted:
+            parts.append((wanted, functools.partial(_run, evaluation, subject, wanted)))
+        if sets and subject.weights is not None:
+            parts.append(([item.name for item in sets], functools.partial(_answers, evaluation, subject, sets)))
+        for names, measure in parts:
+            on_step(f"tasks: {subject.label}: {', '.join(names)}")
+            try:
+                found = measure()
+            except MeswitchError as error:
+                report.fail(f"tasks: {subject.label}", str(error))
+            else:
+                runs.setdefault(subject.label, {}).update(found)
+                _keep(evaluation, subject, found)
+            gc.collect()  # one model in memory at a time
+            evaluation.save()
     _compare(evaluation, runs)
     evaluation.save()
     return runs
@@ -81,11 +92,13 @@ def _subjects(evaluation: Evaluation) -> list[_Subject]:
 
     first = evaluation.experts[0]
     by_label = {expert.label: expert for expert in evaluation.experts}
-    found = [_Subject(BASE, "base", first, in_memory(evaluation.base, first))]
-    found += [_Subject(item.label, "expert", item, in_memory(item.weights, item)) for item in evaluation.experts]
+    found = [_Subject(BASE, "base", first, evaluation.base, in_memory(evaluation.base, first))]
+    found += [
+        _Subject(item.label, "expert", item, item.weights, in_memory(item.weights, item)) for item in evaluation.experts
+    ]
     for item in evaluation.candidates:
         owner = by_label[item.expert]
-        found.append(_Subject(item.label, item.kind, owner, in_memory(item.weights, owner)))
+        found.append(_Subject(item.label, item.kind, owner, item.weights, in_memory(item.weights, owner)))
     if evaluation.arithmetic.mode == "stream":
         found = []
     request = evaluation.request
@@ -94,7 +107,7 @@ def _subjects(evaluation: Evaluation) -> list[_Subject]:
         for expert in evaluation.experts:
             name = request.server_model or expert.label
             make = functools.partial(served_model, url, name, context=context_length(expert.weights))
-            found.append(_Subject(f"{name} at {url}", "server", expert, make))
+            found.append(_Subject(f"{name} at {url}", "server", expert, None, make))
     return found
 
 
@@ -136,6 +149,26 @@ def _run(evaluation: Evaluation, subject: _Subject, names: Sequence[str]) -> dic
     return found
 
 
+def _answers(evaluation: Evaluation, subject: _Subject, sets: Sequence[EvaluationSet]) -> dict[str, TaskRun]:
+    """Greedy answers to the prompts of texts that name theirs; a text has its owner's tokenizer, for the base too."""
+    assert subject.weights is not None
+    arithmetic, by_label = evaluation.arithmetic, {item.label: item for item in evaluation.experts}
+    model = build_model(subject.weights, arithmetic.device, arithmetic.dtype)
+    found = {}
+    for data in sets:
+        expert = subject.expert if data.owner is None else by_label[data.owner]
+        found[data.name] = exact_match(
+            model,
+            expert.tokenizer,
+            data,
+            evaluation.encoded(data, expert),
+            ends=end_ids(expert.weights.checkpoint.source.path, expert.tokenizer),
+            most=evaluation.request.max_new_tokens,
+            context=context_length(subject.weights),
+        )
+    return found
+
+
 def _keep(evaluation: Evaluation, subject: _Subject, runs: dict[str, TaskRun]) -> None:
     path = evaluation.request.out / SAMPLES_FILE
     with disk_errors(path), path.open("a", encoding="utf-8") as stream:
@@ -167,7 +200,14 @@ def _compare(evaluation: Evaluation, runs: Runs) -> None:
                     continue
                 scores = [[document.scores[run.metric] for document in side] for side in (left, right)]
                 comparison = compare_paired(*scores, margin=evaluation.request.margin, seed=evaluation.request.seed)
-                row = {"task": task, "metric": run.metric, "model": subject.label, "against": opponent, "role": role}
+                row: dict[str, Any] = {
+                    "task": task,
+                    "metric": run.metric,
+                    "model": subject.label,
+                    "against": opponent,
+                    "role": role,
+                    "same_answers": sum(own.answer == other.answer for own, other in zip(left, right, strict=True)),
+                }
                 found[role].append((row, comparison))
                 if role == "full expert":
                     report.flips += _flips(row, left, right, run.metric)

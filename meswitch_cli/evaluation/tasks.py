@@ -105,13 +105,13 @@ def live_model(model: Any, tokenizer: Any, context: int) -> Any:
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.register_forward_hook(_refuse_non_finite)
+    model.register_forward_hook(refuse_non_finite_logits)
     with quiet():
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH_SIZE, max_length=context)
 
 
-def _refuse_non_finite(model: Any, inputs: Any, output: Any) -> None:
-    """A hook: the harness would take NaN for a low score, and the model for a bad one.
+def refuse_non_finite_logits(model: Any, inputs: Any, output: Any) -> None:
+    """A hook: NaN would be taken for a low score, and the model for a bad one.
 
     Raises:
         FloatingPointError: the logits are not finite.

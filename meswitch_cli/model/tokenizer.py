@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from meswitch_cli.checkpoint.json_file import read_json
 from meswitch_cli.errors import CheckpointError, MeswitchError, reason_of
 
 #: No length of its own: prompts are cut or refused where they are taken in, and the tokenizer need not warn of them.
@@ -43,3 +44,17 @@ def tokenizer_note(folder: Path, vocabulary: int) -> str | None:
             "a text that holds one of the others is refused"
         )
     return None
+
+
+def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: those of generation_config.json, of config.json and of the tokenizer, all of them.
+
+    Fine-tuning adds an end of turn to one of the three and often leaves the others as the base had them.
+    """
+    configs = [
+        read_json(path / file, "") for file in ("generation_config.json", "config.json") if (path / file).is_file()
+    ]
+    configs += [item for config in configs for item in config.values() if isinstance(item, dict)]  # text_config
+    named = [config.get("eos_token_id") for config in configs] + [tokenizer.eos_token_id]
+    ids = [item for value in named for item in (value if isinstance(value, list) else [value])]
+    return frozenset(item for item in ids if type(item) is int and item >= 0)

@@ -13,11 +13,14 @@ from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import UsageError
 from meswitch_cli.evaluation.baselines import BASELINES, parse_method
 from meswitch_cli.evaluation.baselines.bitdelta import bitdelta
-from meswitch_cli.evaluation.baselines.delta_come import DeltaCome
+from meswitch_cli.evaluation.baselines.calibrated import Feedback
+from meswitch_cli.evaluation.baselines.d_qrelo import DQRelo, one_bit
+from meswitch_cli.evaluation.baselines.dare import Dare
+from meswitch_cli.evaluation.baselines.delta_come import DeltaCome, come_ranks
 from meswitch_cli.evaluation.baselines.low_rank import LowRankMethod, rank_at
 from meswitch_cli.evaluation.baselines.meswitch import salient_delta, with_channels
 from meswitch_cli.evaluation.baselines.per_axis import PerAxis
-from meswitch_cli.evaluation.baselines.rtn import RoundToNearest, round_to_nearest
+from meswitch_cli.evaluation.baselines.rtn import RoundToNearest, asymmetric_grid, round_to_nearest
 from meswitch_cli.evaluation.baselines.sparse import Sparse
 
 OUT, IN = 24, 40
@@ -94,8 +97,9 @@ def test_low_rank_is_the_best_of_its_rank(delta: torch.Tensor) -> None:
 
 def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> None:
     """At 4096 x 4096 and 1/16 of the size the authors run 2, 32 and 968 vectors at 8, 3 and 2 bits."""
-    budget = 4096 * 4096 / (2 * 4096)
-    assert (budget - 2 * 8 - 32 * 3) // 2 == 968
+    assert come_ranks(torch.Size((4096, 4096)), 1) == {8: 2, 3: 32, 2: 968}
+    # The authors give 11008 x 4096 matrices 1,428 vectors at 2 bits, eight fewer than the budget allows.
+    assert come_ranks(torch.Size((11008, 4096)), 1) == {8: 2, 3: 32, 2: 1436}
     generator = torch.Generator().manual_seed(2)
     matrix = torch.randn(128, 256, generator=generator)
     matrix = matrix @ torch.diag(torch.linspace(2, 0.1, 256))
@@ -124,6 +128,100 @@ def test_delta_come_gives_its_published_ranks_and_most_bits_to_the_largest() -> 
     torch.testing.assert_close(found.delta, product, rtol=1e-4, atol=1e-5)
     # The first vectors are nearly exact: the component along each is kept within a per cent.
     assert float(left[:, 0] @ found.delta @ right[0]) == pytest.approx(float(values[0]), rel=0.01)
+
+
+def test_d_qrelo_in_either_order() -> None:
+    """Signs times the mean magnitude and the best rank of the rest, by hand: [[3, -1], [1, 1]] has mean magnitude 1.5,
+    which leaves [[1.5, 0.5], [-0.5, -0.5]]."""
+    matrix = torch.tensor([[3.0, -1.0], [1.0, 1.0]])
+    rest = torch.tensor([[1.5, 0.5], [-0.5, -0.5]])
+    left, values, right = np.linalg.svd(rest.numpy())
+    expected = matrix - rest + torch.tensor(values[0] * np.outer(left[:, 0], right[0]))
+    found = DQRelo(rank=1).approximate(matrix)
+    torch.testing.assert_close(found.delta, expected, rtol=1e-3, atol=1e-3)
+    assert found.nbytes == 2 * 1 + 2 + 2 * (2 + 2)
+    left, values, right = np.linalg.svd(matrix.numpy())
+    directions = torch.tensor(values[0] * np.outer(left[:, 0], right[0]))
+    rest = matrix - directions
+    expected = directions + torch.where(rest > 0, 1.0, -1.0) * rest.abs().mean()
+    found = DQRelo(rank=1, order="svd-first").approximate(matrix)
+    torch.testing.assert_close(found.delta, expected, rtol=1e-3, atol=1e-3)
+    assert DQRelo(rank=2).approximate(matrix).delta == pytest.approx(matrix, abs=2e-3)
+
+
+def test_d_qrelo_takes_an_eighth_of_the_size(delta: torch.Tensor) -> None:
+    wide = torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
+    found = DQRelo().approximate(wide)
+    vector = 2 * (256 + 512)
+    assert 2 * wide.numel() / 8 - vector < found.nbytes <= 2 * wide.numel() / 8 + 2
+    assert torch.equal(one_bit(delta, None), bitdelta(delta).delta)
+
+
+def test_dare_keeps_what_it_says(delta: torch.Tensor) -> None:
+    found = Dare(choice="magnitude", rescale="none").approximate(delta)
+    kept, count = found.delta != 0, OUT * IN // 10
+    assert int(kept.sum()) == count and float(delta[kept].abs().min()) >= float(delta[~kept].abs().max())
+    assert torch.equal(found.delta[kept], delta[kept].half().float()) and found.nbytes == 2 * count + OUT * 5
+    scaled = Dare(choice="magnitude").approximate(delta).delta
+    torch.testing.assert_close(scaled, 10 * torch.where(kept, delta, 0.0), rtol=1e-3, atol=0)
+    fair = Dare(choice="magnitude", rescale="projection").approximate(delta).delta
+    assert float((fair * delta).sum()) == pytest.approx(float(delta.square().sum()), rel=1e-3)
+    drawn = Dare().approximate(delta, name="a")
+    kept = drawn.delta != 0
+    torch.testing.assert_close(drawn.delta[kept], 10 * delta[kept], rtol=1e-3, atol=1e-6)
+    assert drawn.nbytes == 2 * int(kept.sum()) and 50 < int(kept.sum()) < 150
+    assert torch.equal(Dare().approximate(delta, name="a").delta, drawn.delta)
+    assert not torch.equal(Dare().approximate(delta, name="b").delta, drawn.delta)
+    assert not torch.equal(Dare(seed=1).approximate(delta, name="a").delta, drawn.delta)
+    torch.testing.assert_close(Dare(drop=0.0).approximate(delta).delta, delta, rtol=1e-3, atol=1e-6)
+
+
+def output_error(found: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> float:
+    missed = (found - wanted).double()
+    return float(((missed @ gram.double()) * missed).sum())
+
+
+def test_error_feedback_by_hand() -> None:
+    """Two columns with inputs x1 = x2: the second absorbs the first's error where levels allow. 0.6 and 0.6 round to 1
+    and 1 alone; together they are 1.2, which 1 and 0 come closer to."""
+    values = torch.tensor([[0.6, 0.6]])
+    grid = asymmetric_grid(torch.tensor([[0.0, 1.0]]), 1)
+    assert grid.nearest(values).tolist() == [[1, 1]]
+    gram = torch.tensor([[1.001, 1.0], [1.0, 1.0]])
+    assert grid.with_feedback(values, Feedback.of(gram)).tolist() == [[1, 0]]
+    # Inputs of no relation pass nothing on.
+    assert grid.with_feedback(values, Feedback.of(torch.eye(2))).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_error_feedback_lowers_the_outputs_error_on_the_same_levels(
+    delta: torch.Tensor, statistics: InputStatistics, bits: int
+) -> None:
+    gram = statistics.gram
+    assert gram is not None
+    mixed = gram + 50 * torch.ones(IN, IN)  # inputs with a common part
+    grid = asymmetric_grid(delta, bits, 16)
+    fed = grid.with_feedback(delta, Feedback.of(mixed))
+    assert output_error(fed, delta, mixed) < output_error(grid.nearest(delta), delta, mixed)
+    levels = (fed / grid.stored + grid.zero).round()
+    torch.testing.assert_close((levels - grid.zero) * grid.stored, fed)
+    assert int(levels.min()) >= 0 and int(levels.max()) <= 2**bits - 1
+
+
+@pytest.mark.parametrize("spec", ["delta-come:bits=2", "d-qrelo:rank=2", "d-qrelo:rank=2,order=svd-first"])
+def test_calibrated_rounding_takes_the_same_bytes_and_is_closer(spec: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(48, 64, generator=generator) @ torch.diag(torch.linspace(2, 0.2, 64))
+    inputs = torch.randn(300, 64, generator=generator) + 2 * torch.randn(300, 1, generator=generator)
+    gram = inputs.T @ inputs
+    known = InputStatistics(inputs.square().sum(0), gram, 300)
+    plain, calibrated = parse_method(spec), parse_method(f"{spec},rounding=gptq")
+    assert calibrated.needs_calibration and not plain.needs_calibration
+    near, fed = plain.approximate(matrix, known), calibrated.approximate(matrix, known)
+    assert fed.nbytes == near.nbytes
+    assert output_error(fed.delta, matrix, gram) < 0.9 * output_error(near.delta, matrix, gram)
+    # Without inputs of its own, a linear is rounded to nearest.
+    assert torch.equal(calibrated.approximate(matrix, None).delta, near.delta)
 
 
 def test_sparse_quantised_keeps_the_two_largest_of_four(delta: torch.Tensor) -> None:
@@ -218,6 +316,8 @@ def test_specs_are_read_and_refused() -> None:
         ("per-axis:axis=both", "axis must be one of"),
         ("meswitch:bits=3", "bits must be 0.125, 0.25, 0.5, 1, 2 or 4"),
         ("low-rank:bits=nan", "cannot be"),
+        ("dare:drop=1.0", "drop must be below 1"),
+        ("d-qrelo:order=random", "order must be one of signs-first, svd-first"),
         ("rtn:embedding=3", "embedding must be one of 1, 2, 4, 16"),
         ("meswitch:saliency=activation,activations=none", "needs activations"),
     ):

@@ -109,3 +109,14 @@ def test_distilled_method_keeps_the_bytes(pair: Pair, calibration_file: Path) ->
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before[name], after[name])
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+@pytest.mark.parametrize("spec", ["delta-come:bits=2", "d-qrelo:rank=1"])
+def test_calibrated_rounding_keeps_the_bytes_and_moves_linears_alone(
+    pair: Pair, calibration_file: Path, spec: str
+) -> None:
+    plain, calibrated = made(pair, spec), made(pair, f"{spec},rounding=gptq", calibration_file)
+    before, after = read_all(plain), read_all(calibrated)
+    assert plain.nbytes == calibrated.nbytes
+    for item in plain.plan.tensors:
+        assert torch.equal(before[item.name], after[item.name]) == (item.kind != "linear")

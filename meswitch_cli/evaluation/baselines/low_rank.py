@@ -13,18 +13,22 @@ from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Meth
 class LowRankMethod(Method):
     """`low-rank`: the best approximation of a rank (Eckart and Young), its two factors in 16 bit.
 
-    Singular values are split evenly. `rank` 0: as many directions as fit into `bits` bits a weight.
+    `rank` 0: as many directions as fit into `bits` bits a weight.
     """
 
     bits: float = 1.0
     rank: int = 0
 
     def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:
-        rank = self.rank or rank_at(delta.shape, self.bits)
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
-        root = values[:rank].sqrt()
-        factors = half(left[:, :rank] * root), half(root[:, None] * right[:rank])
-        return Approximation(factors[0] @ factors[1], 2 * rank * sum(delta.shape))
+        return truncated(delta, self.rank or rank_at(delta.shape, self.bits))
+
+
+def truncated(delta: torch.Tensor, rank: int) -> Approximation:
+    """The best approximation of a rank, its singular values split evenly between two factors in 16 bit."""
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    root = values[:rank].sqrt()
+    factors = half(left[:, :rank] * root), half(root[:, None] * right[:rank])
+    return Approximation(factors[0] @ factors[1], 2 * rank * sum(delta.shape))
 
 
 def rank_at(shape: torch.Size, bits: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -56,9 +55,7 @@ class MeSwitch(Method):
         return self.steps == "layerwise" or self.activations == "file"
 
     def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return salient_delta(delta, self.quantizer(), self.saliency, statistics, generator)
+        return salient_delta(delta, self.quantizer(), self.saliency, statistics, self.generator(name))
 
     def vocabulary(self, kind: str, delta: torch.Tensor, statistics: Inputs = None) -> Approximation:
         """As an artifact's; a head has its salient channels too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -66,6 +67,11 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether `--calibration` must be given."""
         return False
+
+    def generator(self, name: str) -> torch.Generator:
+        """For what is random in the tensor of this name."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     @abstractmethod
     def approximate(self, delta: torch.Tensor, statistics: Inputs = None, name: str = "") -> Approximation:

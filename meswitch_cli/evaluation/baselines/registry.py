@@ -18,6 +18,8 @@ BASELINES = {
     "per-axis": "per_axis.PerAxis",
     "low-rank": "low_rank.LowRankMethod",
     "delta-come": "delta_come.DeltaCome",
+    "d-qrelo": "d_qrelo.DQRelo",
+    "dare": "dare.Dare",
     "sparse": "sparse.Sparse",
     "meswitch": "meswitch.MeSwitch",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from meswitch_cli.evaluation.baselines.calibrated import Grid
 from meswitch_cli.evaluation.baselines.method import Approximation, Inputs, Method, half, packed_bytes
 
 
@@ -22,7 +23,12 @@ class RoundToNearest(Method):
 
 
 def round_to_nearest(delta: torch.Tensor, bits: int, group: int = 0) -> Approximation:
-    """Asymmetric round to nearest between a group's least and greatest value, zero included: where GPTQ and AWQ start.
+    """Round `[out, in]` to the nearest levels of `asymmetric_grid`."""
+    return Approximation(asymmetric_grid(delta, bits, group).nearest(delta), grid_bytes(delta.shape, bits, group))
+
+
+def asymmetric_grid(delta: torch.Tensor, bits: int, group: int = 0) -> Grid:
+    """Levels between a group's least and greatest value, zero included.
 
     scale = (max − min) / (2^bits − 1), zero = round(−min / scale); `group` input channels share a 16-bit scale and a
     zero point of `bits` bits, 0: a whole row does.
@@ -30,13 +36,18 @@ def round_to_nearest(delta: torch.Tensor, bits: int, group: int = 0) -> Approxim
     out, width = delta.shape
     size = group or width
     padded = torch.nn.functional.pad(delta, (0, -width % size)).view(out, -1, size)
-    low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
+    low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     top = 2**bits - 1
     scale = ((high - low) / top).clamp(min=1e-12)
     zero = (-low / scale).round()
-    codes = ((padded / scale).round() + zero).clamp(0, top)
-    value = ((codes - zero) * half(scale)).view(out, -1)[:, :width]
-    groups = out * padded.shape[1]
-    return Approximation(
-        value.contiguous(), packed_bytes(delta.shape, bits) + 2 * groups + math.ceil(groups * bits / 8)
-    )
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(size, 1)[:, :width]
+
+    return Grid(spread(scale), spread(half(scale)), spread(zero), top)
+
+
+def grid_bytes(shape: torch.Size, bits: int, group: int = 0) -> int:
+    """Bytes of codes `[out, in]` and of their scales and zero points."""
+    groups = shape[0] * math.ceil(shape[1] / (group or shape[1]))
+    return packed_bytes(shape, bits) + 2 * groups + math.ceil(groups * bits / 8)
