@@ -130,7 +130,7 @@ def _delta_planes(
     total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     for place in tl.static_range(PLACES):
         unit = 0.5 ** (place * BITS)
-        offset = 128.0 * unit + ((1 << BITS) - 1) / 2
+        offset = ((1 << BITS) - 1) / 2 + (128.0 * unit if tl.bfloat16 == x.dtype.element_ty else 0.0)
         # The rows of `x_sums` are equal, so that their sum divided by their number is exact.
         total += sums[place] * (unit * LOWEST) - (tl.sum(x_sums[place], 0) * (offset / 32))[None, :]
     return total * tl.load(steps + rows)[:, None]
