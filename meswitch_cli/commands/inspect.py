@@ -10,17 +10,33 @@ import typer
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    artifact: Annotated[Path | None, typer.Argument(help="The artifact's folder.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Without an artifact: a base, with --expert; a folder, or a Hub id.")
+    ] = None,
+    expert: Annotated[str | None, typer.Option(help="A fine-tune of it: says what kind of fine-tune it is.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything the manifest says, with figures.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write error and size by layer and projection to FILE.png or FILE.svg.")
     ] = None,
 ) -> None:
-    """Reads the manifest alone; nothing is proven about the shards (see verify)."""
+    """Of an artifact the manifest alone is read; nothing is proven about the shards (see verify).
+
+    Example: meswitch inspect --base ./llama --expert ./llama-maths
+    """
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.commands import report
     from meswitch_cli.commands.plot import plot_artifact
+    from meswitch_cli.errors import UsageError
 
+    if (artifact is None) == (base is None and expert is None) or (base is None) != (expert is None):
+        raise UsageError("give an artifact, or --base and --expert")
+    if base is not None and expert is not None:
+        if plot is not None:
+            raise UsageError("--plot: shows an artifact; compress first")
+        _print_fine_tune(base, expert, as_json)
+        return
+    assert artifact is not None
     manifest = Artifact.open(artifact).manifest
     if plot is not None:
         plot_artifact(manifest, plot)
@@ -35,3 +51,20 @@ def run(
     typer.echo(f"base {manifest.base.id}, {manifest.base.fingerprint}; made with {manifest.created_with}")
     for key, (ours, theirs) in manifest.config_differences.items():
         typer.echo(f"config differs from the base's: {key}: base {ours!r}, expert {theirs!r}")
+
+
+def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from meswitch_cli.checkpoint.checkpoint import Checkpoint
+    from meswitch_cli.commands import report
+    from meswitch_cli.commands.notes import print_notes
+    from meswitch_cli.compression.fine_tune import WHAT, describe_fine_tune
+
+    found = describe_fine_tune(Checkpoint.open(base), Checkpoint.open(expert))
+    print_notes(found.warnings)
+    if as_json:
+        typer.echo(json.dumps({"base": base, "expert": expert} | asdict(found) | {"suggestion": WHAT[found.kind]}))
+        return
+    report.print_fine_tune(expert, base, found)
+    typer.echo(f"looks like {WHAT[found.kind]}")

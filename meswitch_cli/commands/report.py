@@ -12,6 +12,7 @@ from meswitch_cli.commands.console import console, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
+    from meswitch_cli.compression.fine_tune import FineTune
     from meswitch_cli.compression.plan import Job
 
 WORST_LAYERS = 5
@@ -46,6 +47,24 @@ def print_plan(job: Job) -> None:
     for key, (ours, theirs) in job.config_differences().items():
         out.print(f"config differs: {key}: base {ours!r}, expert {theirs!r}", style="yellow")
     out.print(f"expected size {megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
+
+
+def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
+    """What a delta is like, before it is compressed."""
+
+    def percent(share: float | None, digits: int = 1) -> str:
+        return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+    shown = table(f"{expert} against {base}", "of the decoder's linears", "")
+    shown.add_row("weights that are the base's", percent(found.unchanged))
+    shown.add_row("||delta|| / ||weights||", percent(found.relative_delta, 3))
+    shown.add_row(f"energy in 16 directions, {found.sampled} tensors", percent(found.leading_energy))
+    shown.add_row(f"energy in 64 directions, {found.sampled} tensors", percent(found.lora_energy))
+    shown.add_row(f"energy that rounding to {found.expert_dtype} leaves", percent(found.rounding))
+    shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
+    shown.add_row("added tokens", str(found.added_tokens))
+    shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")
+    console().print(shown)
 
 
 def summary(manifest: Manifest, expert_nbytes: int | None = None) -> dict[str, Any]:
