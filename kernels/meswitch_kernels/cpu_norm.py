@@ -49,7 +49,7 @@ ROWS_TOGETHER = 8
 
 
 def _row_tile(bf16: bool, bf16_gains: bool) -> Emit:
-    """f(x, gains, y, width, epsilon): y = gains · x / rms(x), x / rms(x) rounded to the type of x first."""
+    """f(x, gains, y, width, epsilon): y = gains · x / rms(x), rounded as `naive.rms_norm` does."""
 
     def emit(builder: ir.IRBuilder, args: Sequence[Any]) -> None:
         x, gains, y, width, epsilon = args
@@ -68,7 +68,7 @@ def _row_tile(bf16: bool, bf16_gains: bool) -> Emit:
 
         def scale(first: Any, mask: Any) -> None:
             normed = builder.fmul(load_elements(builder, x, first, mask, bf16), factor)
-            if bf16:
+            if bf16 and bf16_gains:
                 normed = widen_bf16(builder, round_bf16(builder, normed))
             result = builder.fmul(normed, load_elements(builder, gains, first, mask, bf16_gains))
             store_elements(builder, result, y, first, mask, bf16)

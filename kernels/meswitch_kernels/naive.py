@@ -73,10 +73,13 @@ def added_logits(x: Tensor, added_rows: Tensor, added_counts: Tensor, slot_of_to
 def rms_norm(x: Tensor, epsilon: float, table: Tensor, gain_rows: Tensor) -> Tensor:
     """x `[rows, width]` over its root mean square, then times the gains: row t's are `table[gain_rows[t]]` (int64).
 
-    The quotient is rounded to the type of x before, as the families' own norms do.
+    The quotient is rounded to the type of x before gains of that type, as Llama's norm does; gains of a wider type,
+    Gemma's, are multiplied before anything is rounded, as there.
     """
     wide = x.to(accumulation_dtype(x))
-    normed = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)
+    if table.dtype == x.dtype:
+        normed = normed.to(x.dtype)
     return (normed * table[gain_rows]).to(x.dtype)
 
 

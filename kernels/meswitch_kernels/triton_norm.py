@@ -34,8 +34,9 @@ def norm_rows(
     given = (row < rows)[:, None] & (k < hidden)[None, :]
     value = tl.load(x + (row * x_stride)[:, None] + k[None, :], mask=given, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / hidden + epsilon)
-    # Rounded to the type of x before the gain, as the families' own norms are.
-    normed = (value * scale[:, None]).to(y.dtype.element_ty).to(tl.float32)
+    normed = value * scale[:, None]
+    if table.dtype.element_ty == y.dtype.element_ty:  # see `naive.rms_norm`
+        normed = normed.to(y.dtype.element_ty).to(tl.float32)
     if OWN:
         index = tl.load(gain_rows + row, mask=row < rows, other=0)
         known = (index >= 0) & (index < gain_count)

@@ -106,14 +106,31 @@ def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width)
     y = backend_module(backend).rms_norm(x.to(device), 1e-6, gains.table, slots.to(device) + 1).cpu()
     wide = x.double()
     normed = wide / (wide.square().mean(1, keepdim=True) + 1e-6).sqrt()
-    # The quotient is rounded to the type of x, as the families' own norms do; the bound is of the rounding after it.
-    expected = normed.to(dtype).double() * torch.where(slots[:, None] == 0, own.double(), base.double())
+    # The quotient is rounded to the type of x before gains of that type; the bound is of the rounding after it.
+    expected = (normed.to(dtype) if gains_dtype == dtype else normed).double() * torch.where(slots[:, None] == 0, own.double(), base.double())
     assert y.dtype == dtype
     assert relative_error(y[:5], expected[:5]) < ERROR_BOUND[dtype]
     # Sums in another order may turn a rounding the other way.
     rtol = 2e-6 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(y[:5].double(), expected[:5], rtol=rtol, atol=1e-6)
     assert y[5].isnan().all()  # an empty slot
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama.LlamaRMSNorm", 0.0), ("gemma2.Gemma2RMSNorm", 1.0)])
+def test_a_norm_rounds_where_its_family_does(backend, family, offset):
+    """Llama's before its gain, Gemma's after, whose gains the engine holds in float32."""
+    package, name = family.split(".")
+    modeling = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
+    norm = getattr(modeling, name)(HIDDEN, eps=1e-6).to(torch.bfloat16)
+    rng = torch.Generator().manual_seed(1)
+    norm.weight.data = torch.randn(HIDDEN, generator=rng).to(torch.bfloat16)
+    x = torch.randn(200, HIDDEN, generator=rng).to(torch.bfloat16)
+    gain = norm.weight.data.float() + offset if offset else norm.weight.data
+    device = device_of(backend)
+    rows = torch.zeros(len(x), dtype=torch.int64, device=device)
+    y = backend_module(backend).rms_norm(x.to(device), 1e-6, gain[None].to(device), rows).cpu()
+    # Sums in another order turn a rounding the other way now and then; rounding at another place turns a third.
+    assert float((y != norm(x)).float().mean()) < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
