@@ -47,7 +47,7 @@ class Sizes:
     prompt: int = 128
     long: int = 1024
     new: int = 64
-    steady: int = 1200
+    steady: int = 1900
     dense: int = 4
     max_model_len: int = 2048
 

@@ -53,10 +53,10 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
     if tiny:  # nothing is timed, so that pairs may share the cores, and a busy machine has time enough
         pairs = ("probe compress", "engine-2 engine-1", "many switch", "kernels truth", "base lora", "dense serve")
         return [[replace(parts[name], limit=200, least=1) for name in pair.split()] for pair in pairs]
-    # The probe has read the card before the compression beside it begins to compute; the rest of it compiles. Engines
-    # of a stage start side by side, for that is compiling too, and measure one after the other.
+    # Engines of a stage start side by side, for that is compiling and checking for the most part, and measure one after
+    # the other. Compression takes four times as long beside a probe that compiles.
     order = (
-        "probe compress", "engine-2 engine-1", "decoder", "base lora many", "switch serve dense", "linear",
+        "compress", "engine-2 engine-1", "decoder", "probe", "base lora many", "switch serve dense", "linear",
         "kernels truth",
     )  # fmt: skip
     return [[parts[name] for name in stage.split()] for stage in order]

@@ -12,6 +12,8 @@ from gpu.model import Model, parser
 
 #: Slots: all but one hold the experts of the steady requests.
 SLOTS = 4
+#: Experts that come and go.
+VISITS = 4
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
                 load = Load(engine)
                 held = [load.add(name, sizes.prompt, sizes.steady) for name in steady]
                 visits = []
-                for name in others[1:] if source == "disk" else others:
+                for name in others[-VISITS:]:  # for the first time, then again
                     visit = Load(engine)
                     visit.add(name, sizes.prompt, 4)
                     visits.append(visit.wait())
