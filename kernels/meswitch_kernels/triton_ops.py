@@ -246,7 +246,8 @@ class _Shape:
             "HAS_BIAS": biased,
             "BASE_TOKENS": base_tokens,
             "TILE_TOKENS": groups.tile_size,
-            "MOST_TILES": max(16, triton.next_power_of_2(tiles)),
+            # The same for batches of most sizes, since each value is a kernel of its own to compile.
+            "MOST_TILES": max(64, triton.next_power_of_2(tiles)),
             "MOST_SPLITS": max(4, triton.next_power_of_2(settings.splits + settings.delta_splits)),
             "BLOCK_OUT": settings.block_out,
             "BLOCK_K": settings.block_k,

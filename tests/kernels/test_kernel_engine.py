@@ -73,3 +73,18 @@ def test_every_kind_of_linear_is_compiled_at_every_size(triton: object, monkeypa
         item.siblings.multiply = lambda x, operands, *rest: called.append((*x.shape, len(operands)))
     compiling.compile_products([*together, *alone], triton, 2)
     assert sorted(called) == sorted((size, 64, kind) for size in compiling.SIZES for kind in (2, 64, 96))
+
+
+@pytest.mark.parametrize("slots", [4, 32])
+def test_batches_of_all_sizes_meet_kernels_that_are_compiled(slots: int, triton: object) -> None:
+    """A kernel that is compiled while requests wait costs them seconds."""
+    compiling = pytest.importorskip("meswitch_cli.engine.compiling")
+
+    def constants(tokens: int) -> str:
+        slot_of_token = torch.full((tokens,), -1, dtype=torch.int32, device=DEVICE)
+        groups = triton.group_tokens(slot_of_token, slots)  # type: ignore[attr-defined]
+        x = torch.zeros(tokens, 4096, dtype=torch.bfloat16, device=DEVICE)
+        return str(triton._Shape.of(x, groups, 4096, 2, 0, grouped=False, biased=False).constants)  # type: ignore[attr-defined]
+
+    prepared = {constants(size) for size in compiling.SIZES}
+    assert {constants(size) for size in (1, 2, 3, 5, 8, 15, 17, 31, 33, 48, 63, 65, 100, 127)} <= prepared

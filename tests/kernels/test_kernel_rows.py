@@ -107,7 +107,9 @@ def test_norms_with_the_gains_of_each_expert(backend, dtype, gains_dtype, width)
     wide = x.double()
     normed = wide / (wide.square().mean(1, keepdim=True) + 1e-6).sqrt()
     # The quotient is rounded to the type of x before gains of that type; the bound is of the rounding after it.
-    expected = (normed.to(dtype) if gains_dtype == dtype else normed).double() * torch.where(slots[:, None] == 0, own.double(), base.double())
+    expected = (normed.to(dtype) if gains_dtype == dtype else normed).double() * torch.where(
+        slots[:, None] == 0, own.double(), base.double()
+    )
     assert y.dtype == dtype
     assert relative_error(y[:5], expected[:5]) < ERROR_BOUND[dtype]
     # Sums in another order may turn a rounding the other way.
