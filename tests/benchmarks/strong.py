@@ -1,0 +1,217 @@
+"""Defaults, their neighbours and every other method on the strong experts: writes docs/results/strong.md.
+
+    python tests bench strong [--experts code] [--rows 2] [--items 32] [--answers 200] [--report]
+
+Each row is kept outside the repository as soon as it is measured, and not measured again as long as base, expert and
+sizes are the same: stopped anywhere, the same command goes on. `--report` only makes the page from what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.frontier import StoredActivations
+from benchmarks.machine import describe
+from meswitch_cli.artifact.disk import write_atomically
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.evaluation.baselines.model import baseline_candidate
+from meswitch_cli.evaluation.exact_match import exact_match
+from meswitch_cli.evaluation.fidelity import EncodedItem
+from meswitch_cli.evaluation.figures import EXACT_MATCH
+from meswitch_cli.evaluation.paired import compare_paired
+from meswitch_cli.evaluation.prompts import EncodedSet, encode_set, read_set
+from meswitch_cli.evaluation.subjects import Expert, open_experts
+from meswitch_cli.model.build import build_model
+from meswitch_cli.model.tokenizer import end_ids
+from meswitch_cli.model.weights import CheckpointWeights, context_length
+from zoo import group
+from zoo.compare import compare, reference_logits, sums_by_item
+from zoo.finetunes import STRONG
+from zoo.item import read_items
+from zoo.skills import outcome
+
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "strong.md"
+INTRODUCTION = Path(__file__).with_name("strong_intro.md")
+CACHE = Path.home() / ".cache" / "meswitch-zoo"
+BASE, EXPERT = "base", "full expert"
+_OURS = "steps=output-unbiased,activations=random"
+_ONE = f"meswitch:bits=1,salient=8,channel_scale=rms,{_OURS}"
+#: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
+DEFAULTS = {
+    f"{_ONE},rank=16": "`--bits 1`",
+    f"meswitch:bits=2,salient=8,{_OURS}": "`--bits 2`",
+    f"meswitch:bits=4,salient=8,{_OURS},embedding=4": "`--bits 4`",
+}
+#: Fixed before any was measured; those that need data last, so that a run without it has the rest.
+ROWS = (
+    BASE,
+    EXPERT,
+    *DEFAULTS,
+    f"{_ONE},rank=64",
+    f"{_ONE},rank=0",
+    f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1",
+    f"meswitch:bits=2,salient=8,{_OURS},rank=16",
+    "bitdelta:embedding=2",
+    "bitdelta:masks=2",
+    "per-axis:axis=best",
+    "rtn:bits=2,group=128",
+    "low-rank:bits=2",
+    "d-qrelo",
+    "d-qrelo:order=svd-first",
+    "delta-come:bits=1.2",
+    "delta-come:bits=1.85",
+    "dare",
+    "dare:choice=magnitude,rescale=projection",
+    "d-qrelo:rounding=gptq",
+    "delta-come:bits=1.2,rounding=gptq",
+    "delta-come:bits=1.85,rounding=gptq",
+)
+COLUMNS = (
+    "model", "MB", "KL, nats", "KL / base's, %", "loss", "right", "same answer, %", "lost, gained",
+    "difference, points", "MDE, points",
+)  # fmt: skip
+
+
+class Bench:
+    """One strong expert: its items, its full model's logits and answers, and what was measured."""
+
+    def __init__(self, name: str, items: int, answers: int, folder: Path) -> None:
+        zoo = group.group_at("strong")
+        self.name, self.file = name, folder / f"{name}.json"
+        self.base = CheckpointWeights(Checkpoint.open(str(zoo.base)))
+        (self.expert,) = open_experts([f"{name}={zoo.experts[name]}"], self.base)
+        self.lines = read_items(zoo.items_file(name, "report"))[:answers]
+        self.data = read_set(zoo.items_file(name, "report"))
+        self.encoded = _encoded(self.data, self.expert, answers)
+        self.items: Sequence[EncodedItem] = self.encoded.items[:items]
+        key = {"base": self.base.fingerprint, "expert": self.expert.weights.fingerprint}
+        self.key = key | {"items": items, "answers": answers}
+        self.activations = StoredActivations(self.expert, zoo.calibration[name], CACHE / "activations" / f"s-{name}")
+        self._reference: list[torch.Tensor] = []
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.file.exists():
+            stored = json.loads(self.file.read_text())
+            self.rows = stored["rows"] if stored["key"] == self.key else {}
+
+    def measure(self, row: str) -> None:
+        """Fill a row and keep it."""
+        started = time.monotonic()
+        candidate = None if row in (BASE, EXPERT) else self._candidate(row)
+        model = build_model(
+            self.base if row == BASE else candidate.weights if candidate else self.expert.weights,
+            torch.device("cpu"),
+            torch.float32,
+        )
+        if not self._reference:
+            full = model if row == EXPERT else build_model(self.expert.weights, torch.device("cpu"), torch.float32)
+            self._reference = reference_logits(full, self.items)
+        sums = sums_by_item(compare(self._reference, model, self.items))
+        run = exact_match(
+            model,
+            self.expert.tokenizer,
+            self.data,
+            self.encoded,
+            ends=end_ids(self.expert.weights.checkpoint.source.path, self.expert.tokenizer),
+            most=group.MAX_NEW_TOKENS,
+            context=context_length(self.expert.weights),
+            answer_of=lambda number, text: outcome(self.lines[number], text),
+        )
+        self.rows[row] = {
+            "nbytes": candidate.nbytes() if candidate else 0 if row == BASE else self.expert.weights.checkpoint.nbytes,
+            "sums": sums,
+            "right": [document.scores[EXACT_MATCH] for document in run.documents],
+            "answers": [document.answer for document in run.documents],
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.file, json.dumps({"key": self.key, "machine": describe(), "rows": self.rows}).encode())
+
+    def _candidate(self, row: str) -> Any:
+        return baseline_candidate(row, self.base, self.expert, self.activations, several=False)
+
+
+def _encoded(data: Any, expert: Expert, answers: int) -> EncodedSet:
+    return encode_set(
+        data,
+        expert.tokenizer,
+        vocabulary=expert.weights.architecture.vocabulary,
+        context=context_length(expert.weights),
+        limit=answers,
+    )
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """`COLUMNS` of every measured row, in the order of `ROWS`."""
+    full, lines = rows.get(EXPERT), []
+    for name in ROWS:
+        row = rows.get(name)
+        if row is None:
+            continue
+        tokens = sum(row["sums"]["tokens"])
+        line = [f"{name} ({DEFAULTS[name]})" if name in DEFAULTS else name, f"{row['nbytes'] / 1e6:.1f}"]
+        line.append(f"{sum(row['sums']['kl']) / tokens:.5f}")
+        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3f}" if BASE in rows else "")
+        line.append(f"{sum(row['sums']['loss']) / tokens:.4f}")
+        line.append(f"{sum(row['right']):.0f} of {len(row['right'])}")
+        if full is None:
+            lines.append([*line, "", "", "", ""])
+            continue
+        found = compare_paired(row["right"], full["right"])
+        same = sum(ours == theirs for ours, theirs in zip(row["answers"], full["answers"], strict=True))
+        change = found.difference
+        value, low, high = (100 * part for part in (change.value, change.low, change.high))
+        line += [f"{100 * same / len(row['answers']):.1f}", f"−{found.lost} +{found.gained}"]
+        lines.append([*line, f"{value:.1f} [{low:.1f}, {high:.1f}]", f"{100 * found.minimum_detectable_effect:.1f}"])
+    return lines
+
+
+def page(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of experts' measured files."""
+    parts = [INTRODUCTION.read_text()]
+    for name, stored in measured.items():
+        key = stored["key"]
+        parts.append(
+            f"\n## {name}\n\n`python tests bench strong`, {key['items']} items for KL and loss, {key['answers']} for "
+            f"answers, {stored['machine']}.\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+        )
+        parts += [f"| {' | '.join(line)} |\n" for line in table(stored["rows"])]
+    return "".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", default=",".join(STRONG), help="names, with commas between them")
+    parser.add_argument("--rows", type=int, default=len(ROWS), help="measure only so many of the first rows")
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--answers", type=int, default=200)
+    parser.add_argument("--measured", type=Path, default=CACHE / "strong")
+    parser.add_argument("--report", action="store_true", help="write the page from what was measured")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.experts.split(",") if name in STRONG]
+    if arguments.report:
+        files = {name: arguments.measured / f"{name}.json" for name in names}
+        PAGE.write_text(page({name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}))
+        print(PAGE)
+        return
+    for name in names:
+        if not group.group_at("strong").experts[name].exists():
+            print(f"{name}: not built; python tests zoo build --group strong --expert {name}", flush=True)
+            continue
+        bench = Bench(name, arguments.items, arguments.answers, arguments.measured)
+        for row in ROWS[: arguments.rows]:
+            if row not in bench.rows:
+                bench.measure(row)
+            shown = {key: bench.rows[key] for key in (BASE, EXPERT, row) if key in bench.rows}
+            line = next(line for line in table(shown) if line[0].startswith(row))
+            print(f"{name}: {' | '.join(line)} ({bench.rows[row]['seconds']} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

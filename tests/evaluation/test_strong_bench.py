@@ -1,0 +1,52 @@
+"""The page of the bench of strong experts, from figures made by hand; its rows are methods that there are."""
+
+from typing import Any
+
+from benchmarks.strong import BASE, COLUMNS, DEFAULTS, EXPERT, ROWS, page, table
+from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.evaluation.baselines import parse_method
+
+OURS = next(iter(DEFAULTS))
+
+
+def row(kl: float, right: list[int], answers: str, nbytes: int = 2_000_000) -> dict[str, Any]:
+    sums = {"tokens": [2, 8], "kl": [kl, 4 * kl], "loss": [1.0, 4.0]}
+    return {"nbytes": nbytes, "sums": sums, "right": [float(part) for part in right], "answers": list(answers)}
+
+
+MEASURED = {
+    OURS: row(0.002, [1, 1, 0, 0], "abxe"),
+    EXPERT: row(0.0, [1, 1, 1, 0], "abcd"),
+    BASE: row(2.0, [0, 0, 0, 0], "----", 0),
+}
+
+
+def test_a_row_by_hand() -> None:
+    lines = {line[0]: dict(zip(COLUMNS, line, strict=True)) for line in table(MEASURED)}
+    assert list(lines) == [BASE, EXPERT, f"{OURS} ({DEFAULTS[OURS]})"]
+    ours = lines[f"{OURS} ({DEFAULTS[OURS]})"]
+    assert ours["KL, nats"] == "0.00100" and ours["KL / base's, %"] == "0.100" and ours["MB"] == "2.0"
+    assert (ours["right"], ours["same answer, %"], ours["lost, gained"]) == ("2 of 4", "50.0", "−1 +0")
+    assert ours["difference, points"].startswith("-25.0 [") and ours["loss"] == "0.5000"
+    assert lines[EXPERT]["same answer, %"] == "100.0" and lines[BASE]["lost, gained"] == "−3 +0"
+
+
+def test_the_page_has_what_was_measured() -> None:
+    stored = {"key": {"items": 2, "answers": 4}, "machine": "a machine", "rows": MEASURED}
+    text = page({"code": stored, "logic": stored | {"rows": {BASE: MEASURED[BASE]}}})
+    assert text.count("| base |") == 2 and text.count(f"| {OURS} (") == 1 and "a machine" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {len(COLUMNS) + 1}
+
+
+def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
+    assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(ROWS)
+    methods = {name: parse_method(name) for name in ROWS if name not in (BASE, EXPERT)}
+    for bits, name in zip((1, 2, 4), DEFAULTS, strict=True):
+        settings = CompressionSettings.with_defaults(bits=bits)
+        options, quantizer = methods[name].options, settings.of("linear", unrelated=False)
+        assert quantizer is not None
+        assert (options["bits"], options["salient"], options["rank"]) == (bits, quantizer.salient, quantizer.rank)
+        assert (options["channel_scale"], options["steps"]) == (quantizer.channel_scale, quantizer.steps)
+        embedding = settings.of("embedding", unrelated=False)
+        assert embedding is not None and options["embedding"] == embedding.bits
