@@ -93,7 +93,9 @@ class Bench:
         self.items: Sequence[EncodedItem] = self.encoded.items[:items]
         key = {"base": self.base.fingerprint, "expert": self.expert.weights.fingerprint}
         self.key = key | {"items": items, "answers": answers}
-        self.activations = StoredActivations(self.expert, zoo.calibration[name], CACHE / "activations" / f"s-{name}")
+        of_inputs = CACHE / "activations" / f"strong-{name}-{self.expert.weights.fingerprint[-12:]}"
+        of_inputs.mkdir(parents=True, exist_ok=True)
+        self.activations = StoredActivations(self.expert, zoo.calibration[name], of_inputs)
         self._reference: list[torch.Tensor] = []
         self.rows: dict[str, dict[str, Any]] = {}
         if self.file.exists():
