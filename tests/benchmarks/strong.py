@@ -158,8 +158,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             continue
         tokens = sum(row["sums"]["tokens"])
         line = [f"{name} ({DEFAULTS[name]})" if name in DEFAULTS else name, f"{row['nbytes'] / 1e6:.1f}"]
-        line.append(f"{sum(row['sums']['kl']) / tokens:.5f}")
-        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3f}" if BASE in rows else "")
+        line.append(f"{sum(row['sums']['kl']) / tokens:.3g}")
+        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3g}" if BASE in rows else "")
         line.append(f"{sum(row['sums']['loss']) / tokens:.4f}")
         line.append(f"{sum(row['right']):.0f} of {len(row['right'])}")
         if full is None:
