@@ -93,7 +93,9 @@ class Bench:
         self.items: Sequence[EncodedItem] = self.encoded.items[:items]
         key = {"base": self.base.fingerprint, "expert": self.expert.weights.fingerprint}
         self.key = key | {"items": items, "answers": answers}
-        self.activations = StoredActivations(self.expert, zoo.calibration[name], CACHE / "activations" / f"s-{name}")
+        of_inputs = CACHE / "activations" / f"strong-{name}-{self.expert.weights.fingerprint[-12:]}"
+        of_inputs.mkdir(parents=True, exist_ok=True)
+        self.activations = StoredActivations(self.expert, zoo.calibration[name], of_inputs)
         self._reference: list[torch.Tensor] = []
         self.rows: dict[str, dict[str, Any]] = {}
         if self.file.exists():
@@ -156,8 +158,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             continue
         tokens = sum(row["sums"]["tokens"])
         line = [f"{name} ({DEFAULTS[name]})" if name in DEFAULTS else name, f"{row['nbytes'] / 1e6:.1f}"]
-        line.append(f"{sum(row['sums']['kl']) / tokens:.5f}")
-        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3f}" if BASE in rows else "")
+        line.append(f"{sum(row['sums']['kl']) / tokens:.3g}")
+        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3g}" if BASE in rows else "")
         line.append(f"{sum(row['sums']['loss']) / tokens:.4f}")
         line.append(f"{sum(row['right']):.0f} of {len(row['right'])}")
         if full is None:

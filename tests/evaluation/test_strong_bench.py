@@ -25,7 +25,7 @@ def test_a_row_by_hand() -> None:
     lines = {line[0]: dict(zip(COLUMNS, line, strict=True)) for line in table(MEASURED)}
     assert list(lines) == [BASE, EXPERT, f"{OURS} ({DEFAULTS[OURS]})"]
     ours = lines[f"{OURS} ({DEFAULTS[OURS]})"]
-    assert ours["KL, nats"] == "0.00100" and ours["KL / base's, %"] == "0.100" and ours["MB"] == "2.0"
+    assert ours["KL, nats"] == "0.001" and ours["KL / base's, %"] == "0.1" and ours["MB"] == "2.0"
     assert (ours["right"], ours["same answer, %"], ours["lost, gained"]) == ("2 of 4", "50.0", "−1 +0")
     assert ours["difference, points"].startswith("-25.0 [") and ours["loss"] == "0.5000"
     assert lines[EXPERT]["same answer, %"] == "100.0" and lines[BASE]["lost, gained"] == "−3 +0"
