@@ -82,7 +82,7 @@ def run(
         added_rows=added_rows,
     )
     fits = plan.requests > 0
-    speed = _speed(plan, known, requests or experts, int(bits)) if known else None
+    speed = _speed(plan, known, requests or experts, settings.linears().coding.width) if known else None
     result = {
         "fits": fits,
         "device_bytes": plan.device_nbytes,
