@@ -27,7 +27,7 @@ from meswitch_cli.model.weights import CheckpointWeights, Weights
 EPSILONS = ("variance_epsilon", "eps")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BaseModel:
     """The model on its device, and its replaced layers by module name."""
 
@@ -146,16 +146,16 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         setattr(model.get_submodule(parent), leaf, module)
     embedding_name, head_name = names[id(embedding_module)], names[id(head_module)]
     base = BaseModel(
-        model,
-        described,
-        current,
-        linears,
-        norms,
-        model.get_submodule(embedding_name),
-        model.get_submodule(head_name),
-        embedding_name,
-        head_name,
-        tied,
+        model=model,
+        architecture=described,
+        current=current,
+        linears=linears,
+        norms=norms,
+        embedding=model.get_submodule(embedding_name),
+        head=model.get_submodule(head_name),
+        embedding_name=embedding_name,
+        head_name=head_name,
+        tied=tied,
     )
     _find_token_dimensions(base)
     join_layers(model, backend)

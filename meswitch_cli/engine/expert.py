@@ -16,7 +16,7 @@ from meswitch_cli.model.tokenizer import end_ids, load_tokenizer
 from meswitch_cli.model.weights import CheckpointWeights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ServedModel:
     """The base, or an expert of it.
 

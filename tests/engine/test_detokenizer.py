@@ -158,7 +158,9 @@ class Chosen:
 def test_an_end_of_text_may_complete_a_stop_string(stop: str, text: str, answer: str, reason: str | None) -> None:
     tokenizer = tiny_tokenizer()
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    model = ServedModel("red", Path("red"), "", tokenizer, 268, frozenset({tokens[-1]}))
+    model = ServedModel(
+        name="red", path=Path("red"), digest="", tokenizer=tokenizer, vocabulary=268, end_ids=frozenset({tokens[-1]})
+    )
     request = GenerationRequest("1", "red", (5,), Sampling(stop=(stop,), max_tokens=50))
     chunks: list[Chunk] = []
     generation = Generation(request, model, Chosen(), chunks.append)
@@ -173,7 +175,9 @@ def test_an_end_of_text_may_complete_a_stop_string(stop: str, text: str, answer:
 ])  # fmt: skip
 def test_what_is_told_later_is_the_same(sampling: Sampling) -> None:
     tokenizer = tiny_tokenizer()
-    model = ServedModel("red", Path("red"), "", tokenizer, 268, frozenset({1}))
+    model = ServedModel(
+        name="red", path=Path("red"), digest="", tokenizer=tokenizer, vocabulary=268, end_ids=frozenset({1})
+    )
     tokens = [5, 200, 201, 7, 66, 67, 40, 1, *tokenizer.encode("abc \u00e9", add_special_tokens=False), *range(60, 130)]
 
     def told(later: bool, told_after: int) -> list[Chunk]:
@@ -195,7 +199,9 @@ def test_what_is_told_later_is_the_same(sampling: Sampling) -> None:
 
 
 def test_what_waits_is_told_before_an_early_end() -> None:
-    model = ServedModel("red", Path("red"), "", tiny_tokenizer(), 268, frozenset())
+    model = ServedModel(
+        name="red", path=Path("red"), digest="", tokenizer=tiny_tokenizer(), vocabulary=268, end_ids=frozenset()
+    )
     chunks: list[Chunk] = []
     request = GenerationRequest("1", "red", (5,), Sampling(max_tokens=50))
     generation = Generation(request, model, Chosen(), chunks.append)

@@ -47,7 +47,9 @@ class _Fixed:
         from meswitch_cli.engine.expert import ServedModel
         from meswitch_cli.engine.sampler import Sampler
 
-        model = ServedModel(BASE, None, "", None, vocabulary, frozenset({1}))  # type: ignore[arg-type]
+        model = ServedModel(
+            name=BASE, path=None, digest="", tokenizer=None, vocabulary=vocabulary, end_ids=frozenset({1})
+        )  # type: ignore[arg-type]
         sampler = Sampler(GenerationRequest("x", BASE, (5, 6), Sampling(**sampling)), model, seed, None)
         for token in generated:
             sampler.take(token)

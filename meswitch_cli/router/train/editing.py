@@ -23,7 +23,7 @@ from meswitch_cli.router.train.split import split
 from meswitch_cli.router.train.training import describe_split, excerpts, known_prompts, labelled, store_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Edit:
     """A router with one expert more or less, not yet written.
 
@@ -193,21 +193,21 @@ def _refit(
     seconds = time.perf_counter() - started
     after = _recalls(model, store, labels)
     return Edit(
-        replace(
+        manifest=replace(
             manifest,
             labels=labels,
             experts=dict(experts),
             numbers=model.numbers() | {"sticky_margin": manifest.numbers["sticky_margin"]},
             metrics={"recall": after},
         ),
-        model,
-        store,
-        known_prompts(store, len(labels), {item.digest: item for item in artifact.known()} | excerpts(new)),
-        {label: before[label] for label in labels if label in before},
-        {label: after[label] for label in labels if label in before},
-        None,
-        feature_seconds,
-        seconds,
+        model=model,
+        store=store,
+        known=known_prompts(store, len(labels), {item.digest: item for item in artifact.known()} | excerpts(new)),
+        before={label: before[label] for label in labels if label in before},
+        after={label: after[label] for label in labels if label in before},
+        added=None,
+        feature_seconds=feature_seconds,
+        refit_seconds=seconds,
     )
 
 

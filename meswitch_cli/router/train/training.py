@@ -37,7 +37,7 @@ BASELINE: Kind = "tfidf"
 GENERAL_PART = "general"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedRouter:
     """A router with everything that its folder will hold."""
 
@@ -131,7 +131,14 @@ def train_router(
         created_with="",
     )
     known = known_prompts(store, len(data.labels), excerpts([*data.examples, *general.examples]))
-    return TrainedRouter(router, fitted.backend, manifest, store, known if settings.excerpts else (), report)
+    return TrainedRouter(
+        router=router,
+        backend=fitted.backend,
+        manifest=manifest,
+        store=store,
+        known=known if settings.excerpts else (),
+        report=report,
+    )
 
 
 def excerpts(examples: Sequence[Example]) -> dict[int, KnownPrompt]:

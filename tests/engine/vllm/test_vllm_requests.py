@@ -27,7 +27,9 @@ from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture
 from zoo.tiny import make_pair
 
-MODEL = ServedModel("alpha", Path("/artifacts/alpha"), "abc", None, 300, frozenset({1, 7}))  # type: ignore[arg-type]
+MODEL = ServedModel(
+    name="alpha", path=Path("/artifacts/alpha"), digest="abc", tokenizer=None, vocabulary=300, end_ids=frozenset({1, 7})
+)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("found", ["0.31.0", "0.33.0", "1.0", "0.32", "0.32.1", "0.32.0+cpu", "dev", ""])
