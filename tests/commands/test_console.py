@@ -69,18 +69,9 @@ def test_rows_of_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     probabilities = {name: 0.9, "x": 0.1}
     print_decision(RouteDecision(name, 0.9, probabilities, "routed", 1.0))
     measured = {"value": 0.5, "low": 0.4, "high": 0.6, "of": 10}
-    print_edit(
-        Edit(
-            manifest=None,
-            model=None,
-            store=None,
-            known={name: measured},
-            before={name: measured},
-            after=None,
-            added=0.1,
-            feature_seconds=0.1,
-        )
-    )  # type: ignore[arg-type]
+    edit: Any = {"manifest": None, "model": None, "store": None, "known": (), "added": None}
+    recalls = {name: measured}
+    print_edit(Edit(**edit, before=recalls, after=recalls, feature_seconds=0.1, refit_seconds=0.1))
     print_report({"test": {"confusion": {name: {name: 3}}}, "baselines": {name: {"failed": name}}})
     with progress_bar() as bar:
         bar.add_task(name)
