@@ -194,7 +194,10 @@ def _slots_nbytes(model: Any, capacities: Mapping[str, Capacity], slots: int, dt
         weight = own.get("weight")
         if name in capacities and weight is not None:
             out_features, in_features = weight.shape
-            total += slots * ExpertBank(1, in_features, out_features, capacities[name], dtype, "meta").nbytes
+            one, two = (
+                ExpertBank(count, in_features, out_features, capacities[name], dtype, "meta").nbytes for count in (1, 2)
+            )
+            total += 2 * one - two + slots * (two - one)
             if capacities[name].added_rows and "bias" in own:
                 total += (slots + 1) * capacities[name].added_rows * dtype.itemsize
         elif weight is not None and weight.dim() == 1:
