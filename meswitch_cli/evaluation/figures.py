@@ -5,6 +5,7 @@ A new figure is an entry here, and a quantity where those there are do not give 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,8 +95,14 @@ class Sample:
 def plus_minus(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
     """A figure and the half width of its 95 % interval."""
     value, error = row[name], row.get(f"{name}_se")
+    digits = _decimals(factor * value, digits)
     text = f"{factor * value:.{digits}f}"
     return text if error is None else f"{text} ± {factor * Z_95 * error:.{digits}f}"
+
+
+def _decimals(value: float, least: int) -> int:
+    """Decimals that show two digits of a small figure: KLs of strong experts lie below a millionth."""
+    return max(least, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else least
 
 
 def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int = 5) -> str:
@@ -103,6 +110,7 @@ def interval(row: Mapping[str, Any], name: str, factor: float = 1.0, digits: int
     value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
     if value is None:
         return ""
+    digits = _decimals(factor * value, digits)
     text = f"{factor * value:.{digits}f}"
     return text if low is None or high is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
 
@@ -187,7 +195,7 @@ FIGURES = (
     Figure("kl_p90", partial(Sample.quantile, quantity="kl", quantile=0.9)),
     Figure("kl_p99", partial(Sample.quantile, quantity="kl", quantile=0.99), "KL p99", interval),
     Figure("kl_p999", partial(Sample.quantile, quantity="kl", quantile=0.999), "KL p99.9", interval),
-    Figure("kl_max", _largest_kl, "KL max", lambda row, name: f"{row[name]:.4f}"),
+    Figure("kl_max", _largest_kl, "KL max", lambda row, name: f"{row[name]:.{_decimals(row[name], 4)}f}"),
     Figure("top1_agreement", partial(Sample.mean, quantity="agreed"), "same top token, %", _percent(2), "100"),
     Figure("ln_ppl", partial(Sample.mean, quantity="loss")),
     Figure("expert_ln_ppl", partial(Sample.mean, quantity="reference_loss"), of_base=False),

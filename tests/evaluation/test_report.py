@@ -16,7 +16,9 @@ from meswitch_cli.evaluation.figures import (
     TokenFigures,
     against_base,
     base_row,
+    interval,
     model_row,
+    plus_minus,
 )
 from meswitch_cli.evaluation.figures import FIGURES as ALL
 from meswitch_cli.evaluation.html import page
@@ -177,3 +179,12 @@ def test_a_limit_that_cannot_be_checked_is_missed() -> None:
     unclear.fidelity[0]["gap_recovered"] = None
     evaluation = SimpleNamespace(report=unclear, request=SimpleNamespace(max_kld=None, min_recovery=0.5), candidates=[])
     assert judge(evaluation) is False  # type: ignore[arg-type]
+
+
+def test_small_figures_keep_two_digits() -> None:
+    """KLs of strong fine-tunes lie below what five decimals show."""
+    strong = {"kl": 3.21e-8, "kl_low": 2.9e-8, "kl_high": 4.04e-8}
+    assert interval(strong, "kl") == "0.000000032 [0.000000029, 0.000000040]"
+    assert plus_minus({"kl": 6.7e-6, "kl_se": 1e-6}, "kl") == "0.0000067 ± 0.0000020"
+    assert interval({"kl": 0.25}, "kl") == "0.25000" and interval({"kl": 0.0}, "kl") == "0.00000"
+    assert interval({"kl": math.inf}, "kl") == "inf"
