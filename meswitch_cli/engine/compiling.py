@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +17,13 @@ MOST_THREADS = 16
 #: Tokens of batches for which the kernels differ.
 SIZES = (16, 32, 64)
 
-Product = Callable[[torch.Tensor, torch.Tensor, Any], object]
-
 
 def compile_products(linears: Iterable[ExpertLinear], backend: ModuleType, slots: int) -> None:
     """Multiply by one of each kind of linear on a GPU, and of siblings, with batches of each size.
 
     Nothing is computed that is read. The banks need hold no expert.
     """
-    kinds: dict[object, tuple[torch.Tensor, Product]] = {}
+    kinds: dict[object, tuple[torch.Tensor, Any, tuple[Any, ...]]] = {}
     for linear in linears:
         together = linear.siblings.layers if linear.siblings is not None else (linear,)
         served = [(item, item.bank.tensors) for item in together if item.bank is not None]
@@ -36,26 +33,16 @@ def compile_products(linears: Iterable[ExpertLinear], backend: ModuleType, slots
             (item.weight.shape, item.bias is None, tensors.bits, tensors.left.shape) for item, tensors in served
         )
         operands = [(item.weight, item.bias, tensors) for item, tensors in served]
-        if linear.siblings is not None:
-            product: Product = partial(_all, linear.siblings.multiply, operands)
-        else:
-            product = partial(_one, linear.multiply, operands[0])
-        kinds.setdefault(kind, (linear.weight, product))
+        multiply: Any = linear.multiply if linear.siblings is None else linear.siblings.multiply
+        arguments: tuple[Any, ...] = operands[0] if linear.siblings is None else (operands,)
+        kinds.setdefault(kind, (linear.weight, multiply, arguments))
 
-    def call(size: int, weight: torch.Tensor, product: Product) -> None:
+    def call(size: int, weight: torch.Tensor, multiply: Any, arguments: tuple[Any, ...]) -> None:
         with torch.inference_mode(), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             slot_of_token = torch.full((size,), -1, dtype=torch.int32, device=weight.device)
             x = weight.new_zeros(size, weight.shape[1])
-            product(x, slot_of_token, backend.group_tokens(slot_of_token, slots))
+            multiply(x, *arguments, slot_of_token, backend.group_tokens(slot_of_token, slots))
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "meswitch-compile") as threads:
         for done in [threads.submit(call, size, *kind) for size in SIZES for kind in kinds.values()]:
             done.result()
-
-
-def _one(multiply: Any, operand: Any, x: torch.Tensor, slot_of_token: torch.Tensor, groups: Any) -> object:
-    return multiply(x, *operand, slot_of_token, groups)
-
-
-def _all(multiply: Any, operands: Any, x: torch.Tensor, slot_of_token: torch.Tensor, groups: Any) -> object:
-    return multiply(x, operands, slot_of_token, groups)
