@@ -113,19 +113,24 @@ def decode_attention(
         longest: the most keys of a request.
         softcap: scores are squashed to +-softcap, as in Gemma 2.
     """
-    wide = accumulation_dtype(query)
     key_cache[writes], value_cache[writes] = key.transpose(0, 1), value.transpose(0, 1)
-    shared, results = query.shape[0] // key.shape[0], []
+    results = []
     for request, (first, last) in enumerate(itertools.pairwise(ends.tolist())):
         own = torch.cat([rows[first : last - 1], writes[request : request + 1]])
-        keys, values = (
-            cache[own].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
-        )
-        scores = (keys @ (query[:, request].to(wide) * scale).unsqueeze(2)).squeeze(2)
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        results.append((torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1))
-    return torch.stack(results).to(query.dtype)
+        results.append(_attended(query[:, request], key_cache[own], value_cache[own], scale, softcap))
+    return torch.stack(results)
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention `[heads, width]` of one token's query `[heads, width]` to `[seen, key heads, width]`."""
+    wide, shared = accumulation_dtype(query), query.shape[0] // keys.shape[1]
+    keys, values = (held.to(wide).repeat_interleave(shared, 1).transpose(0, 1) for held in (keys, values))
+    scores = _capped((keys @ (query.to(wide) * scale).unsqueeze(2)).squeeze(2), softcap)
+    return (torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1).to(query.dtype)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
 
 
 def paged_attention(
@@ -158,7 +163,6 @@ def paged_attention(
         tokens: int32 `[requests]`, the place of each request's token among `total`; None: its own number.
         out: what the rows are written to; those of other tokens stay as they are.
     """
-    wide, shared = accumulation_dtype(query), query.shape[0] // key.shape[0]
     if out is None:
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
     for request, table in enumerate(tables):
@@ -170,13 +174,7 @@ def paged_attention(
         seen = torch.arange(0 if window is None else max(0, last + 1 - window), last + 1, device=query.device)
         rows = _rows_of(table, seen, page_size, window)
         key_cache[rows[-1]], value_cache[rows[-1]] = key[:, token], value[:, token]
-        keys, values = (
-            cache[rows].to(wide).repeat_interleave(shared, 1).transpose(0, 1) for cache in (key_cache, value_cache)
-        )
-        scores = (keys @ (query[:, token].to(wide) * scale).unsqueeze(2)).squeeze(2)
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        out[token] = (torch.softmax(scores, 1).unsqueeze(1) @ values).squeeze(1).to(query.dtype)
+        out[token] = _attended(query[:, token], key_cache[rows], value_cache[rows], scale, softcap)
     return out
 
 
@@ -217,9 +215,7 @@ def prompt_attention(
         )
         position = torch.arange(past, past + count, device=query.device)
         distance = position[:, None] - torch.cat([seen, position])
-        scores = (query[:, own].to(wide) * scale) @ keys.transpose(1, 2)
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
+        scores = _capped((query[:, own].to(wide) * scale) @ keys.transpose(1, 2), softcap)
         scores = scores.masked_fill((distance < 0) | (distance >= (window or past + count)), -torch.inf)
         out[own] = (torch.softmax(scores, 2) @ values).transpose(0, 1).to(query.dtype)
         kept = min(count, window or count)
