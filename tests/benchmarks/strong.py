@@ -43,6 +43,7 @@ CACHE = Path.home() / ".cache" / "meswitch-zoo"
 BASE, EXPERT = "base", "full expert"
 _OURS = "steps=output-unbiased,activations=random"
 _ONE = f"meswitch:bits=1,salient=8,channel_scale=rms,{_OURS}"
+_TRELLIS = f"meswitch:code=trellis,salient=8,{_OURS}"
 #: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
 DEFAULTS = {
     f"{_ONE},rank=16": "`--bits 1`",
@@ -54,6 +55,12 @@ ROWS = (
     BASE,
     EXPERT,
     *DEFAULTS,
+    f"{_TRELLIS},bits=0.25,rank=16",
+    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms",
+    f"{_TRELLIS},bits=0.125,rank=16",
+    f"{_TRELLIS},bits=0.5,rank=16",
+    f"{_TRELLIS},bits=1,rank=16",
+    f"{_TRELLIS},bits=0.25,rank=16,embedding=1",
     f"{_ONE},rank=64",
     f"{_ONE},rank=0",
     f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1",
