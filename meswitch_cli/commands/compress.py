@@ -29,7 +29,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
         Rate, typer.Option(help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.")
-    ] = "2",
+    ] = "1",
     code: Annotated[
         CodeName | None,
         typer.Option(help="At 1 bit: trellis chooses among four levels.", show_default="scalar from 1 bit"),
