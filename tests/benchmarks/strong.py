@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--group", choices=list(ROWS_OF), default="strong")
     parser.add_argument("--experts", help="names, with commas between them; all of the group")
     parser.add_argument("--rows", type=int, help="measure only so many of the first rows")
+    parser.add_argument("--short", action="store_true", help="the ten rows of the other kinds, for a strong expert too")
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--answers", type=int, default=200)
     parser.add_argument("--measured", type=Path, default=CACHE / "strong")
@@ -249,7 +250,7 @@ def main() -> None:
             print(f"{name}: not built; python tests zoo build --group {of} --expert {name}", flush=True)
             continue
         bench = Bench(of, name, arguments.items, arguments.answers, arguments.measured)
-        for row in ROWS_OF[of][: arguments.rows]:
+        for row in (KIND_ROWS if arguments.short else ROWS_OF[of])[: arguments.rows]:
             if row not in bench.rows:
                 bench.measure(row)
             shown = {key: bench.rows[key] for key in (BASE, EXPERT, row) if key in bench.rows}
