@@ -17,6 +17,12 @@ else:
     Bits = Literal[tuple(map(str, CODES))]
     Rate = Literal[tuple(map(str, RATES))]
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Codes": ("bits", "code", "salient", "rank", "group_size", "channel_scale", "embedding_bits"),
+    "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
+}
+
 
 def rate(text: str) -> float:
     """What one of `Rate` stands for."""
