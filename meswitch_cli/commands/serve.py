@@ -23,7 +23,7 @@ PANELS = {
     "Network and keys": ("host", "port", "api_key_file", "admin_key_file", "cors_origin"),
     "Limits": ("max_queue", "max_running", "max_model_len", "max_n", "max_body", "drain_seconds"),
     "Device and memory": ("engine", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
-    "Log": ("log_level", "log_prompts"),
+    "Log": ("log_level", "log_format", "log_prompts"),
 }
 
 
@@ -106,6 +106,9 @@ def run(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="From where to log.")
     ] = "info",
+    log_format: Annotated[
+        Literal["auto", "console", "json"], typer.Option(help="auto: console on a terminal, JSON elsewhere.")
+    ] = "auto",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """All of them share one copy of the base. The page is at /; curl and OpenAI's clients find the API at /v1.
@@ -142,7 +145,7 @@ def run(
     with ExitStack() as undo:
         bound = listen(host, port)
         undo.callback(bound.close)
-        configure_logging(log_level)
+        configure_logging(log_level, log_format)
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
         _note(f"loading {base} and {len(experts)} experts")
