@@ -17,6 +17,12 @@ else:
     Bits = Literal[tuple(map(str, CODES))]
     Rate = Literal[tuple(map(str, RATES))]
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Codes": ("bits", "code", "salient", "rank", "group_size", "channel_scale", "embedding_bits"),
+    "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
+}
+
 
 def rate(text: str) -> float:
     """What one of `Rate` stands for."""
@@ -94,10 +100,12 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
     """
+    typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
     from meswitch_cli.commands.host_memory import share_one_arena
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
+    from meswitch_cli.commands.verdict import next_commands, shown_commands, verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -142,4 +150,8 @@ def run(
     else:
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
+        for sentence in () if weak else verdict(manifest):
+            typer.echo(sentence)
         typer.echo(f"{out}")
+        if manifest.tensors:
+            typer.echo(shown_commands(next_commands(base, expert, out)), err=True)

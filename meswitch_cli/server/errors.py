@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from meswitch_cli.engine.contract import (
     InvalidRequestError,
@@ -18,6 +19,7 @@ from meswitch_cli.engine.contract import (
     UnknownExpertError,
 )
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.server.record import RequestRecord
 
 #: Seconds after which a client that was turned away may try again.
 RETRY_AFTER = 1
@@ -58,7 +60,10 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 503: "service_un
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, message for people, code for programs, the parameter at fault."""
+    """An answer that is an error: status, message for people, code for programs, the parameter at fault.
+
+    `logged` stands in the log in the message's place, where that may quote what was asked.
+    """
 
     def __init__(
         self,
@@ -68,9 +73,11 @@ class ApiError(Exception):
         code: str | None = None,
         parameter: str | None = None,
         headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.logged = logged or message
         self.code = code
         self.parameter = parameter
         self.headers = dict(headers or {})
@@ -91,9 +98,23 @@ def envelope(status: int, message: str, code: str | None = None, parameter: str 
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
+class ErrorResponse(JSONResponse):
+    """The envelope of an error, whose reason goes into the request's record when it is sent."""
+
+    def __init__(self, error: ApiError) -> None:
+        body = envelope(error.status, str(error), error.code, error.parameter)
+        super().__init__(body, error.status, error.headers)
+        self._reason = error.logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = RequestRecord.at(scope)
+        if record is not None and record.error is None:  # an exception has said more of itself
+            record.error = self._reason
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ApiError) -> JSONResponse:
-    body = envelope(error.status, str(error), error.code, error.parameter)
-    return JSONResponse(body, error.status, error.headers)
+    return ErrorResponse(error)
 
 
 def from_engine(error: Exception) -> ApiError:
