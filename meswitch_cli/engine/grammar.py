@@ -1,4 +1,4 @@
-"""Texts that must be JSON, by xgrammar: which tokens may come next."""
+"""Texts that must be JSON, or hold calls of tools, by xgrammar: which tokens may come next."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Grammars:
             InvalidRequestError: it is not a schema that can be honoured.
             EngineError: xgrammar is not installed.
         """
-        if sampling.json_schema is None and not sampling.json_object:
+        if not sampling.constrained:
             return None
         try:
             import xgrammar
@@ -78,18 +78,22 @@ class Grammars:
             raise InvalidRequestError(message, "response_format")
         compiler, controls = self._compiler(model, xgrammar)
         try:
-            if sampling.json_schema is not None:
-                compiled = compiler.compile_json_schema(json.dumps(dict(sampling.json_schema)))
+            if sampling.structural_tag is not None:
+                compiled = compiler.compile_structural_tag(json.dumps(dict(sampling.structural_tag)))
             else:
-                compiled = compiler.compile_json_schema('{"type": "object"}')
+                schema = {"type": "object"} if sampling.json_schema is None else dict(sampling.json_schema)
+                # One way to write each value: a model may otherwise write line ends until its tokens are used up.
+                compiled = compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = _SOURCE_PLACE.sub("", str(error).strip().splitlines()[-1])
-            message = f"response_format: the schema cannot be honoured: {reason}"
-            raise InvalidRequestError(message, "response_format") from error
+            parameter = "response_format" if sampling.structural_tag is None else "tools"
+            message = f"{parameter}: the schema cannot be honoured: {reason}"
+            raise InvalidRequestError(message, parameter) from error
         bitmask = xgrammar.allocate_token_bitmask(1, model.vocabulary)
         grammar = Grammar(xgrammar.GrammarMatcher(compiled), bitmask, controls)
         if not grammar.allows_anything(model.vocabulary):
-            raise InvalidRequestError("response_format: no text satisfies the schema", "response_format")
+            parameter = "response_format" if sampling.structural_tag is None else "tools"
+            raise InvalidRequestError(f"{parameter}: no text satisfies the schema", parameter)
         return grammar
 
     def forget(self, model: ServedModel) -> None:

@@ -28,28 +28,22 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "annotations": (),
     "audio": (),
     "cache_control": (),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "functions": (),
     "images": (),
-    "metadata": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "prompt_cache_key": (),
     "provider_specific_fields": (),
     "reasoning": ("",),
     "reasoning_content": ("",),
     "reasoning_effort": (),
     "refusal": ("",),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "thinking_blocks": (),
     "tool_calls": (),
     "tool_choice": ("none",),
     "tools": (),
-    "verbosity": (),
     "web_search_options": (),
 }
 
@@ -160,6 +154,10 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, message, code="unsupported_parameter", parameter=parameter)
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {parameter}", code="unknown_parameter", parameter=parameter)
+    if kind in ("missing_member", "union_tag_invalid", "union_tag_not_found"):
+        member = str(first["ctx"].get("member") or first["ctx"]["discriminator"]).strip("'")
+        parameter = f"{parameter}.{member}"
+        kind = "invalid" if kind == "union_tag_invalid" else "missing"
     if kind == "missing":
         return ApiError(400, f"missing parameter: {parameter}", code="missing_parameter", parameter=parameter)
     reason = str(first["msg"]).removeprefix("Value error, ")
