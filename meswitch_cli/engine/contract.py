@@ -201,6 +201,10 @@ class Engine(Protocol):
     def closed(self) -> str | None:
         """Why no request is taken (not started, shutting down, failed), None while requests are."""
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the base, once started."""
+
     def start(self) -> None:
         """Begin to generate; returns when requests will be taken."""
 

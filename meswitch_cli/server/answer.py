@@ -50,7 +50,7 @@ async def answer(request: Request, body: GenerationParameters, group: Generation
     await group.submit()
     if body.stream:
         events = _events(head, group, shape, body, token_ids)
-        return EventStream(events, at_end=group.cancel)
+        return EventStream(events, group.cancel, Service.of(request).settings.keep_alive_seconds)
     collected = await collect(request, group)
     if collected is None:
         return Response(status_code=CLIENT_GONE)

@@ -13,7 +13,7 @@ from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.prompts import decode, text_tokens, token_limit
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
-from meswitch_cli.server.schemas import CompletionRequest
+from meswitch_cli.server.schemas import CompletionRequest, listed
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.token_text import TokenTexts
 
@@ -57,7 +57,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
     service.admit()
     n = body.choices(service.settings.max_choices)
-    given = body.prompts(service.settings.max_prompts)
+    given = listed(body.prompt, service.settings.max_prompts, "prompt")
     record.user, record.hints = body.user, body.hints()
     if service.settings.log_prompts:
         record.prompt = given

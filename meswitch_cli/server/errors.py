@@ -85,8 +85,29 @@ def envelope(status: int, message: str, code: str | None = None, parameter: str 
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
+#: What Anthropic's API calls errors, by status.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+#: Where Anthropic's API is spoken.
+ANTHROPIC_PATH = "/v1/messages"
+
+
+def anthropic_envelope(error: ApiError) -> dict[str, Any]:
+    """The body of an error in Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """An error as the API at that path has it."""
     body = envelope(error.status, str(error), error.code, error.parameter)
+    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+        body = anthropic_envelope(error)
     return JSONResponse(body, error.status, error.headers)
 
 
@@ -112,14 +133,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_engine_error(request: Request, error: Exception) -> JSONResponse:
-        return error_response(from_engine(error))
+        return error_response(from_engine(error), request.url.path)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation(error))
+        return error_response(_from_validation(error), request.url.path)
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -129,7 +150,8 @@ def install_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path}"
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+        refusal = ApiError(error.status_code, message, code=code, headers=error.headers)
+        return error_response(refusal, request.url.path)
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(MeswitchError, on_engine_error)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from meswitch_cli.server.strict import Strict, missing_member
 
@@ -42,19 +42,22 @@ class UserMessage(Strict):
     name: _Name | None = None
 
 
+def _is_object(text: str) -> str:
+    try:
+        if isinstance(json.loads(text or "{}"), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("must be the JSON text of an object")
+
+
+#: Arguments of a call; none may be written as an empty text.
+Arguments = Annotated[str, AfterValidator(_is_object)]
+
+
 class CalledFunction(Strict):
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
-    arguments: str = ""
-
-    @model_validator(mode="after")
-    def _is_an_object(self) -> CalledFunction:
-        try:
-            held = isinstance(json.loads(self.arguments or "{}"), dict)
-        except (ValueError, RecursionError):
-            held = False
-        if not held:
-            raise ValueError("arguments: must be the JSON text of an object")
-        return self
+    arguments: Arguments = ""
 
 
 class ToolCall(Strict):

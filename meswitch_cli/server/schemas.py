@@ -22,13 +22,13 @@ MAX_COMPLETION_LOGPROBS = 5
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 #: Of a dictionary that a client attaches to its request, as OpenAI's API limits it.
-_Metadata = Annotated[
+Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
-_Label = Annotated[str, Field(max_length=256)]
+Label = Annotated[str, Field(max_length=256)]
 
 
-def _in_range(name: str) -> Any:
+def in_range(name: str) -> Any:
     """The range of a member of `Sampling`."""
     low, high, above = RANGES[name]
     return Field(gt=low, le=high) if above else Field(ge=low, le=high)
@@ -60,16 +60,16 @@ class GenerationParameters(Strict):
     """What chat and text completions have in common."""
 
     model: Annotated[str, Field(max_length=256)]
-    temperature: Annotated[float, _in_range("temperature")] | None = None
-    top_p: Annotated[float, _in_range("top_p")] | None = None
-    top_k: Annotated[int, _in_range("top_k")] | None = None
-    min_p: Annotated[float, _in_range("min_p")] | None = None
-    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
-    frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
-    presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
+    temperature: Annotated[float, in_range("temperature")] | None = None
+    top_p: Annotated[float, in_range("top_p")] | None = None
+    top_k: Annotated[int, in_range("top_k")] | None = None
+    min_p: Annotated[float, in_range("min_p")] | None = None
+    repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
+    frequency_penalty: Annotated[float, in_range("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, in_range("presence_penalty")] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, _in_range("logit_bias")]],
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, in_range("logit_bias")]],
             Field(max_length=MAX_LOGIT_BIASES),
         ]
         | None
@@ -81,20 +81,20 @@ class GenerationParameters(Strict):
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
-    max_tokens: Annotated[int, _in_range("max_tokens")] | None = None
+    min_tokens: Annotated[int, in_range("min_tokens")] | None = None
+    max_tokens: Annotated[int, in_range("max_tokens")] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    user: _Label | None = None
+    user: Label | None = None
     # These change no token; the log has them.
-    metadata: _Metadata | None = None
-    prompt_cache_key: _Label | None = None
-    prompt_cache_retention: _Label | None = None
-    safety_identifier: _Label | None = None
-    service_tier: _Label | None = None
+    metadata: Metadata | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    safety_identifier: Label | None = None
+    service_tier: Label | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
     def choices(self, limit: int) -> int:
@@ -142,9 +142,9 @@ class GenerationParameters(Strict):
 
 class ChatRequest(GenerationParameters):
     messages: Messages
-    max_completion_tokens: Annotated[int, _in_range("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, in_range("max_tokens")] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, _in_range("logprobs")] | None = None
+    top_logprobs: Annotated[int, in_range("logprobs")] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_CALLS)] | None = None
     tool_choice: ToolChoice | NamedChoice | AllowedChoice | None = None
@@ -193,25 +193,34 @@ class ChatRequest(GenerationParameters):
         )
 
 
+#: A text or several, or their token ids.
+Prompts = (
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
+
+
+def listed(given: Prompts, limit: int, name: str) -> list[str] | list[list[int]]:
+    """One text, or one list of token ids, a prompt.
+
+    Raises:
+        ApiError: there are more of them than the limit; `name` is their parameter.
+    """
+    several: Any = given
+    if isinstance(several, str) or isinstance(several[0], int):
+        return [several]
+    if len(several) > limit:
+        raise InvalidValueError(name, f"{name}: at most {limit} prompts in one request on this server")
+    return list(several)
+
+
 class CompletionRequest(GenerationParameters):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
-
-    def prompts(self, limit: int) -> list[str] | list[list[int]]:
-        """One text, or one list of token ids, a prompt."""
-        given: Any = self.prompt
-        if isinstance(given, str) or isinstance(given[0], int):
-            return [given]
-        if len(given) > limit:
-            raise InvalidValueError("prompt", f"prompt: at most {limit} prompts in one request on this server")
-        return list(given)
 
     def sampling(self, max_tokens: int, defaults: Mapping[str, float] = MappingProxyType({})) -> Sampling:
         """As the engine takes it. Raises ApiError for members that cannot be honoured together."""
@@ -264,3 +273,29 @@ class UnloadRequest(Strict):
 class PinRequest(Strict):
     name: str
     pinned: bool = True
+
+
+class LoadAdapterRequest(Strict):
+    """As `LoadRequest`, in vLLM's words; `base_model_name` says nothing here, since there is one base."""
+
+    lora_name: str
+    lora_path: Annotated[str, Field(min_length=1, max_length=1024)]
+    load_inplace: Literal[False] = False
+    base_model_name: str | None = None
+
+
+class UnloadAdapterRequest(Strict):
+    """As `UnloadRequest`, in vLLM's words; its number of an adapter says nothing here."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class EmbeddingsRequest(Strict):
+    """Texts to embed; `layer` is the decoder layer whose states are averaged, the middle one unless given."""
+
+    model: Annotated[str, Field(max_length=256)]
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    layer: Annotated[int, Field(ge=1)] | None = None
+    user: Label | None = None

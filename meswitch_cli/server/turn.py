@@ -28,10 +28,11 @@ class Turn:
 
     Attributes:
         expert: who answers.
+        sampling: how, the model's own defaults included.
     """
 
-    def __init__(self, group: GenerationGroup, parsers: Sequence[CallParser]) -> None:
-        self.group, self.expert = group, group.expert
+    def __init__(self, group: GenerationGroup, sampling: Sampling, parsers: Sequence[CallParser]) -> None:
+        self.group, self.expert, self.sampling = group, group.expert, sampling
         self._parsers = parsers
 
     def read(self, choice: int, chunk: Chunk) -> list[AnswerPart]:
@@ -98,7 +99,7 @@ async def begin_turn(request: Request, body: ChatRequest, limit_name: str = "max
     group = GenerationGroup(service, record, prompt.expert, [prompt.tokens], [sampling], n)
     reads_calls = prompt.tools and prompt.choice != "none"
     names = [tool.name for tool in prompt.tools]
-    return Turn(group, [CallParser(prompt.syntax, names) for _ in range(n)] if reads_calls else [])
+    return Turn(group, sampling, [CallParser(prompt.syntax, names) for _ in range(n)] if reads_calls else [])
 
 
 def with_tools(sampling: Sampling, body: ChatRequest, prompt: TurnPrompt, tokenizer: Tokenizer) -> Sampling:
