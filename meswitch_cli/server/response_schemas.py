@@ -92,7 +92,7 @@ class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] | None = None
     description: str | None = None
-    schema_: Annotated[JsonObject, Field(alias="schema")] | None = None
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
 

@@ -113,6 +113,8 @@ class CallParser:
         return True
 
     def _take_arguments(self, parts: list[AnswerPart]) -> bool:
+        if not self._arguments.begun:
+            self._buffer = self._buffer.lstrip()
         size = self._arguments.push(self._buffer)
         taken, self._buffer = self._buffer[:size], self._buffer[size:]
         complete = self._arguments.complete
@@ -142,6 +144,11 @@ class JsonEnd:
     def __init__(self) -> None:
         self._depth, self._quoted, self._escaped = 0, False, False
         self.complete = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether its first bracket has come."""
+        return self._depth > 0 or self.complete
 
     def push(self, text: str) -> int:
         """How many of these characters belong to the object."""
