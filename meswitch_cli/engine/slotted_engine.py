@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic
@@ -169,6 +169,10 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
     def tokenizer(self, expert: str) -> Tokenizer:
         with self._lock:
             return self._model(expert).tokenizer
+
+    def sampling_defaults(self, expert: str) -> Mapping[str, float]:
+        with self._lock:
+            return self._model(expert).sampling
 
     def serves(self, expert: str) -> bool:
         with self._lock:
