@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -91,6 +91,19 @@ class Manifest:
             for name in unknown:
                 del entry[name]
         return json.dumps(value, indent=1, sort_keys=False) + "\n"
+
+
+def mean_errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
+    """`weight_error` and `output_error` of tensors together, weighted by their deltas' energy; None where no tensor
+    has one."""
+    items = list(entries)
+    result: dict[str, float | None] = {}
+    for name in ("weight_error", "output_error"):
+        pairs = [(getattr(item, name), item.delta_energy) for item in items]
+        known = [(error, energy) for error, energy in pairs if error is not None and energy]
+        total = sum(energy for _, energy in known)
+        result[name] = sum(error * energy for error, energy in known) / total if total else None
+    return result
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:

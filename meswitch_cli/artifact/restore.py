@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.card import MODEL_CARD
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.errors import ArtifactError
