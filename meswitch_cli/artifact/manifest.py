@@ -286,7 +286,7 @@ class _Fields:
 
     def shape(self, key: str) -> tuple[int, ...]:
         value = self._get(key)
-        sizes = isinstance(value, list) and len(value) <= 4 and all(type(item) is int for item in value)
+        sizes = isinstance(value, list) and len(value) <= 6 and all(type(item) is int for item in value)
         if not sizes or not all(0 < item <= _MAX_DIMENSION for item in value) or math.prod(value) > _MAX_NUMEL:
             raise self._fail(key, "a shape")
         return tuple(value)
