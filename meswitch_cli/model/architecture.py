@@ -65,6 +65,10 @@ class Storage:
         """The parameter's value, in the dtype that is stored."""
         return self.parameter.from_stored(checkpoint.read(self.name, buffer_of))
 
+    def digest(self, checkpoint: Checkpoint, value: torch.Tensor) -> str:
+        """What the checkpoint's fingerprint has of the parameter, whose value was read."""
+        return checkpoint.digest(self.name, self.parameter.name, value)
+
 
 @dataclass(frozen=True)
 class Architecture:
