@@ -131,8 +131,11 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
             f"{list(base.shape)}: wrong base"
         )
     value = base[: entry.rows].to(torch.float32, copy=True)
+    factors = stored.factors()
     if stored.bits:
         value += dequantize(stored)
+    elif factors is not None:
+        value.addmm_(*factors)
     if stored.added_rows is not None:
         value = torch.cat([value, stored.added_rows.float()])
     return value

@@ -13,9 +13,11 @@ from meswitch_cli.delta.codes import CODES, RATES, CodeName
 if TYPE_CHECKING:
     Bits = str
     Rate = str
+    Factors = str
 else:
     Bits = Literal[tuple(map(str, CODES))]
     Rate = Literal[tuple(map(str, RATES))]
+    Factors = Literal["4", "8", "16"]
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
@@ -31,7 +33,7 @@ def rate(text: str) -> float:
 
 def run(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id (owner/name@revision).")],
-    expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id.")],
+    expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id; a LoRA adapter will do.")],
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
         Rate, typer.Option(help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.")
@@ -50,6 +52,10 @@ def run(
             help="Leading singular directions of a tensor kept beside its codes, at 4 bits.",
             show_default="16 up to 1 bit, else 0",
         ),
+    ] = None,
+    factor_bits: Annotated[
+        Factors | None,
+        typer.Option(help="Of an adapter: bits of a number of its factors.", show_default="16"),
     ] = None,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
@@ -125,6 +131,7 @@ def run(
         rounding=rounding,
         steps=steps,
         embedding_bits=int(embedding_bits) if embedding_bits else None,
+        factor_bits=int(factor_bits) if factor_bits else None,
         calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,

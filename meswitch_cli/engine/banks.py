@@ -74,7 +74,7 @@ class Layout:
 def capacity_of(entry: TensorEntry) -> Capacity:
     """What a bank must hold for what an entry tells of."""
     if not entry.bits:
-        return Capacity(added_rows=entry.added_rows)
+        return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     return Capacity(
         bits=entry.width,
         group_size=entry.group_size,
@@ -215,12 +215,13 @@ class Banks:
         if bias is not None:
             own = self.base.layer(name).bias
             bias_delta = _resized(bias, bank.out_features).float() - own.float().to(bias.device)
-        if not weight.bits:  # equal to the base's, apart from a bias or added rows
+        left, right = weight.factors(self.base.device) or (None, None)
+        left = None if left is None else _resized(left, bank.out_features)
+        if not weight.bits:  # equal to the base's, apart from a low-rank part, a bias or added rows
             delta = ExpertDelta.of_nothing(bank.in_features, bank.out_features)
-            return replace(delta, bias_delta=bias_delta, added_rows=weight.added_rows)
+            return replace(delta, bias_delta=bias_delta, added_rows=weight.added_rows, left=left, right=right)
         weight = weight.scalar(self.base.device)
         codes, steps = weight.coded
-        left, right = weight.factors(self.base.device) or (None, None)
         return ExpertDelta(
             bits=int(weight.bits),
             # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.

@@ -75,6 +75,10 @@ class Storage:
             return self.parameter.from_stored(read_tensor(self.info(checkpoint), buffer_of))
         return self.parameter.from_stored(checkpoint.read(self.name, buffer_of))
 
+    def digest(self, checkpoint: Checkpoint, value: torch.Tensor) -> str:
+        """What the checkpoint's fingerprint has of the parameter, whose value was read."""
+        return checkpoint.digest(self.name, self.parameter.name, value)
+
 
 @dataclass(frozen=True)
 class Architecture:
