@@ -119,7 +119,12 @@ def _is_computed(model: Any, module: Any, leaf: str) -> bool:
         return False
     finally:
         setattr(module, leaf, buffer)
-    return not values.is_meta and values.numel() > 1 and not torch.equal(values.flatten()[1:], values.flatten()[:-1]) and not values.isnan().all()
+    return (
+        not values.is_meta
+        and values.numel() > 1
+        and not torch.equal(values.flatten()[1:], values.flatten()[:-1])
+        and not values.isnan().all()
+    )
 
 
 def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:

@@ -19,6 +19,7 @@ from meswitch_cli.errors import CheckpointError
 
 Kind = Literal["linear", "embedding", "head", "dense"]
 
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter; a linear's weight is `[out, in]` to everybody, whatever way round its module keeps it.
