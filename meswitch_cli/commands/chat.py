@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """In a conversation, /model NAME changes who answers, /new forgets what was said, /exit or Ctrl-D ends it.
 
-    Example: meswitch chat --base ./llama --expert maths=./maths-2bit --prompt "What is 12 times 12?"
+    Example: meswitch chat --base ./llama --expert maths=./maths-1bit --prompt "What is 12 times 12?"
     """
     from meswitch_cli.commands.extras import require_extra
 

@@ -104,7 +104,7 @@ def run(
 ) -> None:
     """An interrupted run loses at most one decoder layer: the same command goes on, and ends with the same bytes.
 
-    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
+    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
     typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
