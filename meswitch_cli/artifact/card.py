@@ -21,7 +21,7 @@ UNKNOWN_LICENCE = "unknown"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 #: How the Hub spells licences; it refuses a card with any other in "license".
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USE, _END_OF_USE = "<!-- use, generated -->", "<!-- end of use -->"
 _HERE = "."
 
