@@ -9,6 +9,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.card import MODEL_CARD
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
+from meswitch_cli.checkpoint.source import identify
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.hub.errors import hub_errors
 from meswitch_cli.hub.names import HubName
@@ -60,7 +61,24 @@ def pull(name: str, out: str | Path | None = None, *, force: bool = False) -> Ar
     return artifact if target is None else _copied(artifact, target)
 
 
-def _fetch(name: HubName) -> Path:
+def whole_artifact(folder: Path) -> Path:
+    """A folder of which somebody fetched a part from the Hub, with the other files that the manifest lists.
+
+    Raises:
+        ArtifactError: the Hub does not give them.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = Artifact.open(folder).manifest
+        if all((folder / entry.name).is_file() for entry in (*manifest.shards, *manifest.files)):
+            return folder
+    repo, commit = identify(folder)
+    found = HubName.parse(repo)
+    if found is None or commit is None:
+        return folder
+    return _fetch(HubName(found.repo, commit), cache=folder.parents[2])
+
+
+def _fetch(name: HubName, cache: Path | None = None) -> Path:
     """The folder in the Hub's cache, with the files that the manifest lists and no others."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -68,14 +86,14 @@ def _fetch(name: HubName) -> Path:
     advice = "Check the name; a private repository needs `hf auth login` or HF_TOKEN"
     with hub_errors(f"{name}: no such folder here, and the Hub does not give it", advice):
         try:
-            file = Path(hf_hub_download(name.repo, MANIFEST_FILE, revision=name.revision))
+            file = Path(hf_hub_download(name.repo, MANIFEST_FILE, revision=name.revision, cache_dir=cache))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise ArtifactError(f"{name}: a repository without {MANIFEST_FILE}, so no artifact of meswitch") from error
         manifest = Artifact.open(file.parent).manifest
         files = [MANIFEST_FILE, MODEL_CARD, *(entry.name for entry in (*manifest.shards, *manifest.files))]
-        return Path(snapshot_download(name.repo, revision=file.parent.name, allow_patterns=files))
+        return Path(snapshot_download(name.repo, revision=file.parent.name, allow_patterns=files, cache_dir=cache))
 
 
 def _copied(artifact: Artifact, out: Path) -> Artifact:
