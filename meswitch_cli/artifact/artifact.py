@@ -13,6 +13,7 @@ import torch
 
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from meswitch_cli.artifact.mistaken import what_it_is
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE, without_transformers
 from meswitch_cli.checkpoint.checkpoint import read_json
@@ -47,8 +48,8 @@ class Artifact:
             if file.stat().st_size > MAX_MANIFEST_BYTES:
                 raise ArtifactError(f"{file}: larger than a manifest can be")
             raw = file.read_bytes()
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: not an artifact: it has no {MANIFEST_FILE}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(f"{path}: not an artifact: {what_it_is(path)}") from error
         except OSError as error:
             raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
         return cls(path, parse_manifest(raw, str(file)), hashlib.sha256(raw).hexdigest())
@@ -131,8 +132,11 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
             f"{list(base.shape)}: wrong base"
         )
     value = base[: entry.rows].to(torch.float32, copy=True)
+    factors = stored.factors()
     if stored.bits:
         value += dequantize(stored)
+    elif factors is not None:
+        value.addmm_(*factors)
     if stored.added_rows is not None:
         value = torch.cat([value, stored.added_rows.float()])
     return value

@@ -113,19 +113,19 @@ class Card:
         return before + _use(shlex.split(base[1])[0], repo) + after
 
 
-def model_card(manifest: Manifest, expert_card: Card, expert_nbytes: int) -> bytes:
+def model_card(manifest: Manifest, expert_card: Card, expert_nbytes: int, form: str) -> bytes:
     """The card of a new artifact.
 
     Args:
         manifest: the artifact's.
         expert_card: the fine-tune's own card, which alone tells its licence.
         expert_nbytes: of the fine-tune's weights.
+        form: what the artifact stores, as "a 1-bit delta".
     """
     front: dict[str, Any] = {"library_name": "meswitch", "pipeline_tag": "text-generation"} | expert_card.licence
     if _on_hub(manifest.expert):
         front |= {"base_model": manifest.expert.id, "base_model_relation": "quantized"}
     front["tags"] = ["meswitch", "delta-compression"]
-    bits = manifest.settings.get("bits")
     errors = mean_errors(manifest.tensors)
     figures = {
         "size": f"{manifest.nbytes / 1e6:.1f} MB",
@@ -136,7 +136,7 @@ def model_card(manifest: Manifest, expert_card: Card, expert_nbytes: int) -> byt
     }
     base, expert = (_named(item) for item in (manifest.base, manifest.expert))
     body = f"""
-# {manifest.expert.id}, as a {bits}-bit delta against {manifest.base.id}
+# {manifest.expert.id}, as {form} against {manifest.base.id}
 
 This is {expert}, compressed against {base}. Every number of the fine-tune is the base's plus what is stored here, so it
 needs that base to run.

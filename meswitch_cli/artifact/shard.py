@@ -55,6 +55,11 @@ class Shard:
             if info.dtype not in part.dtypes:
                 raise ArtifactError(f"{path}: tensor {name!r} has type {info.dtype}")
 
+    def value_dtype(self, name: str) -> torch.dtype | None:
+        """The type in which a parameter is stored whole; None of one that is not."""
+        info = self._infos.get(f"{name}.value")
+        return info.dtype if info else None
+
     def delta(self, name: str) -> StoredDelta:
         """Read what is stored of one parameter.
 

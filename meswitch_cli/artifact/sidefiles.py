@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from meswitch_cli.errors import CheckpointError
 CONFIG_FILE = "config.json"
 #: How config.json tells transformers of an artifact: the method that it looks up, and the entry that names the base.
 QUANTIZATION, QUANT_METHOD, BASE_ENTRY = "quantization_config", "meswitch", "meswitch_base"
+_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+#: Files that a tokenizer has nothing to do with.
+_NO_TOKENIZERS = (CONFIG_FILE, "generation_config.json", "processor_config.json", "preprocessor_config.json")
 #: What is carried, by name: the config, what any of transformers' tokenizers reads, chat templates, and the terms
 #: under which a fine-tune may be passed on.
 CARRIED_FILES = (
@@ -46,9 +49,7 @@ CARRIED_FILES = (
     "chat_template*.json",
     "processor_config.json",
     "preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_LICENCES,
 )
 #: Where transformers keeps chat templates beside the default one, a file each.
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -56,14 +57,29 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 _PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map", NAMED_FILE)
 
 
-def expert_files(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """Read the expert's files, by path in its folder, free of local paths and of code references.
+def expert_files(folder: Path, config: Mapping[str, Any] | None = None, more: Sequence[Path] = ()) -> dict[str, bytes]:
+    """Read an expert's files, by path in its folder, free of local paths and of code references.
 
-    `config` is what config.json must say, where the file itself says something else.
+    `config` is what config.json must say, where the file itself says something else. The files of `more` folders, as of
+    an adapter beside its base, take the place of the first's, a tokenizer's all together; config.json stays.
 
     Raises:
         CheckpointError: a file cannot be read, or is no more than a pointer to one.
     """
+    files = _read_files(folder, config)
+    for other in more:
+        own = {name: data for name, data in _read_files(other, None).items() if name != CONFIG_FILE}
+        if any("token" in name for name in own):
+            files = {name: data for name, data in files.items() if name in _NO_TOKENIZERS or _is_licence(name)}
+        files |= own
+    return files
+
+
+def _is_licence(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LICENCES)
+
+
+def _read_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for name in _carried(folder):
         path = folder / name

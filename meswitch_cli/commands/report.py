@@ -24,6 +24,7 @@ def megabytes(nbytes: float) -> str:
 def print_plan(job: Job) -> None:
     """What will be done, from metadata alone; on stderr, since it is not the result."""
     from meswitch_cli.compression.size import expected_bytes
+    from meswitch_cli.model.adapted import AdaptedCheckpoint
 
     out = console(stderr=True)
     out.print(f"base    {job.base.source.path}", soft_wrap=True)
@@ -35,11 +36,17 @@ def print_plan(job: Job) -> None:
         found = [job.settings.of(kind, unrelated=item.unrelated) for item in items]
         widths = {settings.bits for settings in found if settings}
         bits = "/".join(str(width) for width in sorted(widths))
+        form = "16 bit if changed" if kind == "dense" else f"{bits} bit"
+        if isinstance(job.expert, AdaptedCheckpoint):
+            changed = [job.expert.parameters[item.expert.parameter.name] for item in items]
+            ranks = sorted({item.rank for item in changed if item.rank and not item.scales_rows})
+            products = sum(bool(item.rank) and not item.scales_rows for item in changed)
+            others = sum(item.changed for item in changed) - products
+            form = f"{products} of rank {'/'.join(map(str, ranks))}" if products else "the base's"
+            form += f", {others} in {bits or 16} bit" if others else ""
         if items:
             weights = sum(math.prod(item.shape) for item in items)
-            shown.add_row(
-                kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else f"{bits} bit"
-            )
+            shown.add_row(kind, str(len(items)), f"{weights:,}", form)
     out.print(shown)
     if job.plan.added_rows:
         out.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
@@ -91,7 +98,7 @@ def by_projection(manifest: Manifest) -> dict[str, list[TensorEntry]]:
     """Quantised tensors by the last part of their name (q_proj, down_proj, ...), in order of appearance."""
     groups: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in manifest.tensors:
-        if entry.bits:
+        if entry.bits or entry.rank:
             groups[entry.projection].append(entry)
     return dict(groups)
 
@@ -109,13 +116,13 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         errors = mean_errors(entries)
         shown.add_row(
             kind,
-            "/".join(sorted({f"{entry.bits}{' trellis' if entry.trellis else ''}" for entry in entries})),
+            "/".join(sorted({_form(entry) for entry in entries})),
             str(len(entries)),
             megabytes(sum(entry.nbytes for entry in entries)),
             _percent(errors["weight_error"]),
             _percent(errors["output_error"]),
         )
-    whole = [entry for entry in manifest.tensors if not entry.bits]
+    whole = [entry for entry in manifest.tensors if not entry.bits and not entry.rank]
     if whole:
         shown.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
     out.print(shown)
@@ -131,6 +138,11 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         )
     if manifest.unchanged:
         out.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room")
+
+
+def _form(entry: TensorEntry) -> str:
+    """Bits of a tensor's codes; of a low-rank part that stands alone, its rank."""
+    return f"{entry.bits}{' trellis' if entry.trellis else ''}" if entry.bits else f"rank {entry.rank}"
 
 
 def print_worst_layers(manifest: Manifest) -> None:

@@ -76,7 +76,7 @@ def test_a_card_for_a_repository_names_it_and_keeps_what_people_wrote(pair: Pair
     artifact = make_artifact(pair)
     written = Card.read(artifact.path)
     edited = Card({**written.front, "language": ["de"]}, written.body + "\nThanks to Ann.\n")
-    card = edited.published("bob/maths-2bit", base_model="ann/llama-maths", licence="mit")
+    card = edited.published("bob/maths-1bit", base_model="ann/llama-maths", licence="mit")
     again = Card.parse(card.text)
     assert again.front == {
         **edited.front,
@@ -87,13 +87,13 @@ def test_a_card_for_a_repository_names_it_and_keeps_what_people_wrote(pair: Pair
     assert again.body.endswith("\nThanks to Ann.\n")
     commands = [shlex.split(line) for line in again.body.splitlines() if line.startswith("meswitch ")]
     assert commands == [
-        ["meswitch", "verify", "bob/maths-2bit", "--base", "base", "--full"],
-        ["meswitch", "serve", "--base", "base", "--expert", "maths-2bit=bob/maths-2bit"],
-        ["meswitch", "restore", "bob/maths-2bit", "--base", "base", "--out", "restored"],
+        ["meswitch", "verify", "bob/maths-1bit", "--base", "base", "--full"],
+        ["meswitch", "serve", "--base", "base", "--expert", "maths-1bit=bob/maths-1bit"],
+        ["meswitch", "restore", "bob/maths-1bit", "--base", "base", "--out", "restored"],
     ]
     call = next(line for line in again.body.splitlines() if line.startswith("model = "))
-    assert ast.literal_eval(call.partition("load")[2]) == ("base", "bob/maths-2bit")
-    assert Card.parse(again.published("bob/maths-2bit").text) == again
+    assert ast.literal_eval(call.partition("load")[2]) == ("base", "bob/maths-1bit")
+    assert Card.parse(again.published("bob/maths-1bit").text) == again
 
 
 def test_a_card_that_is_not_ours_keeps_its_body() -> None:
