@@ -14,8 +14,9 @@ import torch
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from meswitch_cli.artifact.mistaken import what_it_is
+from meswitch_cli.artifact.quantization import without_transformers
 from meswitch_cli.artifact.shard import Shard
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE, without_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
 from meswitch_cli.delta.quantize import dequantize

@@ -66,6 +66,8 @@ class Card:
     def text(self) -> str:
         import yaml
 
+        if not self.front:
+            return self.body
         front = yaml.safe_dump(dict(self.front), sort_keys=False, allow_unicode=True, width=1 << 20)
         return f"---\n{front}---\n{self.body}"
 

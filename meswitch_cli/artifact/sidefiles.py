@@ -15,8 +15,6 @@ from meswitch_cli.checkpoint.weight_files import NAMED_FILE
 from meswitch_cli.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-#: How config.json tells transformers of an artifact: the method that it looks up, and the entry that names the base.
-QUANTIZATION, QUANT_METHOD, BASE_ENTRY = "quantization_config", "meswitch", "meswitch_base"
 _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 #: Files that a tokenizer has nothing to do with.
 _NO_TOKENIZERS = (CONFIG_FILE, "generation_config.json", "processor_config.json", "preprocessor_config.json")
@@ -117,20 +115,3 @@ def _without_private_keys(data: bytes) -> bytes:
         return data
     kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def for_transformers(config: bytes, base: str, weights: str) -> bytes:
-    """An artifact's config.json: the expert's, and what transformers needs to load the artifact itself.
-
-    Args:
-        config: the expert's.
-        base: folder or Hub id of the base.
-        weights: a shard's name.
-    """
-    value = json.loads(config) | {BASE_ENTRY: base, QUANTIZATION: {"quant_method": QUANT_METHOD, "weights": weights}}
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def without_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The expert's config alone."""
-    return {key: value for key, value in config.items() if key not in (BASE_ENTRY, QUANTIZATION)}

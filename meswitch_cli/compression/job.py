@@ -14,7 +14,8 @@ from meswitch_cli import __version__
 from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
 from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files, for_transformers
+from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics

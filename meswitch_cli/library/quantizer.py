@@ -2,6 +2,8 @@
 
 transformers lets a quantization method be registered from outside. Ours tells it which file to open, lets it build the
 model without weights, and then fills every parameter from the base and the artifact. The result is a plain model.
+
+This module is imported in the midst of transformers' own import, so what it needs of ours it imports when it is called.
 """
 
 from __future__ import annotations
@@ -18,11 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.artifact.sidefiles import BASE_ENTRY, QUANT_METHOD
+from meswitch_cli.artifact.quantization import BASE_ENTRY, QUANT_METHOD
 from meswitch_cli.errors import ArtifactError
-from meswitch_cli.hub.fetch import whole_artifact
-from meswitch_cli.library.artifacts import expert_weights
 
 
 class MeswitchConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -50,6 +49,9 @@ class MeswitchQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **others: Any
     ) -> Any:
+        from meswitch_cli.artifact.artifact import Artifact
+        from meswitch_cli.hub.fetch import whole_artifact
+
         if not checkpoint_files:
             raise ArtifactError(f"{model.config.name_or_path}: no file of an artifact")
         self._artifact = Artifact.open(whole_artifact(Path(checkpoint_files[0]).parent))
@@ -59,6 +61,8 @@ class MeswitchQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
+        from meswitch_cli.library.artifacts import expert_weights
+
         for name in ("initialize_weights", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
             delattr(model, name)
         base = getattr(model.config, BASE_ENTRY, None)

@@ -34,13 +34,11 @@ class RunningServer:
 
     Attributes:
         address: `http://HOST:PORT`.
-        failed: experts that are not served, and why.
         warnings: what is odd about the router, and about who may use the server.
     """
 
     def __init__(self, service: Service, bound: socket.socket, host: str, warnings: tuple[str, ...]) -> None:
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        self.failed: dict[str, str] = dict(getattr(service.engine, "failed", {}))
         self.warnings = warnings
         started = threading.Event()
         self._server = Server(create_app(service), service, on_started=started.set)
@@ -102,7 +100,7 @@ def serve(
     of_server = {name: value for name, value in settings.items() if name in _SERVER_OPTIONS}
     of_engine = {name: value for name, value in settings.items() if name in _ENGINE_OPTIONS}
     server_settings = ServerSettings(**of_server)
-    engine_settings = EngineSettings(base=str(base), experts=folders, **of_engine)
+    engine_settings = EngineSettings(base=str(base), experts=folders, **({"strict": True} | of_engine))
     bound = listen(host, port)
     engine = TransformersEngine(engine_settings)
     warnings: list[str] = []

@@ -78,7 +78,7 @@ def test_a_server_in_a_block(family: Family) -> None:
         head = {"Authorization": "Bearer secret"}
         answer = httpx2.post(url, json=body, headers=head, trust_env=False, timeout=60).json()
         assert answer["model"] == "alpha" and answer["usage"]["completion_tokens"] > 0
-        assert server.failed == {} and server.warnings == ()
+        assert server.warnings == ()
         with pytest.raises(meswitch.MeswitchError, match="choose another"):
             meswitch.serve(family.base, port=int(server.address.rpartition(":")[2]), **SMALL)
     with pytest.raises(httpx2.ConnectError):
