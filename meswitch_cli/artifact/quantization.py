@@ -1,4 +1,4 @@
-"""How an artifact's config.json tells transformers what it is; `library/quantizer.py` is what transformers then calls."""
+"""How an artifact's config.json tells transformers what it is; `library/quantizer.py` is what it then calls."""
 
 from __future__ import annotations
 
