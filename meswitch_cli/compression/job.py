@@ -13,8 +13,9 @@ import torch
 from meswitch_cli import __version__
 from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
-from meswitch_cli.artifact.sidefiles import expert_files
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
+from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
@@ -103,7 +104,7 @@ def compress(
             raise
         if weakness:
             on_note(weakness)
-        manifest, side_files = _finish(job, records)
+        manifest, side_files = _finish(job, records, max_shard_bytes)
         return space.publish(manifest, side_files, max_shard_bytes)
 
 
@@ -214,7 +215,7 @@ def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Ite
         report(nbytes)
 
 
-def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:
+def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[Manifest, dict[str, bytes]]:
     base_digests: dict[str, str] = {}
     expert_digests: dict[str, str] = {}
     for record in records:
@@ -222,6 +223,9 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
+    named = base.id if base.revision is None else f"{base.id}@{base.revision}"
+    weights = first_shard([shard.nbytes for shard in shards], max_shard_bytes)
+    side_files = {**job.side_files, CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights)}
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -233,11 +237,10 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,
         files=tuple(
-            FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-            for name, data in sorted(job.side_files.items())
+            FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
         ),
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
     card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
-    return manifest, {**job.side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed
+    return manifest, {**side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed
