@@ -1,7 +1,7 @@
 """Real clients against a live server of tiny experts, each in an environment of its own; writes docs/clients.md.
 
-`python tests clients FOLDER` looks below FOLDER for an environment of each client: a virtual environment of the client's
-name, or `node` with its modules. Clients whose environment is missing are left out; `--install` makes it first.
+`python tests clients FOLDER` looks below FOLDER for an environment of each client: a virtual environment of its name,
+or `node` with its modules. Clients whose environment is missing are left out; `--install` makes it first.
 """
 
 from __future__ import annotations
