@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,12 @@ def open_base(checkpoint: Checkpoint, vocabulary: int) -> ServedModel:
 
 
 class ExpertOpener:
-    """Opens experts of one base, whose tensors it hashes once, and again when their files have changed."""
+    """Opens experts of one base, from any thread; hashes the base's tensors once, and again when its files change."""
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
         self._fingerprint: tuple[str, str] | None = None
+        self._lock = threading.Lock()
 
     def open(self, name: str, path: Path) -> ServedModel:
         """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
@@ -91,10 +93,11 @@ class ExpertOpener:
         )
 
     def _base_fingerprint(self) -> str:
-        stat = self._base.stat_digest()
-        if self._fingerprint is None or self._fingerprint[0] != stat:
-            self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
-        return self._fingerprint[1]
+        with self._lock:
+            stat = self._base.stat_digest()
+            if self._fingerprint is None or self._fingerprint[0] != stat:
+                self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
+            return self._fingerprint[1]
 
 
 def refuse_other_computation(artifact: Artifact, base: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from meswitch_cli.engine.contract import (
     InvalidRequestError,
@@ -18,6 +19,7 @@ from meswitch_cli.engine.contract import (
     UnknownExpertError,
 )
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.server.record import RequestRecord
 
 #: Seconds after which a client that was turned away may try again.
 RETRY_AFTER = 1
@@ -55,7 +57,10 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 503: "service_un
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, message for people, code for programs, the parameter at fault."""
+    """An answer that is an error: status, message for people, code for programs, the parameter at fault.
+
+    `logged` stands in the log in the message's place, where that may quote what was asked.
+    """
 
     def __init__(
         self,
@@ -65,9 +70,11 @@ class ApiError(Exception):
         code: str | None = None,
         parameter: str | None = None,
         headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.logged = logged or message
         self.code = code
         self.parameter = parameter
         self.headers = dict(headers or {})
@@ -106,12 +113,26 @@ def anthropic_envelope(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
+class ErrorResponse(JSONResponse):
+    """The envelope of an error, whose reason goes into the request's record when it is sent."""
+
+    def __init__(self, error: ApiError, path: str) -> None:
+        body = envelope(error.status, str(error), error.code, error.parameter)
+        if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+            body = anthropic_envelope(error)
+        super().__init__(body, error.status, error.headers)
+        self._reason = error.logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = RequestRecord.at(scope)
+        if record is not None and record.error is None:  # an exception has said more of itself
+            record.error = self._reason
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ApiError, path: str) -> JSONResponse:
     """An error as the API at that path has it."""
-    body = envelope(error.status, str(error), error.code, error.parameter)
-    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
-        body = anthropic_envelope(error)
-    return JSONResponse(body, error.status, error.headers)
+    return ErrorResponse(error, path)
 
 
 def from_engine(error: Exception) -> ApiError:

@@ -106,7 +106,8 @@ class GenerationGroup:
                 self.record.error = chunk.error
                 raise ApiError(500, chunk.error or "generation failed", code="generation_failed")
             if chunk.finish_reason == "cancelled":
-                raise ApiError(503, "the server stopped before the answer was complete", code="shutting_down")
+                self.record.error = "the server stopped before the answer was complete"
+                raise ApiError(503, self.record.error, code="shutting_down")
             yield choice, chunk
 
     def _observe(self, choice: int, chunk: Chunk, now: float) -> None:

@@ -61,8 +61,10 @@ async def chat_tokens(
         return await service.tokenizing(render)
     except Exception as error:  # a template is a program: whatever it raises, it did not accept these messages
         reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
-        message = f"the chat template of {expert!r} does not accept these messages: {reason}"
-        raise ApiError(400, message, code="chat_template_error", parameter="messages") from error
+        refused = f"the chat template of {expert!r} does not accept these messages"
+        raise ApiError(
+            400, f"{refused}: {reason}", code="chat_template_error", parameter="messages", logged=refused
+        ) from error
 
 
 async def text_tokens(service: Service, expert: str, text: str, special: bool = True) -> tuple[int, ...]:
