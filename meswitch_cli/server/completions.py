@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from meswitch_cli.engine.contract import Chunk
+from meswitch_cli.engine.contract import Chunk, Tokenizer
 from meswitch_cli.server.answer import answer
 from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.prompts import decode, text_tokens, token_limit
@@ -69,6 +69,12 @@ class CompletionShape:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
 
+def _echo(tokenizer: Tokenizer, prompt: str | list[int], tokens: tuple[int, ...]) -> Echo:
+    if isinstance(prompt, str):
+        return Echo(prompt, tokens, special=False)
+    return Echo(decode(tokenizer, tokens), tokens, special=True)
+
+
 @endpoints.post("/v1/completions", summary="A continuation of a text", response_model=None)
 async def complete(request: Request, body: CompletionRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
@@ -88,11 +94,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     limits = [token_limit(service, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt") for prompt in prompts]
     defaults = service.engine.sampling_defaults(choice.expert)
     samplings = [body.sampling(limit, defaults) for limit in limits]
-    echoes = [
-        Echo(prompt if isinstance(prompt, str) else decode(tokenizer, prompt), tokens, not isinstance(prompt, str))
-        for prompt, tokens in zip(given, prompts, strict=True)
-        if body.echo
-    ]
+    echoes = [_echo(tokenizer, prompt, tokens) for prompt, tokens in zip(given, prompts, strict=True) if body.echo]
     texts = TokenTexts(tokenizer) if body.logprobs is not None else None
     group = GenerationGroup(service, record, choice.expert, prompts, samplings, n)
     return await answer(request, body, group, CompletionShape(texts, echoes, n))

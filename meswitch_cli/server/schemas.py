@@ -202,7 +202,7 @@ Prompts = (
 )
 
 
-def listed(given: Prompts, limit: int, name: str) -> list[str] | list[list[int]]:
+def listed(given: Prompts, limit: int, name: str) -> list[str | list[int]]:
     """One text, or one list of token ids, a prompt.
 
     Raises:

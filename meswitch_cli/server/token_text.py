@@ -72,9 +72,8 @@ class TokenTexts:
         `special` is whether the echo holds the texts of special tokens.
         """
         texts = [self.text(token) for token in tokens]
-        lengths = [
-            len(text) if special or token not in self._added else 0 for token, text in zip(tokens, texts, strict=True)
-        ]
+        shown = [special or token not in self._added for token in tokens]
+        lengths = [len(text) * told for text, told in zip(texts, shown, strict=True)]
         return {
             "tokens": texts,
             "token_logprobs": [None, *(finite(logprob.logprob) for logprob in logprobs)],
