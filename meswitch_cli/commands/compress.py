@@ -103,9 +103,10 @@ def run(
     typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
     from meswitch_cli.commands.host_memory import share_one_arena
+    from meswitch_cli.commands.next_steps import after_compress, print_next
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
-    from meswitch_cli.commands.verdict import next_commands, shown_commands, verdict
+    from meswitch_cli.commands.verdict import verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -154,4 +155,4 @@ def run(
             typer.echo(sentence)
         typer.echo(f"{out}")
         if manifest.tensors:
-            typer.echo(shown_commands(next_commands(base, expert, out)), err=True)
+            print_next(after_compress(base, expert, out))

@@ -1,14 +1,8 @@
-"""Whether an artifact's errors are as they should be, what they will do to answers, and which command comes next."""
+"""Whether an artifact's errors are as they should be, and what they will do to answers."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from meswitch_cli.errors import UsageError
-from meswitch_cli.names import check_name
 
 if TYPE_CHECKING:
     from meswitch_cli.artifact.manifest import Manifest
@@ -66,27 +60,6 @@ def verdict(manifest: Manifest) -> list[str]:
             "at this setting; meswitch eval measures yours"
         )
     return told
-
-
-def next_commands(base: str, expert: str, out: Path) -> list[str]:
-    """What to type after compressing."""
-    name = Path(expert.partition("@")[0]).name
-    try:
-        check_name(name)
-    except UsageError:
-        name = "NAME"
-    given = ("--base", base, "--expert", expert, "--artifact", out, "--text", "HELD-OUT.jsonl", "--out", f"{out}-eval")
-    return [command("eval", *given), command("serve", "--base", base, "--expert", f"{name}={out}")]
-
-
-def shown_commands(commands: Sequence[str]) -> str:
-    """Lines to print, each command to be copied whole."""
-    return "\n".join(["next:", *(f"  {command}" for command in commands)])
-
-
-def command(name: str, *arguments: object) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(["meswitch", name, *map(str, arguments)])
 
 
 def _percent(share: float) -> str:

@@ -12,7 +12,8 @@ import pytest
 from command_line import in_process
 
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, next_commands, verdict
+from meswitch_cli.commands.next_steps import after_compress
+from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, verdict
 from meswitch_cli.delta.codes import RATES
 from zoo.tiny import Pair
 
@@ -107,8 +108,8 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_name_that_cannot_be_served_is_left_to_the_user() -> None:
-    assert "NAME=out" in next_commands("base", "./my model[final]", Path("out"))[1]
-    assert "maths=out" in next_commands("base", "owner/maths@main", Path("out"))[1]
+    assert after_compress("base", "./my model[final]", Path("out"))[1][-1] == "NAME=out"
+    assert after_compress("base", "owner/maths@main", Path("out"))[1][-1] == "maths=out"
 
 
 def test_json_has_no_verdict(pair: Pair, tmp_path: Path) -> None:
