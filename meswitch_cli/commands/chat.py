@@ -54,7 +54,7 @@ def run(
 ) -> None:
     """In a conversation, /expert NAME changes who answers, /new forgets what was said, /help names the rest.
 
-    Example: meswitch chat --base ./llama --expert maths=./maths-2bit --prompt "What is 12 times 12?"
+    Example: meswitch chat --base ./llama --expert maths=./maths-1bit --prompt "What is 12 times 12?"
     """
     from meswitch_cli.commands.extras import require_extra
 

@@ -102,7 +102,7 @@ def run(
 ) -> None:
     """Compares base, full expert and compressed expert on the same tokens; exit status 1 if a limit is missed.
 
-    Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-2bit --text held-out.jsonl --out ./eval
+    Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-1bit --text held-out.jsonl --out ./eval
     """
     import sys
 

@@ -113,7 +113,7 @@ def run(
 ) -> None:
     """All of them share one copy of the base. The page is at /; curl and OpenAI's clients find the API at /v1.
 
-    Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
+    Example: meswitch serve --base ./llama --expert maths=./maths-1bit --expert code=./code-1bit --router ./router
     """
     from meswitch_cli.commands.extras import require_extra
 

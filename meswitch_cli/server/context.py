@@ -63,7 +63,7 @@ class RequestContext:
             record.error = f"{type(error).__name__}: {error}"
             logger.exception("request %s failed", record.id)
             if not record.status:
-                await error_response(from_engine(error))(scope, receive, send_with_headers)
+                await error_response(from_engine(error), scope["path"])(scope, receive, send_with_headers)
         finally:
             if not record.status:
                 record.status, record.error = CLIENT_GONE, "the client left before the answer"

@@ -26,7 +26,7 @@ def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tupl
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not separator or not path:
-            raise UsageError(f"--expert {pair!r}: write NAME=ARTIFACT, for instance maths=./maths-2bit")
+            raise UsageError(f"--expert {pair!r}: write NAME=ARTIFACT, for instance maths=./maths-1bit")
         check_name(name)
         if name in experts:
             raise UsageError(f"--expert {name}: given twice")

@@ -75,7 +75,7 @@ class GenerationGroup:
         try:
             for request in self._requests:
                 self._running.add(request.id)
-                if request.sampling.json_schema is None and not request.sampling.json_object:
+                if not request.sampling.constrained:
                     self._service.engine.submit(request, on_chunk)
                 else:  # the engine compiles a grammar first, which may take seconds
                     await asyncio.shield(asyncio.to_thread(self._service.engine.submit, request, on_chunk))

@@ -91,7 +91,7 @@ def log_request(record: RequestRecord) -> None:
         fields |= {"cached_tokens": record.cached_tokens, "finish_reasons": record.finish_reasons}
         if record.first_token is not None:
             fields["first_token_milliseconds"] = round(1000 * record.first_token, 1)
-    for name in ("user", "error", "prompt"):
+    for name in ("user", "hints", "error", "prompt"):
         if (value := getattr(record, name)) is not None:
             fields[name] = value
     level = logging.DEBUG if record.path in _QUIET and record.status < 400 else logging.INFO

@@ -26,6 +26,7 @@ class RequestRecord:
         started: `time.perf_counter` at its arrival.
         choice: who answers and why; None until that is decided.
         generates: whether it generates, so that its tokens are counted.
+        hints: what the request says that changes no token.
         first_token: seconds from its arrival to its first token.
         error: why it failed or was refused.
     """
@@ -43,6 +44,7 @@ class RequestRecord:
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
     user: str | None = None
+    hints: dict[str, Any] | None = None
     error: str | None = None
     prompt: Any = None
 

@@ -16,8 +16,8 @@ from meswitch_cli.app import variable_prefix, words_to_complete
 YAML = """
 base: ./base
 experts:
-  maths: ./maths-2bit
-  code: ./code-2bit
+  maths: ./maths-1bit
+  code: ./code-1bit
 router: ./router
 gate: "off"
 max-queue: 3
@@ -39,8 +39,8 @@ log-prompts = true
 cors-origin = ["https://a.example", "https://b.example"]
 api-key-file = "./keys"
 [experts]
-maths = "./maths-2bit"
-code = "./code-2bit"
+maths = "./maths-1bit"
+code = "./code-1bit"
 """
 
 
@@ -65,7 +65,7 @@ def test_a_file_gives_every_kind_of_option(name: str, text: str, asked: dict[str
     (tmp_path / name).write_text(text)
     done = in_process("serve", "--config", tmp_path / name)
     assert done.returncode == 0, done.stderr
-    assert asked["base"] == "./base" and asked["expert"] == ["maths=./maths-2bit", "code=./code-2bit"]
+    assert asked["base"] == "./base" and asked["expert"] == ["maths=./maths-1bit", "code=./code-1bit"]
     assert (asked["router"], asked["gate"], asked["api_key_file"]) == (Path("router"), "off", Path("keys"))
     assert (asked["max_queue"], asked["max_running"], asked["max_n"], asked["slots"]) == (3, 5, 16, None)
     assert asked["prefix_sharing"] is False and asked["log_prompts"] is True
@@ -92,7 +92,7 @@ def test_the_page_shows_files_that_work(suffix: str, asked: dict[str, Any], tmp_
     file.write_text(page.split(f"```{suffix}\n")[1].split("```")[0])
     done = in_process("serve", "--config", file)
     assert done.returncode == 0, done.stderr
-    assert asked["expert"][0] == "maths=./maths-2bit" and asked["max_queue"] == 64
+    assert asked["expert"][0] == "maths=./maths-1bit" and asked["max_queue"] == 64
     assert (asked["base"], asked["router"]) == ("./base", Path("router"))
 
 
