@@ -21,7 +21,7 @@ else:
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
-    "Codes": ("bits", "code", "salient", "rank", "group_size", "channel_scale", "embedding_bits"),
+    "Codes": ("bits", "code", "salient", "rank", "factor_bits", "group_size", "channel_scale", "embedding_bits"),
     "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
 }
 

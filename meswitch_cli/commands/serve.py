@@ -202,8 +202,10 @@ def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None)
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
+    from meswitch_cli.commands.progress import quiet_loading
     from meswitch_cli.server.routing import open_served_router
 
+    quiet_loading()
     opened = open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
     opened.gate = gate or opened.gate
     return opened

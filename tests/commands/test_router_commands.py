@@ -51,6 +51,7 @@ def router(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert made.returncode == 0, made.stderr
     assert "accuracy" in made.stdout and "baseline tfidf" in made.stdout and "fallback" in made.stdout
     assert "were cut; --max-tokens reads more of them" in made.stderr
+    assert "Loading weights" not in made.stderr  # a bar of transformers'
     names = {path.name for path in out.iterdir()}
     assert {"router.json", "report.json", "report.md", "report.png", "report.svg"} <= names
     return out
