@@ -99,6 +99,7 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     if base is None:
         yield None
         return
+    from meswitch_cli.commands.console import counted
     from meswitch_cli.commands.serve import check_router, load_router
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
@@ -110,7 +111,7 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     named, _ = named_experts(experts)
     named, _ = servable(named, base, list(named))
     check_router(router, named)
-    typer.echo(f"loading {base} and {len(named)} experts", err=True)
+    typer.echo(f"loading {base} and {counted(len(named), 'expert')}", err=True)
     engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
     try:
         engine.start()

@@ -106,8 +106,9 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
-    typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
+    typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.console import say
     from meswitch_cli.commands.host_memory import share_one_arena
     from meswitch_cli.commands.next_steps import after_compress, print_next
     from meswitch_cli.commands.notes import print_notes
@@ -159,7 +160,7 @@ def run(
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
         for sentence in () if weak else verdict(manifest):
-            typer.echo(sentence)
+            say(sentence)
         typer.echo(f"{out}")
         if manifest.tensors:
             print_next(after_compress(base, expert, out))

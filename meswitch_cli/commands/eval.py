@@ -106,6 +106,7 @@ def run(
     """
     import sys
 
+    from meswitch_cli.commands.console import say
     from meswitch_cli.commands.eval_tables import judgements, print_tables
     from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown
@@ -139,10 +140,10 @@ def run(
         force=force,
     )
 
-    def say(what: str) -> None:
+    def announce(what: str) -> None:
         typer.echo(f"eval: {what}", err=True)
 
-    report = evaluate(request, say)
+    report = evaluate(request, announce)
     value = report.to_dict()
     if as_json:
         typer.echo(json.dumps(value))
@@ -152,7 +153,7 @@ def run(
         print_tables(value)
     if not as_json:
         for sentence in judgements(value):
-            typer.echo(sentence)
+            say(sentence)
         typer.echo(f"every figure, with pictures: {out / 'report.html'}", err=True)
     for problem in report.errors:
         typer.secho(f"error: {problem['where']}: {problem['message']}", err=True, fg=typer.colors.RED)

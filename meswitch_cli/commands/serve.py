@@ -119,6 +119,7 @@ def run(
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
     from meswitch_cli.addresses import is_loopback
+    from meswitch_cli.commands.console import counted
     from meswitch_cli.server.experts import named_experts, servable
     from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
@@ -148,7 +149,7 @@ def run(
         configure_logging(log_level, log_format)
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
-        _note(f"loading {base} and {len(experts)} experts")
+        _note(f"loading {base} and {counted(len(experts), 'expert')}")
         made = _engine_class(engine)(
             EngineSettings(
                 base=base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def verdict(manifest: Manifest) -> list[str]:
     given = manifest.settings
     alike = given.get("steps") == "output-unbiased" and given.get("salient", 0) >= 8 and not given.get("group_size")
     if expected and alike:
-        low, high = (f"{100 * share:.2g}" for share in expected)
+        low, high = (_plain(100 * share) for share in expected)
         told.append(
             f"expect a KL to the full expert of {low} to {high} % of the base's: what fine-tunes of a 135M model had "
             "at this setting; meswitch eval measures yours"
@@ -64,3 +65,8 @@ def verdict(manifest: Manifest) -> list[str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _plain(value: float) -> str:
+    """Two digits of a small number, without an exponent."""
+    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0")

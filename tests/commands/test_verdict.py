@@ -95,7 +95,7 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "my artifact"
     made = in_process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
     assert made.returncode == 0, made.stderr
-    assert made.stderr.startswith(f"reading {pair[0]} and {pair[1]}\n")
+    assert made.stderr.startswith("reading both models' headers\n")
     assert "weight error" in made.stdout.splitlines()[-2] and made.stdout.splitlines()[-1] == str(out)
     evaluate, serve = map(shlex.split, made.stderr.split("next:\n")[1].splitlines())
     assert serve[:2] == ["meswitch", "serve"] and serve[-1] == f"expert={out}"
