@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch_cli.commands.config_file import take_config
+from meswitch_cli.commands.console import counted
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
@@ -119,7 +120,6 @@ def run(
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
     from meswitch_cli.addresses import is_loopback
-    from meswitch_cli.commands.console import counted
     from meswitch_cli.server.experts import named_experts, servable
     from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
