@@ -79,6 +79,7 @@ def run(
 
     Example: meswitch train-router --base ./llama --data prompts.jsonl --out ./router
     """
+    from meswitch_cli.commands.next_steps import after_training, print_next
     from meswitch_cli.commands.router_progress import announce, router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.errors import UsageError
@@ -157,6 +158,7 @@ def run(
     else:
         print_report(trained.report)
         typer.echo(f"{out}: {written.nbytes:,} bytes to route with")
+        print_next(after_training(base, out, written.manifest.labels, models))
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:
