@@ -11,9 +11,12 @@ import typer
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from meswitch_cli.engine.contract import Engine
     from meswitch_cli.engine.slotted_engine import SlottedEngine
     from meswitch_cli.router import Router
+    from meswitch_cli.server.settings import ServerSettings
 
 
 def run(
@@ -50,6 +53,10 @@ def run(
         Literal["auto", "transformers", "vllm"],
         typer.Option(help="auto is transformers; vllm needs an environment of its own, with meswitch[vllm] in it."),
     ] = "auto",
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Servers behind one address: base and experts each, and a GPU if any."),
+    ] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
@@ -98,7 +105,6 @@ def run(
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
-    from meswitch_cli.addresses import is_loopback
     from meswitch_cli.server.experts import named_experts
     from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
@@ -124,6 +130,9 @@ def run(
 
     bound = listen(host, port)
     configure_logging(log_level)
+    if replicas > 1:
+        _serve_replicas(bound, replicas, device, settings, host)
+        return
     _note(f"loading {base} and {len(experts)} experts")
     made = _engine_class(engine)(
         EngineSettings(
@@ -144,15 +153,46 @@ def run(
         _warn_of(refused | made.failed)
         chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        if not settings.api_keys and not is_loopback(host):
-            _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
+        address = f"http://{_in_url(host)}:{bound.getsockname()[1]}"
+        _warn_if_open(settings, host)
         server = Server(create_app(service), service, on_started=lambda: _welcome(address, service.experts(), chosen))
     except BaseException:
         made.stop()
         bound.close()
         raise
     serve(server, bound)
+
+
+def _serve_replicas(bound: socket, count: int, device: str, settings: ServerSettings, host: str) -> None:
+    """A front on a bound socket, and behind it this very command, `count` times."""
+    import sys
+
+    import torch
+
+    from meswitch_cli.server.replicas.server import environments, replica_arguments, serve_replicas
+
+    extra = environments(count, device, torch.cuda.device_count())
+    _warn_if_open(settings, host)
+    port = bound.getsockname()[1]
+    serve_replicas(
+        bound,
+        replica_arguments(sys.argv[sys.argv.index("serve") + 1 :]),
+        extra,
+        max_body_bytes=settings.max_body_bytes,
+        drain_seconds=settings.drain_seconds,
+        on_started=lambda: _note(f"{count} replicas are starting behind http://{_in_url(host)}:{port}"),
+    )
+
+
+def _warn_if_open(settings: ServerSettings, host: str) -> None:
+    from meswitch_cli.addresses import is_loopback
+
+    if not settings.api_keys and not is_loopback(host):
+        _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _engine_class(name: str) -> type[SlottedEngine[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def serve_artifacts() -> None:
     @functools.wraps(create_engine_config)
     def with_slots(arguments: Any, *rest: Any, **options: Any) -> Any:
         prepare(arguments, getattr(arguments, "meswitch_paths", []))
-        return create_engine_config(arguments, *rest, **options)
+        config = create_engine_config(arguments, *rest, **options)
+        compile_on_cpu(config, arguments.enforce_eager)
+        return config
 
     @functools.wraps(build_chat_params)
     def with_own_template(request: Any, default_template: Any, *rest: Any, **options: Any) -> Any:
@@ -87,7 +89,8 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     """Have vLLM's `EngineArgs` make slots for artifacts, where adapters are served and some are or may be artifacts.
 
     They may be where `paths` has one, where adapters may be loaded at any time, or where `--additional-config` has the
-    key `meswitch`, which may hold `experts`, a list of further paths, and `host_bytes`.
+    key `meswitch`. Its value may hold `experts`, a list of further paths; `host_bytes`; and `loras`: false has vLLM's
+    layers serve artifacts alone, without what its LoRAs would cost.
 
     Raises:
         MeswitchError: an artifact among `paths` cannot be served, or vLLM's other arguments do not go with experts.
@@ -101,14 +104,34 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     if not wanted and asked is None and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         return
     try:
-        _prepare(arguments, wanted, (asked or {}).get("host_bytes", HOST_BYTES))
+        _prepare(arguments, wanted, asked or {})
     except MeswitchError as error:
         if wanted or asked is not None:
             raise
         logger.warning("no artifacts can be loaded, LoRAs can: %s", error)
 
 
-def _prepare(arguments: Any, paths: Iterable[Path], host_bytes: int) -> None:
+def compile_on_cpu(config: Any, eager: bool) -> None:
+    """Have vLLM compile on a CPU as it does without adapters, where artifacts alone are served.
+
+    It leaves compilation out for any adapter, because its LoRA operators for CPUs decide in Python what a step does.
+    """
+    from vllm import envs
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    asked = (config.additional_config or {}).get(CONFIG_KEY)
+    if asked is None or asked["loras"] or asked["checked"] or eager or not current_platform.is_cpu():
+        return
+    compilation = config.compilation_config
+    compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    compilation.backend = "eager" if envs.VLLM_CPU_CI_ENV else "inductor"
+
+
+def _prepare(arguments: Any, paths: Iterable[Path], asked: Mapping[str, Any]) -> None:
+    unknown = asked.keys() - {"experts", "host_bytes", "loras"}
+    if unknown:
+        raise EngineError(f"--additional-config: meswitch has no {min(unknown)!r}, only experts, host_bytes and loras")
     if arguments.load_format not in LOAD_FORMATS or arguments.quantization is not None:
         raise EngineError("experts need a base that vLLM loads from safetensors, without quantisation")
     base = Checkpoint.open(arguments.model)
@@ -122,8 +145,8 @@ def _prepare(arguments: Any, paths: Iterable[Path], host_bytes: int) -> None:
     # Norms are cheap, and a traced graph must find their tables where they were.
     config = WorkerConfig(
         layout=layout.joined(Layout({}, names.norms)),
-        host_bytes=host_bytes,
-        loras=True,
+        host_bytes=int(asked.get("host_bytes", HOST_BYTES)),
+        loras=bool(asked.get("loras", True)),
         checked=False,
         fingerprint=fingerprint,
     )

@@ -56,7 +56,7 @@ def spare_base_tokens() -> None:
 
     def spared(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
         shrink(inputs, weights, output, indices, scaling)
-        output[indices < 0] = 0
+        output[(indices < 0).expand(output.shape[0])] = 0  # one index may stand for all rows
 
     spared.spares_base_tokens = True  # type: ignore[attr-defined]
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = spared

@@ -121,7 +121,7 @@ def test_what_cannot_be_served_is_refused_when_it_is_loaded(
         (family.artifacts["gamma"], "has 3 tokens of its own"),
         (damaged, "SHA-256"),
         (foreign, "wrong base"),
-        (tmp_path / "absent", "absent"),
+        (tmp_path / "absent", "No adapter found"),
     ):
         response = server.post("/v1/load_lora_adapter", {"lora_name": "refused", "lora_path": str(path)})
         assert response.status_code >= 400 and problem in response.text, response.text
