@@ -74,7 +74,7 @@ class Layout:
 def capacity_of(entry: TensorEntry) -> Capacity:
     """What a bank must hold for what an entry tells of."""
     if not entry.bits:
-        return Capacity(added_rows=entry.added_rows)
+        return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     return Capacity(
         bits=entry.width,
         group_size=entry.group_size,
@@ -219,11 +219,13 @@ class Banks:
 def expert_delta(weight: StoredDelta, shape: Sequence[int], device: torch.device) -> ExpertDelta:
     """A stored delta of a weight `[out, in]`, as kernels take it; trellis codes and factors are decoded on `device`."""
     out_features, in_features = shape
-    if not weight.bits:  # equal to the base's, apart from added rows
-        return replace(ExpertDelta.of_nothing(in_features, out_features), added_rows=weight.added_rows)
+    left, right = weight.factors(device) or (None, None)
+    left = None if left is None else _resized(left, out_features)
+    if not weight.bits:  # equal to the base's, apart from a low-rank part or added rows
+        delta = ExpertDelta.of_nothing(in_features, out_features)
+        return replace(delta, added_rows=weight.added_rows, left=left, right=right)
     weight = weight.scalar(device)
     codes, steps = weight.coded
-    left, right = weight.factors(device) or (None, None)
     return ExpertDelta(
         bits=int(weight.bits),
         # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.

@@ -125,6 +125,8 @@ class ShardedBanks(Banks):
 
 def _columns_of_codes(codes: Tensor, bits: int, start: int, stop: int) -> Tensor:
     """Words `[out, words]` of the channels from `start` up to `stop`."""
+    if not bits:
+        return codes
     per_word = codes_per_word(bits)
     if start % per_word:
         return pack_codes(unpack_codes(codes, bits, stop)[:, start:], bits)

@@ -61,7 +61,7 @@ class Front:
                 await self._one(scope, await _body(receive), receive, send)
                 return
         except ApiError as error:
-            response = error_response(error)
+            response = error_response(error, path)
         await response(scope, receive, send)
 
     def _ready(self) -> Response:
