@@ -87,7 +87,9 @@ class Replica:
         bound.close()
         self.url = f"http://{HOST}:{port}"
         self.starts += 1
-        command = [sys.executable, "-m", "meswitch_cli", "serve", *self._arguments, "--host", HOST, "--port", str(port)]
+        # Said last, and said all: settings files and variables, which are a replica's too, may have them otherwise.
+        own = ("--replicas", "1", "--host", HOST, "--port", str(port))
+        command = [sys.executable, "-m", "meswitch_cli", "serve", *self._arguments, *own]
         # In a session of its own: a signal from the terminal is ours to pass on, once.
         self._process = await asyncio.create_subprocess_exec(
             *command, env={**os.environ, **self._environment}, start_new_session=True
