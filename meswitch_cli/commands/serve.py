@@ -25,7 +25,8 @@ PANELS = {
     "Router": ("router", "gate", "feedback", "router_strict"),
     "Network and keys": ("host", "port", "api_key_file", "admin_key_file", "cors_origin"),
     "Limits": ("max_queue", "max_running", "max_model_len", "max_n", "max_body", "drain_seconds"),
-    "Device and memory": ("engine", "replicas", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
+    "Device and memory": ("engine", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
+    "Several devices": ("tensor_parallel_size", "pipeline_parallel_size", "replicas"),
     "Log": ("log_level", "log_format", "log_prompts"),
 }
 
@@ -70,9 +71,15 @@ def run(
         Literal["auto", "transformers", "vllm"],
         typer.Option(help="auto is transformers; vllm needs an environment of its own, with meswitch[vllm] in it."),
     ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that share each layer of one model; more than one with --engine vllm.")
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that share out the layers; more than one with --engine vllm.")
+    ] = 1,
     replicas: Annotated[
         int,
-        typer.Option(min=1, help="Servers behind one address: base and experts each, and a GPU if any."),
+        typer.Option(min=1, help="Servers behind one address: base and experts each, and GPUs of its own."),
     ] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -153,7 +160,7 @@ def run(
         undo.callback(bound.close)
         configure_logging(log_level, log_format)
         if replicas > 1:
-            _serve_replicas(bound, replicas, device, settings, host)
+            _serve_replicas(bound, replicas, device, tensor_parallel_size * pipeline_parallel_size, settings, host)
             return
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
@@ -170,6 +177,8 @@ def run(
                 max_running=max_running,
                 cache_tokens=cache_tokens,
                 prefix_sharing=prefix_sharing,
+                tensor_parallel=tensor_parallel_size,
+                pipeline_parallel=pipeline_parallel_size,
             )
         )
         undo.callback(made.stop)
@@ -184,15 +193,15 @@ def run(
     serve(server, bound)
 
 
-def _serve_replicas(bound: socket, count: int, device: str, settings: ServerSettings, host: str) -> None:
-    """A front on a bound socket, and behind it this very command, `count` times."""
+def _serve_replicas(bound: socket, count: int, device: str, gpus: int, settings: ServerSettings, host: str) -> None:
+    """A front on a bound socket, and behind it this very command, `count` times, with so many GPUs each."""
     import sys
 
     import torch
 
     from meswitch_cli.server.replicas.server import environments, replica_arguments, serve_replicas
 
-    extra = environments(count, device, torch.cuda.device_count())
+    extra = environments(count, device, torch.cuda.device_count(), gpus)
     _warn_if_open(settings, host)
     port = bound.getsockname()[1]
     serve_replicas(

@@ -66,7 +66,9 @@ def register() -> None:
         if CONFIG_KEY not in (vllm_config.additional_config or {}):
             return load_lora_model(runner, model, vllm_config, device)
         from meswitch_cli.engine.vllm.manager import ExpertWorkerManager
+        from meswitch_cli.engine.vllm.platform import give_memory_between_stages
 
+        give_memory_between_stages(runner, model)
         runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
         return runner.lora_manager.create_lora_manager(model, vllm_config)
 

@@ -33,8 +33,8 @@ def replica_arguments(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def environments(count: int, device: str, devices: int) -> list[Mapping[str, str]]:
-    """What each replica's environment has beside ours: a GPU of its own, where there is more than one.
+def environments(count: int, device: str, devices: int, each: int = 1) -> list[Mapping[str, str]]:
+    """What each replica's environment has beside ours: `each` GPUs of its own, where there are any.
 
     Raises:
         MeswitchError: there are more replicas than GPUs.
@@ -45,9 +45,9 @@ def environments(count: int, device: str, devices: int) -> list[Mapping[str, str
         raise MeswitchError(f"--replicas shares out the GPUs itself; --device {device} names one")
     visible = [item for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
     names = visible or [str(number) for number in range(devices)]
-    if count > len(names):
-        raise MeswitchError(f"--replicas {count}: there are {len(names)} GPUs, and each replica takes one")
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:count]]
+    if count * each > len(names):
+        raise MeswitchError(f"--replicas {count}: there are {len(names)} GPUs, and each replica takes {each}")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[at * each : (at + 1) * each])} for at in range(count)]
 
 
 class FrontServer(uvicorn.Server):

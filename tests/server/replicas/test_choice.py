@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from meswitch_cli.errors import MeswitchError
 from meswitch_cli.server.replicas.choice import MOST_MORE, Load, choose
 from meswitch_cli.server.replicas.metrics import joined_metrics, resident_experts
 from meswitch_cli.server.replicas.server import environments, replica_arguments
@@ -77,6 +80,14 @@ def test_a_replica_is_the_same_command_without_what_is_the_fronts() -> None:
     assert replica_arguments(arguments) == ["--base", "x", "--expert", "a=b"]
 
 
-def test_each_replica_has_a_gpu_of_its_own(monkeypatch: object) -> None:
+def test_each_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environments(3, "cpu", 8) == environments(3, "auto", 0) == [{}, {}, {}]
     assert environments(2, "auto", 4) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert environments(2, "auto", 4, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert environments(2, "cuda", 2) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    with pytest.raises(MeswitchError, match="there are 2 GPUs, and each replica takes 2"):
+        environments(2, "auto", 2, 2)
+    with pytest.raises(MeswitchError, match="cuda:1 names one"):
+        environments(2, "cuda:1", 4)

@@ -19,7 +19,7 @@ from server.family import make_family
 
 from meswitch_cli.server.lifecycle import listen
 
-SECONDS = 240
+SECONDS = 900
 ANSWER = 48
 
 
