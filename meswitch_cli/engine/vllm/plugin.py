@@ -21,6 +21,7 @@ SYMBOLS = (
     ("vllm.engine.arg_utils", "EngineArgs", ("from_cli_args", "create_engine_config")),
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", ("build_chat_params",)),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", ("load_lora_adapter", "unload_lora_adapter")),
+    ("vllm.v1.engine.input_processor", "InputProcessor", ("process_inputs",)),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", ("load_lora_model",)),
     (
         "vllm.lora.model_manager",
