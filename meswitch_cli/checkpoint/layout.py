@@ -76,7 +76,9 @@ class Group:
     @property
     def transposes(self) -> bool:
         """Whether what is saved lies the other way round than in memory."""
-        return self.converter is not None and any(type(item).__name__ == "Transpose" for item in self.converter[0].operations)
+        return self.converter is not None and any(
+            type(item).__name__ == "Transpose" for item in self.converter[0].operations
+        )
 
     def of_index(self, index: int) -> Sequence[Piece]:
         """The pieces of one matrix of the stack."""
@@ -245,7 +247,9 @@ class Layout:
                 return Group(names, tuple(pieces), shape[0], found, self._model)
         if stack and by_matrix and not merged and all(item[0] == stack for item in tensors.values()):
             slices = [
-                Piece(f"{name}.{index}", item[1:], name, index) for index in range(stack) for name, item in tensors.items()
+                Piece(f"{name}.{index}", item[1:], name, index)
+                for index in range(stack)
+                for name, item in tensors.items()
             ]
             return Group(names, tuple(slices), stack, found, self._model)
         return Group(names, tuple(Piece(name, item, name) for name, item in tensors.items()), 0, found, self._model)
