@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.card import MODEL_CARD
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import Parameter, architecture
 from meswitch_cli.model.dtype import DTYPES, dtype_name, stored_dtype
@@ -113,7 +114,7 @@ def _expert_tensors(
         if storage.parameter.tied_to:
             continue
         tensor = storage.read(base)
-        digests[base_name] = tensor_digest(base_name, tensor)
+        digests[base_name] = storage.digest(base, tensor)
         for name in by_base.get(base_name, []):
             item = expert_model.parameters[name]
             if name in entries:

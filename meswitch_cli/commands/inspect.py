@@ -60,8 +60,10 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
     from meswitch_cli.commands import report
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.compression.fine_tune import WHAT, describe_fine_tune
+    from meswitch_cli.model.adapted import open_expert
 
-    found = describe_fine_tune(Checkpoint.open(base), Checkpoint.open(expert))
+    opened = Checkpoint.open(base)
+    found = describe_fine_tune(opened, open_expert(expert, opened))
     print_notes(found.warnings)
     if as_json:
         typer.echo(json.dumps({"base": base, "expert": expert} | asdict(found) | {"suggestion": WHAT[found.kind]}))

@@ -11,21 +11,25 @@ from pathlib import Path
 import torch
 
 from meswitch_cli import __version__
+from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.sidefiles import MODEL_CARD, expert_files, model_card
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
+from meswitch_cli.artifact.sidefiles import expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
+from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
-from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+from meswitch_cli.compression.settings import ADAPTER_FACTOR_BITS, RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
+from meswitch_cli.model.adapted import AdaptedCheckpoint, open_expert
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
 from meswitch_cli.model.matching import PlannedTensor, make_plan
 from meswitch_cli.printable import require_name
@@ -45,7 +49,12 @@ def prepare(
         CheckpointError: one of them cannot be used, or they do not belong together.
         UsageError: more salient channels asked for than a layer has inputs.
     """
-    opened_base, opened_expert = Checkpoint.open(base), Checkpoint.open(expert)
+    opened_base = Checkpoint.open(base)
+    opened_expert = open_expert(expert, opened_base)
+    if isinstance(opened_expert, AdaptedCheckpoint):
+        settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
+    elif settings.factor_bits is not None:
+        raise UsageError(f"--factor-bits: of an adapter's factors; {opened_expert.source.path} is no adapter")
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
@@ -60,7 +69,7 @@ def prepare(
         settings=settings,
         calibration=calibration,
         out=out,
-        side_files=expert_files(opened_expert.source.path, opened_expert.config),
+        side_files=expert_files(opened_expert.side_folders[0], opened_expert.config, opened_expert.side_folders[1:]),
     )
 
 
@@ -70,6 +79,7 @@ def compress(
     device: torch.device | str = "cpu",
     force: bool = False,
     keep_weak: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: OnProgress = lambda what, nbytes, units: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
@@ -96,8 +106,7 @@ def compress(
         if weakness:
             on_note(weakness)
         manifest, side_files = _finish(job, records)
-        space.publish(manifest, side_files)
-    return manifest
+        return space.publish(manifest, side_files, max_shard_bytes)
 
 
 def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
@@ -140,7 +149,7 @@ def _changed_weights(job: Job, space: Workspace, which: Side, checkpoint: Checkp
         for item in unit:
             storage = item.base if which == "base" else item.expert
             name = storage.parameter.name
-            if known.get(name) != tensor_digest(name, storage.read(checkpoint)):
+            if known.get(name) != storage.digest(checkpoint, storage.read(checkpoint)):
                 return [f"{which}: tensor {storage.name!r} is not what it was"]
     return []
 
@@ -160,6 +169,7 @@ def _quantise(
         on_progress("resumed", job.nbytes_of(units[index]), len(records))
     missing = [index for index in range(len(units)) if index not in records]
     calibrated = bool(missing) and job.settings.calibration is not None
+    products = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
     with (
         PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,
@@ -178,7 +188,7 @@ def _quantise(
                     statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-                data, record = compress_unit(counted, shard, job.settings, statistics, device)
+                data, record = compress_unit(counted, shard, job.settings, statistics, device, products)
                 space.finish_unit(index, _QUANTISED, data, record)
                 records[index] = record
                 on_progress("compress", 0, len(records))
@@ -239,15 +249,6 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
-    side_files = dict(job.side_files)
-    side_files[MODEL_CARD] = model_card(
-        base_id=base.id,
-        expert_id=expert.id,
-        bits=job.settings.bits,
-        nbytes=sum(shard.nbytes for shard in shards),
-        expert_nbytes=job.expert.nbytes,
-        facts=job.settings.to_dict(),
-    )
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -259,9 +260,11 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,
         files=tuple(
-            FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
+            FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+            for name, data in sorted(job.side_files.items())
         ),
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
-    return manifest, side_files
+    card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
+    return manifest, {**job.side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed

@@ -13,7 +13,6 @@ import torch
 
 from meswitch_cli.checkpoint.buffers import BufferPool
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import tensor_digest
 from meswitch_cli.model.architecture import Storage
 from meswitch_cli.model.matching import Plan, PlannedTensor
 
@@ -111,7 +110,7 @@ class PairReader:
     def _read(self, side: Side, item: PlannedTensor) -> _Read:
         storage = _half(side, item)
         tensor = storage.read(self._checkpoints[side], self._buffers.empty)
-        return tensor, tensor_digest(storage.parameter.name, tensor)
+        return tensor, storage.digest(self._checkpoints[side], tensor)
 
     def _nbytes(self, side: Side, item: PlannedTensor) -> int:
         return _half(side, item).info(self._checkpoints[side]).nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
+from meswitch_cli.compression.low_rank import Found
 from meswitch_cli.compression.pairs import TensorPair
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
@@ -27,8 +28,9 @@ def compress_unit(
     settings: CompressionSettings,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
+    known: Callable[[TensorPair], Found | None] | None = None,
 ) -> tuple[bytes, UnitRecord]:
-    """Compress a unit's tensors into the bytes of its shard.
+    """Compress a unit's tensors into the bytes of its shard; `known` tells of some what is stored, without coding.
 
     Raises:
         CheckpointError: a weight is NaN or infinite (the tensor and the model are named).
@@ -41,8 +43,9 @@ def compress_unit(
     for pair in pairs:
         base_digests[pair.planned.base.parameter.name] = pair.base_digest
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
-        found = _compress_tensor(pair, settings, statistics, device)
-        if found is None:
+        found = known(pair) if known else None
+        found = found or _compress_tensor(pair, settings, statistics, device)
+        if found is None or not (found[0].tensors or pair.planned.shape != pair.planned.base_shape):
             unchanged.append(pair.planned.name)
         else:
             delta, errors = found

@@ -11,7 +11,7 @@ from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.errors import UsageError
 from meswitch_cli.model.architecture import Architecture
-from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.tokenizer import load_tokenizer, tokenizer_folder
 from meswitch_cli.paths import user_path
 
 #: What families call the number of experts that a token goes to.
@@ -54,7 +54,7 @@ def calibration_windows(job: Job) -> torch.Tensor:
     assert job.calibration is not None
     windows = token_windows(
         job.calibration,
-        load_tokenizer(job.expert.source.path),
+        load_tokenizer(tokenizer_folder(job.expert.side_folders)),
         samples=job.settings.samples,
         sequence_length=job.settings.sequence_length,
         seed=job.settings.seed,

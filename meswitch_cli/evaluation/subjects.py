@@ -10,10 +10,10 @@ from typing import Any
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.weights import ArtifactWeights
-from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.errors import CheckpointError, EvaluationError
+from meswitch_cli.model.adapted import open_expert
 from meswitch_cli.model.matching import make_plan
-from meswitch_cli.model.tokenizer import load_tokenizer
+from meswitch_cli.model.tokenizer import load_tokenizer, tokenizer_folder
 from meswitch_cli.model.weights import CheckpointWeights, Weights
 from meswitch_cli.names import BASE as BASE
 
@@ -63,12 +63,12 @@ def open_experts(names: Sequence[str], base: CheckpointWeights) -> list[Expert]:
     experts: list[Expert] = []
     for name in names:
         label, path = split_label(name)
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_expert(path, base.checkpoint)
         make_plan(base.checkpoint, checkpoint)
         label = label or checkpoint.source.id.rpartition("/")[2]
         if label == BASE or any(expert.label == label for expert in experts):
             raise EvaluationError(f"two models are called {label!r}; name the expert: --expert LABEL=FOLDER")
-        tokenizer = load_tokenizer(checkpoint.source.path)
+        tokenizer = load_tokenizer(tokenizer_folder(checkpoint.side_folders))
         _refuse_other_tokenizer(base, tokenizer, checkpoint.source.path)
         experts.append(Expert(label, CheckpointWeights(checkpoint), tokenizer))
     return experts

@@ -78,6 +78,10 @@ class Storage:
             return self.parameter.from_stored(read_tensor(self.info(checkpoint), buffer_of))
         return self.parameter.from_stored(checkpoint.read(self.name, buffer_of))
 
+    def digest(self, checkpoint: Checkpoint, value: torch.Tensor) -> str:
+        """What the checkpoint's fingerprint has of the parameter, whose value was read."""
+        return checkpoint.digest(self.name, self.parameter.name, value)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -149,7 +153,7 @@ class Architecture:
     def _storage(self, item: Parameter, stored: Mapping[str, str]) -> Storage | None:
         """Where a parameter lies, `stored` being a checkpoint's names by what transformers takes them for."""
         piece = item.piece
-        if piece is None:
+        if piece is None or (piece.index is not None and item.name in stored):
             return Storage(item, stored[item.name], item.stored_shape) if item.name in stored else None
         if piece.saved in stored:
             group = self.layout.group_of(piece.name)

@@ -47,7 +47,7 @@ def test_experts_of_a_mixture_are_planned_each_by_itself(
     for unit in plan.units[:-1]:
         assert sum(item.stacked for item in unit) == matrices
         assert all(item.kind == "linear" for item in unit if item.stacked)
-        (router,) = (item for item in unit if item.shape == (4, 96))
+        (router,) = (item for item in unit if item.name.endswith(("mlp.gate.weight", "mlp.router.weight")))
         assert router.kind == "dense"
     found = {item.name: item for item in plan.tensors}[first]
     assert found.shape == shape and found.layer == 0
