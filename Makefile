@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
 
-.PHONY: setup demo test lint gpu vllm clean
+.PHONY: setup demo test lint gpu vllm docs clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; every link and anchor is checked.
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # On a machine with a CUDA device: needs torch, triton, transformers and pytest, no set-up. Less than ten minutes.
 gpu:

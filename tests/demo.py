@@ -38,10 +38,10 @@ def main() -> None:
     family = zoo.build(quick=True, experts=[EXPERT])
     base, expert = family.base, family.experts[EXPERT]
     shutil.rmtree(OUT, ignore_errors=True)
-    run("compress", "--base", base, "--expert", expert, "--out", OUT / "maths-2bit")
-    run("inspect", OUT / "maths-2bit", "--plot", OUT / "maths-2bit.png")
-    run("verify", OUT / "maths-2bit", "--base", base)
-    run("restore", OUT / "maths-2bit", "--base", base, "--out", OUT / "restored", "--dtype", "float32")
+    run("compress", "--base", base, "--expert", expert, "--out", OUT / "maths-1bit")
+    run("inspect", OUT / "maths-1bit", "--plot", OUT / "maths-1bit.png")
+    run("verify", OUT / "maths-1bit", "--base", base)
+    run("restore", OUT / "maths-1bit", "--base", base, "--out", OUT / "restored", "--dtype", "float32")
     print("\nThe restored model beside the fine-tune, on problems that neither has seen:")
     tokenizer = AutoTokenizer.from_pretrained(expert)
     encoded = [zoo.encode_item(tokenizer, item) for item in read_items(family.items_file(EXPERT, "report"))[:ITEMS]]

@@ -13,10 +13,11 @@ import torch
 
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from meswitch_cli.artifact.mistaken import what_it_is
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
-from meswitch_cli.checkpoint.tensorfile import new_buffer
+from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
@@ -47,8 +48,8 @@ class Artifact:
             if file.stat().st_size > MAX_MANIFEST_BYTES:
                 raise ArtifactError(f"{file}: larger than a manifest can be")
             raw = file.read_bytes()
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: not an artifact: it has no {MANIFEST_FILE}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(f"{path}: not an artifact: {what_it_is(path)}") from error
         except OSError as error:
             raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
         return cls(path, parse_manifest(raw, str(file)), hashlib.sha256(raw).hexdigest())
@@ -81,8 +82,10 @@ class Artifact:
         """As the function `expert_tensor`, for an entry of this artifact."""
         return expert_tensor(self.shard(entry.shard), entry, base)
 
-    def read_all(self, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> dict[str, StoredDelta]:
-        """What is stored of every parameter, by name, one read a shard, into memory that `buffer_of` makes.
+    def read_all(
+        self, buffer_of: Callable[[int], torch.Tensor] = new_buffer, piece_bytes: int = PIECE_BYTES
+    ) -> dict[str, StoredDelta]:
+        """What is stored of every parameter, by name, in pieces of a shard, into memory that `buffer_of` makes.
 
         Raises:
             ArtifactError: a shard is damaged, or disagrees with the manifest.
@@ -90,7 +93,7 @@ class Artifact:
         return {
             name: delta
             for file in self.manifest.shards
-            for name, delta in self.shard(file.name).read_all(buffer_of).items()
+            for name, delta in self.shard(file.name).read_all(buffer_of, piece_bytes).items()
         }
 
     def verify(self) -> Iterator[FileEntry]:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -92,6 +92,19 @@ class Manifest:
             for name in unknown:
                 del entry[name]
         return json.dumps(value, indent=1, sort_keys=False) + "\n"
+
+
+def mean_errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
+    """`weight_error` and `output_error` of tensors together, weighted by their deltas' energy; None where no tensor
+    has one."""
+    items = list(entries)
+    result: dict[str, float | None] = {}
+    for name in ("weight_error", "output_error"):
+        pairs = [(getattr(item, name), item.delta_energy) for item in items]
+        known = [(error, energy) for error, energy in pairs if error is not None and energy]
+        total = sum(energy for _, energy in known)
+        result[name] = sum(error * energy for error, energy in known) / total if total else None
+    return result
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -275,7 +288,7 @@ class _Fields:
 
     def shape(self, key: str) -> tuple[int, ...]:
         value = self._get(key)
-        sizes = isinstance(value, list) and len(value) <= 4 and all(type(item) is int for item in value)
+        sizes = isinstance(value, list) and len(value) <= 6 and all(type(item) is int for item in value)
         if not sizes or not all(0 < item <= _MAX_DIMENSION for item in value) or math.prod(value) > _MAX_NUMEL:
             raise self._fail(key, "a shape")
         return tuple(value)

@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.card import MODEL_CARD
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
-from meswitch_cli.artifact.sidefiles import CONFIG_FILE, MODEL_CARD
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.errors import ArtifactError
-from meswitch_cli.model.architecture import architecture
-from meswitch_cli.model.dtype import DTYPES, dtype_name
+from meswitch_cli.model.architecture import Parameter, architecture
+from meswitch_cli.model.dtype import DTYPES, dtype_name, stored_dtype
 
 #: A shard is held in memory while it fills.
 MAX_SHARD_BYTES = 1 << 30
@@ -63,7 +64,6 @@ def _write_weights(
     on_tensor: Callable[[int], None],
 ) -> str:
     """Write the shards and the index; return the fingerprint of the base that was read."""
-    target = dtype or DTYPES[artifact.manifest.dtype]
     digests: dict[str, str] = {}
     files: list[tuple[Path, list[str], int]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -79,8 +79,7 @@ def _write_weights(
         files.append((path, list(pending), pending_bytes))
         pending, pending_bytes = {}, 0
 
-    for name, tensor in _expert_tensors(artifact, base, digests):
-        converted = tensor.to(target).contiguous()
+    for name, converted in _saved_tensors(artifact, _expert_tensors(artifact, base, digests, dtype)):
         if pending and pending_bytes + converted.nbytes > max_shard_bytes:
             flush()
         pending[name] = converted
@@ -92,13 +91,18 @@ def _write_weights(
 
 
 def _expert_tensors(
-    artifact: Artifact, base: Checkpoint, digests: dict[str, str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the expert's tensors as they are stored, base tensor by base tensor, noting the base's digests."""
+    artifact: Artifact, base: Checkpoint, digests: dict[str, str], dtype: torch.dtype | None
+) -> Iterator[tuple[Parameter, torch.Tensor]]:
+    """Yield the expert's parameters as they are stored, base tensor by base tensor, noting the base's digests.
+
+    What is stored whole keeps its own type where `dtype` is None: biases of routers are fp32 among bf16 weights.
+    """
     base_model = architecture(base.config, str(base.source.path))
     expert_model = architecture(artifact.config, str(artifact.path))
     entries = {entry.name: entry for entry in artifact.manifest.tensors}
     unchanged = set(artifact.manifest.unchanged)
+    own_type = DTYPES[artifact.manifest.dtype]
+    one_type = dtype or (own_type if own_type != stored_dtype(base) else None)
     by_base: dict[str, list[str]] = {}
     for name, item in expert_model.parameters.items():
         if item.tied_to:
@@ -112,8 +116,37 @@ def _expert_tensors(
         tensor = storage.read(base)
         digests[base_name] = storage.digest(base, tensor)
         for name in by_base.get(base_name, []):
-            value = artifact.expert_tensor(entries[name], tensor) if name in entries else tensor
-            yield name, expert_model.parameters[name].to_stored(value)
+            item = expert_model.parameters[name]
+            if name in entries:
+                entry = entries[name]
+                value = artifact.expert_tensor(entry, tensor)
+                own = artifact.shard(entry.shard).value_dtype(name)
+                target = dtype or own or own_type
+            else:
+                value = tensor
+                target = one_type or (tensor.dtype if item.kind == "dense" else own_type)
+            yield item, item.to_stored(value.to(target)).contiguous()
+
+
+def _saved_tensors(
+    artifact: Artifact, parameters: Iterator[tuple[Parameter, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As transformers would save them: under its names, and in one tensor what it saves as one."""
+    layout = architecture(artifact.config, str(artifact.path)).layout
+    stacks: dict[str, tuple[torch.Tensor, int]] = {}
+    for item, value in parameters:
+        assert item.piece is not None
+        saved, index = item.piece.saved, item.piece.index
+        if index is None:
+            yield layout.saved_name(saved), value
+            continue
+        count = layout.group_of(item.piece.name).stack
+        whole, filled = stacks.pop(saved) if saved in stacks else (value.new_empty((count, *value.shape)), 0)
+        whole[index] = value
+        if filled + 1 == count:
+            yield layout.saved_name(saved), whole
+        else:
+            stacks[saved] = (whole, filled + 1)
 
 
 def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:

@@ -1,10 +1,9 @@
-"""The files beside the shards: config, tokenizer and templates taken from the expert, and a model card."""
+"""The files beside the shards that are taken from the expert: config, tokenizer, templates, terms of use."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from meswitch_cli.checkpoint.tensorfile import is_lfs_pointer
 from meswitch_cli.checkpoint.weight_files import NAMED_FILE
 from meswitch_cli.errors import CheckpointError
 
-MODEL_CARD = "README.md"
 CONFIG_FILE = "config.json"
 _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 #: Files that a tokenizer has nothing to do with.
@@ -117,33 +115,3 @@ def _without_private_keys(data: bytes) -> bytes:
         return data
     kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def model_card(
-    *, base_id: str, expert_id: str, form: str, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
-) -> bytes:
-    """A Hub model card that says what the artifact is and how to use it."""
-    settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
-    return f"""---
-library_name: meswitch
-base_model: {json.dumps(base_id, ensure_ascii=False)}
-base_model_relation: quantized
-tags:
-- meswitch
-- delta-compression
----
-
-# {expert_id}, as {form} against {base_id}
-
-{nbytes / 1e6:.1f} MB instead of {expert_nbytes / 1e6:.1f} MB ({expert_nbytes / max(nbytes, 1):.1f} times smaller).
-It needs the base to run: every number of the fine-tune is the base's plus what is stored here.
-
-```
-meswitch verify . --base {shlex.quote(base_id)}
-meswitch restore . --base {shlex.quote(base_id)} --out restored
-```
-
-| setting | value |
-|---|---|
-{settings}
-""".encode()

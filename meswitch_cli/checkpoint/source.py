@@ -10,10 +10,10 @@ from meswitch_cli.errors import CheckpointError, reason_of
 from meswitch_cli.paths import user_path
 
 #: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded. The rest is what a
-#: tokenizer reads, chat templates, and the terms of use.
+#: tokenizer reads, chat templates, the terms of use, and the card, which tells the licence.
 CHECKPOINT_FILES = [
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.spm", "*.tokenizer"),
-    *("*.bpe", "*.codes", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("*.bpe", "*.codes", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 ]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 

@@ -11,6 +11,12 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Workload": ("requests", "concurrency", "popularity", "zipf_exponent", "prompts", "prompt_words", "seed"),
+    "Answers": ("max_tokens", "ignore_eos", "temperature"),
+}
+
 
 def run(
     url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = "http://127.0.0.1:8000",

@@ -12,6 +12,12 @@ import typer
 if TYPE_CHECKING:
     from meswitch_cli.load.conversation import Conversation
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "In this process": ("base", "expert", "router"),
+    "Answers": ("system", "max_tokens", "temperature", "seed"),
+}
+
 
 def run(
     url: Annotated[
@@ -40,7 +46,7 @@ def run(
 ) -> None:
     """In a conversation, /model NAME changes who answers, /new forgets what was said, /exit or Ctrl-D ends it.
 
-    Example: meswitch chat --base ./llama --expert maths=./maths-2bit --prompt "What is 12 times 12?"
+    Example: meswitch chat --base ./llama --expert maths=./maths-1bit --prompt "What is 12 times 12?"
     """
     from meswitch_cli.commands.extras import require_extra
 
@@ -80,15 +86,17 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     if base is None:
         yield None
         return
-    from meswitch_cli.commands.serve import load_router
+    from meswitch_cli.commands.serve import check_router, load_router
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
     from meswitch_cli.server.background import in_background
-    from meswitch_cli.server.experts import named_experts
+    from meswitch_cli.server.experts import named_experts, servable
     from meswitch_cli.server.service import Service
     from meswitch_cli.server.settings import ServerSettings
 
     named, _ = named_experts(experts)
+    named, _ = servable(named, base, list(named))
+    check_router(router, named)
     typer.echo(f"loading {base} and {len(named)} experts", err=True)
     engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
     try:

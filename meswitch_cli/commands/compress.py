@@ -19,6 +19,12 @@ else:
     Rate = Literal[tuple(map(str, RATES))]
     Factors = Literal["4", "8", "16"]
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Codes": ("bits", "code", "salient", "rank", "group_size", "channel_scale", "embedding_bits"),
+    "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
+}
+
 
 def rate(text: str) -> float:
     """What one of `Rate` stands for."""
@@ -31,7 +37,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
         Rate, typer.Option(help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.")
-    ] = "2",
+    ] = "1",
     code: Annotated[
         CodeName | None,
         typer.Option(help="At 1 bit: trellis chooses among four levels.", show_default="scalar from 1 bit"),
@@ -98,12 +104,14 @@ def run(
 ) -> None:
     """An interrupted run loses at most one decoder layer: the same command goes on, and ends with the same bytes.
 
-    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
+    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
+    typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
     from meswitch_cli.commands.host_memory import share_one_arena
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
+    from meswitch_cli.commands.verdict import next_commands, shown_commands, verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -149,4 +157,8 @@ def run(
     else:
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
+        for sentence in () if weak else verdict(manifest):
+            typer.echo(sentence)
         typer.echo(f"{out}")
+        if manifest.tensors:
+            typer.echo(shown_commands(next_commands(base, expert, out)), err=True)

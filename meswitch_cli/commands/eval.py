@@ -10,6 +10,14 @@ import typer
 
 from meswitch_cli.evaluation.baselines import BASELINES
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "What is measured": ("text", "tasks", "include_path", "allow_task_code", "exact_match", "max_new_tokens", "limit"),
+    "What is compared": ("baseline", "calibration", "router", "server", "server_model"),
+    "Judgement": ("margin", "min_recovery", "max_kld"),
+    "Arithmetic": ("mode", "dtype", "device", "seed"),
+}
+
 
 def run(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id.")],
@@ -91,7 +99,7 @@ def run(
 ) -> None:
     """Compares base, full expert and compressed expert on the same tokens; exit status 1 if a limit is missed.
 
-    Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-2bit --text held-out.jsonl --out ./eval
+    Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-1bit --text held-out.jsonl --out ./eval
     """
     from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown

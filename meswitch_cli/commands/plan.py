@@ -22,7 +22,7 @@ def run(
     bits: Annotated[
         Rate,
         typer.Option(help="Bits a weight of the experts' linear layers; a slot holds 1 where fewer are stored."),
-    ] = "2",
+    ] = "1",
     code: Annotated[
         CodeName | None,
         typer.Option(help="As for compress; a slot holds 2 bits of a trellis code at 1.", show_default="scalar from 1"),

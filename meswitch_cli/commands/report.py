@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.artifact.manifest import Manifest, mean_errors
 from meswitch_cli.commands.console import console, table
 from meswitch_cli.delta.stored import TensorEntry
 
@@ -88,7 +87,7 @@ def summary(manifest: Manifest, expert_nbytes: int | None = None) -> dict[str, A
         "bits_per_weight": 8 * manifest.nbytes / weights if weights else 0.0,
         "tensors": len(manifest.tensors),
         "unchanged": len(manifest.unchanged),
-        "errors": {kind: _errors(entries) for kind, entries in by_projection(manifest).items()},
+        "errors": {kind: mean_errors(entries) for kind, entries in by_projection(manifest).items()},
     }
     if expert_nbytes is not None:
         result |= {"expert_bytes": expert_nbytes, "ratio": expert_nbytes / max(1, manifest.nbytes)}
@@ -114,7 +113,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     title = f"{manifest.expert.id} against {manifest.base.id}"
     shown = table(title, "projection", "bits", "tensors", "size", "weight error", "output error")
     for kind, entries in by_projection(manifest).items():
-        errors = _errors(entries)
+        errors = mean_errors(entries)
         shown.add_row(
             kind,
             "/".join(sorted({_form(entry) for entry in entries})),
@@ -160,18 +159,6 @@ def print_worst_layers(manifest: Manifest) -> None:
 
 def _error_of(entry: TensorEntry, by_output: bool) -> float | None:
     return entry.output_error if by_output else entry.weight_error
-
-
-def _errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
-    """Mean relative errors, weighted by the deltas' energy."""
-    items = list(entries)
-    result: dict[str, float | None] = {}
-    for name in ("weight_error", "output_error"):
-        pairs = [(getattr(item, name), item.delta_energy) for item in items]
-        known = [(error, energy) for error, energy in pairs if error is not None and energy]
-        total = sum(energy for _, energy in known)
-        result[name] = sum(error * energy for error, energy in known) / total if total else None
-    return result
 
 
 def _percent(value: float | None) -> str:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from meswitch_cli.commands.config_file import take_config
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.contract import Engine
     from meswitch_cli.engine.slotted_engine import SlottedEngine
     from meswitch_cli.router import Router
+
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Router": ("router", "gate", "feedback", "router_strict"),
+    "Network and keys": ("host", "port", "api_key_file", "admin_key_file", "cors_origin"),
+    "Limits": ("max_queue", "max_running", "max_model_len", "max_n", "max_body", "drain_seconds"),
+    "Device and memory": ("engine", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
+    "Log": ("log_level", "log_format", "log_prompts"),
+}
 
 
 def run(
@@ -24,6 +35,12 @@ def run(
     experts_dir: Annotated[
         Path | None,
         typer.Option(help="Serve each artifact in this folder by its folder's name; more may be loaded from it later."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=take_config, is_eager=True, help="A .yaml or .toml file with any of these options by name."
+        ),
     ] = None,
     router: Annotated[
         Path | None, typer.Option(help='A router of `meswitch train-router`; makes the model "auto".')
@@ -89,17 +106,20 @@ def run(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="From where to log.")
     ] = "info",
+    log_format: Annotated[
+        Literal["auto", "console", "json"], typer.Option(help="auto: console on a terminal, JSON elsewhere.")
+    ] = "auto",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """All of them share one copy of the base. The page is at /; curl and OpenAI's clients find the API at /v1.
 
-    Example: meswitch serve --base ./llama --expert maths=./maths-2bit --expert code=./code-2bit --router ./router
+    Example: meswitch serve --base ./llama --expert maths=./maths-1bit --expert code=./code-1bit --router ./router
     """
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
     from meswitch_cli.addresses import is_loopback
-    from meswitch_cli.server.experts import named_experts
+    from meswitch_cli.server.experts import named_experts, servable
     from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
     experts, refused = named_experts(expert or (), experts_dir)
@@ -122,36 +142,37 @@ def run(
     from meswitch_cli.server.logs import configure_logging
     from meswitch_cli.server.service import Service
 
-    bound = listen(host, port)
-    configure_logging(log_level)
-    _note(f"loading {base} and {len(experts)} experts")
-    made = _engine_class(engine)(
-        EngineSettings(
-            base=base,
-            experts=experts,
-            slots=slots,
-            device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_queue=max_queue,
-            max_running=max_running,
-            cache_tokens=cache_tokens,
-            prefix_sharing=prefix_sharing,
+    with ExitStack() as undo:
+        bound = listen(host, port)
+        undo.callback(bound.close)
+        configure_logging(log_level, log_format)
+        experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
+        check_router(router, experts)
+        _note(f"loading {base} and {len(experts)} experts")
+        made = _engine_class(engine)(
+            EngineSettings(
+                base=base,
+                experts=experts,
+                slots=slots,
+                device=device,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_queue=max_queue,
+                max_running=max_running,
+                cache_tokens=cache_tokens,
+                prefix_sharing=prefix_sharing,
+            )
         )
-    )
-    try:
+        undo.callback(made.stop)
         made.start()
-        _warn_of(refused | made.failed)
+        _warn_of(refused | unfit | made.failed)
         chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
         if not settings.api_keys and not is_loopback(host):
             _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
         server = Server(create_app(service), service, on_started=lambda: _welcome(address, service.experts(), chosen))
-    except BaseException:
-        made.stop()
-        bound.close()
-        raise
+        undo.pop_all()
     serve(server, bound)
 
 
@@ -163,6 +184,18 @@ def _engine_class(name: str) -> type[SlottedEngine[Any]]:
     from meswitch_cli.engine.transformers_engine import TransformersEngine
 
     return TransformersEngine
+
+
+def check_router(path: Path | None, experts: Mapping[str, object]) -> None:
+    """Refuse, before anything is loaded, a folder that is no router, or one that can choose an expert not served."""
+    if path is None:
+        return
+    from meswitch_cli.router.store import RouterArtifact
+    from meswitch_cli.router.store.membership import TrainedFor, check_membership
+    from meswitch_cli.server.routing import POLICY
+
+    labels = TrainedFor(RouterArtifact.open(path).manifest.experts)
+    check_membership(labels, experts=dict.fromkeys(experts), policy=POLICY)
 
 
 def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None) -> Router | None:

@@ -11,6 +11,13 @@ import typer
 from meswitch_cli.names import GateMode
 from meswitch_cli.router.backends import Kind
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Prompts": ("data", "expert", "artifact", "auto", "auto_label", "max_prompts", "max_tokens"),
+    "Features": ("backend", "model", "layer", "lm_steps", "seed"),
+    "Decision": ("fallback", "target_precision", "gate", "sticky_margin"),
+}
+
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be a router and --force given.")],

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from meswitch_cli import __version__
+from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.sidefiles import MODEL_CARD, expert_files, model_card
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
+from meswitch_cli.artifact.sidefiles import expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
@@ -75,6 +77,7 @@ def compress(
     device: torch.device | str = "cpu",
     force: bool = False,
     keep_weak: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: OnProgress = lambda what, nbytes, units: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
@@ -101,8 +104,7 @@ def compress(
         if weakness:
             on_note(weakness)
         manifest, side_files = _finish(job, records)
-        space.publish(manifest, side_files)
-    return manifest
+        return space.publish(manifest, side_files, max_shard_bytes)
 
 
 def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
@@ -220,15 +222,6 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
-    side_files = dict(job.side_files)
-    side_files[MODEL_CARD] = model_card(
-        base_id=base.id,
-        expert_id=expert.id,
-        form=job.form,
-        nbytes=sum(shard.nbytes for shard in shards),
-        expert_nbytes=job.expert.nbytes,
-        facts=job.settings.to_dict(),
-    )
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -240,9 +233,11 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,
         files=tuple(
-            FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
+            FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+            for name, data in sorted(job.side_files.items())
         ),
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
-    return manifest, side_files
+    card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
+    return manifest, {**job.side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed

@@ -55,6 +55,8 @@ class Sampling:
         logprobs: None, or how many alternatives are reported beside each chosen token (0: the chosen one alone).
         json_schema: a JSON schema that the text must satisfy.
         json_object: the text must be some JSON object.
+        structural_tag: a format, in xgrammar's language of structural tags, that the text must have.
+        shown_tokens: special tokens whose text is part of the answer; the other ones' is not.
     """
 
     temperature: float = 1.0
@@ -74,6 +76,13 @@ class Sampling:
     logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     json_object: bool = False
+    structural_tag: Mapping[str, Any] | None = None
+    shown_tokens: tuple[int, ...] = ()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says what may come next, and when the text ends."""
+        return self.json_object or self.json_schema is not None or self.structural_tag is not None
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def get_chat_template(self, chat_template: str | None = ..., tools: Any = ...) -> str: ...
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
 
@@ -191,6 +201,10 @@ class Engine(Protocol):
     def closed(self) -> str | None:
         """Why no request is taken (not started, shutting down, failed), None while requests are."""
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the base, once started."""
+
     def start(self) -> None:
         """Begin to generate; returns when requests will be taken."""
 
@@ -206,6 +220,9 @@ class Engine(Protocol):
 
     def tokenizer(self, expert: str) -> Tokenizer:
         """The tokenizer of an expert or of the base. Raises UnknownExpertError."""
+
+    def sampling_defaults(self, expert: str) -> Mapping[str, float]:
+        """Members of `Sampling` that its generation_config.json sets. Raises UnknownExpertError."""
 
     def serves(self, expert: str) -> bool:
         """Whether requests for it are taken; they always are for the base."""

@@ -93,6 +93,8 @@ class Generation:
         else:
             if token in self.model.end_ids and not sampling.ignore_eos:
                 ended = "stop"
+            elif token in sampling.shown_tokens:
+                text = self._detokenizer.push_shown(token)
             else:
                 text = self._detokenizer.push(token)
             if count >= sampling.min_tokens:

@@ -78,6 +78,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
         self._manager.start()
         self._closed = None
 
+    @property
+    def num_layers(self) -> int:
+        if self._base is None:
+            raise ShuttingDownError("the engine has not been started")
+        return self._base.architecture.num_layers
+
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
         if self._base is None:
             raise ShuttingDownError("the engine has not been started")

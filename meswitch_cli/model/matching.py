@@ -88,10 +88,10 @@ def make_plan(base: Checkpoint, expert: Checkpoint) -> Plan:
 
 
 def _check_stored_shape(checkpoint: Checkpoint, storage: Storage) -> None:
-    info, expected = storage.info(checkpoint), storage.parameter.stored_shape
-    if info.shape != expected:
+    info = checkpoint.tensors[storage.name]
+    if info.shape != storage.shape:
         raise CheckpointError(
-            f"{info.path}: tensor {info.name!r} is {list(info.shape)}, config.json says {list(expected)}"
+            f"{info.path}: tensor {info.name!r} is {list(info.shape)}, config.json says {list(storage.shape)}"
         )
 
 

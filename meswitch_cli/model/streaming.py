@@ -38,8 +38,9 @@ class StreamedModel:
             CheckpointError: a buffer of this family does not follow from its config.
         """
         self.weights, self.device, self.dtype = weights, device, dtype
+        self.held = weights.architecture.held
         root: Any = skeleton(weights.config, weights.name)
-        materialise_buffers(root, device, weights.name)
+        materialise_buffers(root, device, weights.name, weights.architecture.held)
         layers = root.get_submodule(weights.architecture.layers_prefix)
         for index, layer in enumerate(layers):
             layers[index] = _Streamed(layer, partial(self.run_layer, index, layer))
@@ -61,14 +62,15 @@ class StreamedModel:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """`[rows, length, vocabulary]`; everything outside the decoder layers is in memory meanwhile."""
-        names = [name for name, item in self.weights.architecture.parameters.items() if item.layer is None]
+        names = [name for name, layer in self.weights.architecture.held.items() if layer is None]
         with self._holding(self.root, "", names):
             logits: torch.Tensor = self.root(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
     def loaded(self, prefix: str, module: nn.Module) -> AbstractContextManager[None]:
         """Give a module of the tree its weights for the time of the block."""
-        return self._holding(module, f"{prefix}.", [name for name, _ in module.named_parameters()])
+        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        return self._holding(module, f"{prefix}.", [name for name in names if f"{prefix}.{name}" in self.held])
 
     @contextmanager
     def _holding(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[None]:
@@ -77,7 +79,8 @@ class StreamedModel:
             yield
         finally:
             for name in names:
-                set_parameter(module, name, module.get_parameter(name).to("meta"))
+                parent, _, leaf = name.rpartition(".")
+                set_parameter(module, name, getattr(module.get_submodule(parent), leaf).to("meta"))
 
 
 class _Streamed(nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from meswitch_cli.engine.contract import Chunk
-from meswitch_cli.server.answer import Collected, answer
+from meswitch_cli.server.answer import answer
 from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.prompts import decode, text_tokens, token_limit
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
-from meswitch_cli.server.schemas import CompletionRequest
+from meswitch_cli.server.schemas import CompletionRequest, listed
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.token_text import TokenTexts
 
@@ -33,10 +33,11 @@ class CompletionShape:
         self._texts, self._echoes, self._n = texts, echoes, n
         self._offsets: dict[int, int] = {}
 
-    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
-        text = "".join((self._echo(index), *collected.text))
-        logprobs = self._texts.completion(tuple(collected.logprobs), 0) if self._texts else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": collected.finish_reason}
+    def whole(self, index: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        text = "".join((self._echo(index), *(chunk.text for chunk in chunks)))
+        told = tuple(item for chunk in chunks for item in chunk.logprobs)
+        logprobs = self._texts.completion(told, 0) if self._texts else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunks[-1].finish_reason}
 
     def part(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
         text = (self._echo(index) if first else "") + chunk.text
@@ -56,8 +57,8 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     service, record = Service.of(request), RequestRecord.of(request)
     service.admit()
     n = body.choices(service.settings.max_choices)
-    given = body.prompts(service.settings.max_prompts)
-    record.user = body.user
+    given = listed(body.prompt, service.settings.max_prompts, "prompt")
+    record.user, record.hints = body.user, body.hints()
     if service.settings.log_prompts:
         record.prompt = given
     subject = given[0] if len(given) == 1 and isinstance(given[0], str) else None
@@ -67,9 +68,9 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
         await text_tokens(service, choice.expert, prompt) if isinstance(prompt, str) else tuple(prompt)
         for prompt in given
     ]
-    samplings = [
-        body.sampling(token_limit(service, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")) for prompt in prompts
-    ]
+    limits = [token_limit(service, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt") for prompt in prompts]
+    defaults = service.engine.sampling_defaults(choice.expert)
+    samplings = [body.sampling(limit, defaults) for limit in limits]
     echoes = [prompt if isinstance(prompt, str) else decode(tokenizer, prompt) for prompt in given] if body.echo else []
     texts = TokenTexts(tokenizer) if body.logprobs is not None else None
     group = GenerationGroup(service, record, choice.expert, prompts, samplings, n)

@@ -26,7 +26,7 @@ Here = Callable[..., tuple[int, str]]
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     """A function that runs a command that will fail, in this process: exit status and stderr."""
-    monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda level: None)  # it lasts
+    monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda *given: None)  # it lasts
 
     def run(*arguments: object) -> tuple[int, str]:
         ended = in_process(*arguments)

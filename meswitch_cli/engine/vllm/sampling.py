@@ -48,7 +48,7 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
         "seed": None if sampling.seed is None else generator_seed(sampling.seed),
         "detokenize": False,
     }
-    if sampling.json_object or sampling.json_schema is not None:
+    if sampling.constrained:
         options["min_tokens"] = 0  # as our sampler has it: the grammar says when the text may end
         options["extra_args"] = {GRAMMAR_KEY: _grammar(sampling, model)}
     return options
@@ -82,4 +82,5 @@ def _grammar(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
         "vocabulary": model.vocabulary,
         "end_ids": sorted(model.end_ids),
         "schema": None if sampling.json_schema is None else json.dumps(dict(sampling.json_schema)),
+        "structural_tag": None if sampling.structural_tag is None else json.dumps(dict(sampling.structural_tag)),
     }

@@ -1,0 +1,93 @@
+"""Whether an artifact's errors are as they should be, what they will do to answers, and which command comes next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meswitch_cli.errors import UsageError
+from meswitch_cli.names import check_name
+
+if TYPE_CHECKING:
+    from meswitch_cli.artifact.manifest import Manifest
+
+#: By code and bits, the weight error of unbiased steps on a Laplacian delta, whose tails are heavier than a real one's.
+#: docs/results/trellis.md has the figures, and those of real deltas, which lie below.
+NORMAL_ERROR = {
+    ("scalar", 1): 1.0,
+    ("scalar", 2): 0.2448,
+    ("scalar", 4): 0.034,
+    ("trellis", 0.125): 6.45,
+    ("trellis", 0.25): 3.14,
+    ("trellis", 0.5): 1.55,
+    ("trellis", 1): 0.58,
+}
+#: By code, bits and whether a low-rank part is there: least and most KL that fine-tunes of SmolLM2-135M had with
+#: output-unbiased steps and 8 salient channels, as a share of the base's (docs/results/compression.md, trellis.md).
+MEASURED_KL = {
+    ("scalar", 2, False): (1.5e-5, 3.0e-4),
+    ("scalar", 2, True): (3e-5, 1.4e-4),
+    ("scalar", 1, False): (1.8e-3, 2.8e-3),
+    ("scalar", 1, True): (2e-7, 2.1e-4),
+    ("trellis", 1, True): (3e-7, 2e-6),
+    ("trellis", 0.25, True): (5e-7, 4e-6),
+}
+
+
+def verdict(manifest: Manifest) -> list[str]:
+    """What the errors of an artifact's linears mean, a sentence each; nothing where none was measured."""
+    entries = [item for item in manifest.tensors if item.kind == "linear" and item.bits and item.delta_energy]
+    known = [item for item in entries if item.weight_error is not None and (item.code, item.bits) in NORMAL_ERROR]
+    energy = sum(item.delta_energy or 0.0 for item in known)
+    if not energy:
+        return []
+    error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in known) / energy
+    normal = sum(NORMAL_ERROR[item.code, item.bits] * (item.delta_energy or 0.0) for item in known) / energy
+    rates = sorted({item.bits for item in known})
+    at = " and ".join(f"{rate:g}" for rate in rates) + (" bit" if rates[-1] <= 1 else " bits")
+    if error > normal:
+        return [
+            f"weight error {_percent(error)} of the delta: more than usual at {at} (up to {_percent(normal)}); "
+            "more bits lower it, and meswitch eval says what it does to answers"
+        ]
+    told = [
+        f"weight error {_percent(error)} of the delta: usual at {at} (up to {_percent(normal)}); "
+        "such errors have no common direction, and most of them cancel in the outputs"
+    ]
+    expected = MEASURED_KL.get((known[0].code, known[0].bits, bool(known[0].rank))) if len(rates) == 1 else None
+    given = manifest.settings
+    alike = given.get("steps") == "output-unbiased" and given.get("salient", 0) >= 8 and not given.get("group_size")
+    if expected and alike:
+        low, high = (f"{100 * share:.2g}" for share in expected)
+        told.append(
+            f"expect a KL to the full expert of {low} to {high} % of the base's: what fine-tunes of a 135M model had "
+            "at this setting; meswitch eval measures yours"
+        )
+    return told
+
+
+def next_commands(base: str, expert: str, out: Path) -> list[str]:
+    """What to type after compressing."""
+    name = Path(expert.partition("@")[0]).name
+    try:
+        check_name(name)
+    except UsageError:
+        name = "NAME"
+    given = ("--base", base, "--expert", expert, "--artifact", out, "--text", "HELD-OUT.jsonl", "--out", f"{out}-eval")
+    return [command("eval", *given), command("serve", "--base", base, "--expert", f"{name}={out}")]
+
+
+def shown_commands(commands: Sequence[str]) -> str:
+    """Lines to print, each command to be copied whole."""
+    return "\n".join(["next:", *(f"  {command}" for command in commands)])
+
+
+def command(name: str, *arguments: object) -> str:
+    """A command as a shell takes it."""
+    return shlex.join(["meswitch", name, *map(str, arguments)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
