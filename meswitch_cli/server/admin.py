@@ -85,16 +85,14 @@ async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
     return _expert(service, body.name)
 
 
-@endpoints.post(
-    "/v1/load_lora_adapter", summary="/v1/experts/load as vLLM's clients know it", response_class=PlainTextResponse
-)
+@endpoints.post("/v1/load_lora_adapter", summary="As vLLM calls loading", response_class=PlainTextResponse)
 async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> str:
     await load(request, LoadRequest(name=body.lora_name, path=body.lora_path))
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@endpoints.post("/v1/unload_lora_adapter", summary="/v1/experts/unload as vLLM's clients know it", response_model=None)
-async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Response:
+@endpoints.post("/v1/unload_lora_adapter", summary="As vLLM calls unloading", response_class=PlainTextResponse)
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> str:
     await unload(request, UnloadRequest(name=body.lora_name))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
