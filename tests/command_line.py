@@ -18,15 +18,17 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OF
 Result = subprocess.CompletedProcess[str]
 
 
-def meswitch(*arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200) -> Result:
-    """Run a command as a user does."""
+def meswitch(
+    *arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200, online: bool = False
+) -> Result:
+    """Run a command as a user does; `online`, with what the environment says of the Hub now."""
     return subprocess.run(
         [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         input=stdin,
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=os.environ | {"COLUMNS": "200"} if online else ENVIRONMENT,
         timeout=timeout,
         check=False,
     )

@@ -40,7 +40,9 @@ def run(
         str | None, typer.Option(help="Ask this, print the answer, and end.", show_default="a conversation")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.", show_default="context")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="0 is greedy.", show_default="the model's own")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.", show_default="none")] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="On a terminal too, print answers as they come, without Markdown.")

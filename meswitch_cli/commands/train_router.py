@@ -83,6 +83,7 @@ def run(
     from meswitch_cli.commands.router_progress import announce, router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import find_artifact
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store.artifact import manifest_digest, write_router
     from meswitch_cli.router.train.auto import examples_from_card
@@ -94,7 +95,7 @@ def run(
     from meswitch_cli.router.train.training import train_router
 
     files = pairs(expert or [], "--expert")
-    models = pairs(artifact or [], "--artifact")
+    models = {name: find_artifact(path) for name, path in pairs(artifact or [], "--artifact").items()}
     if not data and not files and not (auto and models):
         raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from; or --auto and --artifact")
     if layer != "auto" and (not layer.isdecimal() or int(layer) < 1):

@@ -42,7 +42,7 @@ class Conversation:
         *,
         system: str | None = None,
         max_tokens: int | None = None,
-        temperature: float = 0.7,
+        temperature: float | None = None,
         seed: int | None = None,
     ) -> None:
         self.endpoint, self.model, self._system = endpoint, model, system

@@ -21,7 +21,7 @@ from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampl
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.vllm.arguments import engine_arguments
 from meswitch_cli.engine.vllm.engine import VllmEngine
-from meswitch_cli.engine.vllm.names import CONFIG_KEY, base_names, layout_of, worker_config
+from meswitch_cli.engine.vllm.names import WorkerConfig, base_names, layout_of, worker_config
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY, generator_seed, sampling_options
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture
@@ -130,7 +130,9 @@ def test_the_layout_reaches_the_workers(family: Family) -> None:
     assert extra == {"vocabulary": 271, "names": ["lm_head.weight", "model.embed_tokens.weight"]}
     assert arguments["kv_cache_memory_bytes"] >= 1000 * 2 * 2 * 2 * names_width(described) * 4
     assert not arguments["enable_prefix_caching"] and arguments["max_loras"] == 2 and arguments["dtype"] == "float32"
-    assert layout_of(arguments["additional_config"][CONFIG_KEY]) == layout
+    config = WorkerConfig.of(json.loads(json.dumps(arguments["additional_config"])))
+    assert config == WorkerConfig(layout=layout, host_bytes=EngineSettings(base="").copies_nbytes)
+    assert config.checked and not config.loras
     assert layout.holds(Layout({}, frozenset()))
 
 
