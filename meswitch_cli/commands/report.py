@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.artifact.manifest import Manifest, mean_errors
-from meswitch_cli.commands.console import console, table
+from meswitch_cli.commands.console import console, counted, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
             "to answers."
         )
     if manifest.unchanged:
-        out.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room")
+        out.print(f"as the base's, without room of their own: {counted(len(manifest.unchanged), 'tensor')}")
 
 
 def _form(entry: TensorEntry) -> str:

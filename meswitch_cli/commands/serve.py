@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch_cli.commands.config_file import take_config
+from meswitch_cli.commands.console import counted
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def run(
             return
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
-        _note(f"loading {base} and {len(experts)} experts")
+        _note(f"loading {base} and {counted(len(experts), 'expert')}")
         made = _engine_class(engine)(
             EngineSettings(
                 base=base,
@@ -251,8 +252,10 @@ def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None)
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
+    from meswitch_cli.commands.progress import quiet_loading
     from meswitch_cli.server.routing import open_served_router
 
+    quiet_loading()
     opened = open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
     opened.gate = gate or opened.gate
     return opened

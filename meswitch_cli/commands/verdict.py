@@ -1,14 +1,9 @@
-"""Whether an artifact's errors are as they should be, what they will do to answers, and which command comes next."""
+"""Whether an artifact's errors are as they should be, and what they will do to answers."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
+import math
 from typing import TYPE_CHECKING
-
-from meswitch_cli.errors import UsageError
-from meswitch_cli.names import check_name
 
 if TYPE_CHECKING:
     from meswitch_cli.artifact.manifest import Manifest
@@ -60,7 +55,7 @@ def verdict(manifest: Manifest) -> list[str]:
     given = manifest.settings
     alike = given.get("steps") == "output-unbiased" and given.get("salient", 0) >= 8 and not given.get("group_size")
     if expected and alike:
-        low, high = (f"{100 * share:.2g}" for share in expected)
+        low, high = (_plain(100 * share) for share in expected)
         told.append(
             f"expect a KL to the full expert of {low} to {high} % of the base's: what fine-tunes of a 135M model had "
             "at this setting; meswitch eval measures yours"
@@ -68,26 +63,10 @@ def verdict(manifest: Manifest) -> list[str]:
     return told
 
 
-def next_commands(base: str, expert: str, out: Path) -> list[str]:
-    """What to type after compressing."""
-    name = Path(expert.partition("@")[0]).name
-    try:
-        check_name(name)
-    except UsageError:
-        name = "NAME"
-    given = ("--base", base, "--expert", expert, "--artifact", out, "--text", "HELD-OUT.jsonl", "--out", f"{out}-eval")
-    return [command("eval", *given), command("serve", "--base", base, "--expert", f"{name}={out}")]
-
-
-def shown_commands(commands: Sequence[str]) -> str:
-    """Lines to print, each command to be copied whole."""
-    return "\n".join(["next:", *(f"  {command}" for command in commands)])
-
-
-def command(name: str, *arguments: object) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(["meswitch", name, *map(str, arguments)])
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _plain(value: float) -> str:
+    """Two digits of a small number, without an exponent."""
+    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0")

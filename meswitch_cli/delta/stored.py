@@ -226,8 +226,8 @@ class StoredDelta:
     Attributes:
         bits: what the codes store for a weight, 0 without codes.
         trellis: the trellis code; None where the codes are scalar.
-        in_features, out_features: channels that base and expert share (words of codes may hold padding); 0 of what has
-            neither codes nor a low-rank part.
+        in_features: input channels (the codes' words may hold padding).
+        out_features: output channels of a low-rank part that stands alone.
         group_size: input channels that share a step; 0 is one step per output channel.
         codes: `[out, ceil(in * bits / 32)]` int32, or a trellis code's messages.
         steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
@@ -282,7 +282,7 @@ class StoredDelta:
             bits=entry.bits,
             trellis=entry.trellis,
             in_features=columns,
-            out_features=rows,
+            out_features=0 if entry.bits else rows,
             group_size=entry.group_size,
             factor_bits=entry.factor_bits,
             **tensors,

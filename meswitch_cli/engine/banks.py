@@ -213,7 +213,7 @@ class Banks:
         """What a layer's bank is given of an expert."""
         layer = self.base.layer(name)
         delta = expert_delta(weight, layer.weight.shape, self.base.device)
-        return replace(delta, bias_delta=bias_delta(bias, layer.bias))
+        return delta if bias is None else replace(delta, bias_delta=bias_delta(bias, layer.bias))
 
 
 def expert_delta(weight: StoredDelta, shape: Sequence[int], device: torch.device) -> ExpertDelta:
@@ -241,10 +241,8 @@ def expert_delta(weight: StoredDelta, shape: Sequence[int], device: torch.device
     )
 
 
-def bias_delta(bias: Tensor | None, own: Tensor) -> Tensor | None:
-    """What an expert's bias adds to the base's `own` `[out]`, in fp32; None where it has none of its own."""
-    if bias is None:
-        return None
+def bias_delta(bias: Tensor, own: Tensor) -> Tensor:
+    """What an expert's bias adds to the base's `own` `[out]`, in fp32."""
     return _resized(bias, own.shape[0]).float() - own.float().to(bias.device)
 
 

@@ -202,7 +202,7 @@ Prompts = (
 )
 
 
-def listed(given: Prompts, limit: int, name: str) -> list[str] | list[list[int]]:
+def listed(given: Prompts, limit: int, name: str) -> list[str | list[int]]:
     """One text, or one list of token ids, a prompt.
 
     Raises:
@@ -227,10 +227,8 @@ class CompletionRequest(GenerationParameters):
         if self.best_of is not None and self.best_of != (self.n or 1):
             message = "best_of: only as many as n; rank the choices by their logprobs instead"
             raise ApiError(400, message, code="unsupported_parameter", parameter="best_of")
-        if self.echo and self.logprobs is not None:
-            message = "echo: not with logprobs, since the prompt's own are not computed"
-            raise ApiError(400, message, code="unsupported_parameter", parameter="echo")
-        return Sampling(**self.common_sampling(max_tokens, defaults), logprobs=self.logprobs)
+        scores = self.logprobs if self.echo else None
+        return Sampling(**self.common_sampling(max_tokens, defaults), logprobs=self.logprobs, prompt_logprobs=scores)
 
 
 class RouteRequest(Strict):

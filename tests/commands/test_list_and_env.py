@@ -16,15 +16,15 @@ from zoo.tiny import Pair
 
 @pytest.fixture
 def experts(pair: Pair, make_artifact: Any, tmp_path: Path) -> Path:
-    """A folder with two good artifacts, one that lacks a shard, one that is changed, one unfinished, and others."""
+    """A folder with two good artifacts, one that lacks a file, one that is changed, one unfinished, and others."""
     folder = tmp_path / "experts"
     folder.mkdir()
     made = make_artifact(pair).path
     for name in ("good", "short", "changed"):
         shutil.copytree(made, folder / name)
     make_artifact(pair, out="experts/one-bit", bits=1)
-    (folder / "short" / "delta-00002-of-00003.safetensors").unlink()
-    shard = folder / "changed" / "delta-00001-of-00003.safetensors"
+    (folder / "short" / "tokenizer.json").unlink()
+    shard = next((folder / "changed").glob("delta-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
     (folder / ".later.partial").mkdir()
     (folder / ".good.partial").mkdir()  # of an artifact that is being replaced
@@ -46,7 +46,7 @@ def test_list(experts: Path) -> None:
     shards = sum(file.stat().st_size for file in (experts / "good").glob("delta-*"))
     assert found["good"]["bytes"] == shards and found["one-bit"]["bits_per_weight"] < found["good"]["bits_per_weight"]
     assert found["changed"]["problem"] is None  # its size is right
-    assert found["short"]["problem"].endswith("delta-00002-of-00003.safetensors: missing")
+    assert found["short"]["problem"].endswith("tokenizer.json: missing")
     assert "not finished" in found["later"]["problem"] and "base" not in found["later"]
     shown = in_process("list", experts)
     assert shown.returncode == 1 and shown.stdout.count("all there") == 3 and shown.stdout.count("cannot be used") == 2

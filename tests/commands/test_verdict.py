@@ -12,7 +12,8 @@ import pytest
 from command_line import in_process
 
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, next_commands, verdict
+from meswitch_cli.commands.next_steps import after_compress
+from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, verdict
 from meswitch_cli.delta.codes import RATES
 from zoo.tiny import Pair
 
@@ -94,7 +95,7 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "my artifact"
     made = in_process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
     assert made.returncode == 0, made.stderr
-    assert made.stderr.startswith(f"reading {pair[0]} and {pair[1]}\n")
+    assert made.stderr.startswith("reading both models' headers\n")
     assert "weight error" in made.stdout.splitlines()[-2] and made.stdout.splitlines()[-1] == str(out)
     evaluate, serve = map(shlex.split, made.stderr.split("next:\n")[1].splitlines())
     assert serve[:2] == ["meswitch", "serve"] and serve[-1] == f"expert={out}"
@@ -107,8 +108,8 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_name_that_cannot_be_served_is_left_to_the_user() -> None:
-    assert "NAME=out" in next_commands("base", "./my model[final]", Path("out"))[1]
-    assert "maths=out" in next_commands("base", "owner/maths@main", Path("out"))[1]
+    assert after_compress("base", "./my model[final]", Path("out"))[1][-1] == "NAME=out"
+    assert after_compress("base", "owner/maths@main", Path("out"))[1][-1] == "maths=out"
 
 
 def test_json_has_no_verdict(pair: Pair, tmp_path: Path) -> None:
