@@ -58,6 +58,7 @@ TOLD: dict[str, tuple[Any, dict[str, Any]]] = {
     "presence_penalty": (-0.4, {"presence_penalty": -0.4}),
     "logit_bias": ({5: 2.0}, {"logit_bias": {5: 2.0}}),
     "stop": (("end",), {}),  # `Generation` ends the request at them
+    "shown_tokens": ((9,), {}),  # `Generation` shows them
     "stop_token_ids": ((9,), {"stop_token_ids": [1, 7, 9]}),
     "seed": (3, {"seed": generator_seed(3)}),
     "max_tokens": (40, {"max_tokens": 40}),
