@@ -220,6 +220,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
+    prove(transformers.AutoConfig.for_model("llama").to_dict(), "llama", CPU, torch.float32)  # compiles the kernels
     machine, started, rows = describe(), time.perf_counter(), []
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
     for family in sys.argv[1:] or every:
