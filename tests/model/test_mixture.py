@@ -168,7 +168,7 @@ def test_each_expert_is_calibrated_on_the_tokens_that_reach_it(qwen: Pair, gram:
             if gram:  # a matrix for every expert would be larger than the layer: the inputs stand for it
                 assert statistics.inputs is not None
                 found_gram = statistics.inputs.T @ statistics.inputs
-                    torch.testing.assert_close(found_gram, own.T @ own, rtol=1e-3, atol=1e-2)
+                torch.testing.assert_close(found_gram, own.T @ own, rtol=1e-3, atol=1e-2)
 
 
 def test_who_too_few_tokens_reach_is_counted_and_compressed_without(
@@ -233,5 +233,6 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_embedded_engine_refuses_a_mixture_by_name(mixture: Pair, family: str) -> None:
     config = Checkpoint.open(str(mixture[0])).config
-    with pytest.raises(EngineError, match=rf"{family} keeps model\.layers\.0\.(mlp\.experts|mlp\.gate|self_attn\.sinks)"):
+    where = r"keeps model\.layers\.0\.(mlp\.experts|mlp\.gate|self_attn\.sinks)"
+    with pytest.raises(EngineError, match=f"{family} {where}"):
         prove(config, "base", CPU, torch.float32)
