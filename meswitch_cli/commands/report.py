@@ -68,6 +68,8 @@ def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     shown.add_row(f"energy in 16 directions, {found.sampled} tensors", percent(found.leading_energy))
     shown.add_row(f"energy in 64 directions, {found.sampled} tensors", percent(found.lora_energy))
     shown.add_row(f"energy that rounding to {found.expert_dtype} leaves", percent(found.rounding))
+    exact = "-" if found.exact_bits is None else f"{found.exact_bits:.2f} bits a weight"
+    shown.add_row("bit for bit (--exact)", exact)
     shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
     shown.add_row("added tokens", str(found.added_tokens))
     shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")
@@ -123,7 +125,11 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
             _percent(errors["weight_error"]),
             _percent(errors["output_error"]),
         )
-    whole = [entry for entry in manifest.tensors if not entry.bits and not entry.rank]
+    exact = [entry for entry in manifest.tensors if entry.exact]
+    if exact:
+        nbytes = sum(item.nbytes for item in exact)
+        shown.add_row("bit for bit", "", str(len(exact)), megabytes(nbytes), "0 %", "0 %")
+    whole = [entry for entry in manifest.tensors if not (entry.bits or entry.rank or entry.exact)]
     if whole:
         shown.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
     out.print(shown)
