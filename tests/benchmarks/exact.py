@@ -1,10 +1,10 @@
-"""Bytes of an update that is kept bit for bit, against zstd of what changed and of the whole. Writes docs/results/exact.md.
+"""Bytes of an update that is kept bit for bit, against zstd. Writes docs/results/exact.md.
 
     python tests bench exact [--size 2048]
 
-Needs the package zstandard beside the others. Weights are Gaussian, bf16; an update is Gaussian on top of them, rounded
-to bf16 as training from fp32 weights leaves it, its size chosen so that the share of weights changes; or it moves weights
-by one rounding step at random places, whatever their size.
+Needs the package zstandard beside the others. Weights are Gaussian, bf16; an update is Gaussian on top of them,
+rounded to bf16 as training from fp32 weights leaves it, its size chosen so that the share of weights changes; or it
+moves weights by one rounding step at random places, whatever their size.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def main() -> None:
         "`--exact`, bits a weight |\n|---|---|---|---|---|---|---|\n" + "\n".join(sizes) + "\n\n"
         "## How to read this\n\n"
         "Weights are taken by the exponent of the base's, so that small ones, which change often, do not lie among "
-        "large ones, which seldom do. That is what wins on a trained update. At random places there is nothing to know, "
-        "and the size is near the entropy of the places and one bit for each sign.\n\n"
+        "large ones, which seldom do. That is what wins on a trained update. At random places there is nothing to "
+        "know, and the size is near the entropy of the places and one bit for each sign.\n\n"
         "## The coder of the streams\n\n"
         "Bytes a weight of the same gaps, signs and sizes by other coders, and what packing took. LZMA is the smallest "
         "and the slowest. Huffman codes alone are the choice: loading an expert waits for them. Times are of one run "

@@ -209,7 +209,7 @@ def test_a_quantised_expert(plain: tuple[Path, Path], tmp_path: Path) -> None:
     for name, value in tuned.items():
         if "_proj" in name:
             delta = (value.float() - meant[name].float()).norm()
-            assert (found[name].float() - value.float()).norm() < 0.2 * delta
+            assert (found[name].float() - value.float()).norm() < 0.35 * delta
     assert "quantization_config" not in json.loads((restored / "config.json").read_text())
     with pytest.raises(MeswitchError, match="--exact"):
         prepare(str(tmp_path / "base"), str(tmp_path / "expert"), job.out, CompressionSettings(exact=True), None)
@@ -248,7 +248,7 @@ def test_mxfp4_experts_of_gpt_oss(tmp_path: Path) -> None:
 DAMAGE: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "no scale": (
         "int8",
-        lambda held: held.pop("model.layers.0.mlp.up_proj.weight_scale") and None,
+        lambda held: held.__delitem__("model.layers.0.mlp.up_proj.weight_scale"),
         "without its scale",
     ),
     "another scale": (
