@@ -14,6 +14,7 @@ import torch
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from meswitch_cli.artifact.mistaken import what_it_is
+from meswitch_cli.artifact.quantization import without_transformers
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
@@ -65,7 +66,8 @@ class Artifact:
         Raises:
             CheckpointError: it is missing, or not JSON.
         """
-        return read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        config = read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        return without_transformers(config)
 
     def entries_of(self, shard: str) -> list[TensorEntry]:
         return [entry for entry in self.manifest.tensors if entry.shard == shard]

@@ -169,6 +169,10 @@ def shard_name(index: int, count: int) -> str:
     return f"delta-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
+def is_shard_name(name: str) -> bool:
+    return bool(_SHARD_NAME.fullmatch(name))
+
+
 def _model_reference(fields: _Fields) -> ModelReference:
     return ModelReference(
         fields.string("id"), fields.optional_string("revision"), fields.matching("fingerprint", _FINGERPRINT)

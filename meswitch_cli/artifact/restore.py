@@ -193,10 +193,12 @@ def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | Non
         if file.name == MODEL_CARD:
             continue
         data = (artifact.path / file.name).read_bytes()
-        if file.name == CONFIG_FILE and dtype is not None:
-            config = json.loads(data)
-            config.pop("torch_dtype", None)
-            data = (json.dumps(config | {"dtype": dtype_name(dtype)}, indent=2) + "\n").encode()
+        if file.name == CONFIG_FILE:
+            config = artifact.config
+            if dtype is not None:
+                config.pop("torch_dtype", None)
+                config |= {"dtype": dtype_name(dtype)}
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         with disk_errors(folder / file.name):
             (folder / file.name).parent.mkdir(exist_ok=True)
         write_atomically(folder / file.name, data)

@@ -45,7 +45,7 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     """
     model: Any = skeleton(config, where)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    held = held_parameters(model, config, where)
+    held = held_parameters(model)
     parameters = set(held)
     layout = Layout(model, held, buffers)
     stored = layout.canonical(tensors)
@@ -85,11 +85,11 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     return Contents(config, kept, tuple(notes))
 
 
-def held_parameters(model: Any, config: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """What of a module tree on the meta device a checkpoint holds: its parameters, and the buffers that training sets.
+def held_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """What of a module tree on the meta device a checkpoint holds: parameters, and buffers with values of their own.
 
-    These are of floating-point type, saved, and neither a constant of their class nor a table that it computes:
-    the bias by which DeepSeek balances its experts.
+    These are of floating-point type, saved, and no table that the class computes from its config: the bias by which
+    DeepSeek balances its experts.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
     saved = set(model.state_dict())
@@ -98,11 +98,10 @@ def held_parameters(model: Any, config: dict[str, Any], where: str) -> dict[str,
         for name, buffer in model.named_buffers()
         if name in saved and buffer.is_floating_point() and not any(re.search(item, name) for item in _MOVED_BUFFERS)
     ]
-    constants = constant_buffers(config, where) if buffers else {}
     modules = dict(model.named_modules())
     for name in buffers:
         path, _, leaf = name.rpartition(".")
-        if name not in constants and not _is_computed(model, modules[path], leaf):
+        if not _is_computed(model, modules[path], leaf):
             held[name] = getattr(modules[path], leaf)
     return held
 
@@ -119,12 +118,9 @@ def _is_computed(model: Any, module: Any, leaf: str) -> bool:
         return False
     finally:
         setattr(module, leaf, buffer)
-    return (
-        not values.is_meta
-        and values.numel() > 1
-        and not torch.equal(values.flatten()[1:], values.flatten()[:-1])
-        and not values.isnan().all()
-    )
+    if values.is_meta or values.isnan().all():
+        return False
+    return not bool((values == values.flatten()[0]).all())
 
 
 def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:

@@ -139,6 +139,7 @@ class Layout:
         #: What a stored name may mean: a parameter as it is in memory, or what its group is saved as.
         self._known = {name: name for name in (*others, *parameters)}
         for group in self.groups.values():
+            self._known |= {piece.name: piece.name for piece in group.pieces if piece.index is not None}
             if group.converter is not None:
                 self._known |= {self._renamed(piece.saved): piece.saved for piece in group.pieces}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from typing import Any
 
 import torch
@@ -47,23 +47,37 @@ def skeleton(config: dict[str, Any], where: str) -> nn.Module:
     return model.eval()
 
 
+#: What makes tensors with values; weights are made empty.
+_MAKERS = (torch.tensor, torch.arange, torch.linspace, torch.full, torch.ones, torch.zeros)
+
+
 class _RealConstants(TorchFunctionMode):
-    """Makes what `torch.tensor` makes on the CPU, also where a model is built on the meta device."""
+    """Makes on the CPU what is made with values, also where a model is built on the meta device."""
+
+    def __init__(self, makers: Collection[Any]) -> None:
+        super().__init__()
+        self._makers = makers
 
     def __torch_function__(
         self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        return function(*arguments, **(options or {}) | ({"device": "cpu"} if function is torch.tensor else {}))
+        return function(*arguments, **(options or {}) | ({"device": "cpu"} if function in self._makers else {}))
 
 
 def constant_buffers(config: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
     """The buffers that a model's classes fill with constants when they are made, by name."""
-    with _RealConstants():
-        model = skeleton(config, where)
+    try:
+        with _RealConstants(_MAKERS):
+            model = skeleton(config, where)
+    except CheckpointError:  # a class that makes a buffer of a weight's values
+        with _RealConstants((torch.tensor,)):
+            model = skeleton(config, where)
     return {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
 
 
-def materialise_buffers(root: Any, device: torch.device, where: str, stored: Container[str] = ()) -> None:
+def materialise_buffers(
+    root: Any, config: dict[str, Any], device: torch.device, where: str, stored: Container[str] = ()
+) -> None:
     """Compute the buffers that follow from the config (rotary tables, embedding scales), as from_pretrained does.
 
     Comes before the weights: it initialises the modules that it visits. Those of `stored` come with them.
@@ -71,6 +85,7 @@ def materialise_buffers(root: Any, device: torch.device, where: str, stored: Con
     Raises:
         CheckpointError: a buffer does not follow from the config.
     """
+    constants: dict[str, torch.Tensor] = {}
     for name, module in root.named_modules():
         buffers = [(key, buffer) for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for key, buffer in buffers:
@@ -79,7 +94,13 @@ def materialise_buffers(root: Any, device: torch.device, where: str, stored: Con
         if buffers:
             root._init_weights(module)
         for key, _ in buffers:
-            if f"{name}.{key}" not in stored and not torch.isfinite(getattr(module, key)).all():
+            own = f"{name}.{key}" if name else key
+            if own in stored or torch.isfinite(getattr(module, key)).all():
+                continue
+            constants = constants or constant_buffers(config, where)
+            if own in constants:
+                setattr(module, key, constants[own].to(device))
+            else:
                 raise CheckpointError(
                     f"{where}: {root.config.model_type}: buffer {name}.{key} does not follow from the config, so the "
                     "model cannot be run from its weights alone"

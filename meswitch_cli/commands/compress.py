@@ -26,10 +26,10 @@ PANELS = {
         "code",
         "salient",
         "rank",
+        "factor_bits",
         "group_size",
         "channel_scale",
         "embedding_bits",
-        "factor_bits",
         "exact",
     ),
     "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
@@ -120,12 +120,14 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
-    typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
+    typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.console import say
     from meswitch_cli.commands.host_memory import share_one_arena
+    from meswitch_cli.commands.next_steps import after_compress, print_next
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
-    from meswitch_cli.commands.verdict import next_commands, shown_commands, verdict
+    from meswitch_cli.commands.verdict import verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -173,7 +175,7 @@ def run(
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
         for sentence in () if weak else verdict(manifest):
-            typer.echo(sentence)
+            say(sentence)
         typer.echo(f"{out}")
         if manifest.tensors:
-            typer.echo(shown_commands(next_commands(base, expert, out)), err=True)
+            print_next(after_compress(base, expert, out))

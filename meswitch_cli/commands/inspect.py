@@ -10,7 +10,7 @@ import typer
 
 
 def run(
-    artifact: Annotated[Path | None, typer.Argument(help="The artifact's folder.")] = None,
+    artifact: Annotated[Path | None, typer.Argument(help="The artifact's folder, or a Hub id.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Without an artifact: a base, with --expert; a folder, or a Hub id.")
     ] = None,
@@ -24,10 +24,10 @@ def run(
 
     Example: meswitch inspect --base ./llama --expert ./llama-maths
     """
-    from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.commands import report
     from meswitch_cli.commands.plot import plot_artifact
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import open_artifact
 
     if (artifact is None) == (base is None and expert is None) or (base is None) != (expert is None):
         raise UsageError("give an artifact, or --base and --expert")
@@ -37,7 +37,7 @@ def run(
         _print_fine_tune(base, expert, as_json)
         return
     assert artifact is not None
-    manifest = Artifact.open(artifact).manifest
+    manifest = open_artifact(artifact).manifest
     if plot is not None:
         plot_artifact(manifest, plot)
     if as_json:

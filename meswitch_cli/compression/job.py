@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 from meswitch_cli import __version__
 from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
-from meswitch_cli.artifact.sidefiles import expert_files
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
+from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
@@ -32,9 +33,11 @@ from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
 from meswitch_cli.model.adapted import AdaptedCheckpoint, open_expert
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
-from meswitch_cli.model.matching import make_plan
+from meswitch_cli.model.matching import PlannedTensor, make_plan
 from meswitch_cli.printable import require_name
 
+#: Tokens by which an expert of a mixture is calibrated at the least.
+LEAST_TOKENS = 8
 _QUANTISED = "unit"
 _FINAL = "final"
 
@@ -96,7 +99,7 @@ def compress(
     """
     with workspace(job.out, force=force) as space:
         _continue_or_start(job, space, force)
-        records = _quantise(job, space, device, on_progress)
+        records = _quantise(job, space, device, on_progress, on_note)
         if job.settings.steps == "distill":
             records = distill(job, space, records, device, on_progress, stage=_FINAL)
         on_progress("check", 0, len(records))
@@ -107,7 +110,7 @@ def compress(
             raise
         if weakness:
             on_note(weakness)
-        manifest, side_files = _finish(job, records)
+        manifest, side_files = _finish(job, records, max_shard_bytes)
         return space.publish(manifest, side_files, max_shard_bytes)
 
 
@@ -168,8 +171,15 @@ def _changed_weights(job: Job, space: Workspace, which: Side, checkpoint: Checkp
     return []
 
 
-def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progress: OnProgress) -> list[UnitRecord]:
+def _quantise(
+    job: Job,
+    space: Workspace,
+    device: torch.device | str,
+    on_progress: OnProgress,
+    on_note: Callable[[str], None],
+) -> list[UnitRecord]:
     """Bring every unit to its quantised state and return the records."""
+    seldom, experts = 0, 0
     units = job.plan.units
     records = {index: record for index in range(len(units)) if (record := space.record(index, _QUANTISED))}
     for index in records:
@@ -190,6 +200,11 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
                 shard = shard_name(index, len(units))
                 if job.settings.steps == "distill":
                     shard = f"quantised-{shard}"
+                if calibrated:
+                    known_well = _reached(units[index], statistics)
+                    seldom += sum(item.stacked and item.name not in known_well for item in units[index])
+                    experts += sum(item.stacked for item in units[index])
+                    statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
                 data, record = compress_unit(counted, shard, job.settings, statistics, device, told)
@@ -199,7 +214,19 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
             else:
                 reader.forget(units[index])
             del statistics  # a layer's may be larger than its weights, and the next layer is about to run
+    if seldom:
+        on_note(
+            f"{job.out}: fewer than {LEAST_TOKENS} calibration tokens reach {seldom} of {experts} matrices of experts: "
+            "these are compressed as without calibration; give "
+            + ("--calibration FILE" if job.settings.calibration == RANDOM else "more --samples")
+        )
     return [records[index] for index in range(len(units))]
+
+
+def _reached(unit: Iterable[PlannedTensor], statistics: LayerStatistics) -> LayerStatistics:
+    """The statistics without those of experts that too few tokens reached to tell one input channel from another."""
+    stacked = {item.name for item in unit if item.stacked}
+    return {name: known for name, known in statistics.items() if name not in stacked or known.tokens >= LEAST_TOKENS}
 
 
 def _statistics(
@@ -219,6 +246,7 @@ def _statistics(
         calibration_windows(job),
         gram=job.settings.takes_gram,
         keep=few_tokens,
+        experts_gram=job.settings.linears().needs_gram,
         device=device,
         dtype=calibration_dtype(stored, device, few_tokens=few_tokens),
     )
@@ -232,7 +260,7 @@ def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Ite
         report(nbytes)
 
 
-def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:
+def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[Manifest, dict[str, bytes]]:
     base_digests: dict[str, str] = {}
     expert_digests: dict[str, str] = {}
     for record in records:
@@ -240,6 +268,9 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
+    named = base.id if base.revision is None else f"{base.id}@{base.revision}"
+    weights = first_shard([shard.nbytes for shard in shards], max_shard_bytes)
+    side_files = {**job.side_files, CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights)}
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -251,11 +282,10 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,
         files=tuple(
-            FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-            for name, data in sorted(job.side_files.items())
+            FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
         ),
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
     card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
-    return manifest, {**job.side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed
+    return manifest, {**side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed

@@ -147,7 +147,9 @@ class ExpertAhead:
 
     def read(self, name: str) -> torch.Tensor:
         item = self._planned[self.architecture.holder(name).name]
-        return item.expert.read(self._expert) if item.layer is None else self._reader.expert(item)
+        # The matrices of all experts of a layer would be its whole size: they are read again for their pairs.
+        alone = item.layer is None or item.stacked
+        return item.expert.read(self._expert) if alone else self._reader.expert(item)
 
 
 def reading_order(
@@ -155,13 +157,15 @@ def reading_order(
 ) -> Iterator[Half]:
     """The halves of the missing units' pairs, pair by pair.
 
-    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not.
+    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not; of the
+    experts of a mixture it reads what it needs itself.
     """
     for index, unit in enumerate(units):
         runs = calibrated and index < len(units) - 1
         for item in unit if runs else ():
-            yield "expert", item
+            if not item.stacked:
+                yield "expert", item
         for item in unit if index in missing else ():
             yield "base", item
-            if not runs:
+            if not runs or item.stacked:
                 yield "expert", item

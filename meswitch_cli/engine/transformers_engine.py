@@ -34,10 +34,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
         """Read the base's headers; nothing is loaded yet.
 
         Raises:
-            EngineError: transformers is of a version that the engine does not know.
+            EngineError: transformers is of a version that the engine does not know, or several devices are asked for.
             CheckpointError: there is no such base.
         """
         check_transformers()
+        if settings.tensor_parallel * settings.pipeline_parallel > 1:
+            raise EngineError("one model over several devices needs --engine vllm")
         super().__init__(settings)
         self._grammars = Grammars()
         self._base: BaseModel | None = None

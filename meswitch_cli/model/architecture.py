@@ -29,6 +29,7 @@ class Parameter:
         tied_to: the parameter whose tensor it shares.
         transposed: whether module and checkpoint hold it the other way round.
         piece: what it is of what transformers saves; None where it shares a tensor.
+        stacked: whether it is one expert's of a mixture, whose matrices the module tree holds as one parameter.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Parameter:
     tied_to: str | None = None
     transposed: bool = False
     piece: Piece | None = None
+    stacked: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -106,6 +108,11 @@ class Architecture:
     layout: Layout
 
     @property
+    def experts(self) -> int:
+        """Experts of its mixtures, the most that a layer has; 0 where it has none that are fused."""
+        return max((self.layout.groups[name].stack for name in self.held), default=0)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         return self.parameters[self.embedding].shape[0]
@@ -146,7 +153,7 @@ class Architecture:
     def _storage(self, item: Parameter, stored: Mapping[str, str]) -> Storage | None:
         """Where a parameter lies, `stored` being a checkpoint's names by what transformers takes them for."""
         piece = item.piece
-        if piece is None:
+        if piece is None or (piece.index is not None and item.name in stored):
             return Storage(item, stored[item.name], item.stored_shape) if item.name in stored else None
         if piece.saved in stored:
             group = self.layout.group_of(piece.name)
@@ -161,29 +168,34 @@ class Architecture:
     def values(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters of the module tree as it holds them, made of these that `read` gives by name, `[out, in]`."""
 
-        def stored(name: str) -> torch.Tensor:
-            return self.parameters[name].to_stored(read(name))
-
         done: set[str] = set()
         for name in names:
             group = self.layout.groups[name]
             if name in done:
                 continue
             if group.stack:
-                yield name, self._stacked(group, stored)
+                matrices = (self.matrix(name, index, read) for index in range(group.stack))
+                yield name, _stacked(matrices, group.stack)
                 continue
             done |= set(group.parameters)
-            yield from group.values(stored).items()
+            yield from group.values(lambda piece: self._as_saved(piece, read)).items()
 
-    def _stacked(self, group: Group, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        whole: torch.Tensor | None = None
-        for index in range(group.stack):
-            matrix = group.matrix(index, read)
-            if whole is None:
-                whole = matrix.new_empty((group.stack, *matrix.shape))
-            whole[index] = matrix
-        assert whole is not None
-        return whole
+    def matrix(self, name: str, index: int, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """One matrix of a parameter of the module tree that is a stack of them; `read` as for `values`."""
+        return self.layout.groups[name].matrix(index, lambda piece: self._as_saved(piece, read))
+
+    def _as_saved(self, piece: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        return self.parameters[piece].to_stored(read(piece))
+
+
+def _stacked(matrices: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    whole: torch.Tensor | None = None
+    for index, matrix in enumerate(matrices):
+        if whole is None:
+            whole = matrix.new_empty((count, *matrix.shape))
+        whole[index] = matrix
+    assert whole is not None
+    return whole
 
 
 def architecture(config: dict[str, Any], where: str) -> Architecture:
@@ -201,7 +213,7 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     embedding, head = names.get(id(model.get_input_embeddings())), model.get_output_embeddings()
     if embedding is None:
         raise CheckpointError(f"{where}: family {model_type!r} cannot be compressed: it looks up no tokens")
-    tensors = held_parameters(model, config, where)
+    tensors = held_parameters(model)
     # What transformers itself ties for this config: a class may tie nothing although it says tie_word_embeddings.
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if source in tensors}
     layout = Layout(model, tensors)
@@ -225,7 +237,10 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
             shape = piece.shape[::-1] if transposed and matrix else piece.shape
             own: Kind = kind if matrix else "dense"
             parameters.setdefault(
-                piece.name, Parameter(piece.name, own, shape, layer, tied.get(name), transposed and matrix, piece)
+                piece.name,
+                Parameter(
+                    piece.name, own, shape, layer, tied.get(name), transposed and matrix, piece, bool(group.stack)
+                ),
             )
     for name, target in tied.items():  # of modules that are one object, named_modules lists the first
         held.setdefault(name, None)
@@ -242,13 +257,15 @@ def decoder_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
     Raises:
         CheckpointError: it has none.
     """
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    text = model.config.get_text_config()
     modules = dict(model.named_modules())
-    lists = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == expected > 0
-    }
+    lists: dict[str, nn.ModuleList] = {}
+    for expected in (getattr(text, "num_hidden_layers", 0), getattr(text, "decoder_layers", 0)):
+        lists = lists or {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, nn.ModuleList) and len(module) == expected > 0
+        }
     # A vision tower's list may be as long, and comes first. What text passes through hangs beside its embedding.
     embedding = model.get_input_embeddings()
     home = next((name.rpartition(".")[0] for name, module in modules.items() if module is embedding), None)

@@ -32,6 +32,11 @@ class PlannedTensor:
         return self.base.parameter.shape
 
     @property
+    def stacked(self) -> bool:
+        """Whether this is one of many matrices that a model holds as one parameter: an expert's of a mixture."""
+        return self.expert.parameter.stacked
+
+    @property
     def unrelated(self) -> bool:
         """Whether this is an untied head against a base that ties its own: the two may have nothing in common."""
         return self.kind == "head" and self.base.parameter.name != self.name
