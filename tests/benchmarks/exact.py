@@ -99,9 +99,9 @@ def main() -> None:
         "large ones, which seldom do. That is what wins on a trained update. At random places there is nothing to "
         "know, and the size is near the entropy of the places and one bit for each sign.\n\n"
         "## The coder of the streams\n\n"
-        "Bytes a weight of the same gaps, signs and sizes by other coders. Huffman codes alone are the choice: LZMA, whose "
-        "coder learns from one byte to the next, takes 5 to 13 % less on trained updates, and has to be unpacked byte by "
-        "byte when an expert is loaded.\n\n"
+        "Bytes a weight of the same gaps, signs and sizes by other coders. Huffman codes alone are the choice: LZMA, "
+        "whose coder learns from one byte to the next, takes 5 to 13 % less on trained updates, and has to be unpacked "
+        "byte by byte when an expert is loaded.\n\n"
         f"| update | weights moved | {heads} |\n|---|---|{'---|' * len(CODERS)}\n" + "\n".join(coders) + "\n"
     )
 
