@@ -14,8 +14,9 @@ import torch
 from meswitch_cli.checkpoint.contents import model_contents
 from meswitch_cli.checkpoint.fingerprint import tensor_digest
 from meswitch_cli.checkpoint.json_file import read_json
+from meswitch_cli.checkpoint.quantised import dequantised
 from meswitch_cli.checkpoint.source import Source, resolve
-from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer, read_tensor
+from meswitch_cli.checkpoint.tensorfile import MadeTensor, TensorInfo, new_buffer, read_tensor
 from meswitch_cli.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, find_weights, has_weights, refuse_adapter
 from meswitch_cli.errors import CheckpointError
 
@@ -52,8 +53,13 @@ class Checkpoint:
         refuse_adapter(source.path)
         config = _plain_config(source, name)
         files = find_weights(source.path, config)
-        contents = model_contents(config, files.tensors, str(source.path))
-        return cls(source, contents.config, contents.tensors, files.notes + contents.notes)
+        tensors, notes = files.tensors, files.notes
+        quantization = read_json(source.path / "config.json", "").get(QUANTIZATION)
+        if quantization is not None:
+            tensors, more = dequantised(tensors, quantization, source.path)
+            notes += more
+        contents = model_contents(config, tensors, str(source.path))
+        return cls(source, contents.config, contents.tensors, notes + contents.notes)
 
     @classmethod
     def describe(cls, name: str) -> Checkpoint:
@@ -79,8 +85,19 @@ class Checkpoint:
         return read_tensor(self.tensors[name], buffer_of)
 
     def digest(self, name: str, parameter: str, value: torch.Tensor) -> str:
-        """What a fingerprint has of a parameter whose `value` was read by a stored name."""
-        return tensor_digest(parameter, value)
+        """What a fingerprint has of a parameter whose `value` was read by a stored name: of what is stored of it."""
+        info = self.tensors[name]
+        if not isinstance(info, MadeTensor) or value.numel() != info.numel:
+            return tensor_digest(parameter, value)
+        stored = hashlib.sha256(f"{parameter}|{info.dtype}|".encode())
+        for part, own in sorted(info.parts.items()):
+            stored.update(tensor_digest(part, read_tensor(own)).encode())
+        return stored.hexdigest()
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights are stored in few bits."""
+        return any(isinstance(info, MadeTensor) for info in self.tensors.values())
 
     def files(self) -> set[Path]:
         """The files that its weights lie in."""
@@ -108,7 +125,4 @@ def _plain_config(source: Source, name: str) -> dict[str, Any]:
             f"{name}: config.json has an empty {QUANTIZATION}, with which transformers does not load the model; "
             "delete the entry if the weights are not quantized"
         )
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"{name}: already quantized ({method}); give the 16-bit checkpoint")
     return {key: value for key, value in config.items() if key != QUANTIZATION}

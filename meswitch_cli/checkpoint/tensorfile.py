@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -33,6 +33,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -60,6 +61,40 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeTensor(TensorInfo):
+    """A tensor, or a part of one, that is made of stored ones when it is read: `offset` and `nbytes` are bytes of it.
+
+    Attributes:
+        parts: what it is made of, by the names that `make` knows.
+        make: gives the tensor of its parts.
+        whole: its shape.
+        stacked: whether the first dimension of the parts is its own, so that matrices can be made one by one.
+    """
+
+    parts: Mapping[str, TensorInfo]
+    make: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+    whole: tuple[int, ...]
+    stacked: bool
+
+    def read(self) -> torch.Tensor:
+        start, count = self.offset // self.dtype.itemsize, self.numel
+        if not self.stacked:
+            given = {name: read_tensor(info) for name, info in self.parts.items()}
+            return self.make(given).flatten()[start : start + count].view(self.shape)
+        each = math.prod(self.whole[1:])
+        first, last = start // each, -(-(start + count) // each)
+        given = {name: read_tensor(_rows_of(info, first, last)) for name, info in self.parts.items()}
+        return self.make(given).flatten()[start - first * each :][:count].view(self.shape)
+
+
+def _rows_of(info: TensorInfo, first: int, last: int) -> TensorInfo:
+    """The part of a stored tensor from one index of its first dimension up to another."""
+    row = info.nbytes // info.shape[0]
+    shape = (last - first, *info.shape[1:])
+    return replace(info, shape=shape, offset=info.offset + first * row, nbytes=(last - first) * row)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -144,6 +179,8 @@ def read_tensor(info: TensorInfo, buffer_of: Callable[[int], torch.Tensor] = new
     Raises:
         TensorFileError: the bytes cannot be read in full.
     """
+    if isinstance(info, MadeTensor):
+        return info.read()
     buffer = buffer_of(info.nbytes)
     try:
         with info.path.open("rb", buffering=0) as stream:
@@ -218,7 +255,7 @@ def _slice(info: TensorInfo, start: int) -> TensorInfo:
     """`COMPARED_ELEMENTS` elements of a tensor from this one on, as a tensor of one dimension."""
     count = min(COMPARED_ELEMENTS, info.numel - start)
     size = info.dtype.itemsize
-    return TensorInfo(info.name, info.dtype, (count,), info.path, info.offset + start * size, count * size)
+    return replace(info, shape=(count,), offset=info.offset + start * size, nbytes=count * size)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

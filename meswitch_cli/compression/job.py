@@ -118,8 +118,10 @@ def _refuse_inexact(expert: Checkpoint) -> None:
     """Refuse to store bit for bit what is made when it is read.
 
     Raises:
-        UsageError: the expert is an adapter.
+        UsageError: the expert is an adapter, or stored in few bits.
     """
+    if expert.is_quantised:
+        raise UsageError(f"--exact: {expert.source.path} is stored quantised, and is restored in 16 bit")
     if isinstance(expert, AdaptedCheckpoint):
         raise UsageError(f"--exact: {expert.source.path} is an adapter, whose products are stored as they are")
 
