@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from meswitch_cli.delta.codes import CODES, CodeName, default_code, listed
+from meswitch_cli.delta.low_rank import FACTOR_WIDTHS
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
 #: Code width of a delta that may be as large as the weight itself: it leaves 1 % of its energy as error, not 12 %.
 UNRELATED_BITS = 4
+#: Width of an adapter's factors: what adapters are trained in.
+ADAPTER_FACTOR_BITS = 16
 #: Calibration by random tokens.
 RANDOM = "random"
 
@@ -21,6 +24,8 @@ StepMethod = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"
 #: The step rule with the lowest KL to the full experts of those that stream, on the choice items of
 #: docs/results/compression.md, with calibration data and without.
 DEFAULT_STEPS: StepMethod = "output-unbiased"
+#: With its low-rank part nearer to strong fine-tunes than 2 bits without one, in fewer bytes: docs/results/strong.md.
+DEFAULT_BITS: float = 1
 
 
 def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
@@ -44,6 +49,8 @@ class CompressionSettings:
         embedding_bits: code width of embedding and head.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
+        factor_bits: width of an adapter's factors; None of any other fine-tune.
+        exact: whether the expert is stored bit for bit; nothing is coded then.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
 
     Raises:
@@ -63,6 +70,8 @@ class CompressionSettings:
     sequence_length: int = 512
     seed: int = 0
     code: CodeName | None = None
+    factor_bits: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.steps not in get_args(StepMethod):
@@ -73,6 +82,8 @@ class CompressionSettings:
             raise UsageError(str(error)) from error
         if self.embedding_bits not in CODES:
             raise UsageError(f"--embedding-bits must be {listed(CODES)}, not {self.embedding_bits}")
+        if self.factor_bits not in (None, *FACTOR_WIDTHS):
+            raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -83,7 +94,7 @@ class CompressionSettings:
     def with_defaults(
         cls,
         *,
-        bits: float = 2,
+        bits: float = DEFAULT_BITS,
         code: CodeName | None = None,
         salient: int = 8,
         rank: int | None = None,
@@ -114,6 +125,19 @@ class CompressionSettings:
             calibration=calibration if calibration != RANDOM or of_use else None,
             **others,
         )
+
+    def for_adapter(self, *, has_full_layers: bool) -> CompressionSettings:
+        """Of an adapter: products are stored as they are, and calibration is for the layers that are more than that."""
+        return replace(
+            self,
+            factor_bits=self.factor_bits or ADAPTER_FACTOR_BITS,
+            calibration=self.calibration if has_full_layers else None,
+            steps=self.steps if has_full_layers else "unbiased",
+        )
+
+    def for_exact(self) -> CompressionSettings:
+        """Of an expert that is stored bit for bit: nothing is calibrated or fitted."""
+        return replace(self, calibration=None, steps="unbiased", rounding="nearest")
 
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
@@ -149,8 +173,9 @@ class CompressionSettings:
         return {"linear": self.linears(), "head": self.head(), "embedding": self.embedding()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As a manifest has them: the code is told where it is not the one that its bits mean."""
-        return {name: value for name, value in asdict(self).items() if name != "code" or value is not None}
+        """As a manifest has them: the code is told where it is not the one that its bits mean, factors of adapters."""
+        told = ("code", "factor_bits", "exact")
+        return {name: value for name, value in asdict(self).items() if name not in told or value not in (None, False)}
 
     def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""

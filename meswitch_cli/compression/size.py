@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from meswitch_cli.delta.stored import expected_entry
+from meswitch_cli.model.adapted import AdaptedCheckpoint
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.plan import Job
@@ -15,6 +16,13 @@ def expected_bytes(job: Job) -> int:
     """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
     total = 0
     for item in job.plan.tensors:
+        if isinstance(job.expert, AdaptedCheckpoint):
+            adapted = job.expert.parameters[item.expert.parameter.name]
+            if not adapted.changed:
+                continue
+            if adapted.rank and not adapted.scales_rows and adapted.saved is None:
+                total += adapted.rank * (sum(item.shape) * (job.settings.factor_bits or 0) // 8 + 8)
+                continue
         settings = job.settings.of(item.kind, unrelated=item.unrelated)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
