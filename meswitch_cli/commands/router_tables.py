@@ -40,6 +40,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         if "out_of_domain" in test:
             line += f"; out-of-domain AUROC {test['out_of_domain']['auroc']:.3f}"
         out.print(line)
+    if "rewording" in report:
+        out.print(f"the same decision where prompts are reworded: {interval(report['rewording']['same'])} %")
     if report.get("doubts") and report["doubts"]["count"]:
         doubtful = table(f"{report['doubts']['count']} test prompts are refused, doubted or sent elsewhere", *_DOUBTS)
         for item in report["doubts"]["prompts"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,8 @@ def run(
 ) -> None:
     """Its report lies in the router's folder as report.md and report.json.
 
+    What an interrupted training has read of the prompts is not read again: give the same options once more.
+
     Example: meswitch train-router --base ./llama --data prompts.jsonl --out ./router
     """
     from meswitch_cli.commands.next_steps import after_training, print_next
@@ -137,8 +140,19 @@ def run(
     for name, count in had.items():
         which = "no domain" if name == "None" else name
         announce(f"{which}: {max_prompts} of {count} prompts are taken; --max-prompts takes more, and longer")
+    read = read_ahead_folder(out)
+    if read.is_dir():
+        announce(f"an interrupted training has left hidden states in {read}; what fits is not read again")
     with router_progress() as on_progress:
-        trained = train_router(gathered, settings, base=base, model=model, experts=digests, on_progress=on_progress)
+        trained = train_router(
+            gathered,
+            settings,
+            base=base,
+            model=model,
+            experts=digests,
+            read_ahead=read,
+            on_progress=on_progress,
+        )
     cut = trained.report["cut_prompts"]
     if cut:
         announce(f"{cut} prompts are longer than {max_tokens} tokens and were cut; --max-tokens reads more of them")
@@ -153,12 +167,19 @@ def run(
         plots=plots(trained.report) if plot else None,
         force=force,
     )
+    shutil.rmtree(read, ignore_errors=True)
     if as_json:
         typer.echo(json.dumps({"router": str(out), "bytes": written.nbytes} | trained.report))
     else:
         print_report(trained.report)
         typer.echo(f"{out}: {written.nbytes:,} bytes to route with")
         print_next(after_training(base, out, written.manifest.labels, models))
+
+
+def read_ahead_folder(out: Path) -> Path:
+    """Where the hidden states of a training lie until its router is there: beside the router, hidden."""
+    out = out.expanduser().absolute()
+    return out.parent / f".{out.name}.read"
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:

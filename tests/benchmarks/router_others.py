@@ -3,8 +3,8 @@
     python tests bench router_others --packages FOLDER --scratch FOLDER [--quick]
 
 `benchmarks.router_data` and `benchmarks.router_report_data` say what the packages are. Settings were chosen on the
-other sources of the former; the latter is for figures alone. Hidden states are read once and kept in the scratch
-folder.
+other sources of the former and on `benchmarks.router_development`; `router_report_data` is for figures alone. Hidden
+states are read once and kept in the scratch folder.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 from torch.nn.functional import normalize
 
 import zoo
-from benchmarks import router_data
+from benchmarks import router_data, router_gates
 from benchmarks.machine import describe
+from benchmarks.router_development import load_development
 from benchmarks.router_others_report import write_report
 from benchmarks.router_report_data import load_report
 from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.router.backends.base import BaseHiddenStates
-from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try
+from meswitch_cli.router.backends.probe_fitting import best_layer, fisher_ratio, layers_to_try
 from meswitch_cli.router.backends.texts import encode
 from meswitch_cli.router.decide.gates import distance_threshold, fit_distances
 from meswitch_cli.router.decide.head import choose_head
@@ -40,13 +41,14 @@ from meswitch_cli.router.train.data import Example, gather
 from meswitch_cli.router.train.evaluation import measure_features
 from meswitch_cli.router.train.fitting import badness, fit_model
 from meswitch_cli.router.train.general import General
+from meswitch_cli.router.train.rewording import measure_rewording, reword
 from meswitch_cli.router.train.split import split
 from meswitch_cli.router.train.training import GENERAL_PART, labelled, scaled_store
 
 TARGET_PRECISION = 0.95
 MAX_TOKENS = 256
 TRAIN, LARGE = 200, 250
-CURVE = (5, 10, 20, 50, 100, 250)
+CURVE = (5, 10, 20, 50, 250)
 #: Domains of other people's examinations beside the zoo's three; 80 prompts each to learn from, 40 to judge by.
 MORE_DOMAINS = {
     "radio": "fcc_amateur_extra/samples",
@@ -56,6 +58,8 @@ MORE_DOMAINS = {
     "french": "french-exams-qa/samples",
 }
 MORE_TRAIN, MORE_TEST = 80, 40
+#: Every tenth of the reported prompts is put in other words.
+REWORDED_STEP = 10
 #: Characters; other people's prompts by length.
 BANDS = ((0, 80), (80, 200), (200, 500), (500, 1 << 30))
 
@@ -74,14 +78,24 @@ class HiddenStates:
 
 
 def read(base: Path, texts: Sequence[str], scratch: Path) -> HiddenStates:
-    """Read them with the base's first half, or take what an earlier run left."""
+    """Read them with the base's first half, but for those that an earlier run left."""
     file = scratch / "hidden_states.pt"
-    rows = {text: row for row, text in enumerate(texts)}
-    if file.exists():
-        kept = torch.load(file, weights_only=True)
-        if kept["texts"] == list(texts):
-            return HiddenStates(rows, kept["by_layer"])
+    kept: dict[str, Any] = torch.load(file, weights_only=True) if file.exists() else {"texts": [], "by_layer": {}}
+    known = set(kept["texts"])
+    texts = [text for text in texts if text not in known]
     layers = layers_to_try(BaseHiddenStates(str(base), 1).num_hidden_layers)
+    if texts:
+        kept = _joined(kept, texts, _read(base, texts, layers))
+        torch.save(kept, file)
+    return HiddenStates({text: row for row, text in enumerate(kept["texts"])}, kept["by_layer"])
+
+
+def _joined(kept: Mapping[str, Any], texts: Sequence[str], found: Mapping[int, torch.Tensor]) -> dict[str, Any]:
+    by_layer = {layer: torch.cat([kept["by_layer"].get(layer, found[layer][:0]), found[layer]]) for layer in found}
+    return {"texts": [*kept["texts"], *texts], "by_layer": by_layer}
+
+
+def _read(base: Path, texts: Sequence[str], layers: Sequence[int]) -> dict[int, torch.Tensor]:
     tokenizer = load_tokenizer(base)
     token_ids = [encode(tokenizer, text, MAX_TOKENS) for text in texts]
     done = 0
@@ -91,9 +105,7 @@ def read(base: Path, texts: Sequence[str], scratch: Path) -> HiddenStates:
         done += count
         print(f"hidden states: {done}/{len(texts)}", file=sys.stderr, flush=True)
 
-    found = BaseHiddenStates(str(base), max(layers)).pooled_at(token_ids, layers, heard)
-    torch.save({"texts": list(texts), "by_layer": found}, file)
-    return HiddenStates(rows, found)
+    return BaseHiddenStates(str(base), max(layers)).pooled_at(token_ids, layers, heard)
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,10 @@ class Data:
         scaling, store = scaled_store(parts, texts, general, features, standardise=True)
         return cls(gathered.labels, store, scaling, tuple(layers))
 
+    def separation(self) -> float:
+        rows = self.store.rows("train")
+        return fisher_ratio(self.store.features[rows], self.store.labels[rows])
+
     def model(self) -> RouterModel:
         return fit_model(self.labels, self.scaling, self.store, target_precision=TARGET_PRECISION, seed=0)
 
@@ -126,10 +142,21 @@ class Data:
         return replace(self, store=FeatureStore.from_tensors(tensors))
 
 
+_BEST: dict[tuple[str, ...], Data] = {}
+
+
 def best(train: Sequence[Example], states: HiddenStates) -> Data:
     """At the layer that training would choose: by what it knows itself."""
+    key = tuple(example.text for example in train)
+    if key not in _BEST:
+        _BEST[key] = _best(train, states)
+    return _BEST[key]
+
+
+def _best(train: Sequence[Example], states: HiddenStates) -> Data:
     made = {layer: Data.of(train, states, [layer]) for layer in states.by_layer}
-    return made[best_layer({layer: badness(data.store, data.labels) for layer, data in made.items()})]
+    errors = {layer: badness(data.store, data.labels) for layer, data in made.items()}
+    return made[best_layer(errors, {layer: data.separation() for layer, data in made.items()})]
 
 
 def figures(
@@ -175,6 +202,17 @@ def without_adoption(train: Sequence[Example], states: HiddenStates) -> tuple[Ro
     return replace(data, store=FeatureStore.from_tensors(tensors)).model(), data.layers
 
 
+def neighbours_alone(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
+    """The product's head; the gate of format version 2, its line where a tenth of other fields' prompts pass."""
+    data = best(train, states)
+    known, model = generalising.Known.of(data.store, len(data.labels)), data.model()
+    gate = router_gates.Fitted(known, len(data.labels)).plain_neighbours()
+    distances = router_gates.unseen_distances(gate, known)
+    inside, outside = distances[known.adopted], distances[known.foreign]
+    line = max(gating.separating_line([inside], [outside]), float(outside.quantile(0.1)))
+    return replace(model, gate=replace(gate, threshold=line)), data.layers
+
+
 def several_layers(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
     """The shallowest, the middle and the deepest of the layers tried, side by side."""
     data = Data.of(train, states, sorted(states.by_layer)[::2])
@@ -195,11 +233,11 @@ def at_layer(layer: int) -> Method:
 
 
 def timing(train: Sequence[Example], states: HiddenStates) -> dict[str, Any]:
-    """Seconds of a fit without its hidden states, and milliseconds of a judgement without them."""
-    started = time.perf_counter()
-    data = best(train, states)
+    """Processor seconds of a fit without its hidden states, and milliseconds of a judgement without them."""
+    started = time.process_time()
+    data = _best(train, states)
     model = data.model()
-    fit_seconds = time.perf_counter() - started
+    fit_seconds = time.process_time() - started
     one = states.of(train[:1], data.layers)
     took = []
     for _ in range(200):
@@ -210,66 +248,172 @@ def timing(train: Sequence[Example], states: HiddenStates) -> dict[str, Any]:
     return {"fit_seconds": fit_seconds, "judge_ms": statistics.median(took), "bytes": sizes}
 
 
+@dataclass(frozen=True)
+class Run:
+    """Everything that a stage measures with."""
+
+    train: list[Example]
+    large: list[Example]
+    siblings: list[Example]
+    small_talk: list[Example]
+    chosen_on: list[Example]
+    development: list[Example]
+    report: list[Example]
+    more: dict[str, list[Example]]
+    asked: list[Example]
+    rewordings: dict[str, list[Example]]
+    states: HiddenStates
+
+    @classmethod
+    def load(cls, packages: Path, scratch: Path, *, quick: bool) -> Run:
+        prompts = router_data.load(packages, quick=quick, count=LARGE)
+        large = [example for example in prompts.train if example.domain is not None]
+        chosen_on = [*prompts.other_sources, *prompts.null]
+        used = [*prompts.train, *prompts.test, *chosen_on]
+        report = load_report(packages, {example.text for example in used})
+        more = {
+            name: router_data.spread(router_data.read_set(_evals(packages), source, name), MORE_TRAIN + MORE_TEST)
+            for name, source in MORE_DOMAINS.items()
+        }
+        development = load_development(packages, {example.text for example in [*used, *report]})
+        asked = report[::REWORDED_STEP]
+        rewordings = {
+            name: [replace(item, text=text) for item, text in zip(asked, texts, strict=True)]
+            for name, texts in reword(item.text for item in asked).items()
+        }
+        groups = [used, report, development, *rewordings.values(), *more.values(), General.without([]).examples]
+        texts = list(dict.fromkeys(example.text for group in groups for example in group))
+        return cls(
+            train=[example for name in zoo.EXPERTS for example in router_data.spread(_of(large, name), TRAIN)],
+            large=large,
+            siblings=prompts.test,
+            small_talk=[example for example in prompts.train if example.domain is None],
+            chosen_on=chosen_on,
+            development=development,
+            report=report,
+            more=more,
+            asked=asked,
+            rewordings=rewordings,
+            states=read(zoo.paths(quick).base, texts, scratch),
+        )
+
+
+def methods_stage(run: Run) -> dict[str, Any]:
+    layers_read = sorted(run.states.by_layer)
+    methods: dict[str, Method] = {"before": before, "mahalanobis": mahalanobis, "without adoption": without_adoption}
+    methods |= {"neighbours": neighbours_alone, "several layers": several_layers}
+    methods |= {f"layer {layer}": at_layer(layer) for layer in layers_read} | {"product": product}
+    found = {}
+    for name, method in methods.items():
+        # Routers of before had to be given null prompts; the others are trained on the experts' own alone.
+        model, layers = method([*run.train, *run.small_talk] if name == "before" else run.train, run.states)
+        sets = {"chosen_on": run.chosen_on, "development": run.development, "report": run.report}
+        sets |= {"siblings": run.siblings}
+        found[name] = {which: figures(model, run.states, layers, items) for which, items in sets.items()}
+        found[name] |= {"layers": layers}
+        print(name, file=sys.stderr, flush=True)
+    return found
+
+
+def product_stage(run: Run) -> dict[str, Any]:
+    """What is told of the product alone."""
+    model, layers = product(run.train, run.states)
+    bands = {
+        f"{low} to {high}" if high < 1 << 30 else f"{low} and more": figures(
+            model, run.states, layers, [item for item in run.report if low <= len(item.text) < high]
+        )
+        for low, high in BANDS
+    }
+    made = {layer: Data.of(run.train, run.states, [layer]) for layer in run.states.by_layer}
+    return {
+        "sets": _sets(run.report),
+        "modes": {mode: _at_mode(model, run.states, layers, run.report, mode) for mode in ("strict", "normal", "off")},
+        "bands": bands,
+        "rewording": _rewording(model, run.states, layers, run.asked, run.rewordings),
+        "by_set": _by_set(model, run.states, layers, run.report),
+        "choice": {
+            str(layer): {"badness": badness(data.store, data.labels), "fisher": data.separation()}
+            for layer, data in made.items()
+        },
+    }
+
+
+def gates_stage(run: Run) -> dict[str, Any]:
+    return _gates(run.train, run.states, {"development": run.development, "chosen_on": run.chosen_on})
+
+
+def curve_stage(run: Run) -> dict[str, Any]:
+    found = {}
+    for count in CURVE:
+        few = [item for name in zoo.EXPERTS for item in router_data.spread(_of(run.large, name), count)]
+        model, layers = product(few, run.states)
+        found[str(count)] = figures(model, run.states, layers, run.report) | {"layers": layers}
+        print(f"{count} prompts", file=sys.stderr, flush=True)
+    return found
+
+
+def more_domains_stage(run: Run) -> dict[str, Any]:
+    few = [item for name in zoo.EXPERTS for item in router_data.spread(_of(run.train, name), MORE_TRAIN)]
+    test = [item for name in zoo.EXPERTS for item in router_data.spread(_of(run.siblings, name), MORE_TEST)]
+    model, layers = product([*few, *(item for items in run.more.values() for item in items[MORE_TEST:])], run.states)
+    held_out = [*test, *(item for items in run.more.values() for item in items[:MORE_TEST])]
+    return {
+        "held_out": figures(model, run.states, layers, held_out),
+        "others": figures(model, run.states, layers, [item for item in run.report if item.domain]),
+    }
+
+
+STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "methods": methods_stage,
+    "product": product_stage,
+    "gates": gates_stage,
+    "curve": curve_stage,
+    "more_domains": more_domains_stage,
+    "timing": lambda run: timing(run.train, run.states),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True, help="hidden states and figures are left here")
     parser.add_argument("--quick", action="store_true", help="the quick zoo: its base and items are the full one's")
+    parser.add_argument("--stages", default=",".join(STAGES), help="measure these; those whose figures lie there stay")
     arguments = parser.parse_args()
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    prompts = router_data.load(arguments.packages, quick=arguments.quick, count=LARGE)
-    large = [example for example in prompts.train if example.domain is not None]
-    train = [example for name in zoo.EXPERTS for example in router_data.spread(_of(large, name), TRAIN)]
-    small_talk = [example for example in prompts.train if example.domain is None]
-    chosen_on = [*prompts.other_sources, *prompts.null]
-    used = [*prompts.train, *prompts.test, *chosen_on]
-    report = load_report(arguments.packages, {example.text for example in used})
-    more = {
-        name: router_data.spread(router_data.read_set(_evals(arguments.packages), source, name), MORE_TRAIN + MORE_TEST)
-        for name, source in MORE_DOMAINS.items()
-    }
-    every = [*used, *report, *(item for found in more.values() for item in found), *General.without([]).examples]
-    base = zoo.paths(arguments.quick).base
-    states = read(base, list(dict.fromkeys(example.text for example in every)), arguments.scratch)
+    files = {stage: arguments.scratch / f"others-{stage}.json" for stage in STAGES}
+    missing = [stage for stage in arguments.stages.split(",") if not files[stage].exists()]
+    run = Run.load(arguments.packages, arguments.scratch, quick=arguments.quick) if missing else None
+    for stage in missing:
+        assert run is not None
+        files[stage].write_text(json.dumps({"figures": STAGES[stage](run), "machine": describe()}, indent=1))
+        print(f"stage {stage}", file=sys.stderr, flush=True)
+    if all(file.exists() for file in files.values()):
+        measured = {stage: json.loads(file.read_text()) for stage, file in files.items()}
+        machines = list(dict.fromkeys(item["machine"] for item in measured.values()))
+        write_report({stage: item["figures"] for stage, item in measured.items()}, machines)
 
-    found: dict[str, Any] = {"machine": describe(), "sets": _sets(report), "layers": sorted(states.by_layer)}
-    methods: dict[str, Method] = {"before": before, "mahalanobis": mahalanobis, "without adoption": without_adoption}
-    methods |= {"several layers": several_layers}
-    methods |= {f"layer {layer}": at_layer(layer) for layer in sorted(states.by_layer)} | {"product": product}
-    for name, method in methods.items():
-        # Routers of before had to be given null prompts; the others are trained on the experts' own alone.
-        model, layers = method([*train, *small_talk] if name == "before" else train, states)
-        found.setdefault("methods", {})[name] = {
-            "layers": layers,
-            "chosen_on": figures(model, states, layers, chosen_on),
-            "report": figures(model, states, layers, report),
-            "siblings": figures(model, states, layers, prompts.test),
-        }
-        print(name, file=sys.stderr, flush=True)
-    model, layers = product(train, states)
-    for mode in ("strict", "normal", "off"):
-        found.setdefault("modes", {})[mode] = _at_mode(model, states, layers, report, mode)
-    found["bands"] = {
-        f"{low} to {high}" if high < 1 << 30 else f"{low} and more": figures(
-            model, states, layers, [item for item in report if low <= len(item.text) < high]
-        )
-        for low, high in BANDS
+
+def _gates(train: Sequence[Example], states: HiddenStates, sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    data = best(train, states)
+    known = generalising.Known.of(data.store, len(data.labels))
+    made = {
+        name: (data.scaling(states.of(examples, data.layers)), [example.domain for example in examples])
+        for name, examples in sets.items()
     }
-    found["by_set"] = _by_set(model, states, layers, report)
-    for count in CURVE:
-        few = [item for name in zoo.EXPERTS for item in router_data.spread(_of(large, name), count)]
-        model, layers = product(few, states)
-        found.setdefault("curve", {})[count] = figures(model, states, layers, report) | {"layers": layers}
-        print(f"{count} prompts", file=sys.stderr, flush=True)
-    zoo_few = [item for name in zoo.EXPERTS for item in router_data.spread(_of(train, name), MORE_TRAIN)]
-    zoo_test = [item for name in zoo.EXPERTS for item in router_data.spread(_of(prompts.test, name), MORE_TEST)]
-    model, layers = product([*zoo_few, *(item for items in more.values() for item in items[MORE_TEST:])], states)
-    held_out = [*zoo_test, *(item for items in more.values() for item in items[:MORE_TEST])]
-    found["more_domains"] = figures(model, states, layers, held_out)
-    found["more_domains_others"] = figures(model, states, layers, [item for item in report if item.domain])
-    found["timing"] = timing(train, states)
-    (arguments.scratch / "others.json").write_text(json.dumps(found, indent=1))
-    write_report(found)
+    return router_gates.compare(known, len(data.labels), made)
+
+
+def _rewording(
+    model: RouterModel,
+    states: HiddenStates,
+    layers: Sequence[int],
+    examples: Sequence[Example],
+    reworded: Mapping[str, Sequence[Example]],
+) -> dict[str, Any]:
+    features = {name: states.of(items, layers) for name, items in reworded.items()}
+    texts = [example.text for example in examples]
+    return measure_rewording(model, texts, states.of(examples, layers), features)
 
 
 def _evals(packages: Path) -> Path:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.router.train.report import interval, percent
+from meswitch_cli.router.train.report import interval, percent, rewording
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 METHODS = {
     "before": "head of own prompts, Mahalanobis distance, line from own prompts (format version 1)",
     "mahalanobis": "head with adopted prompts, Mahalanobis distance, line from general prompts",
-    "without adoption": "neighbours' gate, no field adopted",
+    "without adoption": "no field adopted",
+    "neighbours": "the two nearest prompts alone, a tenth of other fields passes (format version 2)",
     "several layers": "the whole method, three layers side by side",
     "product": "**the whole method, one layer chosen in training**",
 }
 
 
-def write_report(figures: Mapping[str, Any]) -> None:
-    """Write the page."""
+def write_report(figures: Mapping[str, Any], machines: Sequence[str]) -> None:
+    """Write the page from the figures by stage; what was not measured is left out."""
     intro = (Path(__file__).parent / "router_others_intro.md").read_text()
-    parts = (_methods, _modes, _bands, _by_set, _curve, _domains, _costs)
+    product = figures["product"]
+    parts = [
+        _methods(figures["methods"]),
+        _gates(figures["gates"]) if "gates" in figures else [],
+        _modes(product["modes"]),
+        ["## By length, characters", "", *HEAD, *(_row(name, item) for name, item in product["bands"].items())],
+        ["## In other words", "", *rewording(product["rewording"])] if "rewording" in product else [],
+        _by_set(product["by_set"]),
+        ["## Training prompts of each expert", "", *HEAD]
+        + [_row(f"{count} prompts", item) for count, item in figures["curve"].items()],
+        _domains(figures["more_domains"]),
+        _choice(product["choice"]),
+        _costs(figures["timing"]) if "timing" in figures else [],
+        ["## Machine", "", *(f"- {machine}" for machine in machines)],
+    ]
     lines = [intro.rstrip(), ""]
-    for part in parts:
-        lines += [*part(figures), ""]
-    lines += ["## Machine", "", f"- {figures['machine']}"]
+    for part in filter(None, parts):
+        lines += [*part, ""]
     (RESULTS / "router_others.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -43,41 +57,67 @@ HEAD = [
 ]
 
 
-def _methods(figures: Mapping[str, Any]) -> list[str]:
+def _methods(methods: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, title in (
         ("report", "## Other people's prompts that nothing was chosen by"),
-        ("chosen_on", "## The sets that the method was chosen on"),
+        ("development", "## The sets that gate and lines were chosen on"),
+        ("chosen_on", "## The sets that the rest of the method was chosen on"),
     ):
         lines += ["", title, "", *HEAD]
-        for name, item in figures["methods"].items():
+        for name, item in methods.items():
+            if key not in item:
+                continue
             shown = METHODS.get(name, f"the whole method, {name}")
             layers = ", ".join(map(str, item["layers"]))
             lines.append(_row(f"{shown} ({layers})" if name in ("before", "product") else shown, item[key]))
     lines += ["", "## Held-out prompts like those trained on", "", *HEAD]
-    lines += [_row(METHODS[name], figures["methods"][name]["siblings"]) for name in ("before", "product")]
+    lines += [_row(METHODS[name], methods[name]["siblings"]) for name in ("before", "product")]
     return lines[1:]
 
 
-def _modes(figures: Mapping[str, Any]) -> list[str]:
+def _gates(gates: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Gates compared, on the sets that they were chosen on",
+        "",
+        "At the layer that training chose, without any line: AUROC, and other fields' prompts that pass where 95 and "
+        "90 % of the experts' do.",
+        "",
+        "| the distance | development: AUROC | passed at 95 % | at 90 % | earlier sets: AUROC | passed at 95 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, item in gates.items():
+        new, old = item["development"], item["chosen_on"]
+        cells = [name, f"{new['auroc']:.3f}", *(percent(share) for share in new["passed"]), f"{old['auroc']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, percent(old['passed'][0])])} |")
+    return lines
+
+
+def _modes(modes: Mapping[str, Any]) -> list[str]:
     lines = ["## The gate's modes", "", "| `--gate` | routed | right of those | null refused |", "|---|---|---|---|"]
-    for mode, item in figures["modes"].items():
+    for mode, item in modes.items():
         lines.append(f"| {mode} | {percent(item['routed'])} | {percent(item['right'])} | {percent(item['refused'])} |")
     return lines
 
 
-def _bands(figures: Mapping[str, Any]) -> list[str]:
-    return ["## By length, characters", "", *HEAD, *(_row(name, item) for name, item in figures["bands"].items())]
+def _choice(choice: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Which layer",
+        "",
+        "| layer | errors on general prompts left out, of answers and of the gate | Fisher ratio of own prompts |",
+        "|---|---|---|",
+    ]
+    return lines + [f"| {layer} | {item['badness']:.3f} | {item['fisher']:.3f} |" for layer, item in choice.items()]
 
 
-def _by_set(figures: Mapping[str, Any]) -> list[str]:
+def _by_set(sets: Mapping[str, Any]) -> list[str]:
     lines = [
         "## By question set",
         "",
         "| set | domain | prompts | likeliest is right, % | routed, % |",
         "|---|---|---|---|---|",
     ]
-    for name, item in figures["by_set"].items():
+    for name, item in sets.items():
         count = item["prompts"]
         right = "" if item["domain"] is None else f"{100 * item['right'] / count:.0f}"
         lines.append(
@@ -86,20 +126,15 @@ def _by_set(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _curve(figures: Mapping[str, Any]) -> list[str]:
-    lines = ["## Training prompts of each expert", "", *HEAD]
-    return lines + [_row(f"{count} prompts", item) for count, item in figures["curve"].items()]
-
-
 def _domains(figures: Mapping[str, Any]) -> list[str]:
-    item = figures["more_domains"]
+    item = figures["held_out"]
     columns = list(next(iter(item["confusion"].values())))
     lines = [
         "## Eight domains",
         "",
         f"80 prompts each to learn from; held out 40 each: {interval(item['accuracy'])} % have their own expert as the "
         "likeliest. Of other people's maths, code and logic prompts it is "
-        f"{interval(figures['more_domains_others']['accuracy'])} %. After the gates:",
+        f"{interval(figures['others']['accuracy'])} %. After the gates:",
         "",
         f"| truth | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
@@ -110,12 +145,12 @@ def _domains(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _costs(figures: Mapping[str, Any]) -> list[str]:
-    item = figures["timing"]
+def _costs(item: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name} {size:,}" for name, size in item["bytes"].items())
     return [
         "## What it costs",
         "",
-        f"Without the hidden states, a fit takes {item['fit_seconds']:.1f} s (five layers tried) and a judgement "
+        f"Without the hidden states, a fit takes {item['fit_seconds']:.1f} s of one processor (five layers tried) and "
+        f"a judgement "
         f"{item['judge_ms']:.2f} ms. Bytes: {sum(item['bytes'].values()):,} ({sizes}).",
     ]

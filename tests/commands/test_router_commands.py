@@ -54,7 +54,20 @@ def router(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert "Loading weights" not in made.stderr  # a bar of transformers'
     names = {path.name for path in out.iterdir()}
     assert {"router.json", "report.json", "report.md", "report.png", "report.svg"} <= names
+    assert not (out.parent / ".router.read").exists()
     return out
+
+
+def test_what_an_interrupted_training_left_is_told_and_removed_once_the_router_is_there(
+    data: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / ".router.read"
+    left.mkdir()
+    (left / "x.safetensors").write_bytes(b"half a file")
+    made = in_process("train-router", "--backend", "tfidf", "--data", data, "--out", tmp_path / "router")
+    assert made.returncode == 0, made.stderr
+    assert f"has left hidden states in {left}" in made.stderr.replace("\n", " ")
+    assert not left.exists() and (tmp_path / "router" / "router.json").exists()
 
 
 def test_train_route_add_eval_remove(router: Path, base: Path, data: Path, tmp_path: Path) -> None:

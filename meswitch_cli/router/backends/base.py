@@ -16,6 +16,7 @@ from meswitch_cli.errors import RouterError, reason_of
 from meswitch_cli.model.architecture import decoder_layers
 from meswitch_cli.model.tokenizer import load_tokenizer
 from meswitch_cli.model.weights import CheckpointWeights
+from meswitch_cli.router.backends.read_ahead import ReadBatches
 from meswitch_cli.router.backends.texts import mean_over_tokens, native_dtype, quiet_transformers
 from meswitch_cli.token_batches import batches_by_length, padded
 
@@ -127,8 +128,12 @@ class BaseHiddenStates:
         token_ids: Sequence[Sequence[int]],
         layers: Sequence[int],
         on_done: Callable[[int], None] = lambda count: None,
+        read: ReadBatches | None = None,
     ) -> dict[int, torch.Tensor]:
         """As `pooled_hidden_states` for several layers from one forward; `on_done` hears of every batch's prompts.
+
+        Args:
+            read: batches that need not be read again, to which those of this call are added.
 
         Raises:
             RouterError: a prompt has no token, or a layer was not loaded.
@@ -143,11 +148,17 @@ class BaseHiddenStates:
             hooks = [self._layers[layer - 1].register_forward_hook(_keep(captured, layer)) for layer in pooled]
             try:
                 for batch in batches_by_length([len(ids) for ids in token_ids]):
-                    inputs, mask = padded([token_ids[index] for index in batch])
-                    # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
-                    self._model(input_ids=inputs, use_cache=False)
-                    for layer, hidden in captured.items():
-                        pooled[layer][batch] = mean_over_tokens(hidden, mask)
+                    members = [token_ids[index] for index in batch]
+                    found = read.get(members, layers, self.hidden_size) if read else None
+                    if found is None:
+                        inputs, mask = padded(members)
+                        # Padding is on the right and attention is causal: no token sees it, so none needs a mask.
+                        self._model(input_ids=inputs, use_cache=False)
+                        found = {layer: mean_over_tokens(hidden, mask) for layer, hidden in captured.items()}
+                        if read:
+                            read.put(members, found)
+                    for layer, means in found.items():
+                        pooled[layer][batch] = means
                     on_done(len(batch))
             finally:
                 for hook in hooks:

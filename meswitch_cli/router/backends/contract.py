@@ -133,6 +133,7 @@ class FitRequest:
         parts: by name, `train` and `validation` among them; what belongs to the others may be looked at by nobody, and
             only their features are wanted.
         base, model: as the user gave them; there is a base where the backend `needs_base`.
+        read_ahead: folder of what an interrupted training has read, None: nothing is kept.
         badness: of features by part, `[n, size]`: how ill they tell prompts apart. It is what a backend that can make
             several chooses by.
     """
@@ -142,6 +143,7 @@ class FitRequest:
     settings: FitSettings
     base: FolderBase | None = None
     model: Path | None = None
+    read_ahead: Path | None = None
     badness: Callable[[Mapping[str, torch.Tensor]], float] = lambda features: 0.0
     on_progress: Progress = lambda what, done, total: None
 

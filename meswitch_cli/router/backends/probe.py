@@ -10,10 +10,19 @@ from torch.nn.functional import normalize
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.backends.base import PooledHiddenStates
-from meswitch_cli.router.backends.contract import Backend, FitRequest, FittedBackend, SavedBackend, all_features
-from meswitch_cli.router.backends.probe_fitting import best_layer, layers_to_try
-from meswitch_cli.router.backends.texts import encode
+from meswitch_cli.router.backends.contract import (
+    NULL,
+    Backend,
+    FitRequest,
+    FittedBackend,
+    LabelledTexts,
+    SavedBackend,
+)
+from meswitch_cli.router.backends.probe_fitting import best_layer, fisher_ratio, layers_to_try
+from meswitch_cli.router.backends.read_ahead import ReadBatches
+from meswitch_cli.router.backends.texts import encode, native_dtype
 from meswitch_cli.router.decide.conversation import clip_characters
+from meswitch_cli.router.decide.head import Scaling
 
 #: Prompts of one call: progress is told after each, and a serving engine is not held for long.
 CHUNK = 32
@@ -55,22 +64,25 @@ class Probe(Backend):
         hidden_states, tokenizer = base.hidden_states(max(tried)), base.tokenizer()
         advance = request.counted("hidden states")
         pooled: dict[str, dict[int, torch.Tensor]] = {}
-        for name in parts if len(tried) > 1 else ():
-            token_ids = [encode(tokenizer, text, settings.max_tokens) for text in parts[name].texts]
-            found = hidden_states.pooled_at(token_ids, tried, advance)
+        read = ReadBatches(request.read_ahead, f"{base.fingerprint} {native_dtype()}") if request.read_ahead else None
+        for name, part in parts.items():
+            token_ids = [encode(tokenizer, text, settings.max_tokens) for text in part.texts]
+            found = hidden_states.pooled_at(token_ids, tried, advance, read)
             pooled[name] = {layer: normalize(values, dim=1) for layer, values in found.items()}
-        badness = {layer: request.badness({name: pooled[name][layer] for name in pooled}) for layer in tried if pooled}
-        layer = best_layer(badness) if badness else tried[0]
+        several = tried if len(tried) > 1 else ()
+        badness = {layer: request.badness({name: pooled[name][layer] for name in pooled}) for layer in several}
+        separation = {layer: _separation(parts["train"], pooled["train"][layer]) for layer in badness}
+        layer = best_layer(badness, separation) if badness else tried[0]
         size = int(hidden_states.hidden_size)
         probe = cls(hidden_states, tokenizer, layer=layer, size=size, max_tokens=settings.max_tokens)
-        known = {name: by_layer[layer] for name, by_layer in pooled.items()}
         return FittedBackend(
             backend=probe,
-            features=all_features(probe, request, advance, known),
+            features={name: by_layer[layer] for name, by_layer in pooled.items()},
             standardise=True,
             notes={
                 "layers": layers,
                 "badness_by_layer": {str(item): value for item, value in badness.items()},
+                "fisher_ratio_by_layer": {str(item): value for item, value in separation.items()},
             },
         )
 
@@ -104,6 +116,12 @@ class Probe(Backend):
 
     def settings(self) -> dict[str, Any]:
         return {"layer": self.layer, "size": self.size, "max_tokens": self.max_tokens, "unit_length": self.unit_length}
+
+
+def _separation(part: LabelledTexts, features: torch.Tensor) -> float:
+    """Fisher's ratio of the prompts whose label is certain, every dimension scaled to deviation 1."""
+    certain = part.labels != NULL
+    return fisher_ratio(Scaling.standard(features)(features)[certain], part.labels[certain])
 
 
 BACKEND = Probe

@@ -24,6 +24,7 @@ from meswitch_cli.router.store.artifact import RouterArtifact
 from meswitch_cli.router.train import measures
 from meswitch_cli.router.train.data import Example
 from meswitch_cli.router.train.losses import downstream, expert_losses
+from meswitch_cli.router.train.rewording import rewording_figures
 
 #: Prompt lengths, in words, at which latency is measured.
 LENGTHS = (16, 64, 256)
@@ -174,6 +175,7 @@ def evaluation_report(
         "labels": list(router.labels),
         "thresholds": router.model.numbers(),
         "test": evaluate(router, examples, target, advance),
+        "rewording": rewording_figures(router.backend, router.model, [item.text for item in examples]),
         "latency_ms": measure_latency(router, [item.text for item in examples]),
         "bytes": artifact.nbytes,
     }

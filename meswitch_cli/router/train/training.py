@@ -28,6 +28,7 @@ from meswitch_cli.router.train.evaluation import baseline, measure_features, mea
 from meswitch_cli.router.train.fitting import badness, fit_model
 from meswitch_cli.router.train.general import General
 from meswitch_cli.router.train.generalising import Known
+from meswitch_cli.router.train.rewording import rewording_figures
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.split import part_hash, split
 
@@ -56,6 +57,7 @@ def train_router(
     base: str | None = None,
     model: Path | None = None,
     experts: Mapping[str, str | None] | None = None,
+    read_ahead: Path | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> TrainedRouter:
     """Train a router.
@@ -64,6 +66,8 @@ def train_router(
         base: folder or Hub id; the probe needs it.
         model: folder of the encoder, or of the small causal LM; the lm backend takes the base where it is None.
         experts: label to SHA-256 of the artifact's manifest.
+        read_ahead: folder for the probe's hidden states; a training that was interrupted goes on from there. Whoever
+            gives it removes it.
 
     Raises:
         RouterError, UsageError: the data cannot train a router, or what the backend needs is not there.
@@ -83,6 +87,7 @@ def train_router(
         settings=settings,
         base=FolderBase(base) if base is not None else None,
         model=model,
+        read_ahead=read_ahead,
         badness=lambda features: badness(
             scaled_store(parts, texts, general, features, standardise=True)[1], data.labels
         ),
@@ -235,6 +240,7 @@ def _report(
         ),
         "doubts": doubts(router.model, fitted.features["test"], test) if settings.excerpts else None,
         "twins": twins(router.model, fitted.features["test"], test),
+        "rewording": rewording_figures(router.backend, router.model, [item.text for item in test]),
         "latency_ms": measure_latency(router, [item.text for item in test]),
         "cut_prompts": sum(router.is_cut(item.text) for members in parts.values() for item in members),
         "baselines": {BASELINE: _baseline(parts, general, request, settings)},
