@@ -104,9 +104,10 @@ def _without_private_keys(data: bytes) -> bytes:
 
 
 def model_card(
-    *, base_id: str, expert_id: str, bits: float, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
+    *, base_id: str, expert_id: str, bits: float | None, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
 ) -> bytes:
-    """A Hub model card that says what the artifact is and how to use it."""
+    """A Hub model card that says what the artifact is and how to use it; `bits` None where tensors have their own."""
+    kind = "delta" if bits is None else f"{bits}-bit delta"
     settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: meswitch
@@ -117,7 +118,7 @@ tags:
 - delta-compression
 ---
 
-# {expert_id}, as a {bits}-bit delta against {base_id}
+# {expert_id}, as a {kind} against {base_id}
 
 {nbytes / 1e6:.1f} MB instead of {expert_nbytes / 1e6:.1f} MB ({expert_nbytes / max(nbytes, 1):.1f} times smaller).
 It needs the base to run: every number of the fine-tune is the base's plus what is stored here.

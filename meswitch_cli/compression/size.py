@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 
 
 def expected_bytes(job: Job) -> int:
-    """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
+    """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted); of a job with
+    a budget, that."""
     total = 0
+    if job.budget is not None:
+        return job.budget
     for item in job.plan.tensors:
-        settings = job.settings.of(item.kind, unrelated=item.unrelated)
+        settings = job.settings_of(item)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
             total += math.prod(item.shape) * itemsize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
 from meswitch_cli.compression.pairs import TensorPair
-from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import CheckpointError
@@ -24,11 +24,11 @@ from meswitch_cli.model.matching import PlannedTensor
 def compress_unit(
     pairs: Iterable[TensorPair],
     shard: str,
-    settings: CompressionSettings,
+    settings_of: Callable[[PlannedTensor], QuantizerSettings | None],
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
 ) -> tuple[bytes, UnitRecord]:
-    """Compress a unit's tensors into the bytes of its shard.
+    """Compress a unit's tensors into the bytes of its shard; a tensor without settings is stored whole.
 
     Raises:
         CheckpointError: a weight is NaN or infinite (the tensor and the model are named).
@@ -41,7 +41,7 @@ def compress_unit(
     for pair in pairs:
         base_digests[pair.planned.base.parameter.name] = pair.base_digest
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
-        found = _compress_tensor(pair, settings, statistics, device)
+        found = _compress_tensor(pair, settings_of(pair.planned), statistics, device)
         if found is None:
             unchanged.append(pair.planned.name)
         else:
@@ -61,13 +61,12 @@ def shard_file(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[bytes, F
 
 def _compress_tensor(
     pair: TensorPair,
-    settings: CompressionSettings,
+    quantizer: QuantizerSettings | None,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
 ) -> tuple[StoredDelta, dict[str, Any]] | None:
     """What is stored of a tensor, and how far it is off; None where it equals the base's."""
     planned, name = pair.planned, pair.planned.name
-    quantizer = settings.of(planned.kind, unrelated=planned.unrelated)
     if quantizer is None:
         _refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
