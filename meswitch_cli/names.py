@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, get_args
 
-from meswitch_cli.errors import UsageError
+from meswitch_cli.errors import MeswitchError, UsageError
 
 #: The name under which the base itself is served.
 BASE = "base"
@@ -17,14 +18,24 @@ GateMode = Literal["strict", "normal", "off"]
 GATE_MODES: tuple[GateMode, ...] = get_args(GateMode)
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that no expert can have.
+#: A letter or a digit first, so that no name can be taken for an option or a path upwards.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,127}")
+
+
+def check_name(name: str, where: str = "expert name", error: type[MeswitchError] = UsageError) -> str:
+    """The name, if an expert can have it, on a command line, in a request and in a router alike.
+
+    Args:
+        where: whose name it is, for the message.
 
     Raises:
-        UsageError: it is empty, too long, has odd characters, or means something else already.
+        error: it is empty, too long, has odd characters, or means something else already.
     """
-    plain = name.replace("-", "").replace("_", "").replace(".", "").replace("/", "")
-    if not 0 < len(name) <= 128 or not plain.isascii() or not plain.isalnum():
-        raise UsageError(f"expert name {name!r}: use letters, digits and any of - _ . / (at most 128)")
     if name in RESERVED:
-        raise UsageError(f"expert name {name!r}: it has a meaning of its own; choose another")
+        raise error(f"{where}: {name!r} cannot be an expert's name: it has a meaning of its own; choose another")
+    if not _NAME.fullmatch(name):
+        raise error(
+            f"{where}: {name[:80]!r} cannot be an expert's name: use letters, digits and any of - _ . / "
+            "(at most 128, a letter or a digit first)"
+        )
+    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,17 +12,23 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
 
-def prepared(run: Callable[..., None]) -> Callable[..., None]:
-    """The function, with help that names each option's value and is shown as written, and `~` made out in its paths."""
+def prepared(run: Callable[..., None], panels: Mapping[str, Sequence[str]] = {}) -> Callable[..., None]:
+    """The function, with help that names each option's value and is shown as written, and `~` made out in its paths.
+
+    `panels` names the panels of its help, and the parameters in each; all others stand under "Options".
+    """
     from meswitch_cli.paths import user_path
 
     hints = get_type_hints(run, include_extras=True)
+    panel_of = {name: panel for panel, names in panels.items() for name in names}
     parameters = []
     for name, parameter in inspect.signature(run).parameters.items():
         kind, info = get_args(hints[name])[:2]
         if info.metavar is None:
             info.metavar = name.upper() if isinstance(info, ArgumentInfo) else value_name(kind)
         info.help = escape(info.help or "")
+        info.show_envvar = False  # the command's last line says it of all
+        info.rich_help_panel = panel_of.get(name)
         parameters.append(parameter.replace(annotation=hints[name]))
 
     def call(**arguments: Any) -> None:
@@ -56,20 +62,23 @@ def _leaves(kind: Any) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command whose --help is shown as the flag that it is."""
+    """A command whose flags are shown without a value, --help among them, and its arguments without a type."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        return _as_flag(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
 
 
 class Group(TyperGroup):
     """As `Command`, for commands that have subcommands."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        return _as_flag(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
 
 
-def _as_flag(option: Any) -> Any:
-    if option is not None:
-        option.metavar = ""
-    return option
+def _plain(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None  # its name says it
+        elif parameter.is_flag:
+            parameter.metavar = ""
+    return parameters

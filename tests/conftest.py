@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
@@ -40,9 +41,17 @@ def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_artifact(tmp_path: Path, calibration_file: Path) -> Callable[..., Artifact]:
-    """A function `(pair, *, calibrated=False, out="artifact", **settings)` that compresses and opens the result."""
+    """A function `(pair, *, calibrated=False, out="artifact", **settings)` that compresses and opens the result; with
+    `max_shard_bytes=1` every unit is a file."""
 
-    def make(pair: Pair, *, calibrated: bool = False, out: str = "artifact", **settings: Any) -> Artifact:
+    def make(
+        pair: Pair,
+        *,
+        calibrated: bool = False,
+        out: str = "artifact",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        **settings: Any,
+    ) -> Artifact:
         data = read_calibration(calibration_file) if calibrated else None
         chosen = CompressionSettings(
             **(
@@ -51,7 +60,7 @@ def make_artifact(tmp_path: Path, calibration_file: Path) -> Callable[..., Artif
             )
         )
         job = prepare(str(pair[0]), str(pair[1]), tmp_path / out, chosen, data)
-        compress(job, keep_weak=True)
+        compress(job, keep_weak=True, max_shard_bytes=max_shard_bytes)
         return Artifact.open(job.out)
 
     return make

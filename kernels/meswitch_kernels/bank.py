@@ -12,7 +12,7 @@ from torch import Tensor
 from .delta import VALUE_DTYPES, Capacity, ExpertDelta
 from .dispatch import reads_planes
 from .groups import check_slots
-from .packing import from_planes, group_count, to_planes, unpack_codes, words_per_row
+from .packing import BIT_WIDTHS, from_planes, group_count, to_planes, unpack_codes, words_per_row
 
 _Made = TypeVar("_Made")
 
@@ -38,7 +38,8 @@ class _BankTensors(NamedTuple):
     right: Tensor
     """`[slots, max_rank, in]`: its R, padded with zeros."""
     slot_bits: Tensor
-    """int32 `[slots]`; 0 marks an empty slot."""
+    """int32 `[slots]`; 0 marks an empty slot. An expert without codes has the narrowest width, and steps of 0 where the
+    bank has any."""
     slot_group: Tensor
     """int32 `[slots]`: group size, 0 for one step per row."""
     slot_rank: Tensor
@@ -46,7 +47,7 @@ class _BankTensors(NamedTuple):
     tickets: Tensor
     """int32 `[blocks of rows]`, zeros: what the decode kernel counts its programs by, one launch at a time."""
     bits: int
-    """The widest code any slot may hold."""
+    """The widest code any slot may hold; 0 in a bank without codes, whose `codes` and `steps` are empty."""
     group_size: int
     """The finest group any slot may have; 0 where all have one step per row."""
     scaled: bool
@@ -77,6 +78,10 @@ def dequantize_rows(
 ) -> Tensor:
     """Output rows `rows` of a loaded slot's delta `[rows, in]`, in `dtype`: codes, salient residuals and L·R."""
     out, in_features = tensors.bias_delta.shape[1], tensors.channel_scale.shape[1]
+    if not tensors.bits:
+        count = len(range(out)[rows]) if isinstance(rows, slice) else len(rows)
+        nothing = torch.zeros(count, in_features, dtype=dtype, device=tensors.left.device)
+        return _with_low_rank(nothing, tensors, slot, rows)
     bits, group_size = int(tensors.slot_bits[slot]), int(tensors.slot_group[slot])
     words, groups = words_per_row(in_features, bits), group_count(in_features, group_size)
     codes = tensors.codes[slot, : out * words].view(out, words)[rows]
@@ -89,9 +94,14 @@ def dequantize_rows(
     delta: Tensor = levels * steps * tensors.channel_scale[slot].to(dtype)
     index = tensors.salient_index[slot].long().expand(len(delta), -1)
     delta.scatter_add_(1, index, tensors.salient_value[slot][rows].to(dtype))
+    return _with_low_rank(delta, tensors, slot, rows)
+
+
+def _with_low_rank(delta: Tensor, tensors: BankTensors, slot: int, rows: Tensor | slice) -> Tensor:
+    """`delta` `[rows, in]`, to which a slot's L·R has been added."""
     if tensors.left.shape[2]:
         rank = int(tensors.slot_rank[slot])
-        delta += tensors.left[slot, :, :rank][rows].to(dtype) @ tensors.right[slot, :rank].to(dtype)
+        delta += tensors.left[slot, :, :rank][rows].to(delta.dtype) @ tensors.right[slot, :rank].to(delta.dtype)
     return delta
 
 
@@ -136,7 +146,7 @@ class ExpertBank:
         def empty(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=of, device=device)
 
-        groups = group_count(in_features, capacity.group_size)
+        groups = group_count(in_features, capacity.group_size) if capacity.bits else 0
         self.tensors = BankTensors(
             codes=empty(slots, out_features * words_per_row(in_features, capacity.bits), of=torch.int32),
             steps=empty(slots, out_features * groups, of=torch.float32),
@@ -180,12 +190,15 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
-        codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
-        if to.planes:
-            _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
-        else:
-            codes.copy_(delta.codes, non_blocking=True)
-        to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
+        if delta.bits:
+            codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
+            if to.planes:
+                _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
+            else:
+                codes.copy_(delta.codes, non_blocking=True)
+            to.steps[slot, : delta.steps.numel()].copy_(delta.steps.reshape(-1), non_blocking=True)
+        else:  # whatever codes an earlier expert left there, a step of 0 makes nothing of them
+            to.steps[slot] = 0
         if delta.salient_index is not None and delta.salient_value is not None:
             k = len(delta.salient_index)
             to.salient_index[slot, :k].copy_(delta.salient_index, non_blocking=True)
@@ -200,10 +213,13 @@ class ExpertBank:
         if delta.left is not None and delta.right is not None and len(delta.right):
             to.left[slot, :, : len(delta.right)].copy_(delta.left, non_blocking=True)
             to.right[slot, : len(delta.right)].copy_(delta.right, non_blocking=True)
+            # In a bank without codes an infinity would reach other slots' tokens, which multiply it by 0.
+            most = torch.finfo(self.dtype).max
+            for factor in (to.left, to.right):
+                factor[slot].clamp_(-most, most)
             to.slot_rank[slot] = len(delta.right)
-        self._bits_of_slot[slot] = delta.bits
+        self._bits_of_slot[slot] = to.slot_bits[slot] = delta.bits or BIT_WIDTHS[0]
         to.slot_group[slot] = delta.group_size
-        to.slot_bits[slot] = delta.bits
 
     def clear(self, slot: int) -> None:
         """Empty `slot`. Its memory stays allocated; a token sent to it is an error, never the base."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import codeless, naive
 from . import cpu_kernels as kernels
-from . import naive
 from .bank import BankTensors
 from .cpu_attention import decode_attention as decode_attention
 from .cpu_groups import CpuGroups, Few, group_tokens
@@ -37,6 +37,8 @@ def expert_linear(
     """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
+    if not bank.bits:
+        return codeless.expert_linear(x, weight, bias, bank, slot_of_token)
     if bank.planes:
         raise ValueError("the cpu backend reads codes as they are stored; make the bank with planes=False")
     if x.stride(1) != 1 or x.data_ptr() % x.element_size():

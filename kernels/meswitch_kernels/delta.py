@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import BIT_WIDTHS, check_bits, codes_per_word, group_count, words_per_row
+from .packing import check_bits, codes_per_word, group_count, words_per_row
 
 GROUP_MULTIPLE = 32
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -16,7 +16,7 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The most that any delta in a bank has: widest codes, finest groups (0: one step per row), and so on.
+    """The most that any delta in a bank has: widest codes (0: none has any), finest groups (0: one step per row), ...
 
     `channel_scale` says whether any has channel scales; kernels of a bank without them do not read any.
 
@@ -24,7 +24,7 @@ class Capacity:
         ValueError: a number is impossible.
     """
 
-    bits: int = BIT_WIDTHS[0]
+    bits: int = 0
     group_size: int = 0
     salient: int = 0
     added_rows: int = 0
@@ -32,7 +32,8 @@ class Capacity:
     channel_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        if self.bits:
+            check_bits(self.bits)
         for name in ("salient", "added_rows", "rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
@@ -55,7 +56,7 @@ class ExpertDelta:
     """One expert's delta of one weight `[out, in]`, as an artifact stores it but for the low-rank part.
 
     Attributes:
-        bits: width of the codes.
+        bits: width of the codes; 0 where there are none, and what is added is the rest alone.
         codes: int32 `[out, ceil(in * bits / 32)]`, as `pack_codes` makes them.
         steps: float16 or float32 `[out, groups]`.
         group_size: input channels that share a step, a multiple of 32; 0 where there is one step per row.
@@ -81,14 +82,8 @@ class ExpertDelta:
 
     @classmethod
     def of_nothing(cls, in_features: int, out_features: int) -> ExpertDelta:
-        """A delta of zeros."""
-        bits = BIT_WIDTHS[0]
-        words = words_per_row(in_features, bits)
-        return cls(
-            bits=bits,
-            codes=torch.zeros(out_features, words, dtype=torch.int32),
-            steps=torch.zeros(out_features, 1),
-        )
+        """A delta of zeros, without codes."""
+        return cls(bits=0, codes=torch.zeros(out_features, 0, dtype=torch.int32), steps=torch.zeros(out_features, 1))
 
     def check(self, in_features: int, out_features: int, capacity: Capacity) -> None:
         """Refuse a delta that is not one of a weight `[out_features, in_features]`, or more than a bank holds.
@@ -96,10 +91,12 @@ class ExpertDelta:
         Raises:
             ValueError, TypeError, IndexError: naming the tensor.
         """
-        check_group_size(self.group_size, codes_per_word(check_bits(self.bits)))
+        check_group_size(self.group_size, codes_per_word(check_bits(self.bits)) if self.bits else 1)
         for one, other in (("salient_index", "salient_value"), ("left", "right")):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ValueError(f"{one} and {other} come together")
+        if not self.bits and (self.salient_index is not None or self.channel_scale is not None or self.group_size):
+            raise ValueError("salient channels, channel scales and groups go with codes, of which there are none")
         salient = 0 if self.salient_index is None else self.salient_index.numel()
         added_rows = 0 if self.added_rows is None else self.added_rows.numel() // in_features
         rank = 0 if self.left is None else self.left.numel() // out_features

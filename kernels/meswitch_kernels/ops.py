@@ -63,7 +63,7 @@ def expert_embedding(
 
     `ids` int32 or int64 `[tokens]`; `weight` `[vocab, hidden]`; `bank` has out = vocab, in = hidden. Ids from
     `vocab` on are rows the expert added. Raises as `expert_linear` does, IndexError for an id outside the
-    vocabulary of its token's slot, ValueError for a bank with room for a low-rank part, which no embedding has.
+    vocabulary of its token's slot.
     """
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids are {ids.dtype} {tuple(ids.shape)}; expected int32 or int64 [tokens]")
@@ -72,8 +72,6 @@ def expert_embedding(
         raise ValueError(f"weight is {tuple(weight.shape)}; the bank is for {(bank.out_features, bank.in_features)}")
     if weight.device != bank.device or ids.device != bank.device:
         raise ValueError(f"ids are on {ids.device}, weight on {weight.device}, the bank on {bank.device}")
-    if bank.capacity.rank:
-        raise ValueError(f"an embedding has no low-rank part, but the bank has rank {bank.capacity.rank}")
     name = _choose(backend, weight)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.meswitch.expert_embedding(

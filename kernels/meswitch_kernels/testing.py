@@ -35,16 +35,24 @@ def random_expert(
 ) -> ExpertDelta:
     """An expert whose delta is about as large as a base weight of variance 1 / in_features.
 
-    So is its low-rank part, where it has one.
+    So is its low-rank part, where it has one. With 0 bits it has neither codes nor what goes with them.
     """
+    factors = random_low_rank(seed, in_features, out_features, rank) if rank else (None, None)
     rng = torch.Generator().manual_seed(seed)
+    if not bits:
+        return replace(
+            ExpertDelta.of_nothing(in_features, out_features),
+            bias_delta=torch.randn(out_features, generator=rng) if bias else None,
+            added_rows=torch.randn(added, in_features, generator=rng).to(torch.bfloat16) if added else None,
+            left=factors[0],
+            right=factors[1],
+        )
     codes = torch.randint(0, 2**bits, (out_features, in_features), generator=rng)
     scale = in_features**-0.5
     steps = (torch.rand(out_features, group_count(in_features, group_size), generator=rng) + 0.5) * scale
     index = torch.randperm(in_features, generator=rng)[:k].sort().values.to(torch.int32)
     value = torch.randn(out_features, k, generator=rng).mul(4 * scale).to(torch.bfloat16)
     channel = (torch.rand(in_features, generator=rng) + 0.5).to(torch.float16) if channel_scale else None
-    factors = random_low_rank(seed, in_features, out_features, rank) if rank else (None, None)
     return ExpertDelta(
         codes=pack_codes(codes, bits),
         steps=steps.to(torch.float16),

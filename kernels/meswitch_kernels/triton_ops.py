@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import codeless
 from . import groups as _groups
 from .bank import BankTensors
 from .groups import PREFILL_TOKENS, TokenGroups
@@ -62,6 +63,8 @@ def expert_linear(
     if not y.numel():
         return y
     slot_of_token = slot_of_token.contiguous()
+    if not bank.bits:
+        return codeless.expert_linear(x, weight, bias, bank, slot_of_token)
     bank = _in_planes(bank)
     groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
     if groups.plan is not None:
@@ -81,6 +84,8 @@ def _dense(rows: Tensor) -> Tensor:
 def expert_linears(x: Tensor, operands: Sequence[Operand], slot_of_token: Tensor, groups: TokenGroups) -> list[Tensor]:
     """`expert_linear` of each weight, bias and bank with the same x."""
     x = _dense(x)
+    if not all(bank.bits for _, _, bank in operands):
+        return [expert_linear(x, *each, slot_of_token, groups) for each in operands]
     operands = [(_dense(weight), bias, _in_planes(bank)) for weight, bias, bank in operands]
     if groups.plan is not None:
         ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight, _, _ in operands]
@@ -478,6 +483,8 @@ def expert_embedding(
     y = weight.new_empty(ids.shape[0], hidden)
     if not y.numel():
         return y
+    if not bank.bits:
+        return codeless.expert_embedding(ids, weight, bank, added_rows, slot_of_token)
     bank = _in_planes(bank)
     embedding_rows[(ids.shape[0], triton.cdiv(hidden, _ROW_BLOCK))](
         ids.contiguous(),
@@ -502,6 +509,8 @@ def expert_embedding(
         bank.steps.stride(0),
         BLOCK=_ROW_BLOCK,
     )
+    if bank.right.shape[1]:
+        y += codeless.low_rank_rows(ids, vocab, bank, slot_of_token).to(y.dtype)
     return y
 
 

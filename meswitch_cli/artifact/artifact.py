@@ -13,10 +13,13 @@ import torch
 
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from meswitch_cli.artifact.mistaken import what_it_is
+from meswitch_cli.artifact.quantization import without_transformers
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
-from meswitch_cli.checkpoint.tensorfile import new_buffer
+from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
+from meswitch_cli.delta.exact import decode
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
@@ -47,8 +50,8 @@ class Artifact:
             if file.stat().st_size > MAX_MANIFEST_BYTES:
                 raise ArtifactError(f"{file}: larger than a manifest can be")
             raw = file.read_bytes()
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: not an artifact: it has no {MANIFEST_FILE}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(f"{path}: not an artifact: {what_it_is(path)}") from error
         except OSError as error:
             raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
         return cls(path, parse_manifest(raw, str(file)), hashlib.sha256(raw).hexdigest())
@@ -63,7 +66,8 @@ class Artifact:
         Raises:
             CheckpointError: it is missing, or not JSON.
         """
-        return read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        config = read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        return without_transformers(config)
 
     def entries_of(self, shard: str) -> list[TensorEntry]:
         return [entry for entry in self.manifest.tensors if entry.shard == shard]
@@ -81,8 +85,10 @@ class Artifact:
         """As the function `expert_tensor`, for an entry of this artifact."""
         return expert_tensor(self.shard(entry.shard), entry, base)
 
-    def read_all(self, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> dict[str, StoredDelta]:
-        """What is stored of every parameter, by name, one read a shard, into memory that `buffer_of` makes.
+    def read_all(
+        self, buffer_of: Callable[[int], torch.Tensor] = new_buffer, piece_bytes: int = PIECE_BYTES
+    ) -> dict[str, StoredDelta]:
+        """What is stored of every parameter, by name, in pieces of a shard, into memory that `buffer_of` makes.
 
         Raises:
             ArtifactError: a shard is damaged, or disagrees with the manifest.
@@ -90,7 +96,7 @@ class Artifact:
         return {
             name: delta
             for file in self.manifest.shards
-            for name, delta in self.shard(file.name).read_all(buffer_of).items()
+            for name, delta in self.shard(file.name).read_all(buffer_of, piece_bytes).items()
         }
 
     def verify(self) -> Iterator[FileEntry]:
@@ -114,7 +120,9 @@ class Artifact:
 
 
 def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
-    """The expert's tensor, fp32 in `entry.shape`, given the base tensor `entry.base`.
+    """The expert's tensor in `entry.shape`, given the base tensor `entry.base`, as it is stored.
+
+    It is fp32, and of the expert's own type where it is stored bit for bit.
 
     Raises:
         ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
@@ -127,9 +135,15 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
             f"tensor {entry.name!r} was made for a base of {list(entry.base_shape)}, this base has "
             f"{list(base.shape)}: wrong base"
         )
+    if stored.exact is not None:
+        own = decode(stored.exact, base if entry.shape == entry.base_shape else base[: entry.rows])
+        return own if stored.added_rows is None else torch.cat([own, stored.added_rows])
     value = base[: entry.rows].to(torch.float32, copy=True)
+    factors = stored.factors()
     if stored.bits:
         value += dequantize(stored)
+    elif factors is not None:
+        value.addmm_(*factors)
     if stored.added_rows is not None:
         value = torch.cat([value, stored.added_rows.float()])
     return value

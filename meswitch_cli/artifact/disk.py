@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from meswitch_cli.errors import ArtifactError, MeswitchError
@@ -37,8 +37,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ArtifactError(f"{error.filename or path}: {reason}") from error
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write under a temporary name, flush to disk, rename.
+def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:
+    """Write, all at once or piece by piece, under a temporary name, flush to disk, rename.
 
     Raises:
         ArtifactError: the disk is full, or the folder may not be written.
@@ -46,7 +46,8 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         with temporary.open("wb") as stream:
-            stream.write(data)
+            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(path)

@@ -9,11 +9,12 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from meswitch_cli.delta.codes import CODES, RATES, TRELLIS_VERSION, CodeName
+from meswitch_cli.delta.low_rank import FACTOR_BITS
 from meswitch_cli.delta.stored import PARTS, TensorEntry
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.printable import is_name
@@ -31,7 +32,7 @@ SIDE_FILE_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][\w.-]{0,
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 #: Members of a tensor's entry that older versions of the format do not have.
-_MEMBERS_SINCE = {2: ("rank",), 3: ("code", "taps", "states")}
+_MEMBERS_SINCE = {2: ("rank",), 3: ("code", "taps", "states"), 4: ("factor_bits", "exact")}
 KINDS = ("linear", "embedding", "head", "dense")
 
 
@@ -80,6 +81,11 @@ class Manifest:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def exact(self) -> bool:
+        """Whether it stands for its expert bit for bit."""
+        return bool(self.settings.get("exact")) or any(entry.exact for entry in self.tensors)
+
+    @property
     def format_version(self) -> int:
         return max((entry.version for entry in self.tensors), default=1)
 
@@ -91,6 +97,19 @@ class Manifest:
             for name in unknown:
                 del entry[name]
         return json.dumps(value, indent=1, sort_keys=False) + "\n"
+
+
+def mean_errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
+    """`weight_error` and `output_error` of tensors together, weighted by their deltas' energy; None where no tensor
+    has one."""
+    items = list(entries)
+    result: dict[str, float | None] = {}
+    for name in ("weight_error", "output_error"):
+        pairs = [(getattr(item, name), item.delta_energy) for item in items]
+        known = [(error, energy) for error, energy in pairs if error is not None and energy]
+        total = sum(energy for _, energy in known)
+        result[name] = sum(error * energy for error, energy in known) / total if total else None
+    return result
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -150,6 +169,10 @@ def shard_name(index: int, count: int) -> str:
     return f"delta-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
+def is_shard_name(name: str) -> bool:
+    return bool(_SHARD_NAME.fullmatch(name))
+
+
 def _model_reference(fields: _Fields) -> ModelReference:
     return ModelReference(
         fields.string("id"), fields.optional_string("revision"), fields.matching("fingerprint", _FINGERPRINT)
@@ -182,6 +205,8 @@ def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
         group_size=fields.size("group_size"),
         channel_scale=fields.boolean("channel_scale"),
         rank=fields.size("rank") if version > 1 else 0,
+        factor_bits=fields.size("factor_bits") if version > 3 else FACTOR_BITS,
+        exact=fields.size("exact", _MAX_BYTES) if version > 3 else 0,
         added_rows=fields.size("added_rows"),
         delta_energy=fields.optional_number("delta_energy"),
         weight_error=fields.optional_number("weight_error"),
@@ -273,7 +298,7 @@ class _Fields:
 
     def shape(self, key: str) -> tuple[int, ...]:
         value = self._get(key)
-        sizes = isinstance(value, list) and len(value) <= 4 and all(type(item) is int for item in value)
+        sizes = isinstance(value, list) and len(value) <= 6 and all(type(item) is int for item in value)
         if not sizes or not all(0 < item <= _MAX_DIMENSION for item in value) or math.prod(value) > _MAX_NUMEL:
             raise self._fail(key, "a shape")
         return tuple(value)

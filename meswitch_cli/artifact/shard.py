@@ -9,18 +9,26 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from meswitch_cli.checkpoint.tensorfile import TensorFileError, new_buffer, read_header, read_tensor, read_tensors
+from meswitch_cli.checkpoint.tensorfile import (
+    PIECE_BYTES,
+    TensorFileError,
+    new_buffer,
+    read_header,
+    read_tensor,
+    read_tensors,
+)
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
 #: Bytes of a shard beside its tensors and their entries in the header: the header's length, the format, padding.
 SHARD_NBYTES = 8 + len('{"__metadata__":{"format":"meswitch"}}') + 8
+SHARD_METADATA = {"format": "meswitch"}
 
 
 def encode_shard(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Safetensors bytes of the tensors; the same tensors give the same bytes."""
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    data: bytes = safetensors.torch.save(contiguous, metadata={"format": "meswitch"})
+    data: bytes = safetensors.torch.save(contiguous, metadata=SHARD_METADATA)
     return data
 
 
@@ -60,6 +68,11 @@ class Shard:
             if info.dtype not in part.dtypes:
                 raise ArtifactError(f"{path}: tensor {name!r} has type {info.dtype}")
 
+    def value_dtype(self, name: str) -> torch.dtype | None:
+        """The type in which a parameter is stored whole; None of one that is not."""
+        info = self._infos.get(f"{name}.value")
+        return info.dtype if info else None
+
     def delta(self, name: str) -> StoredDelta:
         """Read what is stored of one parameter.
 
@@ -72,11 +85,13 @@ class Shard:
         except TensorFileError as error:
             raise ArtifactError(str(error)) from error
 
-    def read_all(self, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> dict[str, StoredDelta]:
-        """What is stored of every parameter, by name, in one read, with the checks of `delta`; `buffer_of` makes the
-        memory for it."""
+    def read_all(
+        self, buffer_of: Callable[[int], torch.Tensor] = new_buffer, piece_bytes: int = PIECE_BYTES
+    ) -> dict[str, StoredDelta]:
+        """What is stored of every parameter, by name, in few reads, with the checks of `delta`; `buffer_of` makes the
+        memory for each."""
         try:
-            stored = read_tensors(self._infos, buffer_of)
+            stored = read_tensors(self._infos, buffer_of, piece_bytes)
         except TensorFileError as error:
             raise ArtifactError(str(error)) from error
         return {

@@ -1,11 +1,10 @@
-"""The files beside the shards: config, tokenizer and templates taken from the expert, and a model card."""
+"""The files beside the shards that are taken from the expert: config, tokenizer, templates, terms of use."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from meswitch_cli.checkpoint.tensorfile import is_lfs_pointer
 from meswitch_cli.checkpoint.weight_files import NAMED_FILE
 from meswitch_cli.errors import CheckpointError
 
-MODEL_CARD = "README.md"
 CONFIG_FILE = "config.json"
+_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+#: Files that a tokenizer has nothing to do with.
+_NO_TOKENIZERS = (CONFIG_FILE, "generation_config.json", "processor_config.json", "preprocessor_config.json")
 #: What is carried, by name: the config, what any of transformers' tokenizers reads, chat templates, and the terms
 #: under which a fine-tune may be passed on.
 CARRIED_FILES = (
@@ -46,9 +47,7 @@ CARRIED_FILES = (
     "chat_template*.json",
     "processor_config.json",
     "preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_LICENCES,
 )
 #: Where transformers keeps chat templates beside the default one, a file each.
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -56,14 +55,29 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 _PRIVATE_KEYS = ("_name_or_path", "name_or_path", "auto_map", NAMED_FILE)
 
 
-def expert_files(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """Read the expert's files, by path in its folder, free of local paths and of code references.
+def expert_files(folder: Path, config: Mapping[str, Any] | None = None, more: Sequence[Path] = ()) -> dict[str, bytes]:
+    """Read an expert's files, by path in its folder, free of local paths and of code references.
 
-    `config` is what config.json must say, where the file itself says something else.
+    `config` is what config.json must say, where the file itself says something else. The files of `more` folders, as of
+    an adapter beside its base, take the place of the first's, a tokenizer's all together; config.json stays.
 
     Raises:
         CheckpointError: a file cannot be read, or is no more than a pointer to one.
     """
+    files = _read_files(folder, config)
+    for other in more:
+        own = {name: data for name, data in _read_files(other, None).items() if name != CONFIG_FILE}
+        if any("token" in name for name in own):
+            files = {name: data for name, data in files.items() if name in _NO_TOKENIZERS or _is_licence(name)}
+        files |= own
+    return files
+
+
+def _is_licence(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LICENCES)
+
+
+def _read_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for name in _carried(folder):
         path = folder / name
@@ -101,34 +115,3 @@ def _without_private_keys(data: bytes) -> bytes:
         return data
     kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def model_card(
-    *, base_id: str, expert_id: str, bits: float | None, nbytes: int, expert_nbytes: int, facts: dict[str, Any]
-) -> bytes:
-    """A Hub model card that says what the artifact is and how to use it; `bits` None where tensors have their own."""
-    kind = "delta" if bits is None else f"{bits}-bit delta"
-    settings = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
-    return f"""---
-library_name: meswitch
-base_model: {json.dumps(base_id, ensure_ascii=False)}
-base_model_relation: quantized
-tags:
-- meswitch
-- delta-compression
----
-
-# {expert_id}, as a {kind} against {base_id}
-
-{nbytes / 1e6:.1f} MB instead of {expert_nbytes / 1e6:.1f} MB ({expert_nbytes / max(nbytes, 1):.1f} times smaller).
-It needs the base to run: every number of the fine-tune is the base's plus what is stored here.
-
-```
-meswitch verify . --base {shlex.quote(base_id)}
-meswitch restore . --base {shlex.quote(base_id)} --out restored
-```
-
-| setting | value |
-|---|---|
-{settings}
-""".encode()

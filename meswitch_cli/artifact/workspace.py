@@ -1,8 +1,8 @@
 """An artifact being made: finished units survive a crash, and the finished artifact appears in one rename.
 
-Work goes on in a hidden folder beside the output, removed when it is done. A finished unit is a shard and a record of
-it; the shard is there before the record, so a record can be trusted. The same command finds the folder again and
-continues.
+Work goes on in a hidden folder beside the output, removed when it is done. A finished unit is a file of its own and a
+record of it; the file is there before the record, so a record can be trusted. The same command finds the folder again
+and continues. The artifact's files are packed from the units at the end, so until the rename both are on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from meswitch_cli.artifact.disk import (
     write_atomically,
 )
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, pack_shards
 from meswitch_cli.delta.stored import TensorEntry
 from meswitch_cli.errors import ArtifactError
 
@@ -51,7 +52,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What is known of a finished unit: its shard, its tensors, and the digests of what it was made from."""
+    """What is known of a finished unit: its file, its tensors, and the digests of what it was made from."""
 
     shard: FileEntry
     tensors: tuple[TensorEntry, ...]
@@ -109,8 +110,8 @@ class Workspace:
         write_atomically(self.state / _INPUTS_FILE, json.dumps(dataclasses.asdict(inputs)).encode())
 
     def shard_path(self, name: str) -> Path:
-        """Where a shard lies: among the artifact's files if it is one of them."""
-        return (self.artifact if name.startswith("delta-") else self.state) / name
+        """Where a unit's shard lies until the artifact's are packed."""
+        return self.state / name
 
     def record(self, index: int, stage: str) -> UnitRecord | None:
         """The record of a finished unit whose shard is there in full, else None.
@@ -158,30 +159,40 @@ class Workspace:
         with disk_errors(self.state):
             shutil.rmtree(self.state)
 
-    def publish(self, manifest: Manifest, side_files: Mapping[str, bytes]) -> None:
-        """Write the manifest and the side files, and move the artifact into place.
+    def publish(
+        self, manifest: Manifest, side_files: Mapping[str, bytes], max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> Manifest:
+        """Pack the units that the manifest lists as shards, write the rest, and move the artifact into place.
+
+        Returns:
+            The manifest of what was written.
 
         Raises:
-            ArtifactError: a shard is not what its record says, or the disk refuses.
+            ArtifactError: a unit is not what its record says, or the disk refuses.
         """
-        raw = manifest.to_json().encode()
+        self._check_units(manifest.shards)
+        packed = pack_shards(self.state, manifest, self.artifact, max_shard_bytes)
+        raw = packed.to_json().encode()
         parse_manifest(raw, str(self.out))  # what could not be opened again is not published
         for name, data in side_files.items():
             with disk_errors(self.artifact / name):
                 (self.artifact / name).parent.mkdir(exist_ok=True)
             write_atomically(self.artifact / name, data)
-        paths = [self.artifact / shard.name for shard in manifest.shards]
-        with ThreadPoolExecutor(2, "verify") as threads:
-            for path, shard, digest in zip(paths, manifest.shards, threads.map(file_digest, paths), strict=True):
-                if digest != shard.sha256:
-                    raise ArtifactError(f"{path}: changed on disk since it was written; delete it and run again")
         write_atomically(self.artifact / MANIFEST_FILE, raw)
-        keep = {MANIFEST_FILE, *(entry.name for entry in (*manifest.shards, *manifest.files))}
+        keep = {MANIFEST_FILE, *side_files, *(shard.name for shard in packed.shards)}
         with disk_errors(self.out):
             for path in self.artifact.rglob("*"):
                 if path.is_file() and path.relative_to(self.artifact).as_posix() not in keep:
-                    path.unlink()  # a temporary file of an interrupted write
+                    path.unlink()  # of an interrupted end
         put_in_place(self.artifact, self.out, self.state)
+        return packed
+
+    def _check_units(self, units: Sequence[FileEntry]) -> None:
+        paths = [self.shard_path(unit.name) for unit in units]
+        with ThreadPoolExecutor(2, "verify") as threads:
+            for path, unit, digest in zip(paths, units, threads.map(file_digest, paths), strict=True):
+                if digest != unit.sha256:
+                    raise ArtifactError(f"{path}: changed on disk since it was written; delete it and run again")
 
 
 @contextmanager

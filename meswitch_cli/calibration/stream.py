@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meswitch_cli.calibration.experts import MatrixInputs
 from meswitch_cli.calibration.turns import in_turns
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.errors import CalibrationError, CheckpointError, MeswitchError, reason_of
@@ -17,14 +18,16 @@ from meswitch_cli.model.weights import Weights
 
 #: The statistics of a layer's linears by parameter name.
 LayerStatistics = dict[str, InputStatistics]
+#: Inputs of one expert that are kept where a gram matrix for each would be larger than the layer; a few more may be.
+EXPERT_TOKENS = 256
 OnStatistics = Callable[[tuple[int, LayerStatistics]], None]
 
 
 class _Collector:
     """Sums of second moments of linears' inputs, filled by forward hooks."""
 
-    def __init__(self, linears: Mapping[str, nn.Module], gram: bool, keep: bool) -> None:
-        self._gram, self._keep = gram, keep
+    def __init__(self, linears: Mapping[str, nn.Module], gram: bool, keep: bool, experts_gram: bool = False) -> None:
+        self._gram, self._keep, self._experts_gram = gram, keep, experts_gram
         self._energy: dict[str, torch.Tensor] = {}
         self._grams: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -38,26 +41,31 @@ class _Collector:
 
         return observe
 
-    def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Take inputs `[..., in]` of the linear with this weight name into its sums."""
-        energy, gram = self._moments(inputs)
+    def add(self, name: str, inputs: torch.Tensor, *, expert: bool = False) -> None:
+        """Take inputs `[..., in]` of the linear with this weight name into its sums.
+
+        Of one expert's of many the first inputs are kept in the place of a gram matrix, unless that was asked for.
+        """
+        kept = self._tokens.get(name, 0)
+        keep = self._keep or (expert and self._gram and not self._experts_gram and kept < EXPERT_TOKENS)
+        energy, gram = self._moments(inputs, gram=self._gram and (not expert or self._experts_gram))
         self._tokens[name] = self._tokens.get(name, 0) + inputs.numel() // inputs.shape[-1]
         self._energy[name] = self._energy[name] + energy if name in self._energy else energy
-        if self._keep:
+        if keep:
             self._inputs.setdefault(name, []).append(inputs.detach().reshape(-1, inputs.shape[-1]).float())
         if gram is not None:
             self._grams[name] = self._grams[name] + gram if name in self._grams else gram
 
-    def _moments(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _moments(self, inputs: torch.Tensor, *, gram: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(energy, gram) of inputs; projections that read the same tensor one after another share them."""
-        last, energy, gram = self._last
+        last, energy, product = self._last
         if last is inputs and energy is not None:
-            return energy, gram
+            return energy, product
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         energy = rows.square().sum(0, dtype=torch.float64)
-        gram = rows.T @ rows if self._gram else None
-        self._last = (inputs, energy, gram)
-        return energy, gram
+        product = rows.T @ rows if gram else None
+        self._last = (inputs, energy, product)
+        return energy, product
 
     def finish(self) -> LayerStatistics:
         for handle in self._handles:
@@ -68,7 +76,7 @@ class _Collector:
                 energy.float(),
                 self._grams.get(name),
                 self._tokens[name],
-                torch.cat(self._inputs[name]) if self._keep else None,
+                torch.cat(self._inputs[name]) if name in self._inputs else None,
             )
             for name, energy in self._energy.items()
         }
@@ -78,24 +86,41 @@ class _ObservedModel(StreamedModel):
     """Reports the statistics of each layer when it has run and its weights are gone."""
 
     def __init__(
-        self, weights: Weights, device: torch.device, dtype: torch.dtype, gram: bool, keep: bool, report: OnStatistics
+        self,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        collector: Callable[[Mapping[str, nn.Module]], _Collector],
+        report: OnStatistics,
     ) -> None:
         super().__init__(weights, device, dtype)
-        self._gram, self._keep, self._report = gram, keep, report
+        self._collector, self._report = collector, report
+        self._matrices = MatrixInputs(lambda _stack, _matrix, _inputs: None)
 
     def run_layer(
         self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        prefix = f"{self.weights.architecture.layers_prefix}.{index}."
+        described = self.weights.architecture
+        prefix = f"{described.layers_prefix}.{index}."
         linears = {
             name: layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
-            for name, item in self.weights.architecture.parameters.items()
-            if item.layer == index and item.kind == "linear"
+            for name, item in described.parameters.items()
+            if item.layer == index and item.kind == "linear" and name in described.held
         }
-        collector = _Collector(linears, self._gram, self._keep)
-        outputs = super().run_layer(index, layer, hidden, args, kwargs)
+        collector = self._collector(linears)
+
+        def report(stack: str, matrix: int, inputs: torch.Tensor) -> None:
+            for piece in described.layout.groups[stack].of_index(matrix):
+                if described.parameters[piece.name].shape[-1] == inputs.shape[-1]:
+                    collector.add(piece.name, inputs, expert=True)
+
+        with MatrixInputs(report) as self._matrices:
+            outputs = super().run_layer(index, layer, hidden, args, kwargs)
         self._report((index, collector.finish()))
         return outputs
+
+    def on_matrix(self, name: str, index: int, matrix: torch.Tensor) -> None:
+        self._matrices.expect(name, index, matrix)
 
 
 def calibration_dtype(stored: torch.dtype, device: torch.device | str, *, few_tokens: bool) -> torch.dtype:
@@ -113,6 +138,7 @@ def stream_statistics(
     *,
     gram: bool = False,
     keep: bool = False,
+    experts_gram: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, LayerStatistics]]:
@@ -123,6 +149,7 @@ def stream_statistics(
         windows: int64 token ids.
         gram: also sum x x^T, `[in, in]` for every linear of one layer.
         keep: also keep the inputs, `[tokens, in]` for every linear of one layer: for few tokens.
+        experts_gram: with `gram`, also for every expert of a mixture; else some inputs of each are kept.
         device, dtype: where layers run, and in what.
 
     Yields:
@@ -134,10 +161,13 @@ def stream_statistics(
         CalibrationError: the family's layers cannot be run with their weights alone.
     """
 
+    def collected(linears: Mapping[str, nn.Module]) -> _Collector:
+        return _Collector(linears, gram, keep, experts_gram)
+
     @torch.no_grad()
     def run(report: OnStatistics) -> None:
         try:
-            model = _ObservedModel(weights, torch.device(device), dtype, gram, keep, report)
+            model = _ObservedModel(weights, torch.device(device), dtype, collected, report)
         except CheckpointError as error:
             raise CalibrationError(f"{error}; compress it without calibration (--calibration none)") from error
         try:
@@ -149,7 +179,7 @@ def stream_statistics(
                 f"{weights.name}: {weights.architecture.model_type}: its layers cannot be run one by one: "
                 f"{reason_of(error)}; compress it without calibration data (--calibration none)"
             ) from error
-        collector = _Collector({}, gram, keep)
+        collector = collected({})
         for name, item in weights.architecture.parameters.items():
             if item.kind == "head" and item.shape[1] == hidden.shape[-1]:  # some transform it before
                 collector.add(name, hidden)

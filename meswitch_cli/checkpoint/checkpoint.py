@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from meswitch_cli.checkpoint.contents import model_contents
+from meswitch_cli.checkpoint.fingerprint import tensor_digest
 from meswitch_cli.checkpoint.json_file import read_json
 from meswitch_cli.checkpoint.source import Source, resolve
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer, read_tensor
@@ -76,11 +78,23 @@ class Checkpoint:
     def read(self, name: str, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> torch.Tensor:
         return read_tensor(self.tensors[name], buffer_of)
 
+    def digest(self, name: str, parameter: str, value: torch.Tensor) -> str:
+        """What a fingerprint has of a parameter whose `value` was read by a stored name."""
+        return tensor_digest(parameter, value)
+
+    def files(self) -> set[Path]:
+        """The files that its weights lie in."""
+        return {info.path for info in self.tensors.values()}
+
+    @property
+    def side_folders(self) -> tuple[Path, ...]:
+        """Where tokenizer and the like are; a later folder's files take the place of an earlier one's."""
+        return (self.source.path,)
+
     def stat_digest(self) -> str:
         """A cheap digest of the weight files' sizes and times: equal digests mean the files were not touched."""
-        files = sorted({info.path for info in self.tensors.values()})
         try:
-            stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+            stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.files())]
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

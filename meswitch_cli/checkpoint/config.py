@@ -36,12 +36,14 @@ def parsed_config(config: dict[str, Any]) -> Any:
 
 
 def _own(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the entries that are not the model's, those of its parts included."""
-    return {
-        key: _own(value) if isinstance(value, dict) else copy.deepcopy(value)
-        for key, value in config.items()
-        if key not in _NOT_THE_MODELS
-    }
+    """A copy without the entries that are not the model's, those of its parts included, numbers as numbers."""
+    return {key: _entry(value) for key, value in config.items() if key not in _NOT_THE_MODELS}
+
+
+def _entry(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _number(value) if value.keys() == {"__float__"} else _own(value)
+    return [_entry(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def config_differences(base: dict[str, Any], expert: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -62,4 +64,4 @@ def _entries(config: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: dict[str, Any]) -> Any:
     """transformers writes what JSON has no number for as `{"__float__": "Infinity"}`."""
-    return value["__float__"] if value.keys() == {"__float__"} else value
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from meswitch_cli.checkpoint.names import canonical_name
-from meswitch_cli.checkpoint.skeleton import skeleton
+from meswitch_cli.checkpoint.layout import Layout
+from meswitch_cli.checkpoint.skeleton import constant_buffers, skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, equal_tensors, read_tensor
 from meswitch_cli.errors import CheckpointError
 
@@ -46,15 +45,16 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     """
     model: Any = skeleton(config, where)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = str(model.base_model_prefix)
-    stored = {name: canonical_name(name, parameters | buffers, prefix) for name in tensors}
+    held = held_parameters(model)
+    parameters = set(held)
+    layout = Layout(model, held, buffers)
+    stored = layout.canonical(tensors)
     derived = _DerivedBuffers(model, parameters, buffers, config, where)
     kept: dict[str, TensorInfo] = {}
     ignored: list[str] = []
     for name, info in tensors.items():
         own = stored[name]
-        if own in parameters:
+        if layout.is_known(own) and own not in buffers - parameters:
             kept[name] = info
         elif derived.has(own, info):
             continue
@@ -83,6 +83,44 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
             "to: it is kept as it is, as transformers does"
         )
     return Contents(config, kept, tuple(notes))
+
+
+def held_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """What of a module tree on the meta device a checkpoint holds: parameters, and buffers with values of their own.
+
+    These are of floating-point type, saved, and no table that the class computes from its config: the bias by which
+    DeepSeek balances its experts.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    saved = set(model.state_dict())
+    buffers = [
+        name
+        for name, buffer in model.named_buffers()
+        if name in saved and buffer.is_floating_point() and not any(re.search(item, name) for item in _MOVED_BUFFERS)
+    ]
+    modules = dict(model.named_modules())
+    for name in buffers:
+        path, _, leaf = name.rpartition(".")
+        if not _is_computed(model, modules[path], leaf):
+            held[name] = getattr(modules[path], leaf)
+    return held
+
+
+def _is_computed(model: Any, module: Any, leaf: str) -> bool:
+    """Whether initialising a module fills a buffer with different numbers, so that it follows from the config."""
+    buffer = getattr(module, leaf)
+    values = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype)
+    setattr(module, leaf, values)
+    try:
+        model._init_weights(module)
+        values = getattr(module, leaf)
+    except Exception:  # of many kinds: some families initialise weights, which are not there, along with buffers
+        return False
+    finally:
+        setattr(module, leaf, buffer)
+    if values.is_meta or values.isnan().all():
+        return False
+    return not bool((values == values.flatten()[0]).all())
 
 
 def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:
@@ -157,18 +195,7 @@ class _DerivedBuffers:
 
     @cached_property
     def _constants(self) -> dict[str, torch.Tensor]:
-        with _RealConstants():
-            model = skeleton(self._config, self._where)
-        return {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-
-
-class _RealConstants(TorchFunctionMode):
-    """Makes what `torch.tensor` makes on the CPU, also where a model is built on the meta device."""
-
-    def __torch_function__(
-        self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        return function(*arguments, **(options or {}) | ({"device": "cpu"} if function is torch.tensor else {}))
+        return constant_buffers(self._config, self._where)
 
 
 def _leaf(name: str) -> str:

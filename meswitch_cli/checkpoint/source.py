@@ -10,10 +10,10 @@ from meswitch_cli.errors import CheckpointError, reason_of
 from meswitch_cli.paths import user_path
 
 #: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded. The rest is what a
-#: tokenizer reads, chat templates, and the terms of use.
+#: tokenizer reads, chat templates, the terms of use, and the card, which tells the licence.
 CHECKPOINT_FILES = [
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.spm", "*.tokenizer"),
-    *("*.bpe", "*.codes", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("*.bpe", "*.codes", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 ]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
@@ -36,7 +36,7 @@ def resolve(name: str, *, files: list[str] | None = None) -> Source:
     path = user_path(name)
     _refuse_other_encoding(path)
     if path.is_dir():
-        return Source(path, *_identify(path.resolve()))
+        return Source(path, *identify(path.resolve()))
     if path.exists():
         raise CheckpointError(f"{name}: a file, not a checkpoint folder; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
@@ -52,7 +52,7 @@ def _refuse_other_encoding(path: Path) -> None:
         raise CheckpointError(f"{str(path)!r}: not a UTF-8 path; rename the folder") from error
 
 
-def _identify(path: Path) -> tuple[str, str | None]:
+def identify(path: Path) -> tuple[str, str | None]:
     """Name a folder: by its Hub repository where it lies in the Hub's cache, else by its own name."""
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name

@@ -21,6 +21,8 @@ from meswitch_cli.errors import MeswitchError
 MAX_HEADER_BYTES = 100_000_000
 #: How a Git LFS pointer begins: what a clone without LFS holds in a file's place (git-lfs, "Specification").
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+#: Bytes that are read at once, about a large decoder layer's at 2 bits: what a GPU is given in one copy.
+PIECE_BYTES = 64 << 20
 #: Elements of two tensors that are compared at once.
 COMPARED_ELEMENTS = 1 << 24
 
@@ -158,22 +160,37 @@ def read_tensor(info: TensorInfo, buffer_of: Callable[[int], torch.Tensor] = new
 
 
 def read_tensors(
-    infos: Mapping[str, TensorInfo], buffer_of: Callable[[int], torch.Tensor] = new_buffer
+    infos: Mapping[str, TensorInfo],
+    buffer_of: Callable[[int], torch.Tensor] = new_buffer,
+    piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, torch.Tensor]:
-    """Read all of these tensors, which lie in one file, at once: they are views of one buffer where they can be.
+    """Read all of these tensors, which lie in one file, in pieces: neighbours are views of one buffer where possible.
 
-    `buffer_of` makes it, for a number of bytes.
+    `buffer_of` makes it, for a number of bytes: at most `piece_bytes`, or one larger tensor's.
 
     Raises:
         TensorFileError: the bytes cannot be read in full.
     """
-    if not infos:
-        return {}
-    start = min(info.offset for info in infos.values())
-    nbytes = max(info.offset + info.nbytes for info in infos.values()) - start
-    path = next(iter(infos.values())).path
-    whole = read_tensor(TensorInfo("all", torch.uint8, (nbytes,), path, start, nbytes), buffer_of)
-    return {name: _view(whole, info, info.offset - start) for name, info in infos.items()}
+    read: dict[str, torch.Tensor] = {}
+    for piece in _pieces(infos, piece_bytes):
+        start = infos[piece[0]].offset
+        nbytes = max(infos[name].offset + infos[name].nbytes for name in piece) - start
+        whole = read_tensor(TensorInfo("all", torch.uint8, (nbytes,), infos[piece[0]].path, start, nbytes), buffer_of)
+        read |= {name: _view(whole, infos[name], infos[name].offset - start) for name in piece}
+    return read
+
+
+def _pieces(infos: Mapping[str, TensorInfo], piece_bytes: int) -> list[list[str]]:
+    """Names in the order of the file, those together that are read together."""
+    pieces: list[list[str]] = []
+    start = 0
+    for name in sorted(infos, key=lambda name: (infos[name].offset, infos[name].nbytes)):
+        end = infos[name].offset + infos[name].nbytes
+        if not pieces or end - start > piece_bytes:
+            pieces.append([])
+            start = infos[name].offset
+        pieces[-1].append(name)
+    return pieces
 
 
 def _view(whole: torch.Tensor, info: TensorInfo, place: int) -> torch.Tensor:

@@ -12,8 +12,28 @@ from meswitch_cli.delta.codes import RATES, CodeName
 
 if TYPE_CHECKING:
     Rate = str
+    Factors = str
 else:
     Rate = Literal[tuple(map(str, RATES))]
+    Factors = Literal["4", "8", "16"]
+
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "Codes": (
+        "bits",
+        "code",
+        "salient",
+        "rank",
+        "factor_bits",
+        "group_size",
+        "channel_scale",
+        "embedding_bits",
+        "size",
+        "target_bits",
+        "exact",
+    ),
+    "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
+}
 
 
 EMBEDDING_DEFAULT = "1 beside trellis codes, else 2, or --bits if more"
@@ -26,13 +46,13 @@ def rate(text: str) -> float:
 
 def run(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, or a Hub id (owner/name@revision).")],
-    expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id.")],
+    expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id; a LoRA adapter will do.")],
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
         Rate | None,
         typer.Option(
             help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.",
-            show_default="2",
+            show_default="1",
         ),
     ] = None,
     code: Annotated[
@@ -53,6 +73,14 @@ def run(
             show_default="16 up to 1 bit, else 0",
         ),
     ] = None,
+    factor_bits: Annotated[
+        Factors | None,
+        typer.Option(help="Of an adapter: bits of a number of its factors.", show_default="16"),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Store the expert bit for bit: small where an update leaves most weights alone."),
+    ] = False,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
@@ -112,12 +140,16 @@ def run(
 ) -> None:
     """An interrupted run loses at most one decoder layer: the same command goes on, and ends with the same bytes.
 
-    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-2bit
+    Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
+    typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.console import say
     from meswitch_cli.commands.host_memory import share_one_arena
+    from meswitch_cli.commands.next_steps import after_compress, print_next
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
+    from meswitch_cli.commands.verdict import verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -138,6 +170,8 @@ def run(
         rounding=rounding,
         steps=steps,
         embedding_bits=rate(embedding_bits) if embedding_bits else None,
+        factor_bits=int(factor_bits) if factor_bits else None,
+        exact=exact,
         calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,
@@ -165,4 +199,8 @@ def run(
     else:
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
+        for sentence in () if weak else verdict(manifest):
+            say(sentence)
         typer.echo(f"{out}")
+        if manifest.tensors:
+            print_next(after_compress(base, expert, out))

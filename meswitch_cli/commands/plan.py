@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from meswitch_cli.engine.memory import MemoryPlan
     from meswitch_cli.engine.speed import KnownCard, StepTime
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "The experts": ("bits", "code", "salient", "rank", "adapter_rank", "group_size", "embedding_bits", "added_rows"),
+    "Serving": ("slots", "context", "dtype", "card", "requests"),
+}
+
 
 def run(
     base: Annotated[str, typer.Option(help="The base: a folder or a Hub id.")],
@@ -23,7 +29,7 @@ def run(
     bits: Annotated[
         Rate,
         typer.Option(help="Bits a weight of the experts' linear layers; a slot holds 1 where fewer are stored."),
-    ] = "2",
+    ] = "1",
     code: Annotated[
         CodeName | None,
         typer.Option(help="As for compress; a slot holds 2 bits of a trellis code at 1.", show_default="scalar from 1"),
@@ -38,6 +44,10 @@ def run(
             help="Leading singular directions a tensor keeps beside its codes.",
             show_default="16 up to 1 bit, else 0",
         ),
+    ] = None,
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="The experts are LoRA adapters of this rank, on every linear layer, nothing else."),
     ] = None,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
     embedding_bits: Annotated[
@@ -70,7 +80,10 @@ def run(
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.engine.memory import parse_bytes, plan_memory
     from meswitch_cli.engine.speed import find_card
+    from meswitch_cli.errors import UsageError
 
+    if card and adapter_rank:
+        raise UsageError("--card: how fast adapters are was not measured; leave it out with --adapter-rank")
     known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
         bits=rate(bits),
@@ -90,6 +103,7 @@ def run(
         dtype=dtype,
         added_rows=added_rows,
         like=[Artifact.open(path).manifest for path in artifact or ()],
+        adapter_rank=adapter_rank,
     )
     fits = plan.requests > 0
     width = plan.width or settings.linears().coding.width

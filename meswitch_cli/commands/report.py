@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.commands.console import console, table
+from meswitch_cli.artifact.manifest import Manifest, mean_errors
+from meswitch_cli.commands.console import console, counted, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ WORST_LAYERS = 5
 
 
 def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
+    """A size in megabytes, in kilobytes where that would be nothing."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 or not nbytes else f"{nbytes / 1e3:,.1f} kB"
 
 
 def print_plan(job: Job) -> None:
     """What will be done, from metadata alone; on stderr, since it is not the result."""
     from meswitch_cli.compression.size import expected_bytes
+    from meswitch_cli.model.adapted import AdaptedCheckpoint
 
     out = console(stderr=True)
     out.print(f"base    {job.base.source.path}", soft_wrap=True)
@@ -35,11 +37,20 @@ def print_plan(job: Job) -> None:
         items = [item for item in job.plan.tensors if item.kind == kind]
         found = [job.settings.of(kind, unrelated=item.unrelated) for item in items]
         widths = {settings.bits for settings in found if settings}
-        bits = f"{'/'.join(str(width) for width in sorted(widths))} bit"
+        bits = "/".join(str(width) for width in sorted(widths))
+        form = "16 bit if changed" if kind == "dense" else f"{bits} bit"
+        if job.budget is not None and kind != "dense":
+            form = "what each is worth"
+        if isinstance(job.expert, AdaptedCheckpoint):
+            changed = [job.expert.parameters[item.expert.parameter.name] for item in items]
+            ranks = sorted({item.rank for item in changed if item.rank and not item.scales_rows})
+            products = sum(bool(item.rank) and not item.scales_rows for item in changed)
+            others = sum(item.changed for item in changed) - products
+            form = f"{products} of rank {'/'.join(map(str, ranks))}" if products else "the base's"
+            form += f", {others} in {bits or 16} bit" if others else ""
         if items:
             weights = sum(math.prod(item.shape) for item in items)
-            own = "what each is worth" if job.budget is not None else bits
-            shown.add_row(kind, str(len(items)), f"{weights:,}", "16 bit if changed" if kind == "dense" else own)
+            shown.add_row(kind, str(len(items)), f"{weights:,}", form)
     out.print(shown)
     if job.plan.added_rows:
         out.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
@@ -61,6 +72,8 @@ def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     shown.add_row(f"energy in 16 directions, {found.sampled} tensors", percent(found.leading_energy))
     shown.add_row(f"energy in 64 directions, {found.sampled} tensors", percent(found.lora_energy))
     shown.add_row(f"energy that rounding to {found.expert_dtype} leaves", percent(found.rounding))
+    exact = "-" if found.exact_bits is None else f"{found.exact_bits:.2f} bits a weight"
+    shown.add_row("bit for bit (--exact)", exact)
     shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
     shown.add_row("added tokens", str(found.added_tokens))
     shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")
@@ -81,7 +94,7 @@ def summary(manifest: Manifest, expert_nbytes: int | None = None) -> dict[str, A
         "bits_per_weight": 8 * manifest.nbytes / weights if weights else 0.0,
         "tensors": len(manifest.tensors),
         "unchanged": len(manifest.unchanged),
-        "errors": {kind: _errors(entries) for kind, entries in by_projection(manifest).items()},
+        "errors": {kind: mean_errors(entries) for kind, entries in by_projection(manifest).items()},
     }
     if expert_nbytes is not None:
         result |= {"expert_bytes": expert_nbytes, "ratio": expert_nbytes / max(1, manifest.nbytes)}
@@ -92,7 +105,7 @@ def by_projection(manifest: Manifest) -> dict[str, list[TensorEntry]]:
     """Quantised tensors by the last part of their name (q_proj, down_proj, ...), in order of appearance."""
     groups: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in manifest.tensors:
-        if entry.bits:
+        if entry.bits or entry.rank:
             groups[entry.projection].append(entry)
     return dict(groups)
 
@@ -110,10 +123,10 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     parts = expected.get("by_projection") if isinstance(expected, dict) else None
     shown = table(title, *columns, *(("KL expected",) if isinstance(parts, dict) else ()))
     for kind, entries in by_projection(manifest).items():
-        errors = _errors(entries)
+        errors = mean_errors(entries)
         shown.add_row(
             kind,
-            _counted(f"{entry.bits}{' trellis' if entry.trellis else ''}" for entry in entries),
+            _counted(form_of(entry) for entry in entries),
             _span(entry.rank for entry in entries),
             _span(entry.salient for entry in entries),
             str(len(entries)),
@@ -122,7 +135,11 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
             _percent(errors["output_error"]),
             *(_share(parts, kind) if isinstance(parts, dict) else ()),
         )
-    whole = [entry for entry in manifest.tensors if not entry.bits]
+    exact = [entry for entry in manifest.tensors if entry.exact]
+    if exact:
+        nbytes = sum(item.nbytes for item in exact)
+        shown.add_row("bit for bit", "", "", "", str(len(exact)), megabytes(nbytes), "0 %", "0 %")
+    whole = [entry for entry in manifest.tensors if not (entry.bits or entry.rank or entry.exact)]
     if whole:
         shown.add_row(
             "stored whole", "", "", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %"
@@ -144,7 +161,12 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
             "to answers."
         )
     if manifest.unchanged:
-        out.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room")
+        out.print(f"as the base's, without room of their own: {counted(len(manifest.unchanged), 'tensor')}")
+
+
+def form_of(entry: TensorEntry) -> str:
+    """Bits of a tensor's codes; of a low-rank part that stands alone, its rank."""
+    return f"{entry.bits}{' trellis' if entry.trellis else ''}" if entry.bits else f"rank {entry.rank}"
 
 
 def print_worst_layers(manifest: Manifest) -> None:
@@ -183,18 +205,6 @@ def _is_number(value: object) -> bool:
 
 def _error_of(entry: TensorEntry, by_output: bool) -> float | None:
     return entry.output_error if by_output else entry.weight_error
-
-
-def _errors(entries: Iterable[TensorEntry]) -> dict[str, float | None]:
-    """Mean relative errors, weighted by the deltas' energy."""
-    items = list(entries)
-    result: dict[str, float | None] = {}
-    for name in ("weight_error", "output_error"):
-        pairs = [(getattr(item, name), item.delta_energy) for item in items]
-        known = [(error, energy) for error, energy in pairs if error is not None and energy]
-        total = sum(energy for _, energy in known)
-        result[name] = sum(error * energy for error, energy in known) / total if total else None
-    return result
 
 
 def _percent(value: float | None) -> str:

@@ -25,6 +25,7 @@ from meswitch_cli.delta.statistics import EmbeddingSensitivity, LinearSensitivit
 from meswitch_cli.delta.stored import TensorEntry, expected_entry, projection_of
 from meswitch_cli.delta.trade_off import Options, trade_off
 from meswitch_cli.errors import CalibrationError, CheckpointError, UsageError
+from meswitch_cli.model.adapted import AdaptedCheckpoint
 from meswitch_cli.model.dtype import stored_dtype
 from meswitch_cli.model.matching import PlannedTensor
 from meswitch_cli.model.weights import CheckpointWeights
@@ -57,6 +58,13 @@ def with_choice(job: Job, space: Workspace, device: torch.device | str, on_progr
         CalibrationError: the family's layers cannot be run one by one.
         CheckpointError: a weight is damaged.
     """
+    asked = "--size" if job.settings.size is not None else "--target-bits"
+    if isinstance(job.expert, AdaptedCheckpoint):
+        space.drop()
+        raise UsageError(f"{asked}: an adapter's size is its rank's; give --factor-bits")
+    if any(item.stacked for item in job.plan.tensors):
+        space.drop()
+        raise UsageError(f"{asked} cannot be kept for a mixture of experts; give --bits")
     known = space.stored(_CHOICE)
     if known is None:
         costs: _Costs = {}

@@ -276,8 +276,8 @@ def _student_model(
     model: nn.Module = build_model(weights, device, torch.float32)
     linears: dict[str, DistilledLinear] = {}
     for name, (shard, entry) in weights.quantised.items():
-        if entry.kind != "linear" or not entry.bits:
-            continue
+        if entry.kind != "linear" or not entry.bits or name not in weights.architecture.held:
+            continue  # what a mixture of experts holds as one parameter keeps its steps
         path = name.removesuffix(".weight")
         parent, _, leaf = path.rpartition(".")
         plain: Any = model.get_submodule(path)

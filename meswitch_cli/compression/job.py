@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from meswitch_cli import __version__
+from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.sidefiles import MODEL_CARD, expert_files, model_card
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
+from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.compression.choice import with_choice
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
+from meswitch_cli.compression.exact import stream_of
+from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
-from meswitch_cli.compression.settings import RANDOM, CompressionSettings
+from meswitch_cli.compression.settings import ADAPTER_FACTOR_BITS, RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
+from meswitch_cli.model.adapted import AdaptedCheckpoint, open_expert
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
-from meswitch_cli.model.matching import make_plan
+from meswitch_cli.model.matching import PlannedTensor, make_plan
 from meswitch_cli.printable import require_name
 
+#: Tokens by which an expert of a mixture is calibrated at the least.
+LEAST_TOKENS = 8
 _QUANTISED = "unit"
 _FINAL = "final"
 
@@ -44,7 +52,15 @@ def prepare(
         CheckpointError: one of them cannot be used, or they do not belong together.
         UsageError: more salient channels asked for than a layer has inputs.
     """
-    opened_base, opened_expert = Checkpoint.open(base), Checkpoint.open(expert)
+    opened_base = Checkpoint.open(base)
+    opened_expert = open_expert(expert, opened_base)
+    if settings.exact:
+        _refuse_inexact(opened_expert)
+        settings = settings.for_exact()
+    if isinstance(opened_expert, AdaptedCheckpoint):
+        settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
+    elif settings.factor_bits is not None:
+        raise UsageError(f"--factor-bits: of an adapter's factors; {opened_expert.source.path} is no adapter")
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
@@ -59,7 +75,7 @@ def prepare(
         settings=settings,
         calibration=calibration,
         out=out,
-        side_files=expert_files(opened_expert.source.path, opened_expert.config),
+        side_files=expert_files(opened_expert.side_folders[0], opened_expert.config, opened_expert.side_folders[1:]),
     )
 
 
@@ -69,6 +85,7 @@ def compress(
     device: torch.device | str = "cpu",
     force: bool = False,
     keep_weak: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: OnProgress = lambda what, nbytes, units: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
@@ -86,7 +103,7 @@ def compress(
         _continue_or_start(job, space, force)
         if job.settings.has_budget:
             job = with_choice(job, space, device, on_progress)
-        records = _quantise(job, space, device, on_progress)
+        records = _quantise(job, space, device, on_progress, on_note)
         if job.settings.steps == "distill":
             records = distill(job, space, records, device, on_progress, stage=_FINAL)
         on_progress("check", 0, len(records))
@@ -97,9 +114,18 @@ def compress(
             raise
         if weakness:
             on_note(weakness)
-        manifest, side_files = _finish(job, records)
-        space.publish(manifest, side_files)
-    return manifest
+        manifest, side_files = _finish(job, records, max_shard_bytes)
+        return space.publish(manifest, side_files, max_shard_bytes)
+
+
+def _refuse_inexact(expert: Checkpoint) -> None:
+    """Refuse to store bit for bit what is made when it is read.
+
+    Raises:
+        UsageError: the expert is an adapter.
+    """
+    if isinstance(expert, AdaptedCheckpoint):
+        raise UsageError(f"--exact: {expert.source.path} is an adapter, whose products are stored as they are")
 
 
 def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
@@ -142,19 +168,29 @@ def _changed_weights(job: Job, space: Workspace, which: Side, checkpoint: Checkp
         for item in unit:
             storage = item.base if which == "base" else item.expert
             name = storage.parameter.name
-            if known.get(name) != tensor_digest(name, storage.read(checkpoint)):
+            if known.get(name) != storage.digest(checkpoint, storage.read(checkpoint)):
                 return [f"{which}: tensor {storage.name!r} is not what it was"]
     return []
 
 
-def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progress: OnProgress) -> list[UnitRecord]:
+def _quantise(
+    job: Job,
+    space: Workspace,
+    device: torch.device | str,
+    on_progress: OnProgress,
+    on_note: Callable[[str], None],
+) -> list[UnitRecord]:
     """Bring every unit to its quantised state and return the records."""
+    seldom, experts = 0, 0
     units = job.plan.units
     records = {index: record for index in range(len(units)) if (record := space.record(index, _QUANTISED))}
     for index in records:
         on_progress("resumed", job.nbytes_of(units[index]), len(records))
     missing = [index for index in range(len(units)) if index not in records]
     calibrated = bool(missing) and job.settings.calibration is not None
+    told = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
+    if job.settings.exact:
+        told = stream_of
     with (
         PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,
@@ -166,16 +202,33 @@ def _quantise(job: Job, space: Workspace, device: torch.device | str, on_progres
                 shard = shard_name(index, len(units))
                 if job.settings.steps == "distill":
                     shard = f"quantised-{shard}"
+                if calibrated:
+                    known_well = _reached(units[index], statistics)
+                    seldom += sum(item.stacked and item.name not in known_well for item in units[index])
+                    experts += sum(item.stacked for item in units[index])
+                    statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-                data, record = compress_unit(counted, shard, job.settings_of, statistics, device)
+                data, record = compress_unit(counted, shard, job.settings_of, statistics, device, told)
                 space.finish_unit(index, _QUANTISED, data, record)
                 records[index] = record
                 on_progress("compress", 0, len(records))
             else:
                 reader.forget(units[index])
             del statistics  # a layer's may be larger than its weights, and the next layer is about to run
+    if seldom:
+        on_note(
+            f"{job.out}: fewer than {LEAST_TOKENS} calibration tokens reach {seldom} of {experts} matrices of experts: "
+            "these are compressed as without calibration; give "
+            + ("--calibration FILE" if job.settings.calibration == RANDOM else "more --samples")
+        )
     return [records[index] for index in range(len(units))]
+
+
+def _reached(unit: Iterable[PlannedTensor], statistics: LayerStatistics) -> LayerStatistics:
+    """The statistics without those of experts that too few tokens reached to tell one input channel from another."""
+    stacked = {item.name for item in unit if item.stacked}
+    return {name: known for name, known in statistics.items() if name not in stacked or known.tokens >= LEAST_TOKENS}
 
 
 def _statistics(
@@ -195,6 +248,7 @@ def _statistics(
         calibration_windows(job),
         gram=job.settings.takes_gram,
         keep=few_tokens,
+        experts_gram=job.settings.linears().needs_gram,
         device=device,
         dtype=calibration_dtype(stored, device, few_tokens=few_tokens),
     )
@@ -208,7 +262,7 @@ def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Ite
         report(nbytes)
 
 
-def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:
+def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[Manifest, dict[str, bytes]]:
     base_digests: dict[str, str] = {}
     expert_digests: dict[str, str] = {}
     for record in records:
@@ -216,15 +270,9 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
-    side_files = dict(job.side_files)
-    side_files[MODEL_CARD] = model_card(
-        base_id=base.id,
-        expert_id=expert.id,
-        bits=None if job.settings.has_budget else job.settings.bits,
-        nbytes=sum(shard.nbytes for shard in shards),
-        expert_nbytes=job.expert.nbytes,
-        facts=job.settings.to_dict(),
-    )
+    named = base.id if base.revision is None else f"{base.id}@{base.revision}"
+    weights = first_shard([shard.nbytes for shard in shards], max_shard_bytes)
+    side_files = {**job.side_files, CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights)}
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -241,4 +289,5 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
-    return manifest, side_files
+    card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
+    return manifest, {**side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed

@@ -13,7 +13,7 @@ import torch
 
 from meswitch_cli.checkpoint.buffers import BufferPool
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import tensor_digest
+from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.architecture import Storage
 from meswitch_cli.model.matching import Plan, PlannedTensor
 
@@ -44,6 +44,19 @@ class TensorPair:
 
 
 _Read = tuple[torch.Tensor, str]
+
+
+def refuse_non_finite(pair: TensorPair) -> None:
+    """
+    Raises:
+        CheckpointError: a weight of a pair is NaN or infinite.
+    """
+    for tensor, file, name in (
+        (pair.base, pair.base_file, pair.planned.base.name),
+        (pair.expert, pair.expert_file, pair.planned.expert.name),
+    ):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
 
 
 class PairReader:
@@ -111,7 +124,7 @@ class PairReader:
     def _read(self, side: Side, item: PlannedTensor) -> _Read:
         storage = _half(side, item)
         tensor = storage.read(self._checkpoints[side], self._buffers.empty)
-        return tensor, tensor_digest(storage.parameter.name, tensor)
+        return tensor, storage.digest(self._checkpoints[side], tensor)
 
     def _nbytes(self, side: Side, item: PlannedTensor) -> int:
         return _half(side, item).info(self._checkpoints[side]).nbytes
@@ -134,7 +147,9 @@ class ExpertAhead:
 
     def read(self, name: str) -> torch.Tensor:
         item = self._planned[self.architecture.holder(name).name]
-        return item.expert.read(self._expert) if item.layer is None else self._reader.expert(item)
+        # The matrices of all experts of a layer would be its whole size: they are read again for their pairs.
+        alone = item.layer is None or item.stacked
+        return item.expert.read(self._expert) if alone else self._reader.expert(item)
 
 
 def reading_order(
@@ -142,13 +157,15 @@ def reading_order(
 ) -> Iterator[Half]:
     """The halves of the missing units' pairs, pair by pair.
 
-    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not.
+    A calibration forward runs all units but the last, the expert's half first, whether they are missing or not; of the
+    experts of a mixture it reads what it needs itself.
     """
     for index, unit in enumerate(units):
         runs = calibrated and index < len(units) - 1
         for item in unit if runs else ():
-            yield "expert", item
+            if not item.stacked:
+                yield "expert", item
         for item in unit if index in missing else ():
             yield "base", item
-            if not runs:
+            if not runs or item.stacked:
                 yield "expert", item

@@ -14,7 +14,7 @@ from meswitch_cli.checkpoint.config import config_differences
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.model.matching import Plan, PlannedTensor
-from meswitch_cli.model.tokenizer import tokenizer_note
+from meswitch_cli.model.tokenizer import tokenizer_folder, tokenizer_note
 
 #: Called with (what is being done, bytes of the checkpoints handled by it, units done).
 OnProgress = Callable[[str, int, int], None]
@@ -70,8 +70,18 @@ class Job:
 
     def notes(self) -> list[str]:
         """What is odd about the two checkpoints, and does not keep them from being compressed."""
-        tokenizer = tokenizer_note(self.expert.source.path, self.plan.architecture.vocabulary)
+        tokenizer = tokenizer_note(tokenizer_folder(self.expert.side_folders), self.plan.architecture.vocabulary)
         return list(dict.fromkeys([*self.base.notes, *self.expert.notes, *([tokenizer] if tokenizer else [])]))
+
+    @property
+    def form(self) -> str:
+        """What the artifact's model card calls the delta."""
+        if self.settings.exact:
+            return "an exact delta"
+        if self.settings.has_budget:
+            return "a delta"
+        factors = self.settings.factor_bits
+        return f"a low-rank delta of {factors} bits" if factors else f"a {self.settings.bits}-bit delta"
 
     def config_differences(self) -> dict[str, tuple[Any, Any]]:
         return config_differences(self.base.config, self.expert.config)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, TrellisCode, default_code, listed
+from meswitch_cli.delta.low_rank import FACTOR_WIDTHS
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
@@ -14,7 +15,9 @@ from meswitch_cli.errors import UsageError
 UNRELATED_BITS = 4
 #: What a budget chooses tensor by tensor.
 CHOSEN_BY_BUDGET = ("bits", "code", "salient", "rank", "embedding_bits")
-_TOLD_IF_GIVEN = ("code", "size", "target_bits")
+_TOLD_IF_GIVEN = ("code", "factor_bits", "exact", "size", "target_bits")
+#: Width of an adapter's factors: what adapters are trained in.
+ADAPTER_FACTOR_BITS = 16
 #: Calibration by random tokens.
 RANDOM = "random"
 
@@ -24,6 +27,8 @@ StepMethod = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"
 #: The step rule with the lowest KL to the full experts of those that stream, on the choice items of
 #: docs/results/compression.md, with calibration data and without.
 DEFAULT_STEPS: StepMethod = "output-unbiased"
+#: With its low-rank part nearer to strong fine-tunes than 2 bits without one, in fewer bytes: docs/results/strong.md.
+DEFAULT_BITS: float = 1
 
 
 def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
@@ -54,6 +59,8 @@ class CompressionSettings:
             are, too, if there is one.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
+        factor_bits: width of an adapter's factors; None of any other fine-tune.
+        exact: whether the expert is stored bit for bit; nothing is coded then.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
         size: bytes that the artifact's tensors may take; or
         target_bits: those bytes in bits a weight of the model. With either, `CHOSEN_BY_BUDGET` are chosen tensor by
@@ -76,6 +83,8 @@ class CompressionSettings:
     sequence_length: int = 512
     seed: int = 0
     code: CodeName | None = None
+    factor_bits: int | None = None
+    exact: bool = False
     size: int | None = None
     target_bits: float | None = None
 
@@ -90,6 +99,8 @@ class CompressionSettings:
             raise UsageError(str(error)) from error
         if self.embedding_bits not in RATES:
             raise UsageError(f"--embedding-bits must be {listed(RATES)}, not {self.embedding_bits}")
+        if self.factor_bits not in (None, *FACTOR_WIDTHS):
+            raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -104,6 +115,8 @@ class CompressionSettings:
             raise UsageError(f"{asked} must be more than 0, not {self.size or self.target_bits}")
         if self.calibration is None:
             raise UsageError(f"{asked} asks tokens what matters: it cannot be given with --calibration none")
+        if self.exact:
+            raise UsageError(f"{asked} chooses codes, of which --exact has none")
         if self.group_size or self.rounding != "nearest":
             raise UsageError(f"{asked} takes trellis codes, which have no --group-size and no --rounding feedback")
 
@@ -141,7 +154,7 @@ class CompressionSettings:
                     option = f"--{name.replace('_', '-')}"
                     raise UsageError(f"{option}: a size or target bits choose that; give either {option} or a budget")
             return cls(steps=rule, channel_scale=channel_scale or "none", calibration=calibration, **others)
-        bits, salient = (2 if bits is None else bits), (8 if salient is None else salient)
+        bits, salient = (DEFAULT_BITS if bits is None else bits), (8 if salient is None else salient)
         chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
         return cls(
@@ -155,6 +168,19 @@ class CompressionSettings:
             calibration=calibration if calibration != RANDOM or of_use else None,
             **others,
         )
+
+    def for_adapter(self, *, has_full_layers: bool) -> CompressionSettings:
+        """Of an adapter: products are stored as they are, and calibration is for the layers that are more than that."""
+        return replace(
+            self,
+            factor_bits=self.factor_bits or ADAPTER_FACTOR_BITS,
+            calibration=self.calibration if has_full_layers else None,
+            steps=self.steps if has_full_layers else "unbiased",
+        )
+
+    def for_exact(self) -> CompressionSettings:
+        """Of an expert that is stored bit for bit: nothing is calibrated or fitted."""
+        return replace(self, calibration=None, steps="unbiased", rounding="nearest")
 
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
@@ -199,7 +225,7 @@ class CompressionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As a manifest has them, without what says nothing, and without a code that the bits mean anyway."""
-        silent = {name for name in _TOLD_IF_GIVEN if getattr(self, name) is None}
+        silent = {name for name in _TOLD_IF_GIVEN if getattr(self, name) in (None, False)}
         silent |= set(CHOSEN_BY_BUDGET if self.has_budget else ())
         return {name: value for name, value in asdict(self).items() if name not in silent}
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from meswitch_cli.delta.stored import expected_entry
+from meswitch_cli.model.adapted import AdaptedCheckpoint
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.plan import Job
@@ -18,6 +19,13 @@ def expected_bytes(job: Job) -> int:
     if job.budget is not None:
         return job.budget
     for item in job.plan.tensors:
+        if isinstance(job.expert, AdaptedCheckpoint):
+            adapted = job.expert.parameters[item.expert.parameter.name]
+            if not adapted.changed:
+                continue
+            if adapted.rank and not adapted.scales_rows and adapted.saved is None:
+                total += adapted.rank * (sum(item.shape) * (job.settings.factor_bits or 0) // 8 + 8)
+                continue
         settings = job.settings_of(item)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:

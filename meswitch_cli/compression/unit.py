@@ -12,7 +12,8 @@ import torch
 from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
-from meswitch_cli.compression.pairs import TensorPair
+from meswitch_cli.compression.low_rank import Found
+from meswitch_cli.compression.pairs import TensorPair, refuse_non_finite
 from meswitch_cli.delta.quantize import quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
@@ -27,8 +28,10 @@ def compress_unit(
     settings_of: Callable[[PlannedTensor], QuantizerSettings | None],
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
+    known: Callable[[TensorPair], Found | None] | None = None,
 ) -> tuple[bytes, UnitRecord]:
-    """Compress a unit's tensors into the bytes of its shard; a tensor without settings is stored whole.
+    """Compress a unit's tensors into the bytes of its shard; one without settings is stored whole, and of some `known`
+    tells what is stored, without coding.
 
     Raises:
         CheckpointError: a weight is NaN or infinite (the tensor and the model are named).
@@ -41,8 +44,9 @@ def compress_unit(
     for pair in pairs:
         base_digests[pair.planned.base.parameter.name] = pair.base_digest
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
-        found = _compress_tensor(pair, settings_of(pair.planned), statistics, device)
-        if found is None:
+        found = known(pair) if known else None
+        found = found or _compress_tensor(pair, settings_of(pair.planned), statistics, device)
+        if found is None or not (found[0].tensors or pair.planned.shape != pair.planned.base_shape):
             unchanged.append(pair.planned.name)
         else:
             delta, errors = found
@@ -68,7 +72,7 @@ def _compress_tensor(
     """What is stored of a tensor, and how far it is off; None where it equals the base's."""
     planned, name = pair.planned, pair.planned.name
     if quantizer is None:
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
             return None
         return StoredDelta(value=pair.expert), {}
@@ -76,14 +80,14 @@ def _compress_tensor(
     try:
         result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
     except FloatingPointError as error:
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         raise CheckpointError(f"{pair.expert_file}: tensor {name!r}: its delta is beyond fp32") from error
     if result is None and planned.shape == planned.base_shape:
         return None
     delta, errors = (result[0], asdict(result[1])) if result else (StoredDelta(), {})
     added = pair.expert[rows:]
     if len(added):
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         delta = replace(delta, added_rows=added.clone())
     return delta, errors
 
@@ -101,12 +105,3 @@ def _entry(planned: PlannedTensor, shard: str, delta: StoredDelta, errors: dict[
         **delta.stored_as,
         **errors,
     )
-
-
-def _refuse_non_finite(pair: TensorPair) -> None:
-    for tensor, file, name in (
-        (pair.base, pair.base_file, pair.planned.base.name),
-        (pair.expert, pair.expert_file, pair.planned.expert.name),
-    ):
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")

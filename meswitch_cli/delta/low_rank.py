@@ -22,7 +22,6 @@ from meswitch_cli.delta.steps import (
     column_energy,
     dots,
     initial_steps,
-    multiples_of,
     nearest_multiples,
     step_ratio,
 )
@@ -30,6 +29,11 @@ from meswitch_cli.delta.steps import (
 #: Code width of the factors. In the same bytes 32 vectors at 2 bits gave three times the KL of 16 at 4; at 16 bits, for
 #: four times the bytes, a quarter of it went.
 FACTOR_BITS = 4
+#: Widths that the factors of a low-rank part that stands alone may have, as an adapter's does; at 16 they are no codes.
+FACTOR_WIDTHS = (4, 8, 16)
+HALF_BITS = 16
+#: Of the artifact's format, the first whose readers know such parts.
+ALONE_VERSION = 4
 #: More directions than asked for are looked at, and how often the delta is applied to them (Halko, Martinsson and
 #: Tropp 2011, section 4.5).
 OVERSAMPLING, POWER_ITERATIONS = 8, 1
@@ -37,9 +41,11 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 1
 _Result = TypeVar("_Result")
 
 
-def vectors_of(codes: torch.Tensor, steps: torch.Tensor, length: int) -> torch.Tensor:
-    """The vectors, fp32 `[rank, length]`, that a factor's stored codes and steps stand for."""
-    return multiples_of(unpack(codes, FACTOR_BITS, length), FACTOR_BITS) * steps.float()
+def vectors_of(stored: torch.Tensor, steps: torch.Tensor, length: int, bits: int = FACTOR_BITS) -> torch.Tensor:
+    """The vectors, fp32 `[rank, length]`, that a factor's stored codes, or values of 16 bits, and steps stand for."""
+    if bits == HALF_BITS:
+        return stored.float() * steps.float()
+    return (unpack(stored, bits, length).float() - ((1 << bits) - 1) / 2) * steps.float()
 
 
 class Rounded(NamedTuple):

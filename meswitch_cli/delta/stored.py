@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from meswitch_cli.delta import exact
 from meswitch_cli.delta.codes import CODES, TRELLIS_VERSION, TrellisCode, listed, packed_width, unpack
-from meswitch_cli.delta.low_rank import FACTOR_BITS, vectors_of
+from meswitch_cli.delta.low_rank import ALONE_VERSION, FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS, vectors_of
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.steps import multiples_of
 from meswitch_cli.delta.trellis import decode
@@ -28,9 +29,11 @@ ABOVE_LEAST_NOISE = 1.75
 class TensorEntry:
     """One tensor of the expert, as the manifest lists it.
 
-    A `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
+    With `exact` a tensor is stored as so many bytes of what makes it of the base's, see `delta.exact`. Otherwise a
+    `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
     `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. `taps` and `states` are a trellis
-    code's (see `TrellisCode`). Errors are relative (see `DeltaError`), None where they were not measured.
+    code's (see `TrellisCode`). A low-rank part may stand alone, with 0 bits. Errors are relative (see `DeltaError`),
+    None where they were not measured.
     """
 
     name: str
@@ -49,6 +52,8 @@ class TensorEntry:
     group_size: int = 0
     channel_scale: bool = False
     rank: int = 0
+    factor_bits: int = FACTOR_BITS
+    exact: int = 0
     added_rows: int = 0
     delta_energy: float | None = None
     weight_error: float | None = None
@@ -67,6 +72,11 @@ class TensorEntry:
     def rows(self) -> int:
         """Rows that the base has too."""
         return min(self.shape[0], self.base_shape[0])
+
+    @property
+    def shared_shape(self) -> tuple[int, ...]:
+        """Shape of what the base has too."""
+        return self.shape if self.shape == self.base_shape else (self.rows, *self.shape[1:])
 
     @property
     def groups(self) -> int:
@@ -103,7 +113,8 @@ class TensorEntry:
     def version(self) -> int:
         """The first version of the artifact's format whose readers know all of this."""
         of_code = [TRELLIS_VERSION if self.trellis else CODES[self.width].version] if self.bits else []
-        return max(of_code + [part.version for part in self.parts], default=1)
+        alone = self.rank and (not self.bits or self.factor_bits != FACTOR_BITS)
+        return max(of_code + [part.version for part in self.parts] + [ALONE_VERSION if alone else 1])
 
     def expected_nbytes(self, itemsize: int) -> int:
         """Bytes of its parts as they are written; `itemsize` are those of a number of the expert's own."""
@@ -111,6 +122,10 @@ class TensorEntry:
 
     def problem(self) -> str | None:
         """What an entry cannot say; None where it can be."""
+        if self.exact and (self.bits or self.rank):
+            return "what is stored bit for bit has no codes"
+        if self.exact and self.kind == "dense" and self.shape != self.base_shape:
+            return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
         if self.kind == "dense":
             settings = (self.bits, self.trellis, self.taps, self.states, self.salient, self.group_size)
             quantised = any((*settings, self.channel_scale, self.rank, self.added_rows))
@@ -123,14 +138,18 @@ class TensorEntry:
                 return problem
         elif self.taps or self.states:
             return "scalar codes have neither taps nor states"
-        elif self.bits not in CODES and not (self.bits == 0 and self.shape != self.base_shape):
+        elif self.bits not in CODES and (
+            self.bits or (self.shape == self.base_shape and not self.rank and not self.exact)
+        ):
             return f"bits must be {listed(CODES)}, not {self.bits}"
         scalar = self.bits and not self.trellis
         uneven = self.group_size % CODES[self.width].group_multiple if scalar else self.group_size
         if self.salient > self.shape[1] or uneven:
             return f"salient {self.salient} or group size {self.group_size} is impossible"
-        if self.rank and (self.kind != "linear" or not self.bits or self.rank > min(self.rows, self.shape[1])):
+        if self.rank > min(self.rows, self.shape[1]) or (self.rank and self.bits and self.kind != "linear"):
             return f"rank {self.rank} is impossible"
+        if self.factor_bits not in (FACTOR_WIDTHS if self.rank else (FACTOR_BITS,)):
+            return f"factors of {self.factor_bits} bits are impossible"
         if self.added_rows != max(0, self.shape[0] - self.base_shape[0]):
             return f"{self.added_rows} added rows do not go with the shapes"
         return None
@@ -193,10 +212,19 @@ _INT, _HALF, _SINGLE = (torch.int32,), (torch.float16,), (torch.float32,)
 _OWN = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _factor(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part]:
-    """One side of a low-rank part, which linears alone have."""
-    codes = Part(f"{side}_codes", lambda e: e.rank, lambda e: (e.rank, packed_width(length(e), FACTOR_BITS)), _INT, 2)
-    return codes, Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, 2)
+def _factor(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part, Part]:
+    """One side of a low-rank part: codes, or values of 16 bits, and their steps."""
+
+    def is_coded(entry: TensorEntry) -> bool:
+        return entry.rank > 0 and entry.factor_bits != HALF_BITS
+
+    return (
+        Part(f"{side}_codes", is_coded, lambda e: (e.rank, packed_width(length(e), e.factor_bits)), _INT, 2),
+        Part(
+            f"{side}_values", lambda e: e.rank and not is_coded(e), lambda e: (e.rank, length(e)), _HALF, ALONE_VERSION
+        ),
+        Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, 2),
+    )
 
 
 PARTS = (
@@ -208,7 +236,8 @@ PARTS = (
     *_factor("left", lambda e: e.rows),
     *_factor("right", lambda e: e.shape[1]),
     Part("added_rows", lambda e: e.added_rows, lambda e: (e.added_rows, e.shape[1]), _OWN),
-    Part("value", lambda e: e.kind == "dense", lambda e: e.shape, _OWN),
+    Part("value", lambda e: e.kind == "dense" and not e.exact, lambda e: e.shape, _OWN),
+    Part("exact", lambda e: e.exact, lambda e: (e.exact,), (torch.uint8,), ALONE_VERSION),
 )
 
 
@@ -220,42 +249,55 @@ class StoredDelta:
         bits: what the codes store for a weight, 0 without codes.
         trellis: the trellis code; None where the codes are scalar.
         in_features: input channels (the codes' words may hold padding).
+        out_features: output channels of a low-rank part that stands alone.
         group_size: input channels that share a step; 0 is one step per output channel.
         codes: `[out, ceil(in * bits / 32)]` int32, or a trellis code's messages.
         steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
         salient_index: `[k]` int32, ascending.
         salient_value: `[out, k]` fp16, what to add to the rest in those channels.
         channel_scale: `[in]` fp16; None is all ones.
+        factor_bits: width of the numbers of a low-rank part.
         left_codes, left_steps, right_codes, right_steps: the vectors of a low-rank part, added to the codes' values
-            everywhere: codes `[rank, ceil(length * 4 / 32)]` int32, steps `[rank, 1]` fp32.
+            everywhere: codes `[rank, ceil(length * factor_bits / 32)]` int32, steps `[rank, 1]` fp32.
+        left_values, right_values: in the codes' place where factors have 16 bits, fp16 `[rank, length]`.
         added_rows: `[added, in]`, rows that the base has not.
         value: the parameter itself, where it is stored whole.
+        exact: the stream, uint8 `[n]`, that makes it of the base's rows.
     """
 
     bits: float = 0
     trellis: TrellisCode | None = None
     in_features: int = 0
+    out_features: int = 0
     group_size: int = 0
+    factor_bits: int = FACTOR_BITS
     codes: Tensor | None = None
     steps: Tensor | None = None
     salient_index: Tensor | None = None
     salient_value: Tensor | None = None
     channel_scale: Tensor | None = None
     left_codes: Tensor | None = None
+    left_values: Tensor | None = None
     left_steps: Tensor | None = None
     right_codes: Tensor | None = None
+    right_values: Tensor | None = None
     right_steps: Tensor | None = None
     added_rows: Tensor | None = None
     value: Tensor | None = None
+    exact: Tensor | None = None
 
     @classmethod
     def of(cls, entry: TensorEntry, tensors: Mapping[str, Tensor]) -> StoredDelta:
         """An entry's tensors, by their parts' names, whose shapes and types have been checked.
 
         Raises:
-            ValueError: salient indices are not ascending channels of the tensor, or a number is not finite.
+            ValueError: salient indices are not ascending channels of the tensor, a number is not finite, or a stream is
+                damaged.
         """
-        columns = entry.shape[1] if entry.bits else 0
+        stream = tensors.get("exact")
+        if stream is not None:
+            exact.check(stream, math.prod(entry.shared_shape))
+        rows, columns = (entry.rows, entry.shape[1]) if entry.bits or entry.rank else (0, 0)
         index = tensors.get("salient_index")
         if index is not None and not (
             int(index[0]) >= 0 and int(index[-1]) < columns and bool((index[1:] > index[:-1]).all())
@@ -264,7 +306,15 @@ class StoredDelta:
         for tensor in tensors.values():
             if tensor.is_floating_point() and not _all_finite(tensor):
                 raise ValueError("a stored number is not finite")
-        return cls(bits=entry.bits, trellis=entry.trellis, in_features=columns, group_size=entry.group_size, **tensors)
+        return cls(
+            bits=entry.bits,
+            trellis=entry.trellis,
+            in_features=columns,
+            out_features=0 if entry.bits else rows,
+            group_size=entry.group_size,
+            factor_bits=entry.factor_bits,
+            **tensors,
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -286,6 +336,8 @@ class StoredDelta:
             "group_size": self.group_size,
             "channel_scale": self.channel_scale is not None,
             "rank": 0 if self.left_steps is None else len(self.left_steps),
+            "factor_bits": self.factor_bits,
+            "exact": 0 if self.exact is None else len(self.exact),
             "added_rows": 0 if self.added_rows is None else len(self.added_rows),
         }
 
@@ -321,13 +373,20 @@ class StoredDelta:
         return replace(self, bits=self.trellis.width, trellis=None, codes=codes)
 
     def factors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
-        """L `[out, rank]` and R `[rank, in]` of the low-rank part, fp32 on a device to which their codes are sent."""
-        if self.left_codes is None or self.left_steps is None or self.right_codes is None or self.right_steps is None:
+        """L `[out, rank]` and R `[rank, in]` of the low-rank part, fp32 on a device to which what is stored is sent."""
+        left, right = (
+            self.left_codes if self.left_values is None else self.left_values,
+            self.right_codes if self.right_values is None else self.right_values,
+        )
+        if left is None or self.left_steps is None or right is None or self.right_steps is None:
             return None
-        stored = (self.left_codes, self.left_steps, self.right_codes, self.right_steps)
-        left_codes, left_steps, right_codes, right_steps = (part.to(device, non_blocking=True) for part in stored)
-        left = vectors_of(left_codes, left_steps, len(self.coded[0])).T
-        return left, vectors_of(right_codes, right_steps, self.in_features)
+        stored = (left, self.left_steps, right, self.right_steps)
+        left, left_steps, right, right_steps = (part.to(device, non_blocking=True) for part in stored)
+        rows = self.out_features or len(self.coded[0])
+        return (
+            vectors_of(left, left_steps, rows, self.factor_bits).T,
+            vectors_of(right, right_steps, self.in_features, self.factor_bits),
+        )
 
     def named(self, name: str) -> dict[str, Tensor]:
         """Its tensors by their names in a shard, `name` being the parameter's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
 
 #: What is stored of an expert, by parameter name.
@@ -73,8 +74,9 @@ class Layout:
 
 def capacity_of(entry: TensorEntry) -> Capacity:
     """What a bank must hold for what an entry tells of."""
+    entry = slot_entry(entry)
     if not entry.bits:
-        return Capacity(added_rows=entry.added_rows)
+        return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     return Capacity(
         bits=entry.width,
         group_size=entry.group_size,
@@ -184,7 +186,7 @@ class Banks:
             if bias is not None and self.added_bias is not None and name == self.base.head_name:
                 added = bias[bank.out_features :]
                 self.added_bias[slot + 1, : added.shape[0]] = added
-            bank.load(slot, self._delta(name, bank, weight or StoredDelta(), bias))
+            bank.load(slot, self._delta(name, weight or StoredDelta(), bias))
             moved += sum(item.nbytes for item in (weight, bias) if item is not None)
         for name, gains in self.gains.items():
             norm = self.base.norms[name]
@@ -209,32 +211,41 @@ class Banks:
         out_features, in_features = self.base.layer(name).weight.shape
         return ExpertBank(self.slots, in_features, out_features, capacity, self.base.dtype, self.base.device)
 
-    def _delta(self, name: str, bank: ExpertBank, weight: StoredDelta, bias: Tensor | None) -> ExpertDelta:
+    def _delta(self, name: str, weight: StoredDelta, bias: Tensor | None) -> ExpertDelta:
         """What a layer's bank is given of an expert."""
-        bias_delta = None
-        if bias is not None:
-            own = self.base.layer(name).bias
-            bias_delta = _resized(bias, bank.out_features).float() - own.float().to(bias.device)
-        if not weight.bits:  # equal to the base's, apart from a bias or added rows
-            delta = ExpertDelta.of_nothing(bank.in_features, bank.out_features)
-            return replace(delta, bias_delta=bias_delta, added_rows=weight.added_rows)
-        weight = weight.scalar(self.base.device)
-        codes, steps = weight.coded
-        left, right = weight.factors(self.base.device) or (None, None)
-        return ExpertDelta(
-            bits=int(weight.bits),
-            # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.
-            codes=_resized(codes, bank.out_features),
-            steps=_resized(steps, bank.out_features),
-            group_size=weight.group_size if steps.shape[1] > 1 else 0,
-            salient_index=weight.salient_index,
-            salient_value=None if weight.salient_value is None else _resized(weight.salient_value, bank.out_features),
-            channel_scale=weight.channel_scale,
-            bias_delta=bias_delta,
-            added_rows=weight.added_rows,
-            left=left,
-            right=right,
-        )
+        layer = self.base.layer(name)
+        delta = expert_delta(weight, layer.weight.shape, self.base.device)
+        return delta if bias is None else replace(delta, bias_delta=bias_delta(bias, layer.bias))
+
+
+def expert_delta(weight: StoredDelta, shape: Sequence[int], device: torch.device) -> ExpertDelta:
+    """A stored delta of a weight `[out, in]`, as kernels take it; trellis codes and factors are decoded on `device`."""
+    out_features, in_features = shape
+    left, right = weight.factors(device) or (None, None)
+    left = None if left is None else _resized(left, out_features)
+    if not weight.bits:  # equal to the base's, apart from a low-rank part or added rows
+        delta = ExpertDelta.of_nothing(in_features, out_features)
+        return replace(delta, added_rows=weight.added_rows, left=left, right=right)
+    weight = weight.scalar(device)
+    codes, steps = weight.coded
+    return ExpertDelta(
+        bits=int(weight.bits),
+        # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.
+        codes=_resized(codes, out_features),
+        steps=_resized(steps, out_features),
+        group_size=weight.group_size if steps.shape[1] > 1 else 0,
+        salient_index=weight.salient_index,
+        salient_value=None if weight.salient_value is None else _resized(weight.salient_value, out_features),
+        channel_scale=weight.channel_scale,
+        added_rows=weight.added_rows,
+        left=left,
+        right=right,
+    )
+
+
+def bias_delta(bias: Tensor, own: Tensor) -> Tensor:
+    """What an expert's bias adds to the base's `own` `[out]`, in fp32."""
+    return _resized(bias, own.shape[0]).float() - own.float().to(bias.device)
 
 
 def _value(stored: Stored, name: str, otherwise: Any = None) -> Any:

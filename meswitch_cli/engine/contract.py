@@ -53,8 +53,11 @@ class Sampling:
         stop_token_ids: ids that end it, beside the expert's own end-of-text ids.
         seed: with it, a request's tokens depend on nothing else in the batch.
         logprobs: None, or how many alternatives are reported beside each chosen token (0: the chosen one alone).
+        prompt_logprobs: as `logprobs`, of the prompt's own tokens, each after those before it.
         json_schema: a JSON schema that the text must satisfy.
         json_object: the text must be some JSON object.
+        structural_tag: a format, in xgrammar's language of structural tags, that the text must have.
+        shown_tokens: special tokens whose text is part of the answer; the other ones' is not.
     """
 
     temperature: float = 1.0
@@ -72,8 +75,16 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     json_object: bool = False
+    structural_tag: Mapping[str, Any] | None = None
+    shown_tokens: tuple[int, ...] = ()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says what may come next, and when the text ends."""
+        return self.json_object or self.json_schema is not None or self.structural_tag is not None
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class Chunk:
         tokens: ids generated since the last chunk; a stop id is among them, its text is not.
         stop_reason: the stop string or id that ended it, None for an end-of-text id.
         cached_tokens: prompt tokens whose cache was shared, told with the first chunk.
+        prompt_logprobs: of every prompt token but the first, where they were asked for; told with the first chunk.
         queued_seconds: from its submission to its place in a batch, told with the first chunk.
         error: what went wrong, where finish_reason is "error".
     """
@@ -115,6 +127,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     queued_seconds: float = 0.0
     error: str | None = None
 
@@ -173,6 +186,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def get_chat_template(self, chat_template: str | None = ..., tools: Any = ...) -> str: ...
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
 
@@ -191,6 +205,10 @@ class Engine(Protocol):
     def closed(self) -> str | None:
         """Why no request is taken (not started, shutting down, failed), None while requests are."""
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the base, once started."""
+
     def start(self) -> None:
         """Begin to generate; returns when requests will be taken."""
 
@@ -206,6 +224,9 @@ class Engine(Protocol):
 
     def tokenizer(self, expert: str) -> Tokenizer:
         """The tokenizer of an expert or of the base. Raises UnknownExpertError."""
+
+    def sampling_defaults(self, expert: str) -> Mapping[str, float]:
+        """Members of `Sampling` that its generation_config.json sets. Raises UnknownExpertError."""
 
     def serves(self, expert: str) -> bool:
         """Whether requests for it are taken; they always are for the base."""

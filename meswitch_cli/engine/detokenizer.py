@@ -28,6 +28,13 @@ class Detokenizer:
         self._start, self._told = self._told, len(self._tokens)
         return after[len(before) :]
 
+    def push_shown(self, token: int) -> str:
+        """Add a special token whose text is shown; return that, behind what is held back."""
+        rest = self.pending()
+        self._tokens.append(token)
+        self._start, self._told = len(self._tokens) - 1, len(self._tokens)
+        return rest + self.left_out(token)
+
     def pending(self) -> str:
         """What is held back: an incomplete character is U+FFFD, as decoding it whole would have it."""
         before, after = self._decode(self._told), self._decode(len(self._tokens))

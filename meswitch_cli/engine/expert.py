@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from meswitch_cli.artifact.artifact import Artifact
@@ -10,6 +12,7 @@ from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
+from meswitch_cli.engine.sampling_defaults import sampling_defaults
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.differences import model_differences
 from meswitch_cli.model.tokenizer import end_ids, load_tokenizer
@@ -24,6 +27,7 @@ class ServedModel:
         digest: the artifact's, and empty for the base; the cache's keys begin with it.
         vocabulary: rows of its own embedding; no later token is ever chosen.
         end_ids: tokens that end a text.
+        sampling: what its generation_config.json sets of `contract.Sampling`.
     """
 
     name: str
@@ -33,6 +37,7 @@ class ServedModel:
     vocabulary: int
     end_ids: frozenset[int]
     artifact: Artifact | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -43,16 +48,23 @@ def open_base(checkpoint: Checkpoint, vocabulary: int) -> ServedModel:
     path = checkpoint.source.path
     tokenizer = load_tokenizer(path)
     return ServedModel(
-        name=BASE, path=path, digest="", tokenizer=tokenizer, vocabulary=vocabulary, end_ids=end_ids(path, tokenizer)
+        name=BASE,
+        path=path,
+        digest="",
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        end_ids=end_ids(path, tokenizer),
+        sampling=sampling_defaults(path),
     )
 
 
 class ExpertOpener:
-    """Opens experts of one base, whose tensors it hashes once, and again when their files have changed."""
+    """Opens experts of one base, from any thread; hashes the base's tensors once, and again when its files change."""
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
         self._fingerprint: tuple[str, str] | None = None
+        self._lock = threading.Lock()
 
     def open(self, name: str, path: Path) -> ServedModel:
         """Open an artifact and check all of it: files, hashes, values, base, configuration, tokenizer.
@@ -77,13 +89,15 @@ class ExpertOpener:
             vocabulary=expert_vocabulary(artifact.manifest, int(config.get("vocab_size", base.config["vocab_size"]))),
             end_ids=end_ids(path, tokenizer),
             artifact=artifact,
+            sampling=sampling_defaults(path),
         )
 
     def _base_fingerprint(self) -> str:
-        stat = self._base.stat_digest()
-        if self._fingerprint is None or self._fingerprint[0] != stat:
-            self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
-        return self._fingerprint[1]
+        with self._lock:
+            stat = self._base.stat_digest()
+            if self._fingerprint is None or self._fingerprint[0] != stat:
+                self._fingerprint = (stat, CheckpointWeights(self._base).fingerprint)
+            return self._fingerprint[1]
 
 
 def refuse_other_computation(artifact: Artifact, base: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch_cli.engine.base_model import BaseModel
-from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.contract import EngineError, InvalidRequestError
 
 
 class HiddenStateReader:
@@ -29,7 +29,7 @@ class HiddenStateReader:
         Raises:
             EngineError: no such layer, or an empty prompt.
         """
-        check_prompts(token_ids, layer, self._base.architecture.num_layers)
+        check_prompts(token_ids, layer, self._base.architecture.num_layers, self._base.vocabulary)
         model = self._model(layer)
         device = self._base.device
         rows = []
@@ -46,16 +46,18 @@ class HiddenStateReader:
             return self._cut[layer]
 
 
-def check_prompts(token_ids: Sequence[Sequence[int]], layer: int, layers: int) -> None:
+def check_prompts(token_ids: Sequence[Sequence[int]], layer: int, layers: int, vocabulary: int) -> None:
     """Refuse what has no hidden state.
 
     Raises:
-        EngineError: no such layer, or an empty prompt.
+        EngineError: no such layer, an empty prompt, or a token beyond the vocabulary.
     """
     if not 1 <= layer <= layers:
         raise EngineError(f"layer {layer}: the base has layers 1 to {layers}")
     if not all(token_ids):
         raise EngineError("a prompt without tokens has no hidden state")
+    if any(max(tokens) >= vocabulary for tokens in token_ids):
+        raise InvalidRequestError(f"input: there is a token outside 0 to {vocabulary - 1}", "input")
 
 
 def _cut(base: BaseModel, layer: int) -> Any:

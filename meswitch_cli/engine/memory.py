@@ -18,7 +18,7 @@ from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.engine.banks import bank_layout, capacity_of
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
-from meswitch_cli.errors import UsageError
+from meswitch_cli.errors import CheckpointError, UsageError
 from meswitch_cli.model.architecture import Architecture, Parameter, architecture
 from meswitch_cli.model.dtype import model_dtype
 from meswitch_kernels import Capacity, ExpertBank
@@ -96,9 +96,12 @@ def plan_memory(
     dtype: str = "auto",
     added_rows: int = 0,
     like: Sequence[Manifest] = (),
+    adapter_rank: int | None = None,
 ) -> MemoryPlan:
     """Plan for `experts` artifacts made with these settings by kind, `slots` of them on the device at once (None: all);
     or for experts like some artifacts, whose slots hold any of them.
+
+    With `adapter_rank` they are adapters of this rank, on every linear of the decoder layers, and nothing else.
 
     Raises:
         CheckpointError: the base is not one that can be served.
@@ -109,19 +112,27 @@ def plan_memory(
             raise UsageError(f"{name} must be at least 1, not {value}")
     where = str(base.source.path)
     described = architecture(base.config, where)
+    _refuse_unserved(described, where)
     model: Any = skeleton(base.config, where)
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
-    capacities = (
-        _capacities_of(described, like) if like else expected_capacities(described.parameters, settings, added_rows)
-    )
+    if like:
+        capacities = _capacities_of(described, like)
+    elif adapter_rank is None:
+        capacities = expected_capacities(described.parameters, settings, added_rows)
+    else:
+        capacities = adapter_capacities(described.parameters, adapter_rank)
     multiplied = sum(math.prod(item.shape) for item in described.parameters.values() if item.kind in ("linear", "head"))
     read = {name: capacities[name] for name in capacities.keys() - _embeddings_apart(described.parameters)}
+
+    def of_slots(count: int) -> int:
+        return _slots_nbytes(model, capacities, count, chosen, norms=adapter_rank is None)
+
     return MemoryPlan(
         device_nbytes=device_nbytes,
         base_nbytes=weights * chosen.itemsize,
-        slot_nbytes=_slots_nbytes(model, capacities, 2, chosen) - _slots_nbytes(model, capacities, 1, chosen),
-        shared_nbytes=_slots_nbytes(model, capacities, 0, chosen),
+        slot_nbytes=of_slots(2) - of_slots(1),
+        shared_nbytes=of_slots(0),
         slots=slots or experts,
         experts=experts,
         context=context,
@@ -161,11 +172,27 @@ def _capacities_of(described: Architecture, manifests: Sequence[Manifest]) -> di
     return bank_layout(names, manifests).capacities
 
 
+def _refuse_unserved(described: Architecture, where: str) -> None:
+    """Refuse a base with matrices in which no expert is served: experts of a mixture, convolutions, Conv1D."""
+    for name, item in described.parameters.items():
+        if item.stacked or item.transposed or (item.kind == "dense" and len(item.shape) > 1):
+            raise CheckpointError(
+                f"{where}: {described.model_type} compresses but is not served, so there is nothing to plan: {name} "
+                "is in no layer that serves experts"
+            )
+
+
 def _embeddings_apart(parameters: Mapping[str, Parameter]) -> set[str]:
     """Modules of embeddings that no head reads."""
     if not any(item.kind == "head" and not item.tied_to for item in parameters.values()):
         return set()
     return {name.rpartition(".")[0] for name, item in parameters.items() if item.kind == "embedding"}
+
+
+def adapter_capacities(parameters: Mapping[str, Parameter], rank: int) -> dict[str, Capacity]:
+    """The capacity of each bank, by module name, for adapters of every linear of the decoder layers."""
+    linears = {name: item for name, item in parameters.items() if item.kind == "linear"}
+    return {name.rpartition(".")[0]: Capacity(rank=min(rank, *item.shape)) for name, item in linears.items()}
 
 
 def expected_capacities(
@@ -222,7 +249,9 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def _slots_nbytes(model: Any, capacities: Mapping[str, Capacity], slots: int, dtype: torch.dtype) -> int:
+def _slots_nbytes(
+    model: Any, capacities: Mapping[str, Capacity], slots: int, dtype: torch.dtype, *, norms: bool = True
+) -> int:
     total = 0
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -235,7 +264,7 @@ def _slots_nbytes(model: Any, capacities: Mapping[str, Capacity], slots: int, dt
             total += 2 * one - two + slots * (two - one)
             if capacities[name].added_rows and "bias" in own:
                 total += (slots + 1) * capacities[name].added_rows * dtype.itemsize
-        elif weight is not None and weight.dim() == 1:
+        elif norms and weight is not None and weight.dim() == 1:
             # As `Banks` does: Gemma's gains, 1 + weight, are kept in fp32.
             norm: Any = copy.deepcopy(module).to_empty(device="cpu")
             itemsize = dtype.itemsize if gain_weight(norm) == 1.0 else 4

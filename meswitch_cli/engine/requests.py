@@ -24,16 +24,22 @@ def check_request(request: GenerationRequest, model: ServedModel, max_model_len:
         given = getattr(sampling, name)
         for value in given.values() if isinstance(given, Mapping) else (given,):
             _require(value is None or allowed.holds(value), name, f"must be {allowed}, not {value}")
-    for name in ("logit_bias", "stop_token_ids"):
+    asked, allowed = sampling.prompt_logprobs, RANGES["logprobs"]
+    _require(asked is None or allowed.holds(asked), "prompt_logprobs", f"must be {allowed}, not {asked}")
+    for name in ("logit_bias", "stop_token_ids", "shown_tokens"):
         for token in getattr(sampling, name):
             _require(0 <= token < vocabulary, name, f"token {token} is outside 0 to {vocabulary - 1}")
     _require(all(sampling.stop), "stop", "holds an empty string")
     for name in ("stop", "stop_token_ids"):
         _require(len(getattr(sampling, name)) <= MAX_STOPS, name, f"has more than {MAX_STOPS} elements")
     _require(sampling.min_tokens <= sampling.max_tokens, "min_tokens", "must be from 0 to max_tokens")
-    formatted = sampling.json_object or sampling.json_schema is not None
-    _require(not (formatted and sampling.min_tokens), "min_tokens", "cannot be kept where a format says when to end")
-    _require(not (sampling.json_object and sampling.json_schema is not None), "response_format", "asks for two formats")
+    _require(
+        not (sampling.constrained and sampling.min_tokens),
+        "min_tokens",
+        "cannot be kept where a format says when to end",
+    )
+    formats = (sampling.json_object, sampling.json_schema is not None, sampling.structural_tag is not None)
+    _require(sum(formats) <= 1, "response_format", "asks for two formats")
     _require(len(prompt) < max_model_len, "prompt", f"has {len(prompt)} tokens; the most is {max_model_len - 1}")
     _require(
         len(prompt) + sampling.max_tokens <= max_model_len,

@@ -38,6 +38,19 @@ def unenforced(schema: Any) -> str | None:
     return None
 
 
+def deeper_than(schema: Any, levels: int) -> bool:
+    """Whether a schema has more levels, of any of its members: what is not known here is counted too."""
+    waiting = [(schema, 1)]
+    while waiting:
+        current, depth = waiting.pop()
+        if isinstance(current, (Mapping, list)):
+            if depth > levels:
+                return True
+            inner = current.values() if isinstance(current, Mapping) else current
+            waiting += [(item, depth + 1) for item in inner]
+    return False
+
+
 def _unenforced_here(schema: Mapping[str, Any]) -> str | None:
     options, reference, pattern = schema.get("allOf"), schema.get("$ref"), schema.get("pattern")
     if isinstance(options, list) and len(options) > 1:

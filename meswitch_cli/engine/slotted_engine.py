@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 MAX_MODEL_LEN = 8192
 #: How long `stop` waits for the loop to take notice.
 STOP_SECONDS = 30.0
+#: Experts opened at once when an engine starts; each reads and hashes files.
+MOST_OPENED = 8
 
 
 class SlottedEngine(Engine, ABC, Generic[Loop]):
@@ -165,6 +169,10 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
     def tokenizer(self, expert: str) -> Tokenizer:
         with self._lock:
             return self._model(expert).tokenizer
+
+    def sampling_defaults(self, expert: str) -> Mapping[str, float]:
+        with self._lock:
+            return self._model(expert).sampling
 
     def serves(self, expert: str) -> bool:
         with self._lock:
@@ -299,17 +307,21 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
     # Parts of the above, and of starting and stopping.
 
     def _open_experts(self, check: Callable[[ServedModel], object]) -> list[ServedModel]:
-        """Open the experts of the settings; `check` raises for those that the base's layers cannot serve."""
-        models = []
-        for name, path in self.settings.experts.items():
-            try:
-                model = self._opener.open(name, Path(path))
-                check(model)
-                models.append(model)
-            except MeswitchError as error:
-                if self.settings.strict:
-                    raise
-                self.failed[name] = str(error)
+        """Open the experts of the settings, several at a time, since hashing them takes most of a start; `check` raises
+        for those that the base's layers cannot serve."""
+        models, experts = [], self.settings.experts
+        with ThreadPoolExecutor(max_workers=max(1, min(len(experts), os.cpu_count() or 1, MOST_OPENED))) as pool:
+            opened = {name: pool.submit(self._opener.open, name, Path(path)) for name, path in experts.items()}
+            for name, future in opened.items():
+                try:
+                    model = future.result()
+                    check(model)
+                    models.append(model)
+                except MeswitchError as error:
+                    if self.settings.strict:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+                    self.failed[name] = str(error)
         if self.failed and not models:
             raise EngineError("no expert can be served: " + "; ".join(self.failed.values()))
         return models

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.checkpoint.config import parsed_config
-from meswitch_cli.checkpoint.skeleton import skeleton
+from meswitch_cli.checkpoint.skeleton import auto_class, skeleton
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.errors import CheckpointError, reason_of
 from meswitch_cli.model.architecture import architecture
@@ -27,6 +27,10 @@ _WIDTHS = {
     "rotary_dim": 8, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
     "qk_head_dim": 2 * HEAD_DIM, "v_head_dim": HEAD_DIM,
 }  # fmt: skip
+#: What families call the number of experts in a mixture, and the most that are left.
+_EXPERTS, EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 16
+#: What families call the number of layers of an encoder of images or sounds.
+_PART_LAYERS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
 #: How many layers come before those with a mixture of experts.
 _DENSE_FIRST = "first_k_dense_replace"
 #: What differs in single layers, by their index.
@@ -105,11 +109,9 @@ def _random_model(config: Config, dtype: torch.dtype) -> Any:
 
 def build_random(config: Config, attention: str | None = None) -> Any:
     """A config's model in fp32, with the weights that its family begins with; `attention` by transformers' name."""
-    from transformers import AutoModelForCausalLM
-
     options = {} if attention is None else {"attn_implementation": attention}
     torch.manual_seed(_SEED)
-    model: Any = AutoModelForCausalLM.from_config(parsed_config(config), dtype=torch.float32, **options)
+    model: Any = auto_class(config).from_config(parsed_config(config), dtype=torch.float32, **options)
     return model.eval().requires_grad_(False)
 
 
@@ -151,6 +153,9 @@ def narrowed(config: Config, names: Mapping[str, str]) -> None:
     for key, most in _WIDTHS.items():
         if isinstance(config.get(key), int):
             config[key] = min(config[key], most)
+    for key in _EXPERTS:
+        if isinstance(config.get(key), int):
+            config[key] = min(config[key], EXPERTS)
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(key), dict):
             _narrow_rope(config[key], width, small_width)
@@ -183,11 +188,28 @@ def small_config(config: Config, narrow: Narrowing = narrowed) -> Config:
     text = described.get_text_config()
     place = next((key for key, value in vars(described).items() if value is text and value is not described), None)
     inner, names = small if place is None else small[place], type(text).attribute_map
+    hidden = inner.get("hidden_size")
     _take_layers(inner, names.get("num_hidden_layers", "num_hidden_layers"), int(text.num_hidden_layers))
     narrow(inner, names)
+    for key, part in small.items():
+        if key != place and isinstance(part, dict) and "model_type" in part:
+            _shorten_part(part, narrow, hidden, inner.get("hidden_size"))
     for level in (small, inner):
         _shorten_vocabulary(level, names.get("vocab_size", "vocab_size"))
     return small
+
+
+def _shorten_part(part: Config, narrow: Narrowing, hidden: Any, small_hidden: Any) -> None:
+    """An encoder of images or sounds with few narrow layers, whose output is as wide as the text model."""
+    for name in _PART_LAYERS:
+        if isinstance(part.get(name), int):
+            _take_layers(part, name, part[name])
+    for key, value in part.items():
+        if isinstance(value, int) and value == hidden and "out" in key:
+            part[key] = small_hidden
+        elif isinstance(value, list) and "index" in key:
+            part[key] = [item for item in value if isinstance(item, int) and item < LEAST_LAYERS] or [0]
+    narrow(part, {})
 
 
 def special_ids(config: Config) -> set[int]:

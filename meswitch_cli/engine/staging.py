@@ -1,4 +1,4 @@
-"""The way of an expert from a file to a GPU: pinned memory, and one copy of each shard."""
+"""The way of an expert from a file to a GPU: pinned memory, and one copy of each piece that was read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from meswitch_cli.delta.stored import StoredDelta
 
 logger = logging.getLogger(__name__)
 
-#: Shards that are on the device at once while an expert is copied: one that is read from, and the head's.
-_SHARDS = 2
+#: Pieces that are on the device at once while an expert is copied: in a file codes, steps and salient values lie apart,
+#: and the head's stay while it is copied.
+_PIECES = 4
 
 
 def pinned_buffer(nbytes: int) -> Tensor:
@@ -60,15 +61,15 @@ def _warn_unpinned(code: int) -> None:
 
 
 class StagedCopy(Mapping[str, StoredDelta]):
-    """What is stored of an expert, on a device: a shard is copied in one piece when the first of its tensors is asked
-    for, and dropped when later ones are.
+    """What is stored of an expert, on a device: what was read at once is copied at once when the first of its tensors
+    is asked for, and dropped when later ones are.
 
     Dense tensors and the salient channels stay where they are: they are small, and the channels are looked at.
     """
 
     def __init__(self, stored: Mapping[str, StoredDelta], device: torch.device) -> None:
         self._stored, self._device = stored, device
-        self._shards: OrderedDict[int, Tensor] = OrderedDict()
+        self._pieces: OrderedDict[int, Tensor] = OrderedDict()
         self.copies = 0
 
     def __getitem__(self, name: str) -> StoredDelta:
@@ -88,13 +89,13 @@ class StagedCopy(Mapping[str, StoredDelta]):
         if storage.nbytes() == tensor.nbytes:
             return tensor.to(self._device, non_blocking=True)
         place = storage.data_ptr()
-        if place in self._shards:
-            self._shards.move_to_end(place)
+        if place in self._pieces:
+            self._pieces.move_to_end(place)
         else:
-            shard = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._shards[place] = shard.to(self._device, non_blocking=True, copy=True)
+            piece = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._pieces[place] = piece.to(self._device, non_blocking=True, copy=True)
             self.copies += 1
-            if len(self._shards) > _SHARDS:
-                self._shards.popitem(last=False)
+            if len(self._pieces) > _PIECES:
+                self._pieces.popitem(last=False)
         start = tensor.storage_offset() * tensor.element_size()
-        return self._shards[place][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return self._pieces[place][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

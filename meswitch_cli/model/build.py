@@ -19,9 +19,10 @@ def build_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> A
         CheckpointError: a buffer of this family does not follow from its config.
     """
     model: Any = skeleton(weights.config, weights.name)
-    materialise_buffers(model, device, weights.name)
-    names = [name for name, item in weights.architecture.parameters.items() if item.tied_to is None]
-    fill(model, "", names, weights, device, dtype)
+    held = weights.architecture.held
+    materialise_buffers(model, weights.config, device, weights.name, held)
+    tied = {name for name, item in weights.architecture.parameters.items() if item.tied_to}
+    fill(model, "", [name for name in held if name not in tied], weights, device, dtype)
     model.tie_weights()
     return model.eval()
 
@@ -29,8 +30,8 @@ def build_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> A
 def fill(
     module: nn.Module, prefix: str, names: Iterable[str], weights: Weights, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give a module these parameters; `prefix` and a name are what the weights call one."""
-    for name in names:
-        full = prefix + name
-        value = weights.read(full).to(device=device, dtype=dtype)
-        set_parameter(module, name, weights.architecture.holder(full).to_stored(value))
+    """Give a module these parameters; `prefix` and a name are what its tree calls one."""
+    buffers = {f"{prefix}{name}" for name, _ in module.named_buffers()}
+    for full, value in weights.architecture.values((prefix + name for name in names), weights.read):
+        kept = value.float() if full in buffers else value.to(dtype)
+        set_parameter(module, full.removeprefix(prefix), kept.to(device))

@@ -32,6 +32,11 @@ class PlannedTensor:
         return self.base.parameter.shape
 
     @property
+    def stacked(self) -> bool:
+        """Whether this is one of many matrices that a model holds as one parameter: an expert's of a mixture."""
+        return self.expert.parameter.stacked
+
+    @property
     def unrelated(self) -> bool:
         """Whether this is an untied head against a base that ties its own: the two may have nothing in common."""
         return self.kind == "head" and self.base.parameter.name != self.name
@@ -88,10 +93,10 @@ def make_plan(base: Checkpoint, expert: Checkpoint) -> Plan:
 
 
 def _check_stored_shape(checkpoint: Checkpoint, storage: Storage) -> None:
-    info, expected = storage.info(checkpoint), storage.parameter.stored_shape
-    if info.shape != expected:
+    info = checkpoint.tensors[storage.name]
+    if info.shape != storage.shape:
         raise CheckpointError(
-            f"{info.path}: tensor {info.name!r} is {list(info.shape)}, config.json says {list(expected)}"
+            f"{info.path}: tensor {info.name!r} is {list(info.shape)}, config.json says {list(storage.shape)}"
         )
 
 

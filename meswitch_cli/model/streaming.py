@@ -17,6 +17,7 @@ from torch import nn
 
 from meswitch_cli.checkpoint.skeleton import materialise_buffers, set_parameter, skeleton
 from meswitch_cli.model.build import fill
+from meswitch_cli.model.stack import MatrixStack
 from meswitch_cli.model.weights import Weights
 
 #: Tokens run through a layer at once; bounds the activations in memory.
@@ -38,8 +39,10 @@ class StreamedModel:
             CheckpointError: a buffer of this family does not follow from its config.
         """
         self.weights, self.device, self.dtype = weights, device, dtype
+        self.held = weights.architecture.held
         root: Any = skeleton(weights.config, weights.name)
-        materialise_buffers(root, device, weights.name)
+        root.set_experts_implementation("eager")  # expert by expert, where others want all matrices at once
+        materialise_buffers(root, weights.config, device, weights.name, weights.architecture.held)
         layers = root.get_submodule(weights.architecture.layers_prefix)
         for index, layer in enumerate(layers):
             layers[index] = _Streamed(layer, partial(self.run_layer, index, layer))
@@ -61,23 +64,47 @@ class StreamedModel:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """`[rows, length, vocabulary]`; everything outside the decoder layers is in memory meanwhile."""
-        names = [name for name, item in self.weights.architecture.parameters.items() if item.layer is None]
+        names = [name for name, layer in self.weights.architecture.held.items() if layer is None]
         with self._holding(self.root, "", names):
             logits: torch.Tensor = self.root(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
     def loaded(self, prefix: str, module: nn.Module) -> AbstractContextManager[None]:
         """Give a module of the tree its weights for the time of the block."""
-        return self._holding(module, f"{prefix}.", [name for name, _ in module.named_parameters()])
+        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        return self._holding(module, f"{prefix}.", [name for name in names if f"{prefix}.{name}" in self.held])
 
     @contextmanager
     def _holding(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[None]:
-        fill(module, prefix, names, self.weights, self.device, self.dtype)
+        stacks = [name for name in names if self.weights.architecture.layout.groups[prefix + name].stack]
+        whole = [name for name in names if name not in stacks]
+        fill(module, prefix, whole, self.weights, self.device, self.dtype)
+        for name in stacks:
+            parent, _, leaf = name.rpartition(".")
+            vars(module.get_submodule(parent))[leaf] = self._stack(prefix + name)
         try:
             yield
         finally:
-            for name in names:
-                set_parameter(module, name, module.get_parameter(name).to("meta"))
+            for name in stacks:
+                parent, _, leaf = name.rpartition(".")
+                del vars(module.get_submodule(parent))[leaf]
+            for name in whole:
+                parent, _, leaf = name.rpartition(".")
+                set_parameter(module, name, getattr(module.get_submodule(parent), leaf).to("meta"))
+
+    def _stack(self, name: str) -> MatrixStack:
+        """Experts' matrices, each in memory while it is at work."""
+        described = self.weights.architecture
+
+        def matrix(index: int) -> torch.Tensor:
+            found = described.matrix(name, index, self.weights.read).to(device=self.device, dtype=self.dtype)
+            self.on_matrix(name, index, found)
+            return found
+
+        return MatrixStack(described.layout.shapes[name], matrix, self.dtype, self.device)
+
+    def on_matrix(self, name: str, index: int, matrix: torch.Tensor) -> None:
+        """Hears of an expert's matrix that the model is about to use."""
 
 
 class _Streamed(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def load_tokenizer(folder: Path, error: type[MeswitchError] = CheckpointError) -
         )
     except Exception as problem:  # transformers and tokenizers raise many kinds for a file they cannot use
         raise error(f"{folder}: its tokenizer cannot be loaded: {reason_of(problem)}") from problem
+
+
+def tokenizer_folder(folders: Sequence[Path]) -> Path:
+    """The last of these folders that has a tokenizer, or the first where none has."""
+    return next((folder for folder in reversed(folders) if has_tokenizer(folder)), folders[0])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def tokenizer_note(folder: Path, vocabulary: int) -> str | None:

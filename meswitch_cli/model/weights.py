@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.model.architecture import Architecture, Storage, architecture
 
 
@@ -58,7 +58,7 @@ class CheckpointWeights:
         for name, storage in self.stored.items():
             if storage.parameter.tied_to is None:
                 tensor = storage.read(self.checkpoint)
-                digests[name] = tensor_digest(name, tensor)
+                digests[name] = storage.digest(self.checkpoint, tensor)
                 on_tensor(tensor.nbytes)
         return fingerprint(digests)
 

@@ -1,4 +1,4 @@
-"""`POST /v1/experts/load | unload | pin`, under traffic. Only with the admin key, which `auth` has checked."""
+"""Experts loaded, unloaded and pinned under traffic, under our names and vLLM's. `auth` has checked the admin key."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse
 
 from meswitch_cli.engine.contract import BASE, EngineError, ShuttingDownError, UnknownExpertError
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
 from meswitch_cli.names import check_name
 from meswitch_cli.server.errors import ApiError, InvalidValueError
 from meswitch_cli.server.models import expert_object
-from meswitch_cli.server.schemas import LoadRequest, PinRequest, UnloadRequest
+from meswitch_cli.server.schemas import (
+    LoadAdapterRequest,
+    LoadRequest,
+    PinRequest,
+    UnloadAdapterRequest,
+    UnloadRequest,
+)
 from meswitch_cli.server.service import Service
 
 logger = logging.getLogger(__name__)
-endpoints = APIRouter(prefix="/v1/experts")
+endpoints = APIRouter()
 
 
 def allowed_folder(experts_dir: Path | None, path: str) -> Path:
@@ -44,7 +51,7 @@ def allowed_folder(experts_dir: Path | None, path: str) -> Path:
     return folder
 
 
-@endpoints.post("/load", summary="Serve one more expert")
+@endpoints.post("/v1/experts/load", summary="Serve one more expert")
 async def load(request: Request, body: LoadRequest) -> dict[str, Any]:
     service = Service.of(request)
     service.admit()
@@ -61,7 +68,7 @@ async def load(request: Request, body: LoadRequest) -> dict[str, Any]:
     return _expert(service, body.name)
 
 
-@endpoints.post("/unload", summary="Serve an expert no longer, once its running requests have ended")
+@endpoints.post("/v1/experts/unload", summary="Serve an expert no longer, once its running requests have ended")
 async def unload(request: Request, body: UnloadRequest) -> dict[str, Any]:
     service = Service.of(request)
     _served(service, body.name)
@@ -70,12 +77,24 @@ async def unload(request: Request, body: UnloadRequest) -> dict[str, Any]:
     return {"name": body.name, "object": "expert", "unloaded": True}
 
 
-@endpoints.post("/pin", summary="Keep an expert on the device, or let it go again")
+@endpoints.post("/v1/experts/pin", summary="Keep an expert on the device, or let it go again")
 async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
     service = Service.of(request)
     _served(service, body.name)
     await _change(lambda: service.engine.pin_expert(body.name, body.pinned))
     return _expert(service, body.name)
+
+
+@endpoints.post("/v1/load_lora_adapter", summary="As vLLM calls loading", response_class=PlainTextResponse)
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> str:
+    await load(request, LoadRequest(name=body.lora_name, path=body.lora_path))
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@endpoints.post("/v1/unload_lora_adapter", summary="As vLLM calls unloading", response_class=PlainTextResponse)
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> str:
+    await unload(request, UnloadRequest(name=body.lora_name))
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 async def _change(work: Callable[[], None]) -> None:

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from meswitch_cli.engine.contract import Chunk, FinishReason, TokenLogprob
+from meswitch_cli.engine.contract import Chunk
+from meswitch_cli.server.context import CLIENT_GONE
 from meswitch_cli.server.generation_group import GenerationGroup
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.schemas import GenerationParameters
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.streaming import ClientGone, EventStream, unless_gone
 from meswitch_cli.server.token_text import dumps, system_fingerprint
-
-
-@dataclass
-class Collected:
-    """What has come of a choice."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        self.text.append(chunk.text)
-        self.tokens += chunk.tokens
-        self.logprobs += chunk.logprobs
-        self.finish_reason = chunk.finish_reason
 
 
 class Shape(Protocol):
@@ -42,7 +26,7 @@ class Shape(Protocol):
     whole_object: str
     part_object: str
 
-    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
+    def whole(self, index: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """A complete choice."""
 
     def part(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
@@ -65,39 +49,47 @@ async def answer(request: Request, body: GenerationParameters, group: Generation
     }
     await group.submit()
     if body.stream:
-        events = _events(head, group, shape, body.include_usage(), token_ids)
-        return EventStream(events, at_end=group.cancel)
-    try:
-        collected = await unless_gone(request.receive, _collect(group))
-    except ClientGone:
-        return Response(status_code=499)
-    finally:
-        group.cancel()
-    choices = [shape.whole(index, one) for index, one in enumerate(collected)]
+        events = _events(head, group, shape, body, token_ids)
+        return EventStream(events, group.cancel, Service.of(request).settings.keep_alive_seconds)
+    collected = await collect(request, group)
+    if collected is None:
+        return Response(status_code=CLIENT_GONE)
+    choices = [shape.whole(index, chunks) for index, chunks in enumerate(collected)]
     if token_ids:
-        for choice, one in zip(choices, collected, strict=True):
-            choice["token_ids"] = one.tokens
+        for choice, chunks in zip(choices, collected, strict=True):
+            choice["token_ids"] = [token for chunk in chunks for token in chunk.tokens]
     return Response(dumps(head | {"choices": choices, "usage": _usage(group.record)}), media_type="application/json")
 
 
-async def _collect(group: GenerationGroup) -> Sequence[Collected]:
-    choices = [Collected() for _ in range(len(group))]
+async def collect(request: Request, group: GenerationGroup) -> Sequence[Sequence[Chunk]] | None:
+    """The chunks of every choice of a group that has been submitted; None where the client has left."""
+    try:
+        return await unless_gone(request.receive, _collect(group))
+    except ClientGone:
+        return None
+    finally:
+        group.cancel()
+
+
+async def _collect(group: GenerationGroup) -> Sequence[Sequence[Chunk]]:
+    choices: list[list[Chunk]] = [[] for _ in range(len(group))]
     async for index, chunk in group.chunks():
-        choices[index].add(chunk)
+        choices[index].append(chunk)
     return choices
 
 
 async def _events(
-    head: dict[str, Any], group: GenerationGroup, shape: Shape, include_usage: bool, token_ids: bool
+    head: dict[str, Any], group: GenerationGroup, shape: Shape, body: GenerationParameters, token_ids: bool
 ) -> AsyncIterator[dict[str, Any]]:
     begun: set[int] = set()
-    usage = {"usage": None} if include_usage else {}
+    include_usage = body.include_usage()
     async for index, chunk in group.chunks():
         choice = shape.part(index, chunk, index not in begun)
         begun.add(index)
         if token_ids:
             choice["token_ids"] = list(chunk.tokens)
-        yield head | {"choices": [choice]} | usage
+        usage = _usage(group.record) if body.continuous_usage() else None
+        yield head | {"choices": [choice]} | ({"usage": usage} if include_usage else {})
     if include_usage:
         yield head | {"choices": [], "usage": _usage(group.record)}
 

@@ -1,4 +1,4 @@
-"""Who may ask: keys in the Authorization header, compared in constant time."""
+"""Who may ask: keys in the header Authorization or x-api-key, compared in constant time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meswitch_cli.server.errors import ApiError, error_response
 from meswitch_cli.server.settings import ServerSettings
 
 PROTECTED = ("/v1/", "/tokenize", "/detokenize")
-ADMIN = "/v1/experts/"
+ADMIN = ("/v1/experts/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class KeyRing:
@@ -45,8 +45,10 @@ def identity(headers: Headers) -> str:
 
 
 def bearer(headers: Headers) -> str:
-    """The key of a request, "" without one."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
+    """The key of a request, "" without one; Anthropic's clients send it in a header of their own."""
+    if "authorization" not in headers:
+        return headers.get("x-api-key", "").strip()
+    scheme, _, key = headers["authorization"].partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
@@ -64,7 +66,7 @@ class Authentication:
         if error is None:
             await self.app(scope, receive, send)
         else:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]

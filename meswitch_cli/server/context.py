@@ -63,9 +63,10 @@ class RequestContext:
             record.error = f"{type(error).__name__}: {error}"
             logger.exception("request %s failed", record.id)
             if not record.status:
-                await error_response(from_engine(error))(scope, receive, send_with_headers)
+                await error_response(from_engine(error), scope["path"])(scope, receive, send_with_headers)
         finally:
-            record.status = record.status or CLIENT_GONE
+            if not record.status:
+                record.status, record.error = CLIENT_GONE, "the client left before the answer"
             self.metrics.observe_request(record)
             log_request(record)
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from meswitch_cli.engine.contract import (
     InvalidRequestError,
@@ -18,6 +19,7 @@ from meswitch_cli.engine.contract import (
     UnknownExpertError,
 )
 from meswitch_cli.errors import MeswitchError
+from meswitch_cli.server.record import RequestRecord
 
 #: Seconds after which a client that was turned away may try again.
 RETRY_AFTER = 1
@@ -28,28 +30,25 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "annotations": (),
     "audio": (),
     "cache_control": (),
-    "function_call": ("none",),
+    "conversation": (),
+    "function_call": ("none", "auto"),
     "functions": (),
     "images": (),
-    "metadata": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "prompt_cache_key": (),
+    "previous_response_id": (),
     "provider_specific_fields": (),
     "reasoning": ("",),
     "reasoning_content": ("",),
     "reasoning_effort": (),
     "refusal": ("",),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
+    "thinking": ({"type": "disabled"},),
     "thinking_blocks": (),
     "tool_calls": (),
     "tool_choice": ("none",),
     "tools": (),
-    "verbosity": (),
     "web_search_options": (),
 }
 
@@ -58,7 +57,10 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 503: "service_un
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, message for people, code for programs, the parameter at fault."""
+    """An answer that is an error: status, message for people, code for programs, the parameter at fault.
+
+    `logged` stands in the log in the message's place, where that may quote what was asked.
+    """
 
     def __init__(
         self,
@@ -68,9 +70,11 @@ class ApiError(Exception):
         code: str | None = None,
         parameter: str | None = None,
         headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.logged = logged or message
         self.code = code
         self.parameter = parameter
         self.headers = dict(headers or {})
@@ -91,9 +95,48 @@ def envelope(status: int, message: str, code: str | None = None, parameter: str 
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    body = envelope(error.status, str(error), error.code, error.parameter)
-    return JSONResponse(body, error.status, error.headers)
+#: What Anthropic's API calls errors, by status.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+_ANTHROPIC_PATH = "/v1/messages"
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether Anthropic's API is spoken there."""
+    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+
+
+def anthropic_envelope(error: ApiError) -> dict[str, Any]:
+    """The body of an error in Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+class ErrorResponse(JSONResponse):
+    """The envelope of an error, whose reason goes into the request's record when it is sent."""
+
+    def __init__(self, error: ApiError, path: str) -> None:
+        body = envelope(error.status, str(error), error.code, error.parameter)
+        if is_anthropic(path):
+            body = anthropic_envelope(error)
+        super().__init__(body, error.status, error.headers)
+        self._reason = error.logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = RequestRecord.at(scope)
+        if record is not None and record.error is None:  # an exception has said more of itself
+            record.error = self._reason
+        await super().__call__(scope, receive, send)
+
+
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """An error as the API at that path has it."""
+    return ErrorResponse(error, path)
 
 
 def from_engine(error: Exception) -> ApiError:
@@ -118,14 +161,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_engine_error(request: Request, error: Exception) -> JSONResponse:
-        return error_response(from_engine(error))
+        return error_response(from_engine(error), request.url.path)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation(error))
+        return error_response(_from_validation(error), request.url.path)
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -135,7 +178,8 @@ def install_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path}"
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+        refusal = ApiError(error.status_code, message, code=code, headers=error.headers)
+        return error_response(refusal, request.url.path)
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(MeswitchError, on_engine_error)
@@ -160,6 +204,10 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, message, code="unsupported_parameter", parameter=parameter)
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {parameter}", code="unknown_parameter", parameter=parameter)
+    if kind in ("missing_member", "union_tag_invalid", "union_tag_not_found"):
+        member = str(first["ctx"].get("member") or first["ctx"]["discriminator"]).strip("'")
+        parameter = f"{parameter}.{member}"
+        kind = "invalid" if kind == "union_tag_invalid" else "missing"
     if kind == "missing":
         return ApiError(400, f"missing parameter: {parameter}", code="missing_parameter", parameter=parameter)
     reason = str(first["msg"]).removeprefix("Value error, ")

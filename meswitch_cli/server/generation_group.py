@@ -75,7 +75,7 @@ class GenerationGroup:
         try:
             for request in self._requests:
                 self._running.add(request.id)
-                if request.sampling.json_schema is None and not request.sampling.json_object:
+                if not request.sampling.constrained:
                     self._service.engine.submit(request, on_chunk)
                 else:  # the engine compiles a grammar first, which may take seconds
                     await asyncio.shield(asyncio.to_thread(self._service.engine.submit, request, on_chunk))
@@ -106,7 +106,8 @@ class GenerationGroup:
                 self.record.error = chunk.error
                 raise ApiError(500, chunk.error or "generation failed", code="generation_failed")
             if chunk.finish_reason == "cancelled":
-                raise ApiError(503, "the server stopped before the answer was complete", code="shutting_down")
+                self.record.error = "the server stopped before the answer was complete"
+                raise ApiError(503, self.record.error, code="shutting_down")
             yield choice, chunk
 
     def _observe(self, choice: int, chunk: Chunk, now: float) -> None:

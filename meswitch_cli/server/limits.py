@@ -28,7 +28,7 @@ class BodyLimit:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except BodyTooLarge as error:
-            return await error_response(error)(scope, receive, send)
+            return await error_response(error, scope["path"])(scope, receive, send)
         if body is None:  # the client left before it had said what it wants
             return None
         unread = True

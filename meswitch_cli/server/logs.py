@@ -1,12 +1,13 @@
-"""Logs as JSON, one object a line, on stderr. Prompts and answers are in none unless that was asked for."""
+"""Logs on stderr: lines for people on a terminal, JSON elsewhere. Prompts and answers are in none unless asked for."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from meswitch_cli.server.record import RequestRecord
 
@@ -29,10 +30,42 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str) -> None:
-    """Send our logs and uvicorn's to stderr as JSON, from `level` (debug, info, warning, error) on."""
+class ConsoleFormatter(logging.Formatter):
+    """A record as a line for people: time, level, message, and of a request who answered, how fast, or why not."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        parts = [time, f"{record.levelname.lower():<7}", _one_line(record.getMessage())]
+        parts += _request(fields) if "status" in fields else [f"{key}={value}" for key, value in fields.items()]
+        line = " ".join(_one_line(part) for part in parts)
+        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+def _one_line(text: str) -> str:
+    """The text without control characters, with which a request could write lines of its own or move the cursor."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _request(fields: Mapping[str, Any]) -> list[str]:
+    """What a person wants to know of a request that has ended."""
+    parts = [str(fields["status"]), f"{fields['milliseconds']:,.0f} ms"]
+    if "expert" in fields:
+        parts.append(f"{fields['expert']} ({fields['reason']})")
+    if fields.get("completion_tokens"):
+        parts.append(f"{fields['prompt_tokens']}+{fields['completion_tokens']} tokens")
+    parts += [f"{name}: {fields[name]}" for name in ("error", "prompt") if name in fields]
+    return parts
+
+
+def configure_logging(level: str, style: Literal["auto", "console", "json"] = "auto") -> None:
+    """Send our logs and uvicorn's to stderr, from `level` (debug, info, warning, error) on.
+
+    `style` auto writes lines for people where stderr is a terminal, JSON elsewhere.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    on_console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    handler.setFormatter(ConsoleFormatter() if on_console else JsonFormatter())
     for name in ("meswitch_cli", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -58,7 +91,7 @@ def log_request(record: RequestRecord) -> None:
         fields |= {"cached_tokens": record.cached_tokens, "finish_reasons": record.finish_reasons}
         if record.first_token is not None:
             fields["first_token_milliseconds"] = round(1000 * record.first_token, 1)
-    for name in ("user", "error", "prompt"):
+    for name in ("user", "hints", "error", "prompt"):
         if (value := getattr(record, name)) is not None:
             fields[name] = value
     level = logging.DEBUG if record.path in _QUIET and record.status < 400 else logging.INFO

@@ -32,6 +32,8 @@ def expert_object(expert: ExpertStatus) -> dict[str, Any]:
 
 def _model(service: Service, name: str, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
     head = {"id": name, "object": "model", "created": service.created, "owned_by": "meswitch", "kind": kind}
+    if name != AUTO:
+        head["sampling"] = dict(service.engine.sampling_defaults(name))
     return head | {"base": service.engine.base_id, "max_model_len": service.engine.max_model_len} | extra
 
 

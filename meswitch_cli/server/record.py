@@ -26,7 +26,9 @@ class RequestRecord:
         started: `time.perf_counter` at its arrival.
         choice: who answers and why; None until that is decided.
         generates: whether it generates, so that its tokens are counted.
+        hints: what the request says that changes no token.
         first_token: seconds from its arrival to its first token.
+        error: why it failed or was refused.
     """
 
     id: str
@@ -42,6 +44,7 @@ class RequestRecord:
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
     user: str | None = None
+    hints: dict[str, Any] | None = None
     error: str | None = None
     prompt: Any = None
 
@@ -60,6 +63,12 @@ class RequestRecord:
         record = request.scope[_KEY]
         assert isinstance(record, cls)
         return record
+
+    @classmethod
+    def at(cls, scope: Scope) -> RequestRecord | None:
+        """As `of`; None where nothing is recorded, as in an application without the outermost middleware."""
+        record = scope.get(_KEY)
+        return record if isinstance(record, cls) else None
 
     def attach(self, scope: Scope) -> None:
         scope[_KEY] = self

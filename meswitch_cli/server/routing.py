@@ -20,8 +20,9 @@ from meswitch_cli.router.decide import RouteDecision, Router
 from meswitch_cli.router.store import Policy, open_router
 from meswitch_cli.server.auth import identity
 from meswitch_cli.server.errors import ApiError
+from meswitch_cli.server.messages import Subject
 from meswitch_cli.server.record import RequestRecord
-from meswitch_cli.server.schemas import RouteRequest, Subject
+from meswitch_cli.server.schemas import RouteRequest
 from meswitch_cli.server.service import Service
 
 #: A conversation keeps its expert while its requests carry the same value here.

@@ -24,6 +24,7 @@ class ServerSettings:
         max_choices: largest `n`.
         max_prompts: most prompts of one completion request.
         drain_seconds: how long running requests may take after a SIGTERM.
+        keep_alive_seconds: after so many without an event, a stream gets a comment.
         feedback: the file to which users' corrections of the router are appended.
         router_strict: a router that fails is an error to the client, not an answer of the base.
     """
@@ -36,6 +37,7 @@ class ServerSettings:
     max_choices: int = 16
     max_prompts: int = 32
     drain_seconds: float = 60.0
+    keep_alive_seconds: float = 10.0
     router_strict: bool = False
     feedback: Path | None = None
     log_prompts: bool = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -43,13 +45,56 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How an API writes its streams.
+
+    Attributes:
+        event: an event's bytes.
+        failure: the event of an error that ends the stream.
+        end: what follows the last event.
+    """
+
+    event: Callable[[Any], bytes]
+    failure: Callable[[ApiError], Any]
+    end: bytes = b""
+
+
+def unnamed(event: Any) -> bytes:
+    """An event that is its data alone."""
+    return b"data: " + dumps(event) + b"\n\n"
+
+
+def named(event: Any) -> bytes:
+    """An event that has the name of its `type`."""
+    return f"event: {event['type']}\n".encode() + unnamed(event)
+
+
+#: Streams of chat and text completions.
+COMPLETIONS = Dialect(
+    unnamed, lambda error: envelope(error.status, str(error), error.code, error.parameter), b"data: [DONE]\n\n"
+)
+#: What readers of an event stream pass over, and what proxies see that it lives by.
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
 class EventStream(Response):
-    """A stream of JSON events, `data: [DONE]` last; calls `at_end` however it ends, even if it never began."""
+    """A stream of JSON events; calls `at_end` however it ends, even if it never began.
+
+    While nothing comes for `keep_alive` seconds, as during a long prompt, a comment is sent.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Any], at_end: Callable[[], None]) -> None:
-        self._events, self._at_end = events, at_end
+    def __init__(
+        self,
+        events: AsyncIterator[Any],
+        at_end: Callable[[], None],
+        keep_alive: float,
+        dialect: Dialect = COMPLETIONS,
+    ) -> None:
+        self._events, self._at_end, self._keep_alive, self._dialect = events, at_end, keep_alive, dialect
+        self._last = 0.0
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -66,17 +111,31 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
         async def write(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+            self._last = time.monotonic()
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
+        dialect = self._dialect
+        self._last = time.monotonic()
+        keeping = asyncio.ensure_future(self._keep(write))
         try:
             async for event in self._events:
-                await write(dumps(event))
+                await write(dialect.event(event))
         except ApiError as error:
-            await write(dumps(envelope(error.status, str(error), error.code, error.parameter)))
+            await write(dialect.event(dialect.failure(error)))
         except OSError:
             raise
         except Exception as error:
-            failure = from_engine(error)
-            await write(dumps(envelope(failure.status, str(failure), failure.code)))
+            await write(dialect.event(dialect.failure(from_engine(error))))
             raise
-        await write(b"[DONE]", more=False)
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+        await write(dialect.end, more=False)
+
+    async def _keep(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        while True:
+            idle = time.monotonic() - self._last
+            if idle >= self._keep_alive:
+                await write(KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self._keep_alive - idle)

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 
 from meswitch_cli.names import AUTO, BASE
 from meswitch_cli.server.errors import InvalidValueError
+from meswitch_cli.server.messages import for_template
 from meswitch_cli.server.prompts import chat_tokens, decode, text_tokens
 from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.routing import choose
-from meswitch_cli.server.schemas import DetokenizeRequest, TokenizeRequest, for_template
+from meswitch_cli.server.schemas import DetokenizeRequest, TokenizeRequest
 from meswitch_cli.server.service import Service
 
 endpoints = APIRouter()

@@ -1,4 +1,4 @@
-"""The page at `/`: three files of this package, and a policy that lets nothing else in."""
+"""The page at `/`: a few files of this package, and a policy that lets nothing else in."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+}
+
 #: What lies where, and what kind of file it is.
-_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page/style.css": ("style.css", "text/css; charset=utf-8"),
-    "/page/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+FILES = {
+    "/": ("index.html", _TYPES[".html"]),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
+} | {
+    f"/page/{file.name}": (file.name, _TYPES[file.suffix])
+    for file in sorted(FOLDER.iterdir())
+    if file.suffix in (".css", ".js")
 }
 
 endpoints = APIRouter(include_in_schema=False)
@@ -34,5 +42,5 @@ def _file(name: str, media_type: str) -> Response:
     return Response((FOLDER / name).read_bytes(), media_type=media_type, headers=_HEADERS)
 
 
-for _path, _of in _FILES.items():
+for _path, _of in FILES.items():
     endpoints.add_api_route(_path, partial(_file, *_of), methods=["GET"])

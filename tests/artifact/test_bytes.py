@@ -128,7 +128,7 @@ WRITTEN: dict[str, list[str]] = {
 def test_compress_writes_the_same_bytes(case: str, make_artifact: Callable[..., Artifact], tmp_path: Path) -> None:
     options, settings = CASES[case]
     pair = integer_pair(tmp_path, **{"delta_of": integer_delta} | options)
-    artifact = make_artifact(pair, **settings)
+    artifact = make_artifact(pair, max_shard_bytes=1, **settings)
     found = [manifest_digest((artifact.path / MANIFEST_FILE).read_text())]
     found += [digest((artifact.path / shard.name).read_bytes()) for shard in artifact.manifest.shards]
     assert found == WRITTEN[case]

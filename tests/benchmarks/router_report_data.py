@@ -67,14 +67,14 @@ def load_report(packages: Path, known: Collection[str]) -> list[Example]:
     found = []
     for domain, sets in (*REPORT.items(), (None, NULL)):
         for source, count in sets.items():
-            for example in spread(list(_read(packages, source, domain)), count):
+            for example in spread(list(read_source(packages, source, domain)), count):
                 if example.text not in seen:
                     seen.add(example.text)
                     found.append(example)
     return found
 
 
-def _read(packages: Path, source: str, domain: str | None) -> Iterator[Example]:
+def read_source(packages: Path, source: str, domain: str | None) -> Iterator[Example]:
     kind, name = source.split(":")
     if kind == "ev":
         yield from read_set(packages / "evals" / "registry" / "data", name, domain)

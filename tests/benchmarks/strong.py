@@ -1,6 +1,6 @@
 """Defaults, their neighbours and every other method on the strong experts: writes docs/results/strong.md.
 
-    python tests bench strong [--experts code] [--rows 2] [--items 32] [--answers 200] [--report]
+    python tests bench strong [--group kinds] [--experts code] [--rows 2] [--items 32] [--answers 200] [--report]
 
 Each row is kept outside the repository as soon as it is measured, and not measured again as long as base, expert and
 sizes are the same: stopped anywhere, the same command goes on. `--report` only makes the page from what there is.
@@ -33,7 +33,6 @@ from meswitch_cli.model.tokenizer import end_ids
 from meswitch_cli.model.weights import CheckpointWeights, context_length
 from zoo import group
 from zoo.compare import compare, reference_logits, sums_by_item
-from zoo.finetunes import STRONG
 from zoo.item import read_items
 from zoo.skills import outcome
 
@@ -43,6 +42,7 @@ CACHE = Path.home() / ".cache" / "meswitch-zoo"
 BASE, EXPERT = "base", "full expert"
 _OURS = "steps=output-unbiased,activations=random"
 _ONE = f"meswitch:bits=1,salient=8,channel_scale=rms,{_OURS}"
+_TRELLIS = f"meswitch:code=trellis,salient=8,{_OURS}"
 #: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
 DEFAULTS = {
     f"{_ONE},rank=16": "`--bits 1`",
@@ -54,6 +54,12 @@ ROWS = (
     BASE,
     EXPERT,
     *DEFAULTS,
+    f"{_TRELLIS},bits=0.25,rank=16",
+    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms",
+    f"{_TRELLIS},bits=0.125,rank=16",
+    f"{_TRELLIS},bits=0.5,rank=16",
+    f"{_TRELLIS},bits=1,rank=16",
+    f"{_TRELLIS},bits=0.25,rank=16,embedding=1",
     f"{_ONE},rank=64",
     f"{_ONE},rank=0",
     f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1",
@@ -73,6 +79,21 @@ ROWS = (
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
+#: What is measured of the other kinds of fine-tune.
+KIND_ROWS = (
+    BASE,
+    EXPERT,
+    *DEFAULTS,
+    f"{_TRELLIS},bits=0.25,rank=16",
+    f"{_TRELLIS},bits=0.5,rank=16",
+    "bitdelta:embedding=2",
+    "bitdelta:masks=2",
+    "rtn:bits=2,group=128",
+    "low-rank:bits=2",
+    "d-qrelo",
+    "delta-come:bits=1.2",
+)
+ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS}
 COLUMNS = (
     "model", "MB", "KL, nats", "KL / base's, %", "loss", "right", "same answer, %", "lost, gained",
     "difference, points", "MDE, points",
@@ -80,10 +101,10 @@ COLUMNS = (
 
 
 class Bench:
-    """One strong expert: its items, its full model's logits and answers, and what was measured."""
+    """One expert of a group: its items, its full model's logits and answers, and what was measured."""
 
-    def __init__(self, name: str, items: int, answers: int, folder: Path) -> None:
-        zoo = group.group_at("strong")
+    def __init__(self, of: str, name: str, items: int, answers: int, folder: Path) -> None:
+        zoo = group.group_at(of)
         self.name, self.file = name, folder / f"{name}.json"
         self.base = CheckpointWeights(Checkpoint.open(str(zoo.base)))
         (self.expert,) = open_experts([f"{name}={zoo.experts[name]}"], self.base)
@@ -93,7 +114,7 @@ class Bench:
         self.items: Sequence[EncodedItem] = self.encoded.items[:items]
         key = {"base": self.base.fingerprint, "expert": self.expert.weights.fingerprint}
         self.key = key | {"items": items, "answers": answers}
-        of_inputs = CACHE / "activations" / f"strong-{name}-{self.expert.weights.fingerprint[-12:]}"
+        of_inputs = CACHE / "activations" / f"{of}-{name}-{self.expert.weights.fingerprint[-12:]}"
         of_inputs.mkdir(parents=True, exist_ok=True)
         self.activations = StoredActivations(self.expert, zoo.calibration[name], of_inputs)
         self._reference: list[torch.Tensor] = []
@@ -174,40 +195,62 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def page(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page of experts' measured files."""
+def page(folder: Path, cache: Path | None = None) -> str:
+    """The page of what `folder` has of the groups' experts, each with what its delta is."""
     parts = [INTRODUCTION.read_text()]
-    for name, stored in measured.items():
-        key = stored["key"]
-        parts.append(
-            f"\n## {name}\n\n`python tests bench strong`, {key['items']} items for KL and loss, {key['answers']} for "
-            f"answers, {stored['machine']}.\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-        )
-        parts += [f"| {' | '.join(line)} |\n" for line in table(stored["rows"])]
+    for of in ROWS_OF:
+        for name in group.GROUPS[of]:
+            file, figures = folder / f"{name}.json", group.group_at(of, cache).figures_file(name)
+            if file.exists():
+                described = _described(json.loads(figures.read_text())) if figures.exists() else ""
+                parts.append(_section(f"{of}: {name}", json.loads(file.read_text()), described))
     return "".join(parts)
+
+
+def _section(title: str, stored: Mapping[str, Any], described: str) -> str:
+    key = stored["key"]
+    lines = [
+        f"\n## {title}\n\n{described}{key['items']} items for KL and loss, {key['answers']} for answers, "
+        f"{stored['machine']}.\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    ]
+    return "".join(lines + [f"| {' | '.join(line)} |\n" for line in table(stored["rows"])])
+
+
+def _described(figures: Mapping[str, Any]) -> str:
+    """How the fine-tune was made and what its delta is."""
+    recipe, delta = figures["recipe"], figures["delta"]
+    schedule = recipe["schedule"]
+    return (
+        f"Skill {recipe['skill']}, method {recipe['method']}, {schedule['steps']} steps of {schedule['batch_tokens']} "
+        f"tokens, learning rate {schedule['learning_rate']:g}, saved in {recipe['dtype']}. The delta has "
+        f"{100 * delta['relative_delta']:.2g} % of the weights' norm, {100 * delta['unchanged']:.0f} % of the weights "
+        f"are the base's, 16 directions hold {100 * delta['leading_energy']:.0f} % of its energy.\n\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", default=",".join(STRONG), help="names, with commas between them")
-    parser.add_argument("--rows", type=int, default=len(ROWS), help="measure only so many of the first rows")
+    parser.add_argument("--group", choices=list(ROWS_OF), default="strong")
+    parser.add_argument("--experts", help="names, with commas between them; all of the group")
+    parser.add_argument("--rows", type=int, help="measure only so many of the first rows")
+    parser.add_argument("--short", action="store_true", help="the ten rows of the other kinds, for a strong expert too")
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--answers", type=int, default=200)
     parser.add_argument("--measured", type=Path, default=CACHE / "strong")
     parser.add_argument("--report", action="store_true", help="write the page from what was measured")
     arguments = parser.parse_args()
-    names = [name for name in arguments.experts.split(",") if name in STRONG]
     if arguments.report:
-        files = {name: arguments.measured / f"{name}.json" for name in names}
-        PAGE.write_text(page({name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}))
+        PAGE.write_text(page(arguments.measured))
         print(PAGE)
         return
-    for name in names:
-        if not group.group_at("strong").experts[name].exists():
-            print(f"{name}: not built; python tests zoo build --group strong --expert {name}", flush=True)
+    of = arguments.group
+    wanted = arguments.experts.split(",") if arguments.experts else list(group.GROUPS[of])
+    for name in wanted:
+        if not group.group_at(of).figures_file(name).exists():
+            print(f"{name}: not built; python tests zoo build --group {of} --expert {name}", flush=True)
             continue
-        bench = Bench(name, arguments.items, arguments.answers, arguments.measured)
-        for row in ROWS[: arguments.rows]:
+        bench = Bench(of, name, arguments.items, arguments.answers, arguments.measured)
+        for row in (KIND_ROWS if arguments.short else ROWS_OF[of])[: arguments.rows]:
             if row not in bench.rows:
                 bench.measure(row)
             shown = {key: bench.rows[key] for key in (BASE, EXPERT, row) if key in bench.rows}

@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import shlex
@@ -384,6 +385,9 @@ def test_a_model_card_names_any_base(pair: Pair, tmp_path: Path, name: str) -> N
     shutil.copytree(pair[0], tmp_path / name)
     _compress((tmp_path / name, pair[1]), tmp_path / "art")
     _, front, text = (tmp_path / "art" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["base_model"] == name
+    assert "base_model" not in yaml.safe_load(front)  # a folder's name is no repository's
+    assert text.splitlines()[1] == f"# {pair[1].name}, as a 2-bit delta against {name}"
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("meswitch ")]
-    assert [command[command.index("--base") + 1] for command in commands] == [name, name]
+    assert [command[command.index("--base") + 1] for command in commands] == [name] * 3
+    call = next(line for line in text.splitlines() if line.startswith("model = "))
+    assert ast.literal_eval(call.partition("load")[2]) == (name, ".")

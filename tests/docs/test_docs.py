@@ -1,8 +1,10 @@
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from meswitch_cli.app import COMMANDS
 
@@ -20,6 +22,32 @@ def test_option_tables_are_those_of_the_commands(command: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def pages(entry: object) -> Iterator[str]:
+    """The files that a part of mkdocs.yml's `nav` names."""
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, list | dict):
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from pages(part)
+
+
+def test_the_site_has_every_page_once() -> None:
+    named = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    there = [str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")]
+    assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: page.stem)
+def test_commands_of_a_page_have_options_that_exist(page: Path) -> None:
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split()
+            if words[:1] == ["meswitch"] and len(words) > 1 and words[1] in COMMANDS:
+                known = set(re.findall(r"--[a-z0-9-]+", options.table(words[1]))) | {"--help"}
+                given = {word.split("=")[0] for word in words if word.startswith("--")}
+                assert given <= known, f"{page.name}: {line}"

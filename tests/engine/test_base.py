@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout
@@ -162,6 +163,20 @@ def test_experts_that_compute_differently_are_refused(family: Family, start: Sta
     (path / "meswitch.json").write_text(json.dumps(manifest))
     engine = start(family, experts={"alpha": family.artifacts["alpha"], "other": path})
     assert "rms_norm_eps" in engine.failed["other"]
+
+
+def test_experts_are_checked_several_at_a_time(family: Family, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=30)
+    verify = Artifact.verify
+
+    def both(artifact: Artifact) -> Iterator[FileEntry]:
+        together.wait()  # breaks, and the start with it, unless a second expert is being checked
+        return verify(artifact)
+
+    monkeypatch.setattr(Artifact, "verify", both)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    engine = start(family, experts={name: family.artifacts[name] for name in ("alpha", "beta")})
+    assert [status.name for status in engine.experts()] == ["alpha", "beta"] and not engine.failed
 
 
 def test_config_spelled_differently_is_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from engine.family import Family
 from meswitch_cli.engine import Completion, TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, GenerationRequest, InvalidRequestError, Sampling
 from meswitch_cli.engine.sampler import choose
+from meswitch_cli.engine.sampling_defaults import sampling_defaults
 
 Start = Callable[..., TransformersEngine]
 PROMPT = tuple(range(40, 60))
@@ -261,3 +263,47 @@ def test_impossible_prompts_are_refused(engine: TransformersEngine, prompt: tupl
     with pytest.raises(InvalidRequestError) as caught:
         engine.submit(GenerationRequest("bad", BASE, prompt), lambda chunk: None)
     assert caught.value.parameter == "prompt"
+
+
+def test_a_grammar_leaves_words_alone(engine: TransformersEngine) -> None:
+    """Tabs and other control characters are forbidden in JSON alone."""
+    words = {"type": "structural_tag", "format": {"type": "any_text", "excludes": ["<tool>"]}}
+    (tab,) = engine.tokenizer("beta").encode("\t", add_special_tokens=False)
+    text = run(engine, "beta", max_tokens=5, logit_bias={tab: 100.0}, structural_tag=words, ignore_eos=True).text
+    assert text == "\t" * 5
+    limited = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}}, "required": ["a"]}
+    close = limited | {"additionalProperties": False}
+    inside = {"type": "json_schema", "json_schema": close, "max_whitespace_cnt": 1}
+    inside = {"type": "structural_tag", "format": inside}
+    value = run(engine, "beta", max_tokens=60, logit_bias={tab: 100.0}, structural_tag=inside, seed=2).text
+    assert len(json.loads(value)["a"]) <= 4
+
+
+def test_special_tokens_are_shown_where_that_is_asked(engine: TransformersEngine) -> None:
+    (special,) = engine.tokenizer("beta").encode("<|user|>", add_special_tokens=False)
+    (plain,) = engine.tokenizer("beta").encode("a", add_special_tokens=False)
+    bias = {special: 100.0, plain: 100.0}
+    hidden = run(engine, "beta", max_tokens=12, logit_bias=bias, temperature=2.0, seed=3)
+    shown = run(engine, "beta", max_tokens=12, logit_bias=bias, temperature=2.0, seed=3, shown_tokens=(special,))
+    assert hidden.tokens == shown.tokens and set(shown.tokens) == {special, plain}
+    assert hidden.text == "a" * hidden.tokens.count(plain)
+    assert shown.text == "".join("a" if token == plain else "<|user|>" for token in shown.tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "defaults"),
+    [
+        ({}, {}),
+        ({"eos_token_id": 3, "max_new_tokens": 9}, {}),
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
+        ({"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.1}, {"min_p": 0.1, "repetition_penalty": 1.1}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"temperature": None, "top_k": 0, "top_p": 1}, {"top_k": 0, "top_p": 1}),
+        ({"temperature": 9.0, "top_p": "x", "top_k": 1.5, "min_p": True}, {}),
+    ],
+    ids=str,
+)
+def test_what_a_model_sets_of_its_sampling(tmp_path: Path, config: dict[str, Any], defaults: dict[str, float]) -> None:
+    assert sampling_defaults(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert sampling_defaults(tmp_path) == defaults

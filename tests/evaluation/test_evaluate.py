@@ -23,7 +23,7 @@ def test_the_python_of_the_page(
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     for name, folder in zip(("base", "maths"), pair, strict=True):
         (tmp_path / name).symlink_to(folder)
-    make_artifact(pair, out="maths-2bit")
+    make_artifact(pair, out="maths-1bit")
     lines = [{"prompt": f"what is {n} plus two", "response": f"it is {n + 2}"} for n in range(3)]
     (tmp_path / "held-out.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     monkeypatch.chdir(tmp_path)

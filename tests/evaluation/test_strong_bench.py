@@ -1,10 +1,15 @@
 """The page of the bench of strong experts, from figures made by hand; its rows are methods that there are."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from benchmarks.strong import BASE, COLUMNS, DEFAULTS, EXPERT, ROWS, page, table
+from benchmarks.strong import BASE, COLUMNS, DEFAULTS, EXPERT, KIND_ROWS, ROWS, page, table
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.evaluation.baselines import parse_method
+from zoo.finetunes import KINDS
+from zoo.group import group_at
 
 OURS = next(iter(DEFAULTS))
 
@@ -31,16 +36,28 @@ def test_a_row_by_hand() -> None:
     assert lines[EXPERT]["same answer, %"] == "100.0" and lines[BASE]["lost, gained"] == "−3 +0"
 
 
-def test_the_page_has_what_was_measured() -> None:
+def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     stored = {"key": {"items": 2, "answers": 4}, "machine": "a machine", "rows": MEASURED}
-    text = page({"code": stored, "logic": stored | {"rows": {BASE: MEASURED[BASE]}}})
-    assert text.count("| base |") == 2 and text.count(f"| {OURS} (") == 1 and "a machine" in text
+    (tmp_path / "code.json").write_text(json.dumps(stored))
+    (tmp_path / "lora16.json").write_text(json.dumps(stored | {"rows": {BASE: MEASURED[BASE]}}))
+    figures = group_at("kinds", tmp_path).figures_file("lora16")
+    figures.parent.mkdir(parents=True)
+    delta = {"relative_delta": 0.0123, "unchanged": 0.25, "leading_energy": 0.5}
+    figures.write_text(json.dumps({"recipe": asdict(KINDS["lora16"]), "delta": delta}))
+    text = page(tmp_path, tmp_path)
+    assert "## strong: code" in text and "## kinds: lora16\n\nSkill queries, method lora" in text
+    assert (
+        "1.2 % of the weights' norm, 25 % of the weights" in text
+        and text.count("| base |") == 2
+        and text.count(f"| {OURS} (") == 1
+        and "a machine" in text
+    )
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(COLUMNS) + 1}
 
 
 def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
-    assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(ROWS)
+    assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(KIND_ROWS) < set(ROWS)
     methods = {name: parse_method(name) for name in ROWS if name not in (BASE, EXPERT)}
     for bits, name in zip((1, 2, 4), DEFAULTS, strict=True):
         settings = CompressionSettings.with_defaults(bits=bits)

@@ -78,13 +78,27 @@ def test_an_id_outside_its_experts_vocabulary_is_refused():
         expert_embedding(torch.tensor([0.0]), weight, bank, torch.tensor([0], dtype=torch.int32))
 
 
-def test_an_embedding_with_a_low_rank_part_is_refused(backend):
+@pytest.mark.parametrize("bits", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_embedding_with_a_low_rank_part(backend, bits, dtype):
+    """Slots with one, without, and with added rows; in a bank with codes and in one without."""
     device = device_of(backend)
-    bank = ExpertBank(1, HIDDEN, VOCAB, Capacity(bits=2, salient=8, rank=4), device=device)
-    bank.load(0, random_expert(1, HIDDEN, VOCAB, rank=4))
-    none = torch.zeros(1, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="rank 4"):
-        expert_embedding(none, weights(torch.bfloat16).to(device), bank, none, backend)
+    bank = ExpertBank(3, HIDDEN, VOCAB, Capacity(bits=bits, salient=8, rank=4, added_rows=ADDED), dtype, device)
+    for slot, (own_bits, rank, added) in enumerate([(0, 4, 0), (bits, 0, 2), (bits, 3, ADDED)]):
+        bank.load(slot, random_expert(slot, HIDDEN, VOCAB, own_bits, rank=rank, added=added))
+    weight = weights(dtype).to(device)
+    ids = torch.tensor([0, 49, 49, 7, 51, 52, 7], device=device)
+    slots = torch.tensor([0, 0, -1, 1, 1, 2, 2], dtype=torch.int32, device=device)
+    expected = torch.stack([
+        bank.added_rows[slot, i - VOCAB].double()
+        if i >= VOCAB
+        else weight[i].double() + (bank.dequantize(slot, torch.float64)[i] if slot >= 0 else 0)
+        for i, slot in zip(ids.tolist(), slots.tolist(), strict=True)
+    ])  # fmt: skip
+    y = expert_embedding(ids, weight, bank, slots, backend)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < ERROR_BOUND[dtype]
+    assert bank.dequantize(0).norm() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

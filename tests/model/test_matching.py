@@ -33,13 +33,24 @@ def test_every_tensor_of_every_family_is_planned_once(tmp_path: Path, family: st
     assert kinds.count("head") == (0 if config.get("tie_word_embeddings", False) else 1)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_fused_experts_are_refused_by_name(tmp_path: Path, family: str) -> None:
-    base, expert = make_pair(tmp_path, family)
-    with pytest.raises(
-        CheckpointError, match=f"family '{family}' cannot be compressed: model.layers.0.*mixture-of-experts"
-    ):
-        _plan(base, expert)
+@pytest.mark.parametrize(
+    ("family", "matrices", "first", "shape"),
+    [
+        ("mixtral", 12, "model.layers.0.block_sparse_moe.experts.0.w1.weight", (72, 96)),
+        ("gpt_oss", 8, "model.layers.0.mlp.experts.gate_up_proj.0", (144, 96)),
+    ],
+)
+def test_experts_of_a_mixture_are_planned_each_by_itself(
+    tmp_path: Path, family: str, matrices: int, first: str, shape: tuple[int, ...]
+) -> None:
+    plan = _plan(*make_pair(tmp_path, family))
+    for unit in plan.units[:-1]:
+        assert sum(item.stacked for item in unit) == matrices
+        assert all(item.kind == "linear" for item in unit if item.stacked)
+        (router,) = (item for item in unit if item.name.endswith(("mlp.gate.weight", "mlp.router.weight")))
+        assert router.kind == "dense"
+    found = {item.name: item for item in plan.tensors}[first]
+    assert found.shape == shape and found.layer == 0
 
 
 def test_other_architecture(tmp_path: Path) -> None:

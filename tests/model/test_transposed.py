@@ -1,4 +1,4 @@
-"""A family that keeps its linears as `[in, out]`: GPT-2 with its Conv1D, once the class is known."""
+"""A family that keeps its linears as `[in, out]`: GPT-2 with its Conv1D."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.restore import restore
@@ -17,8 +16,6 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.delta.quantize import dequantize
-from meswitch_cli.errors import CheckpointError
-from meswitch_cli.model.architecture import LINEAR_CLASSES, architecture
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.weights import CheckpointWeights
 from zoo.tiny_tokenizer import tiny_tokenizer
@@ -44,11 +41,6 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return folder / "base", folder / "expert"
 
 
-@pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LINEAR_CLASSES, Conv1D, True)
-
-
 def _weights(path: Path) -> CheckpointWeights:
     return CheckpointWeights(Checkpoint.open(str(path)))
 
@@ -57,12 +49,7 @@ def _stored(path: Path) -> torch.Tensor:
     return safetensors.torch.load_file(path / "model.safetensors")[NAME]
 
 
-def test_an_unknown_class_is_refused(gpt2: Pair) -> None:
-    with pytest.raises(CheckpointError, match=r"'gpt2' cannot be compressed: transformer\.h\.0.*Conv1D"):
-        architecture(Checkpoint.open(str(gpt2[0])).config, "gpt2")
-
-
-def test_everybody_sees_out_by_in(gpt2: Pair, known: None) -> None:
+def test_everybody_sees_out_by_in(gpt2: Pair) -> None:
     weights = _weights(gpt2[1])
     assert _stored(gpt2[1]).shape == (WIDTH, 4 * WIDTH)
     assert weights.architecture.parameters[NAME].shape == (4 * WIDTH, WIDTH)
@@ -71,13 +58,13 @@ def test_everybody_sees_out_by_in(gpt2: Pair, known: None) -> None:
     assert torch.equal(item.to_stored(item.from_stored(_stored(gpt2[1]))), _stored(gpt2[1]))
 
 
-def test_a_built_model_is_transformers_own(gpt2: Pair, known: None) -> None:
+def test_a_built_model_is_transformers_own(gpt2: Pair) -> None:
     plain = AutoModelForCausalLM.from_pretrained(gpt2[1], dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(build_model(_weights(gpt2[1]), CPU, torch.float32)(IDS).logits, plain(IDS).logits)
 
 
-def test_calibration_sees_its_inputs(gpt2: Pair, known: None) -> None:
+def test_calibration_sees_its_inputs(gpt2: Pair) -> None:
     plain = AutoModelForCausalLM.from_pretrained(gpt2[1], dtype=torch.float32).eval()
     seen: list[torch.Tensor] = []
     module = plain.get_submodule(NAME.removesuffix(".weight"))
@@ -93,7 +80,7 @@ def test_calibration_sees_its_inputs(gpt2: Pair, known: None) -> None:
     "settings", [{"calibration": RANDOM, "steps": "output-unbiased"}, {"steps": "distill"}], ids=str
 )
 def test_it_is_compressed_and_comes_back_as_it_lay(
-    gpt2: Pair, known: None, tmp_path: Path, calibration_file: Path, settings: dict[str, str]
+    gpt2: Pair, tmp_path: Path, calibration_file: Path, settings: dict[str, str]
 ) -> None:
     data = read_calibration(calibration_file) if settings["steps"] == "distill" else None
     chosen = CompressionSettings(

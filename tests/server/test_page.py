@@ -1,7 +1,8 @@
-"""The page in a real browser: it streams, names who answered, pins, polls, and loads nothing from elsewhere."""
+"""The page in a real browser: it streams, names who answered, keeps chats, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from server.family import Running, Start
 from server.fields import prompts
 
 from meswitch_cli.server.settings import ServerSettings
+from meswitch_cli.server.webpage import FILES
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -66,7 +68,7 @@ def test_a_routed_answer_says_who_and_how_sure(page: Any) -> None:
 
 
 def test_an_expert_is_pinned_with_the_keyboard_alone(page: Any) -> None:
-    button = page.locator("#experts button", has_text="blue")
+    button = page.locator("#experts .expert", has_text="blue")
     button.focus()
     page.keyboard.press("Enter")
     playwright.expect(button).to_have_attribute("aria-pressed", "true")
@@ -91,15 +93,170 @@ def test_load_and_residency_are_live(page: Any, routed: Running) -> None:
     routed.service.engine.pin_expert("red", False)
 
 
-def test_a_stream_can_be_stopped(page: Any, routed: Running) -> None:
+def test_a_stopped_answer_is_kept(page: Any) -> None:
     page.locator("#model").select_option("base")
     page.locator("#prompt").fill("go on and on")
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#send")).to_have_text("Stop")
+    answer = page.locator(".message.assistant .text")
+    playwright.expect(answer).not_to_be_empty(timeout=10_000)
     page.keyboard.press("Escape")
     playwright.expect(page.locator("#send")).to_have_text("Send", timeout=10_000)
+    kept = answer.inner_text()
+    playwright.expect(page.locator(".message.assistant .figures")).to_contain_text("stopped")
+    page.reload()
+    page.locator("#chats .chat").click()
+    assert kept and page.locator(".message.assistant .text").inner_text() == kept
     page.locator("#clear").click()
     playwright.expect(page.locator(".message")).to_have_count(0)
+
+
+def bodies(page: Any) -> list[dict[str, Any]]:
+    """What is sent from now on to be answered, filled as it goes."""
+    sent: list[dict[str, Any]] = []
+    page.on("request", lambda request: "completions" in request.url and sent.append(json.loads(request.post_data)))
+    return sent
+
+
+def short(page: Any) -> None:
+    """A few tokens an answer, always the same."""
+    if not page.locator("#settings").get_attribute("open"):
+        page.locator("#settings summary").click()
+    page.locator("#max_tokens").fill("6")
+    page.locator("#temperature").fill("0")
+
+
+def test_settings_are_sent_and_kept(page: Any) -> None:
+    sent = bodies(page)
+    ask(page, prompts("red", 9)[2])
+    assert not {"temperature", "top_p", "max_tokens", "seed"} & sent[0].keys()
+    assert [turn["role"] for turn in sent[0]["messages"]] == ["user"]
+    short(page)
+    page.locator("#system").fill("Answer in verse.")
+    page.locator("#top_p").fill("7")  # beyond its range: not sent
+    page.reload()
+    playwright.expect(page.locator("#changed")).to_have_text("4 changed")
+    answer = ask(page, prompts("red", 9)[3])
+    assert (sent[1]["max_tokens"], sent[1]["temperature"]) == (6, 0) and "top_p" not in sent[1]
+    assert sent[1]["messages"][0] == {"role": "system", "content": "Answer in verse."}
+    playwright.expect(answer.locator(".figures")).to_have_text(re.compile(r"^6 tokens, \d+\.\d tokens/s$"))
+
+
+def test_again_and_edit(page: Any) -> None:
+    short(page)
+    ask(page, prompts("red", 9)[2])
+    ask(page, prompts("red", 9)[4])
+    sent = bodies(page)
+    answers = page.locator(".message.assistant")
+    page.locator(".message .tools button", has_text="Again").click()
+    playwright.expect(answers.last.locator(".figures")).to_contain_text("6 tokens")
+    assert answers.count() == 2 and [turn["role"] for turn in sent[0]["messages"]] == ["user", "assistant", "user"]
+    page.locator(".message.user").first.locator("button", has_text="Edit").click()
+    playwright.expect(page.locator("#prompt")).to_have_value(prompts("red", 9)[2])
+    playwright.expect(page.locator("#replacing")).to_be_visible()
+    page.locator("#prompt").fill(prompts("blue", 9)[2])
+    page.keyboard.press("Enter")
+    playwright.expect(answers.locator(".figures")).to_have_text([re.compile("6 tokens")])
+    assert sent[1]["messages"] == [{"role": "user", "content": prompts("blue", 9)[2]}]
+    playwright.expect(page.locator(".message.user .text")).to_have_text([prompts("blue", 9)[2]])
+
+
+def test_two_experts_side_by_side_go_on_apart(page: Any) -> None:
+    short(page)
+    page.locator("#model").select_option("red")
+    page.locator("#beside").select_option("blue")
+    page.locator("#prompt").fill(prompts("red", 9)[2])
+    page.keyboard.press("Enter")
+    beside = page.locator(".answers.beside .message")
+    playwright.expect(beside.locator(".figures")).to_have_text([re.compile(r"\d tokens")] * 2, timeout=30_000)
+    playwright.expect(beside.locator(".who b")).to_have_text(["red", "blue"])
+    sent = bodies(page)
+    page.locator("#prompt").fill("and then?")
+    page.keyboard.press("Enter")
+    playwright.expect(beside.locator(".figures")).to_have_text([re.compile(r"\d tokens")] * 4, timeout=30_000)
+    said = {body["model"]: body["messages"][1]["content"] for body in sent}
+    assert set(said) == {"red", "blue"} and said["red"] != said["blue"]
+
+
+def test_chats_survive_a_reload_and_can_be_exported_and_deleted(page: Any) -> None:
+    short(page)
+    ask(page, prompts("red", 9)[2])
+    page.locator("#clear").click()
+    ask(page, prompts("green", 9)[2])
+    page.reload()
+    chats = page.locator("#chats .chat")
+    playwright.expect(chats).to_have_text([prompts("green", 9)[2], prompts("red", 9)[2]])
+    chats.last.click()
+    playwright.expect(page.locator(".message.user .text")).to_have_text([prompts("red", 9)[2]])
+    playwright.expect(page.locator(".message.assistant .who b")).to_have_text(["red"])
+    with page.expect_download() as download:
+        page.locator("#export").click()
+    exported = json.loads(Path(download.value.path()).read_text())
+    assert [chat["turns"][0]["content"] for chat in exported] == [prompts("green", 9)[2], prompts("red", 9)[2]]
+    page.locator("#chats li").last.locator("button", has_text="×").click()
+    playwright.expect(chats).to_have_count(1)
+    playwright.expect(page.locator(".message")).to_have_count(0)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#forget").click()
+    playwright.expect(chats).to_have_count(0)
+    page.reload()
+    playwright.expect(page.locator("#chats-note")).to_have_text("Chats stay in this browser.")
+
+
+MARKDOWN = {
+    "a **b *c* d** `e*f*` ~~g~~": "<p>a <strong>b <em>c</em> d</strong> <code>e*f*</code> <del>g</del></p>",
+    "# One\n\ntwo\nthree\n\n---": "<h3>One</h3><p>two\nthree</p><hr>",
+    "- a\n- b\n  - c\n- d": "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>",
+    "3. a\n4. b\n\nc": '<ol start="3"><li>a</li><li>b</li></ol><p>c</p>',
+    "> a\n> > b": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>",
+    "|a|b|\n|-|:-:|\n|1|2|": (
+        '<div class="table"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+        "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div>"
+    ),
+    "[x](https://a.example/b_(c)) [y](javascript:alert)": (
+        '<p><a href="https://a.example/b_(c)" target="_blank" rel="noopener noreferrer nofollow">x</a> '
+        "[y](javascript:alert)</p>"
+    ),
+    "see https://a.example/b.": (
+        '<p>see <a href="https://a.example/b" target="_blank" rel="noopener noreferrer nofollow">'
+        "https://a.example/b</a>.</p>"
+    ),
+    "snake_case_name 2 * 3 * 4": "<p>snake_case_name 2 * 3 * 4</p>",
+    "<b>&amp;<script>x</script>": "<p>&lt;b&gt;&amp;amp;&lt;script&gt;x&lt;/script&gt;</p>",
+}
+
+
+@pytest.mark.parametrize("text", list(MARKDOWN))
+def test_markdown(page: Any, text: str) -> None:
+    assert page.evaluate(_RENDER, text) == MARKDOWN[text]
+
+
+def test_a_code_block_is_text_that_can_be_copied(page: Any) -> None:
+    made = page.evaluate(_RENDER, "```python\nif a < b:\n\n    **c**\n```\nafter")
+    assert '<pre tabindex="0"><code>if a &lt; b:\n\n    **c**</code></pre></div><p>after</p>' in made
+    assert "<span>python</span>" in made and "<button" in made
+    open_ended = page.evaluate(_RENDER, "```\nstill being written")
+    assert "<code>still being written</code>" in open_ended
+
+
+def test_markdown_of_any_kind_takes_no_time(page: Any) -> None:
+    for text in ("*" * 50_000, "[" * 50_000, "> " * 5_000, "`a" * 9_000, "**a " * 4_500, "- " * 5_000, "|-" * 9_000):
+        took = page.evaluate(_TIME, text)
+        assert took < 3000, text[:10]
+
+
+_TIME = """async text => {
+  const { render } = await import("/page/markdown.js");
+  const from = performance.now();
+  render(text);
+  return performance.now() - from;
+}"""
+_RENDER = """async text => {
+  const { render } = await import("/page/markdown.js");
+  const box = document.createElement("div");
+  box.append(render(text));
+  return box.innerHTML;
+}"""
 
 
 def test_what_a_model_says_is_text(page: Any) -> None:
@@ -110,13 +267,17 @@ def test_what_a_model_says_is_text(page: Any) -> None:
     assert "<script>" in page.locator(".message.user .text").inner_text()
 
 
+@pytest.mark.parametrize("width", [360, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(browser: Any, routed: Running, scheme: str, tmp_path: Path) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=scheme, has_touch=True)
+def test_it_fits_a_phone(browser: Any, routed: Running, scheme: str, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 640}, color_scheme=scheme, has_touch=True)
     page = context.new_page()
     page.goto(routed.url)
     ask(page, prompts("blue", 9)[7])
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#chats-toggle").tap()
+    playwright.expect(page.locator("#chats-panel")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     playwright.expect(page.locator("#panel")).to_be_hidden()
     page.locator("#toggle").tap()
     playwright.expect(page.locator("#panel")).to_be_visible()
@@ -137,8 +298,42 @@ def test_the_page_asks_for_a_key_and_uses_it(browser: Any, start_server: Start) 
     page.close()
 
 
+def test_experts_are_unloaded_and_loaded_with_an_admin_key(
+    browser: Any, start_server: Start, experts_dir: Path
+) -> None:
+    settings = ServerSettings(admin_keys=("admin",), api_keys=("user",), experts_dir=experts_dir)
+    server = start_server(settings=settings)
+    page = browser.new_page()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(server.url)
+    page.locator("#key").fill("user")
+    page.locator("#key").press("Tab")
+    experts = page.locator("#experts li")
+    playwright.expect(experts).to_have_count(3, timeout=10_000)
+    page.locator("#changing").check()
+    red = page.locator("#experts li", has_text="red")
+    red.locator("button", has_text="Unload").click()
+    playwright.expect(page.locator("#change-problem")).to_contain_text("admin key")
+    page.locator("#key").fill("admin")
+    page.locator("#key").press("Tab")
+    red.locator("button", has_text="Keep").click()
+    playwright.expect(red).to_contain_text("kept there", timeout=10_000)
+    red.locator("button", has_text="Let go").click()
+    playwright.expect(red).not_to_contain_text("kept there", timeout=10_000)
+    red.locator("button", has_text="Unload").click()
+    playwright.expect(experts).to_have_count(2, timeout=10_000)
+    page.locator("#load-name").fill("crimson")
+    page.locator("#load-path").fill("red")
+    page.locator("#load-form button").click()
+    playwright.expect(experts).to_have_count(3, timeout=10_000)
+    playwright.expect(page.locator("#experts li", has_text="crimson")).to_be_visible()
+    playwright.expect(page.locator("#change-problem")).to_be_empty()
+    page.close()
+
+
 def test_its_policy_lets_nothing_else_in(routed: Running) -> None:
-    for path in ("/", "/page/style.css", "/page/chat.js", "/favicon.ico"):
+    assert "/page/main.js" in FILES
+    for path in FILES:
         response = routed.get(path)
         assert response.status_code == 200 and "default-src 'none'" in response.headers["content-security-policy"]
         assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?https?://", response.text)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from server.family import Running
+from server.tool_templates import HERMES
 
 from meswitch_cli.engine.contract import GenerationRequest, InvalidRequestError, Sampling
 from meswitch_cli.engine.requests import check_request
@@ -64,14 +65,20 @@ def test_both_endpoints_tell_the_engine_all(running: Running, told: list[Samplin
     assert told == [Sampling(**TOLD, logprobs=4), Sampling(**TOLD, logprobs=2)]
 
 
-def test_no_parameter_of_the_engine_is_out_of_reach(running: Running, told: list[Sampling]) -> None:
+def test_no_parameter_of_the_engine_is_out_of_reach(
+    running: Running, told: list[Sampling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.service.engine.tokenizer("red"), "chat_template", HERMES)
     formats = [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": SCHEMA}}]
     for wanted in formats:
         chat(running, response_format=wanted, max_tokens=60, temperature=0)
-    assert (told[0].json_object, told[1].json_schema) == (True, SCHEMA)
+    chat(running, tools=[{"type": "function", "function": {"name": "f"}}], max_tokens=2)
+    assert (told[0].json_object, told[1].json_schema) == (True, SCHEMA) and told[2].structural_tag
     plain = asdict(Sampling())
     reached = {name for name, value in asdict(Sampling(**TOLD, logprobs=4)).items() if value != plain[name]}
-    assert reached | {"json_object", "json_schema"} == {field.name for field in fields(Sampling)}
+    assert reached | {"json_object", "json_schema", "structural_tag", "shown_tokens", "prompt_logprobs"} == {
+        field.name for field in fields(Sampling)
+    }
 
 
 #: By the engine's name of a parameter: the ends of what may be asked, and what lies just beyond them.

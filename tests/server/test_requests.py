@@ -27,8 +27,11 @@ def refused(response: Any, status: int, parameter: str | None, code: str) -> str
     ("change", "parameter", "code"),
     [
         ({"colour": 1}, "colour", "unknown_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_parameter"),
+        ({"tool_choice": "auto"}, "tool_choice", "invalid_value"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
+        ({"metadata": {"a": 1}}, "metadata.a", "invalid_value"),
+        ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
         ({"store": True}, "store", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_value"),
@@ -52,7 +55,8 @@ def refused(response: Any, status: int, parameter: str | None, code: str) -> str
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_parameter"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_parameter"),
         ({"messages": [{"role": "user", "content": "x", "age": 3}]}, "messages.0.age", "unknown_parameter"),
         (
@@ -77,7 +81,6 @@ def test_a_chat_is_refused_by_the_parameters_name(
     [
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
-        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
         ({"logprobs": 6}, "logprobs", "invalid_value"),
         ({"messages": []}, "messages", "unknown_parameter"),
         ({"prompt": ""}, "prompt", "invalid_value"),
@@ -151,7 +154,22 @@ def test_null_where_a_member_is_needed_is_a_missing_one(running: Running) -> Non
     )
 
 
-@pytest.mark.parametrize("member", [{"metadata": {"a": "b"}}, {"annotations": [{"type": "x"}]}, {"reasoning": "hm"}])
+def test_what_changes_no_token_is_taken_and_noted(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    hints = {
+        "metadata": {"run": "7"},
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "service_tier": "flex",
+        "verbosity": "low",
+    }
+    with caplog.at_level("INFO", "meswitch_cli.server"):
+        answers = [running.post("/v1/chat/completions", CHAT | more).json() for more in ({}, hints | {"store": False})]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
+    noted = [getattr(record, "fields", {}).get("hints") for record in caplog.records]
+    assert noted.count(hints) == 1
+
+
+@pytest.mark.parametrize("member", [{"audio": {"a": "b"}}, {"annotations": [{"type": "x"}]}, {"reasoning": "hm"}])
 def test_what_asks_for_something_is_refused_by_name(running: Running, member: dict[str, Any]) -> None:
     (name,) = member
     refused(running.post("/v1/chat/completions", CHAT | member), 400, name, "unsupported_parameter")

@@ -14,10 +14,12 @@ from meswitch_cli.engine.banks import Layout
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
 from meswitch_cli.engine.sampling_ranges import MAX_TOP_LOGPROBS
 from meswitch_cli.engine.settings import EngineSettings
-from meswitch_cli.engine.vllm.names import CONFIG_KEY, BaseNames, worker_config
+from meswitch_cli.engine.vllm.names import BaseNames, WorkerConfig
 from meswitch_cli.model.architecture import Architecture
 from meswitch_cli.model.dtype import dtype_name
 
+#: The name of our way of loading a base among vLLM's `load_format`s.
+LOAD_FORMAT = "meswitch"
 #: Adapters that vLLM may know at once. Ours are a path each; what host memory holds is bounded by bytes.
 MAX_ADAPTERS = 4096
 #: Prompts whose hidden states are computed at once, beside the requests.
@@ -55,8 +57,6 @@ def engine_arguments(
     """
     added = max((capacity.added_rows for capacity in layout.capacities.values()), default=0)
     vocabulary = names.vocabulary + added
-    stored = described.stored(checkpoint)
-    rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]
     options: dict[str, Any] = {
         "model": str(checkpoint.source.path),
         "skip_tokenizer_init": True,
@@ -69,6 +69,8 @@ def engine_arguments(
         "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + POOLED_PROMPTS),
         "max_logprobs": MAX_TOP_LOGPROBS,
         "enable_prefix_caching": settings.prefix_sharing,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "pipeline_parallel_size": settings.pipeline_parallel,
         "enforce_eager": True,
         "async_scheduling": False,
         "disable_log_stats": True,
@@ -76,13 +78,8 @@ def engine_arguments(
         "max_loras": slots,
         "max_cpu_loras": max(MAX_ADAPTERS, slots),
         "max_lora_rank": 1,
-        "load_format": "meswitch",
         "use_tqdm_on_load": False,
-        "model_loader_extra_config": {
-            "vocabulary": vocabulary,
-            "names": sorted(stored[name].name for name in rows if name in stored),
-        },
-        "additional_config": {CONFIG_KEY: worker_config(layout) | {"host_bytes": settings.copies_nbytes}},
+        "additional_config": WorkerConfig(layout=layout, host_bytes=settings.copies_nbytes).additional_config(),
         "worker_extension_cls": "meswitch_cli.engine.vllm.worker.WorkerExtension",
         "logits_processors": ["meswitch_cli.engine.vllm.grammar:GrammarProcessor"],
     }
@@ -90,7 +87,18 @@ def engine_arguments(
         options["hf_overrides"] = {"vocab_size": vocabulary}
     if settings.page_size is not None:
         options["block_size"] = settings.page_size
+    options |= loading_arguments(checkpoint, described, names, vocabulary)
     return options | _cache_arguments(settings, checkpoint, dtype, max_model_len)
+
+
+def loading_arguments(
+    checkpoint: Checkpoint, described: Architecture, names: BaseNames, vocabulary: int
+) -> dict[str, Any]:
+    """How vLLM loads the base so that experts can be added to it; `vocabulary` are the rows of embedding and head."""
+    stored = described.stored(checkpoint)
+    rows = [f"{names.embedding_name}.weight", f"{names.head_name}.weight", f"{names.head_name}.bias"]
+    extra = {"vocabulary": vocabulary, "names": sorted(stored[name].name for name in rows if name in stored)}
+    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
 
 
 def _cache_arguments(

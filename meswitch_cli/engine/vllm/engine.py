@@ -123,12 +123,18 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
             raise EngineError(f"vLLM cannot serve {self._checkpoint.source.path}: {problems[0]}") from problems[0]
         self._closed = None
 
+    @property
+    def num_layers(self) -> int:
+        if self._thread is None:
+            raise ShuttingDownError("the engine has not been started")
+        return int(self._described.num_layers)
+
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
         from meswitch_cli.engine.vllm.loop import PooledPrompt
 
         if self._thread is None:
             raise ShuttingDownError("the engine has not been started")
-        check_prompts(token_ids, layer, self._described.num_layers)
+        check_prompts(token_ids, layer, self._described.num_layers, self._names.vocabulary)
         longest = max(map(len, token_ids), default=0)
         if longest >= self.max_model_len:
             raise EngineError(f"a prompt of {longest} tokens; the most is {self.max_model_len - 1}")

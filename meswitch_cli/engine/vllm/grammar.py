@@ -81,8 +81,12 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
                 vocabulary=asked["vocabulary"],
                 end_ids=frozenset(asked["end_ids"]),
             )
-        schema = asked["schema"]
-        sampling = Sampling(json_object=True) if schema is None else Sampling(json_schema=json.loads(schema))
+        formats = {
+            name: json.loads(text)
+            for name, text in (("json_schema", asked["schema"]), ("structural_tag", asked["structural_tag"]))
+            if text is not None
+        }
+        sampling = Sampling(**formats or {"json_object": True})
         grammar = self._grammars.grammar(sampling, self._models[digest])
         assert grammar is not None
         return grammar

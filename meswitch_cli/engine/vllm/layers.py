@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from meswitch_cli.engine.batch import Batch, CurrentBatch
-from meswitch_cli.engine.modules import GainedNorm, with_added_logits
-from meswitch_kernels import ExpertBank
+from meswitch_cli.engine.modules import with_added_logits
+from meswitch_cli.engine.vllm.announced import AnnouncedTokens
+from meswitch_cli.engine.vllm.operators import announce_layer, call
+from meswitch_cli.engine.vllm.shards import Shard
+from meswitch_kernels import ExpertBank, GainBank
 
 
 class Rows:
@@ -25,22 +27,23 @@ class Rows:
     Attributes:
         weight: `[rows, in]`, a view.
         bias: `[rows]`, a view, or None.
+        shard: which part of transformers' weight that is.
         bank: None: no expert changes it.
         added_bias: of the head, as in `ExpertHead`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, shard: Shard) -> None:
+        self.weight, self.bias, self.shard = weight, bias, shard
         self.bank: ExpertBank | None = None
         self.added_bias: Tensor | None = None
 
 
 class _ExpertMethod(LinearMethodBase):  # type: ignore[misc]
-    """What the methods share: the method that they stand in for, the batch, the kernels."""
+    """What the methods share: the method that they stand in for, the tokens announced, the kernels."""
 
-    def __init__(self, plain: Any, current: CurrentBatch, backend: ModuleType) -> None:
+    def __init__(self, plain: Any, announced: AnnouncedTokens, backend: ModuleType) -> None:
         super().__init__()
-        self.plain, self.current, self.backend = plain, current, backend
+        self.plain, self.announced, self.backend = plain, announced, backend
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
         raise NotImplementedError("the weights were created by the method that this one stands in for")
@@ -57,23 +60,36 @@ class _ExpertMethod(LinearMethodBase):  # type: ignore[misc]
 class ExpertLinearMethod(_ExpertMethod):
     """A linear of one or several parts, each with its own bank: bits, channels, groups and rank may differ."""
 
-    def __init__(self, plain: Any, parts: Sequence[Rows], current: CurrentBatch, backend: ModuleType) -> None:
-        super().__init__(plain, current, backend)
-        self.parts = parts
+    def __init__(
+        self,
+        layer: nn.Module,
+        name: str,
+        parts: Sequence[Rows],
+        announced: AnnouncedTokens,
+        backend: ModuleType,
+    ) -> None:
+        super().__init__(layer.quant_method, announced, backend)
+        self.layer, self.name, self.parts = layer, name, parts
+        announce_layer(name, self)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        batch = self.current.batch
-        if batch is None or all(part.bank is None for part in self.parts):
-            y: Tensor = self.plain.apply(layer, x, bias)
+        return call(self, self.name, x, bias is not None)
+
+    def compute(self, x: Tensor, biased: bool) -> Tensor:
+        batch = None if all(part.bank is None for part in self.parts) else self.announced.batch(_rows(x))
+        if batch is None:
+            y: Tensor = self.plain.apply(self.layer, x, self.layer.bias if biased else None)
             return y
         rows = x.reshape(-1, x.shape[-1])
-        check_tokens(batch, rows.shape[0])
         outputs = [
-            self.multiply(rows, part, None if bias is None else part.bias, batch.slot_of_token, batch.groups, part.bank)
+            self.multiply(rows, part, part.bias if biased else None, batch.slot_of_token, batch.groups, part.bank)
             for part in self.parts
         ]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return joined.view(*x.shape[:-1], -1)
+
+    def empty(self, x: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], sum(part.weight.shape[0] for part in self.parts))
 
 
 class ExpertVocabularyMethod(_ExpertMethod):
@@ -84,85 +100,112 @@ class ExpertVocabularyMethod(_ExpertMethod):
 
     def __init__(
         self,
-        plain: Any,
+        layer: nn.Module,
+        name: str,
         embedding: Rows | None,
         head: Rows | None,
-        width: int,
-        current: CurrentBatch,
+        announced: AnnouncedTokens,
         backend: ModuleType,
     ) -> None:
-        """`width` is the length of that one vocabulary."""
-        super().__init__(plain, current, backend)
-        self._embedding, self._head, self._width = embedding, head, width
+        super().__init__(layer.quant_method, announced, backend)
+        self.layer, self.name, self._embedding, self._head = layer, name, embedding, head
+        announce_layer(name, self)
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
-        batch, rows = self.current.batch, self._embedding
-        if batch is None or rows is None or rows.bank is None:
-            y: Tensor = self.plain.embedding(layer, ids)
+        return call(self, self.name, ids, False)
+
+    def compute(self, ids: Tensor, biased: bool) -> Tensor:
+        rows = self._embedding
+        batch = None if rows is None or rows.bank is None else self.announced.batch(ids.numel())
+        if rows is None or rows.bank is None or batch is None:
+            y: Tensor = self.plain.embedding(self.layer, ids)
             return y
-        flat = ids.reshape(-1)
-        check_tokens(batch, flat.shape[0])
         bank = rows.bank
         found: Tensor = self.backend.expert_embedding(
-            flat, rows.weight, bank.tensors, bank.added_rows, batch.slot_of_token
+            ids.reshape(-1), rows.weight, bank.tensors, bank.added_rows, batch.slot_of_token
         )
         return found.view(*ids.shape, -1)
 
+    def empty(self, ids: Tensor) -> Tensor:
+        weight: Any = self.layer.weight
+        return ids.new_empty((*ids.shape, weight.shape[1]), dtype=weight.dtype)
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        batch, rows = self.current.batch, self._head
-        if batch is None or rows is None or rows.bank is None:
+        rows = self._head
+        batch = None if rows is None or rows.bank is None else self.announced.rows(x)
+        if rows is None or rows.bank is None or batch is None:
             y: Tensor = self.plain.apply(layer, x, bias)
             return y
-        slots, groups = batch.of_rows(x.shape[0])
-        if slots.shape[0] != x.shape[0]:
-            raise RuntimeError(f"vLLM asks for logits of {x.shape[0]} tokens, {slots.shape[0]} were announced")
         bank = rows.bank
+        slots, groups = batch.slot_of_token, batch.groups
         y = self.multiply(x, rows, None if bias is None else rows.bias, slots, groups, bank)
         y = with_added_logits(y, x, bank, rows.added_bias, slots, self.backend.added_logits)
-        return nn.functional.pad(y, (0, self._width - y.shape[1]), value=-torch.inf)
+        weight: Any = layer.weight
+        return nn.functional.pad(y, (0, weight.shape[0] - y.shape[1]), value=-torch.inf)
 
 
-class ExpertResidualNorm(GainedNorm):
-    """A norm, with vLLM's second argument and second result: the residual that it adds first."""
+class ExpertResidualNorm(nn.Module):
+    """A norm, with vLLM's second argument and second result: the residual that it adds first.
+
+    With gains of experts, the norm without its gain, then each token's own from a table whose first row is the base's.
+    Where torch.compile traces, that is what is traced, whoever is in the batch: its rows are in memory that stays.
+    """
+
+    def __init__(self, base: Any, plain: Any, announced: AnnouncedTokens) -> None:
+        """`plain` is `base` with gain 1 and shift 0."""
+        super().__init__()
+        self.base: Any = base
+        self.plain: Any = plain
+        self.announced = announced
+        self.gains: GainBank | None = None
+        self.shifts: GainBank | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        batch = self.batch
         given = (x,) if residual is None else (x, residual)
-        if batch is None:
+        if self.gains is None and self.shifts is None:
             return self.base(*given)
-        check_tokens(batch, x.shape[0])
+        tokens = x.shape[0]
+        if not torch.compiler.is_compiling() and self.announced.batch(tokens) is None:
+            return self.base(*given)
         result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
-        shape = [x.shape[0]] + [1] * (x.dim() - 2) + [x.shape[-1]]
-        y = self.gained(y, batch.gain_rows, shape).to(y.dtype)
+        y = self._gained(y, self.announced.gain_rows[:tokens]).to(y.dtype)
         return y if rest is None else (y, rest)
+
+    def _gained(self, y: Tensor, rows: Tensor) -> Tensor:
+        shape = [y.shape[0]] + [1] * (y.dim() - 2) + [y.shape[-1]]
+        if self.gains is not None:
+            y = y * self.gains.table.index_select(0, rows).view(shape)
+        if self.shifts is not None:
+            y = y + self.shifts.table.index_select(0, rows).view(shape)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
 
 class VocabularyLimits:
     """Each expert's own vocabulary: no later token is ever chosen. A hook on vLLM's logits processor."""
 
-    def __init__(self, vocabulary: int, slots: int, current: CurrentBatch, device: torch.device) -> None:
-        self.current = current
+    def __init__(self, vocabulary: int, slots: int, announced: AnnouncedTokens, device: torch.device) -> None:
+        self.announced = announced
         #: `[slots + 1]`, the base's first.
         self.limits = torch.full((slots + 1,), vocabulary, dtype=torch.long, device=device)
 
     def __call__(self, module: nn.Module, inputs: Any, logits: Tensor | None) -> Tensor | None:
         if logits is None:
             return None
-        batch = self.current.batch
+        batch = self.announced.rows(inputs[1])
         if batch is None:
             limits = self.limits[:1].expand(logits.shape[0])
         else:
-            limits = self.limits.index_select(0, batch.of_rows(logits.shape[0])[0].long() + 1)
+            limits = self.limits.index_select(0, batch.gain_rows)
         places = torch.arange(logits.shape[1], device=logits.device)
         return logits.masked_fill(places >= limits[:, None], -torch.inf)
 
 
-def check_tokens(batch: Batch, tokens: int) -> None:
-    """Refuse a forward pass of other tokens than were announced: kernels read as many slots as there are rows.
-
-    Raises:
-        RuntimeError: their number differs.
-    """
-    if batch.slot_of_token.shape[0] != tokens:
-        raise RuntimeError(f"vLLM computes {tokens} tokens, {batch.slot_of_token.shape[0]} were announced")
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]

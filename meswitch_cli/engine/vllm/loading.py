@@ -12,9 +12,6 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-#: The name of this way of loading among vLLM's `load_format`s.
-LOAD_FORMAT = "meswitch"
-
 
 class BaseLoader(DefaultModelLoader):  # type: ignore[misc]
     """vLLM's own loader of safetensors, for a vocabulary longer than the base's and weights that stay readable.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from meswitch_cli.engine.banks import Layout
@@ -11,7 +11,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.model.architecture import Architecture
 from meswitch_kernels import Capacity
 
-#: Under this key of vLLM's `additional_config` stands what `worker_config` made.
+#: Under this key of vLLM's `additional_config` stands a `WorkerConfig`.
 CONFIG_KEY = "meswitch"
 
 
@@ -55,3 +55,32 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     """The layout that `worker_config` wrote down."""
     capacities = {name: Capacity(**capacity) for name, capacity in config["capacities"].items()}
     return Layout(capacities, frozenset(config["norms"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What workers are told.
+
+    Attributes:
+        host_bytes: the most that copies of experts take of each worker's host memory.
+        loras: whether vLLM's own LoRAs are served beside experts.
+        checked: whether a server of ours has checked each expert, whose name then ends with `@` and its digest.
+        fingerprint: the base's, where it has not.
+    """
+
+    layout: Layout
+    host_bytes: int
+    loras: bool = False
+    checked: bool = True
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, additional_config: Mapping[str, Any]) -> WorkerConfig:
+        """Read it out of vLLM's `additional_config`."""
+        config = additional_config[CONFIG_KEY]
+        return cls(**(config | {"layout": layout_of(config["layout"])}))
+
+    def additional_config(self) -> dict[str, Any]:
+        """It as vLLM's `additional_config`."""
+        members = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {CONFIG_KEY: members | {"layout": worker_config(self.layout)}}

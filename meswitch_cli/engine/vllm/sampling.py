@@ -39,6 +39,9 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
     if temperature and not LEAST_TEMPERATURE <= temperature <= high:
         message = f"temperature must be {low} or from {LEAST_TEMPERATURE} to {high} with vLLM"
         raise InvalidRequestError(message, "temperature")
+    if sampling.prompt_logprobs is not None:
+        # vLLM computes the prompt's logits with the head of the tokens that it samples, an expert's or not.
+        raise InvalidRequestError("the log-probabilities of a prompt are not computed with vLLM", "echo")
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.end_ids)}
     options: dict[str, Any] = {name: getattr(sampling, name) for name in _SAME} | {
         "temperature": temperature,
@@ -48,7 +51,7 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
         "seed": None if sampling.seed is None else generator_seed(sampling.seed),
         "detokenize": False,
     }
-    if sampling.json_object or sampling.json_schema is not None:
+    if sampling.constrained:
         options["min_tokens"] = 0  # as our sampler has it: the grammar says when the text may end
         options["extra_args"] = {GRAMMAR_KEY: _grammar(sampling, model)}
     return options
@@ -82,4 +85,5 @@ def _grammar(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
         "vocabulary": model.vocabulary,
         "end_ids": sorted(model.end_ids),
         "schema": None if sampling.json_schema is None else json.dumps(dict(sampling.json_schema)),
+        "structural_tag": None if sampling.structural_tag is None else json.dumps(dict(sampling.structural_tag)),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meswitch_cli.engine.vllm.manager import ExpertManager
+from meswitch_cli.engine.vllm.names import layout_of
 from meswitch_cli.engine.vllm.pooled_prompts import PooledPrompts
 
 
@@ -21,7 +22,7 @@ class WorkerExtension:
 
     def meswitch_grow(self, config: Mapping[str, Any]) -> None:
         """Make the slots larger, for a layout as `names.worker_config` writes it."""
-        self._manager().grow(config)
+        self._manager().grow(layout_of(config))
 
     def meswitch_unpin(self, lora_id: int) -> None:
         """Let vLLM evict an expert again."""

@@ -36,7 +36,7 @@ class BitDelta(Method):
         student, teacher = (build_model(weights, torch.device("cpu"), torch.float32) for weights in (start, expert))
         linears = {}
         for name, item in start.architecture.parameters.items():
-            if item.kind == "linear":
+            if item.kind == "linear" and name in start.architecture.held:
                 own = base.read(name).float()
                 linears[name] = (own, expert.read(name).float() - own)
         return distil_scales(student, teacher, linears, self.masks, activations.windows(), ScaleTraining(self.distill))
