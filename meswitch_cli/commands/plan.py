@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
-    "The experts": ("bits", "code", "salient", "rank", "adapter_rank", "group_size", "embedding_bits", "added_rows"),
+    "The experts": (
+        "bits",
+        "code",
+        "salient",
+        "rank",
+        "adapter_rank",
+        "group_size",
+        "embedding_bits",
+        "artifact",
+        "added_rows",
+    ),
     "Serving": ("slots", "context", "dtype", "card", "requests"),
 }
 
