@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from meswitch_cli.checkpoint.tensorfile import (
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
+#: Bytes of a shard beside its tensors and their entries in the header: the header's length, the format, padding.
+SHARD_NBYTES = 8 + len('{"__metadata__":{"format":"meswitch"}}') + 8
 SHARD_METADATA = {"format": "meswitch"}
 
 
@@ -27,6 +30,16 @@ def encode_shard(tensors: Mapping[str, torch.Tensor]) -> bytes:
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
     data: bytes = safetensors.torch.save(contiguous, metadata=SHARD_METADATA)
     return data
+
+
+def header_nbytes(entry: TensorEntry, offset_digits: int) -> int:
+    """Bytes that an entry takes of a shard's header, at most; offsets have no more digits than said."""
+    offset = 10**offset_digits - 1
+    total = 0
+    for part in entry.parts:
+        value = {"dtype": "BF16", "shape": list(part.shape(entry)), "data_offsets": [offset, offset]}
+        total += len(json.dumps({f"{entry.name}.{part.name}": value}, separators=(",", ":"))) - 1  # a comma, no braces
+    return total
 
 
 class Shard:

@@ -125,6 +125,18 @@ class Workspace:
         shard = self.shard_path(record.shard.name)
         return record if shard.exists() and shard.stat().st_size == record.shard.nbytes else None
 
+    def stored(self, name: str) -> Any:
+        """The JSON value that `store` kept; None where there is none.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        return self._read(f"{name}.json", lambda value: value)
+
+    def store(self, name: str, value: Any) -> None:
+        """Keep a JSON value that only the work needs."""
+        write_atomically(self.state / f"{name}.json", json.dumps(value).encode())
+
     def _read(self, name: str, make: Callable[[Any], T]) -> T | None:
         path = self.state / name
         if not path.exists():

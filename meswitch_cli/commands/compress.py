@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from meswitch_cli.delta.codes import CODES, RATES, CodeName
+from meswitch_cli.delta.codes import RATES, CodeName
 
 if TYPE_CHECKING:
-    Bits = str
     Rate = str
     Factors = str
 else:
-    Bits = Literal[tuple(map(str, CODES))]
     Rate = Literal[tuple(map(str, RATES))]
     Factors = Literal["4", "8", "16"]
 
@@ -30,10 +28,15 @@ PANELS = {
         "group_size",
         "channel_scale",
         "embedding_bits",
+        "size",
+        "target_bits",
         "exact",
     ),
     "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
 }
+
+
+EMBEDDING_DEFAULT = "1 beside trellis codes, else 2, or --bits if more"
 
 
 def rate(text: str) -> float:
@@ -46,15 +49,22 @@ def run(
     expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id; a LoRA adapter will do.")],
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
-        Rate, typer.Option(help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.")
-    ] = "1",
+        Rate | None,
+        typer.Option(
+            help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.",
+            show_default="1",
+        ),
+    ] = None,
     code: Annotated[
         CodeName | None,
         typer.Option(help="At 1 bit: trellis chooses among four levels.", show_default="scalar from 1 bit"),
     ] = None,
     salient: Annotated[
-        int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=0, help="Input channels a tensor keeps in 16 bit: those whose rounding costs most.", show_default="8"
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -94,7 +104,19 @@ def run(
         ),
     ] = None,
     embedding_bits: Annotated[
-        Bits | None, typer.Option(help="Bits a weight of embedding and head.", show_default="2, or --bits if more")
+        Rate | None,
+        typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes the tensors may take, as 300MB: bits, rank and salient channels are chosen tensor by tensor.",
+            show_default="what --bits takes",
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="The same, in bits a weight of the whole model.", show_default="what --bits takes"),
     ] = None,
     calibration: Annotated[
         str,
@@ -131,6 +153,7 @@ def run(
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
+    from meswitch_cli.engine.memory import parse_bytes
     from meswitch_cli.errors import Interrupted
     from meswitch_cli.model.device import choose_device
 
@@ -138,7 +161,7 @@ def run(
     chosen = choose_device(device)
     data, recorded = calibration_asked(calibration)
     settings = CompressionSettings.with_defaults(
-        bits=rate(bits),
+        bits=rate(bits) if bits else None,
         code=code,
         salient=salient,
         rank=rank,
@@ -146,13 +169,15 @@ def run(
         channel_scale=channel_scale,
         rounding=rounding,
         steps=steps,
-        embedding_bits=int(embedding_bits) if embedding_bits else None,
+        embedding_bits=rate(embedding_bits) if embedding_bits else None,
         factor_bits=int(factor_bits) if factor_bits else None,
         exact=exact,
         calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
+        size=parse_bytes(size) if size else None,
+        target_bits=target_bits,
     )
     job = prepare(base, expert, out, settings, data)
     if not as_json:

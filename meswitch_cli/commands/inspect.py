@@ -46,11 +46,15 @@ def run(
         return
     report.print_summary(manifest)
     report.print_worst_layers(manifest)
-    settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)
+    settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if _is_setting(value))
     typer.echo(f"settings: {settings}")
     typer.echo(f"base {manifest.base.id}, {manifest.base.fingerprint}; made with {manifest.created_with}")
     for key, (ours, theirs) in manifest.config_differences.items():
         typer.echo(f"config differs from the base's: {key}: base {ours!r}, expert {theirs!r}")
+
+
+def _is_setting(value: object) -> bool:
+    return value is not None and not isinstance(value, dict)
 
 
 def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meswitch_cli.commands.compress import Bits, Rate, rate
+from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, Rate, rate
 from meswitch_cli.delta.codes import CodeName
 
 if TYPE_CHECKING:
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
-    "The experts": ("bits", "code", "salient", "rank", "adapter_rank", "group_size", "embedding_bits", "added_rows"),
+    "The experts": (
+        "bits",
+        "code",
+        "salient",
+        "rank",
+        "adapter_rank",
+        "group_size",
+        "embedding_bits",
+        "artifact",
+        "added_rows",
+    ),
     "Serving": ("slots", "context", "dtype", "card", "requests"),
 }
 
@@ -50,8 +61,12 @@ def run(
     ] = None,
     group_size: Annotated[int, typer.Option(min=0, help="Input channels that share a step; 0: a whole row.")] = 0,
     embedding_bits: Annotated[
-        Bits | None,
-        typer.Option(help="Bits a weight of embedding and head.", show_default="2, or --bits if more"),
+        Rate | None,
+        typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
+    ] = None,
+    artifact: Annotated[
+        list[Path] | None,
+        typer.Option(help="Experts are like this artifact, whatever --bits and the like say; repeatable."),
     ] = None,
     added_rows: Annotated[int, typer.Option(min=0, help="Vocabulary rows that an expert added, at most.")] = 0,
     dtype: Annotated[
@@ -66,7 +81,11 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """From metadata alone: no weight is read. Exit status 1 where the experts do not fit."""
+    """From metadata alone: no weight is read. Exit status 1 where the experts do not fit.
+
+    Where tensors have rates of their own, as compress --size chooses them, give --artifact: a slot holds any of them.
+    """
+    from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.engine.memory import parse_bytes, plan_memory
@@ -82,7 +101,7 @@ def run(
         salient=salient,
         rank=rank,
         group_size=group_size,
-        embedding_bits=int(embedding_bits) if embedding_bits else None,
+        embedding_bits=rate(embedding_bits) if embedding_bits else None,
     )
     plan = plan_memory(
         Checkpoint.describe(base),
@@ -93,10 +112,12 @@ def run(
         context=context,
         dtype=dtype,
         added_rows=added_rows,
+        like=[Artifact.open(path).manifest for path in artifact or ()],
         adapter_rank=adapter_rank,
     )
     fits = plan.requests > 0
-    speed = _speed(plan, known, requests or experts, settings.linears().coding.width) if known else None
+    width = plan.width or settings.linears().coding.width
+    speed = _speed(plan, known, requests or experts, width) if known else None
     result = {
         "fits": fits,
         "device_bytes": plan.device_nbytes,

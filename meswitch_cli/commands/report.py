@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.artifact.manifest import Manifest, mean_errors
@@ -38,6 +39,8 @@ def print_plan(job: Job) -> None:
         widths = {settings.bits for settings in found if settings}
         bits = "/".join(str(width) for width in sorted(widths))
         form = "16 bit if changed" if kind == "dense" else f"{bits} bit"
+        if job.budget is not None and kind != "dense":
+            form = "what each is worth"
         if isinstance(job.expert, AdaptedCheckpoint):
             changed = [job.expert.parameters[item.expert.parameter.name] for item in items]
             ranks = sorted({item.rank for item in changed if item.rank and not item.scales_rows})
@@ -53,7 +56,8 @@ def print_plan(job: Job) -> None:
         out.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
     for key, (ours, theirs) in job.config_differences().items():
         out.print(f"config differs: {key}: base {ours!r}, expert {theirs!r}", style="yellow")
-    out.print(f"expected size {megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
+    at_most = "at most " if job.budget is not None else ""
+    out.print(f"expected size {at_most}{megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
 
 
 def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
@@ -114,29 +118,42 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         return
     figures = summary(manifest, expert_nbytes)
     title = f"{manifest.expert.id} against {manifest.base.id}"
-    shown = table(title, "projection", "bits", "tensors", "size", "weight error", "output error")
+    columns = ("projection", "bits", "rank", "salient", "tensors", "size", "weight error", "output error")
+    expected = manifest.settings.get("expected")
+    parts = expected.get("by_projection") if isinstance(expected, dict) else None
+    shown = table(title, *columns, *(("KL expected",) if isinstance(parts, dict) else ()))
     for kind, entries in by_projection(manifest).items():
         errors = mean_errors(entries)
         shown.add_row(
             kind,
-            "/".join(sorted({form_of(entry) for entry in entries})),
+            _counted(form_of(entry) for entry in entries),
+            _span(entry.rank for entry in entries),
+            _span(entry.salient for entry in entries),
             str(len(entries)),
             megabytes(sum(entry.nbytes for entry in entries)),
             _percent(errors["weight_error"]),
             _percent(errors["output_error"]),
+            *(_share(parts, kind) if isinstance(parts, dict) else ()),
         )
     exact = [entry for entry in manifest.tensors if entry.exact]
     if exact:
         nbytes = sum(item.nbytes for item in exact)
-        shown.add_row("bit for bit", "", str(len(exact)), megabytes(nbytes), "0 %", "0 %")
+        shown.add_row("bit for bit", "", "", "", str(len(exact)), megabytes(nbytes), "0 %", "0 %")
     whole = [entry for entry in manifest.tensors if not (entry.bits or entry.rank or entry.exact)]
     if whole:
-        shown.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
+        shown.add_row(
+            "stored whole", "", "", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %"
+        )
     out.print(shown)
     line = f"{megabytes(manifest.nbytes)}, {figures['bits_per_weight']:.2f} bits a weight"
     if expert_nbytes is not None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
     out.print(line)
+    if isinstance(expected, dict) and _is_number(expected.get("kl")) and _is_number(expected.get("least_kl")):
+        out.print(
+            f"settings chosen tensor by tensor: expected KL {expected['kl']:.2g} nats a token; no other choice of as "
+            f"many bytes is expected to be below {expected['least_kl']:.2g}"
+        )
     if any((entry.weight_error or 0.0) > entry.usual_error for entry in manifest.tensors):
         out.print(
             "weight errors beyond the delta: these codes lie farther from the expert's weights than the base's weights "
@@ -162,6 +179,28 @@ def print_worst_layers(manifest: Manifest) -> None:
     worst = sorted(measured, key=lambda item: -(_error_of(item, by_output) or 0.0))[:WORST_LAYERS]
     named = ", ".join(f"{item.name} {_percent(_error_of(item, by_output))}" for item in worst)
     console().print(f"largest {which}: {named}")
+
+
+def _counted(names: Iterable[str]) -> str:
+    """Each name, and how often it occurs where there are several."""
+    counts = Counter(names)
+    return ", ".join(f"{name} ({counts[name]})" if len(counts) > 1 else name for name in sorted(counts))
+
+
+def _span(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _share(parts: dict[str, Any], kind: str) -> tuple[str]:
+    """A kind's part of the KL that is expected; of a manifest from elsewhere, nothing that is no number."""
+    numbers = {name: value for name, value in parts.items() if _is_number(value)}
+    total = sum(numbers.values())
+    return (_percent(numbers[kind] / total) if kind in numbers and total else "",)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _error_of(entry: TensorEntry, by_output: bool) -> float | None:

@@ -21,6 +21,7 @@ from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint
+from meswitch_cli.compression.choice import with_choice
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
 from meswitch_cli.compression.exact import stream_of
@@ -95,10 +96,13 @@ def compress(
     Raises:
         ArtifactError: the output is occupied or cannot be written, or unfinished work there differs from this job.
         CheckpointError: a weight is damaged.
+        UsageError: the expert does not fit into the size that was asked for.
         WeakDeltaError: the result is farther from the expert than the base is; `keep_weak` makes it a note.
     """
     with workspace(job.out, force=force) as space:
         _continue_or_start(job, space, force)
+        if job.settings.has_budget:
+            job = with_choice(job, space, device, on_progress)
         records = _quantise(job, space, device, on_progress, on_note)
         if job.settings.steps == "distill":
             records = distill(job, space, records, device, on_progress, stage=_FINAL)
@@ -207,7 +211,7 @@ def _quantise(
                     statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-                data, record = compress_unit(counted, shard, job.settings, statistics, device, told)
+                data, record = compress_unit(counted, shard, job.settings_of, statistics, device, told)
                 space.finish_unit(index, _QUANTISED, data, record)
                 records[index] = record
                 on_progress("compress", 0, len(records))
@@ -277,7 +281,7 @@ def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[
         model_type=job.plan.architecture.model_type,
         num_layers=job.plan.architecture.num_layers,
         dtype=dtype_name(stored_dtype(job.expert)),
-        settings=job.settings.to_dict(),
+        settings=job.settings.to_dict() | ({"expected": dict(job.choice.expected)} if job.choice else {}),
         tensors=tuple(entry for record in records for entry in record.tensors),
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,

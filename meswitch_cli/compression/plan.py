@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,26 @@ from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.config import config_differences
 from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.model.matching import Plan, PlannedTensor
 from meswitch_cli.model.tokenizer import tokenizer_folder, tokenizer_note
 
 #: Called with (what is being done, bytes of the checkpoints handled by it, units done).
 OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget gave to each tensor.
+
+    Attributes:
+        settings: by name, of the tensors that it chose for.
+        expected: for the manifest: nats of KL a token that all errors are expected to cost, and the least that they
+            could; the parts of the kinds of projections.
+    """
+
+    settings: Mapping[str, QuantizerSettings]
+    expected: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,20 @@ class Job:
     calibration: CalibrationFile | None
     out: Path
     side_files: Mapping[str, bytes]
+    choice: Choice | None = None
+
+    def settings_of(self, item: PlannedTensor) -> QuantizerSettings | None:
+        """Settings of a tensor, None for one that is stored whole; a budget's must have been chosen."""
+        if self.choice is not None and item.name in self.choice.settings:
+            return self.choice.settings[item.name]
+        return self.settings.of(item.kind, unrelated=item.unrelated)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the shards may take; None where nobody said."""
+        if self.settings.target_bits is not None:
+            return int(self.settings.target_bits * sum(math.prod(item.shape) for item in self.plan.tensors) / 8)
+        return self.settings.size
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +78,8 @@ class Job:
         """What the artifact's model card calls the delta."""
         if self.settings.exact:
             return "an exact delta"
+        if self.settings.has_budget:
+            return "a delta"
         factors = self.settings.factor_bits
         return f"a low-rank delta of {factors} bits" if factors else f"a {self.settings.bits}-bit delta"
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from meswitch_cli.delta.codes import CODES, CodeName, default_code, listed
+from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, TrellisCode, default_code, listed
 from meswitch_cli.delta.low_rank import FACTOR_WIDTHS
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
 #: Code width of a delta that may be as large as the weight itself: it leaves 1 % of its energy as error, not 12 %.
 UNRELATED_BITS = 4
+#: What a budget chooses tensor by tensor.
+CHOSEN_BY_BUDGET = ("bits", "code", "salient", "rank", "embedding_bits")
+_TOLD_IF_GIVEN = ("code", "factor_bits", "exact", "size", "target_bits")
 #: Width of an adapter's factors: what adapters are trained in.
 ADAPTER_FACTOR_BITS = 16
 #: Calibration by random tokens.
@@ -33,6 +36,12 @@ def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
     return "rms" if bits == 1 and code == "scalar" else "none"
 
 
+def default_embedding_bits(bits: float, code: CodeName) -> float:
+    """Beside trellis codes 1 bit by one: on the strong experts KL grows by 4 to 28 % for 21 % fewer bytes, with half a
+    bit by 24 to 158 % for another 13 % (docs/results/trellis.md)."""
+    return 1 if code == "trellis" else max(2, bits)
+
+
 def default_rank(bits: float) -> int:
     """Up to 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
     return 16 if bits <= 1 else 0
@@ -46,12 +55,16 @@ class CompressionSettings:
         bits, salient, rank, group_size, channel_scale, rounding, code: as in `QuantizerSettings`, for the decoder's
             linears.
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
-        embedding_bits: code width of embedding and head.
+        embedding_bits: what the codes of embedding and head store for a weight; a trellis code's where the linears'
+            are, too, if there is one.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
         factor_bits: width of an adapter's factors; None of any other fine-tune.
         exact: whether the expert is stored bit for bit; nothing is coded then.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
+        size: bytes that the artifact's tensors may take; or
+        target_bits: those bytes in bits a weight of the model. With either, `CHOSEN_BY_BUDGET` are chosen tensor by
+            tensor, and what the fields of those names hold says nothing.
 
     Raises:
         UsageError: a value is not possible, or needs calibration data that was not given.
@@ -64,7 +77,7 @@ class CompressionSettings:
     channel_scale: ChannelScale = "none"
     rounding: Rounding = "nearest"
     steps: StepMethod = "unbiased"
-    embedding_bits: int = 2
+    embedding_bits: float = 2
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 512
@@ -72,16 +85,20 @@ class CompressionSettings:
     code: CodeName | None = None
     factor_bits: int | None = None
     exact: bool = False
+    size: int | None = None
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
+        if self.has_budget:
+            self._check_budget()
         if self.steps not in get_args(StepMethod):
             raise UsageError(f"--steps must be one of {', '.join(get_args(StepMethod))}, not {self.steps!r}")
         try:
             linears = self.linears()
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if self.embedding_bits not in CODES:
-            raise UsageError(f"--embedding-bits must be {listed(CODES)}, not {self.embedding_bits}")
+        if self.embedding_bits not in RATES:
+            raise UsageError(f"--embedding-bits must be {listed(RATES)}, not {self.embedding_bits}")
         if self.factor_bits not in (None, *FACTOR_WIDTHS):
             raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         if self.samples < 1 or self.sequence_length < 8:
@@ -90,17 +107,35 @@ class CompressionSettings:
             wanted = "--rounding feedback" if self.rounding == "feedback" else f"--steps {self.steps}"
             raise UsageError(f"{wanted} needs calibration data: give --calibration FILE.jsonl")
 
+    def _check_budget(self) -> None:
+        asked = "--size" if self.size is not None else "--target-bits"
+        if self.size is not None and self.target_bits is not None:
+            raise UsageError("--size and --target-bits exclude each other")
+        if (self.size is not None and self.size < 1) or (self.target_bits is not None and not self.target_bits > 0):
+            raise UsageError(f"{asked} must be more than 0, not {self.size or self.target_bits}")
+        if self.calibration is None:
+            raise UsageError(f"{asked} asks tokens what matters: it cannot be given with --calibration none")
+        if self.exact:
+            raise UsageError(f"{asked} chooses codes, of which --exact has none")
+        if self.group_size or self.rounding != "nearest":
+            raise UsageError(f"{asked} takes trellis codes, which have no --group-size and no --rounding feedback")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether settings are chosen tensor by tensor."""
+        return self.size is not None or self.target_bits is not None
+
     @classmethod
     def with_defaults(
         cls,
         *,
-        bits: float = DEFAULT_BITS,
+        bits: float | None = None,
         code: CodeName | None = None,
-        salient: int = 8,
+        salient: int | None = None,
         rank: int | None = None,
         channel_scale: ChannelScale | None = None,
         steps: StepMethod | None = None,
-        embedding_bits: int | None = None,
+        embedding_bits: float | None = None,
         calibration: str | None = RANDOM,
         **others: Any,
     ) -> CompressionSettings:
@@ -112,6 +147,14 @@ class CompressionSettings:
         if unknown := sorted(set(others) - {field.name for field in fields(cls)}):
             raise UsageError(f"no such setting: {', '.join(unknown)}")
         rule = steps or DEFAULT_STEPS
+        if others.get("size") is not None or others.get("target_bits") is not None:
+            given = {"bits": bits, "code": code, "salient": salient, "rank": rank, "embedding_bits": embedding_bits}
+            for name in CHOSEN_BY_BUDGET:
+                if given[name] is not None:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"{option}: a size or target bits choose that; give either {option} or a budget")
+            return cls(steps=rule, channel_scale=channel_scale or "none", calibration=calibration, **others)
+        bits, salient = (DEFAULT_BITS if bits is None else bits), (8 if salient is None else salient)
         chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
         return cls(
@@ -120,7 +163,7 @@ class CompressionSettings:
             rank=default_rank(bits) if rank is None else rank,
             channel_scale=channel_scale or default_channel_scale(bits, chosen),
             steps=rule,
-            embedding_bits=embedding_bits or int(max(2, bits)),
+            embedding_bits=embedding_bits or default_embedding_bits(bits, chosen),
             code=code if chosen != default_code(bits) else None,
             calibration=calibration if calibration != RANDOM or of_use else None,
             **others,
@@ -155,13 +198,21 @@ class CompressionSettings:
     def head(self) -> QuantizerSettings:
         """Settings of an untied head: without a low-rank part, which would be as wide as the vocabulary."""
         base = self.linears()
-        return QuantizerSettings(
-            self.embedding_bits, base.salient, base.group_size, base.channel_scale, base.rounding, base.steps
+        return self._vocabulary(
+            salient=base.salient, channel_scale=base.channel_scale, rounding=base.rounding, steps=base.steps
         )
 
     def embedding(self) -> QuantizerSettings:
         """Settings of the embedding, tied or not: rows are looked up, so no channel is more salient than another."""
-        return QuantizerSettings(self.embedding_bits, 0, self.group_size, "none", "nearest", "unbiased")
+        return self._vocabulary(salient=0)
+
+    def _vocabulary(self, **others: Any) -> QuantizerSettings:
+        """Settings of a tensor with a row for every token."""
+        trellis = isinstance(self.linears().coding, TrellisCode) and self.embedding_bits in TRELLIS_CODES
+        code: CodeName = "trellis" if trellis else default_code(self.embedding_bits)
+        if code == "trellis":  # a row shares one step, and rounds to nearest alone
+            return QuantizerSettings(self.embedding_bits, code=code, **others | {"rounding": "nearest"})
+        return QuantizerSettings(self.embedding_bits, group_size=self.group_size, code=code, **others)
 
     def of(self, kind: str, *, unrelated: bool = False) -> QuantizerSettings | None:
         """Settings of a kind of tensor, None for one that is stored whole; `unrelated` to what it is taken against."""
@@ -173,9 +224,10 @@ class CompressionSettings:
         return {"linear": self.linears(), "head": self.head(), "embedding": self.embedding()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As a manifest has them: the code is told where it is not the one that its bits mean, factors of adapters."""
-        told = ("code", "factor_bits", "exact")
-        return {name: value for name, value in asdict(self).items() if name not in told or value not in (None, False)}
+        """As a manifest has them, without what says nothing, and without a code that the bits mean anyway."""
+        silent = {name for name in _TOLD_IF_GIVEN if getattr(self, name) in (None, False)}
+        silent |= set(CHOSEN_BY_BUDGET if self.has_budget else ())
+        return {name: value for name, value in asdict(self).items() if name not in silent}
 
     def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def expected_bytes(job: Job) -> int:
-    """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted)."""
+    """Bytes of the tensors, if every tensor differs from the base's (headers and side files not counted); of a job with
+    a budget, that."""
     total = 0
+    if job.budget is not None:
+        return job.budget
     for item in job.plan.tensors:
         if isinstance(job.expert, AdaptedCheckpoint):
             adapted = job.expert.parameters[item.expert.parameter.name]
@@ -23,7 +26,7 @@ def expected_bytes(job: Job) -> int:
             if adapted.rank and not adapted.scales_rows and adapted.saved is None:
                 total += adapted.rank * (sum(item.shape) * (job.settings.factor_bits or 0) // 8 + 8)
                 continue
-        settings = job.settings.of(item.kind, unrelated=item.unrelated)
+        settings = job.settings_of(item)
         itemsize = item.expert.info(job.expert).dtype.itemsize
         if settings is None:
             total += math.prod(item.shape) * itemsize

@@ -14,8 +14,8 @@ from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
 from meswitch_cli.compression.low_rank import Found
 from meswitch_cli.compression.pairs import TensorPair, refuse_non_finite
-from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
+from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import CheckpointError
@@ -25,12 +25,13 @@ from meswitch_cli.model.matching import PlannedTensor
 def compress_unit(
     pairs: Iterable[TensorPair],
     shard: str,
-    settings: CompressionSettings,
+    settings_of: Callable[[PlannedTensor], QuantizerSettings | None],
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
     known: Callable[[TensorPair], Found | None] | None = None,
 ) -> tuple[bytes, UnitRecord]:
-    """Compress a unit's tensors into the bytes of its shard; `known` tells of some what is stored, without coding.
+    """Compress a unit's tensors into the bytes of its shard; one without settings is stored whole, and of some `known`
+    tells what is stored, without coding.
 
     Raises:
         CheckpointError: a weight is NaN or infinite (the tensor and the model are named).
@@ -44,7 +45,7 @@ def compress_unit(
         base_digests[pair.planned.base.parameter.name] = pair.base_digest
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
         found = known(pair) if known else None
-        found = found or _compress_tensor(pair, settings, statistics, device)
+        found = found or _compress_tensor(pair, settings_of(pair.planned), statistics, device)
         if found is None or not (found[0].tensors or pair.planned.shape != pair.planned.base_shape):
             unchanged.append(pair.planned.name)
         else:
@@ -64,13 +65,12 @@ def shard_file(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[bytes, F
 
 def _compress_tensor(
     pair: TensorPair,
-    settings: CompressionSettings,
+    quantizer: QuantizerSettings | None,
     statistics: Mapping[str, InputStatistics],
     device: torch.device | str,
 ) -> tuple[StoredDelta, dict[str, Any]] | None:
     """What is stored of a tensor, and how far it is off; None where it equals the base's."""
     planned, name = pair.planned, pair.planned.name
-    quantizer = settings.of(planned.kind, unrelated=planned.unrelated)
     if quantizer is None:
         refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):

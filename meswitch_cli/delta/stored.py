@@ -66,7 +66,7 @@ class TensorEntry:
     @property
     def projection(self) -> str:
         """The last part of the weight's name: q_proj, down_proj, ..."""
-        return self.name.removesuffix(".weight").rpartition(".")[2]
+        return projection_of(self.name)
 
     @property
     def rows(self) -> int:
@@ -153,6 +153,11 @@ class TensorEntry:
         if self.added_rows != max(0, self.shape[0] - self.base_shape[0]):
             return f"{self.added_rows} added rows do not go with the shapes"
         return None
+
+
+def projection_of(name: str) -> str:
+    """The last part of a weight's name."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def code_members(bits: float, trellis: TrellisCode | None) -> dict[str, Any]:

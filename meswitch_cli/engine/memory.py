@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
-from meswitch_cli.engine.banks import capacity_of
+from meswitch_cli.engine.banks import bank_layout, capacity_of
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import CheckpointError, UsageError
 from meswitch_cli.model.architecture import Architecture, Parameter, architecture
@@ -43,6 +44,7 @@ class MemoryPlan:
         multiplied: weights that every token of a prompt meets, those of linears and head.
         base_read_nbytes, slot_read_nbytes: of the base and of a slot, what a decode step reads in full: all but the
             embedding, of which it reads single rows.
+        width: bits a weight of the widest linear in a slot, where artifacts said what there is; else 0.
     """
 
     device_nbytes: int
@@ -57,6 +59,7 @@ class MemoryPlan:
     multiplied: int = 0
     base_read_nbytes: int = 0
     slot_read_nbytes: int = 0
+    width: int = 0
 
     @property
     def slots_nbytes(self) -> int:
@@ -92,9 +95,11 @@ def plan_memory(
     context: int = 4096,
     dtype: str = "auto",
     added_rows: int = 0,
+    like: Sequence[Manifest] = (),
     adapter_rank: int | None = None,
 ) -> MemoryPlan:
-    """Plan for `experts` artifacts made with these settings by kind, `slots` of them on the device at once (None: all).
+    """Plan for `experts` artifacts made with these settings by kind, `slots` of them on the device at once (None: all);
+    or for experts like some artifacts, whose slots hold any of them.
 
     With `adapter_rank` they are adapters of this rank, on every linear of the decoder layers, and nothing else.
 
@@ -111,7 +116,9 @@ def plan_memory(
     model: Any = skeleton(base.config, where)
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
-    if adapter_rank is None:
+    if like:
+        capacities = _capacities_of(described, like)
+    elif adapter_rank is None:
         capacities = expected_capacities(described.parameters, settings, added_rows)
     else:
         capacities = adapter_capacities(described.parameters, adapter_rank)
@@ -134,7 +141,35 @@ def plan_memory(
         multiplied=multiplied,
         base_read_nbytes=multiplied * chosen.itemsize,
         slot_read_nbytes=_slots_nbytes(model, read, 2, chosen) - _slots_nbytes(model, read, 1, chosen),
+        width=max((entry.width for item in like for entry in item.tensors if entry.kind == "linear"), default=0),
     )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """A family's layers by name. Implements `LayerNames`."""
+
+    linears: frozenset[str]
+    norms: frozenset[str]
+    embedding_name: str
+    head_name: str
+
+
+def _capacities_of(described: Architecture, manifests: Sequence[Manifest]) -> dict[str, Capacity]:
+    """The capacity of each bank, by module name, that holds any of some artifacts.
+
+    Raises:
+        EngineError: one changes a parameter that this base does not serve.
+    """
+
+    def modules(*kinds: str) -> list[str]:
+        return [name.rpartition(".")[0] for name, item in described.parameters.items() if item.kind in kinds]
+
+    linears, heads = frozenset(modules("linear")), modules("head")
+    embedding = described.embedding.rpartition(".")[0]
+    others = frozenset(modules("dense")) - linears - {*heads, embedding}
+    names = _Names(linears, others, embedding, heads[0] if heads else "")
+    return bank_layout(names, manifests).capacities
 
 
 def _refuse_unserved(described: Architecture, where: str) -> None:

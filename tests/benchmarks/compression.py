@@ -194,7 +194,7 @@ class Bench:
             known = statistics.get(index, {})
             with PairReader(job.base, job.expert, reading_order([unit], [0], calibrated=False)) as reader:
                 pairs = [reader.pair(item) for item in unit]
-            data, record = compress_unit(iter(pairs), "shard", job.settings, known, "cpu")
+            data, record = compress_unit(iter(pairs), "shard", job.settings_of, known, "cpu")
             path = self.scratch / "shard"
             path.write_bytes(data)
             nbytes += len(data)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Row:
 
 
 _SPARE = {"salient": 0, "steps": "unbiased"}
+#: What embedding and head had in all rows, before there were trellis codes for them.
+_EMBEDDING = {"embedding_bits": 2}
 ROWS = (
     Row("0.25 bit", {"bits": 0.25}),
     Row("1 bit, scalar", {"bits": 1}),
@@ -72,6 +75,13 @@ ROWS = (
     Row("0.25 bit, rank 0", {"bits": 0.25, "rank": 0}, answers=False),
     Row("2 bits, scalar, rank 16", {"bits": 2, "rank": 16}, answers=False),
 )
+#: Further rows, by the option that asks for them; their data are apart, because they have fewer items.
+SETS = {
+    "embedding": tuple(
+        Row(f"{bits} bit", {"bits": 0.25, "embedding_bits": bits}, answers=False) for bits in (2, 1, 0.5, 0.25, 0.125)
+    ),
+    "size": tuple(Row(f"{size} MB", {"size": int(size * 1e6)}, answers=False) for size in (16.72, 13.18, 10.63)),
+}
 
 
 class Bench:
@@ -86,7 +96,12 @@ class Bench:
         self.encoded = [EncodedItem(tuple(ids), start) for ids, start in self._encoded()[:kl_count]]
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.paths[1], dtype=torch.float32).eval()
         self.reference = reference_logits(self.model, self.encoded)
-        self.texts = self.answers()
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The full expert's answers; the model is left with its weights."""
+        self.load(self.expert.read)
+        return self.answers()
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -112,18 +127,20 @@ class Bench:
     def right(self, texts: Sequence[str]) -> int:
         return sum(outcome(item, text) == item["answer"] for item, text in zip(self.items, texts, strict=True))
 
-    def ends(self, *, with_base: bool) -> dict[str, Any]:
+    def ends(self, *, with_answers: bool, with_base: bool) -> dict[str, Any]:
         """What base and full expert do, the base's answers where they are wanted: it seldom ends one."""
         tokens = sum(len(rows) for rows in self.reference)
         result = {"items": len(self.items), "kl_items": len(self.encoded), "tokens": tokens}
-        result |= {"expert_right": self.right(self.texts)}
+        result |= {"expert_right": self.right(self.texts)} if with_answers else {}
         self.load(self.base.read)
         return result | {"base_kl": self.kl()} | ({"base_right": self.right(self.answers())} if with_base else {})
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Compress, and compare the whole artifact and its linears alone with the full expert."""
+        own_texts = self.texts if row.answers else []
         with tempfile.TemporaryDirectory() as folder:
-            settings = CompressionSettings.with_defaults(**row.settings)
+            own = row.settings if "size" in row.settings else _EMBEDDING | dict(row.settings)
+            settings = CompressionSettings.with_defaults(**own)
             wall, own = time.perf_counter(), time.process_time()
             job = prepare(str(self.paths[0]), str(self.paths[1]), Path(folder) / "artifact", settings, None)
             manifest = compress(job, keep_weak=True)
@@ -140,7 +157,7 @@ class Bench:
         result["kl"] = self.kl()
         if row.answers:
             texts = self.answers()
-            same = sum(one == other for one, other in zip(texts, self.texts, strict=True))
+            same = sum(one == other for one, other in zip(texts, own_texts, strict=True))
             result |= {"same": same, "right": self.right(texts)}
         self.load(self.expert.read, lambda name: "embed_tokens" in name or "lm_head" in name)
         return result | {"linear_kl": self.kl(), "machine": self.machine}
@@ -198,6 +215,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after the row during which they ran out")
     parser.add_argument("--rows", default="", help="measure only rows whose names have this text")
     parser.add_argument("--no-base-answers", action="store_true", help="leave the base's answers out: they are long")
+    parser.add_argument("--set", choices=[*SETS], help="measure these further rows; their KL alone")
     parser.add_argument("--codes", action="store_true", help="measure the codes, not the experts")
     options = parser.parse_args()
     DATA.mkdir(parents=True, exist_ok=True)
@@ -206,14 +224,19 @@ def main() -> None:
         (DATA / "codes.json").write_text(json.dumps(measure_codes(), indent=1) + "\n")
     deadline = time.monotonic() + 60 * options.minutes
     for name in () if options.codes else options.experts:
-        path = DATA / f"{name}.json"
+        path = DATA / (options.set or "") / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
         value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        missing = [row for row in ROWS if row.name not in value["rows"] and options.rows in row.name]
+        missing = [
+            row for row in SETS.get(options.set, ROWS) if row.name not in value["rows"] and options.rows in row.name
+        ]
         if not missing or time.monotonic() > deadline:
             continue
         bench = Bench(Zoo(options.zoo), name, options.items, options.kl_items)
         if "ends" not in value:
-            value["ends"] = bench.ends(with_base=not options.no_base_answers)
+            value["ends"] = bench.ends(
+                with_answers=not options.set, with_base=not (options.set or options.no_base_answers)
+            )
             path.write_text(json.dumps(value, indent=1) + "\n")
         for row in missing:
             if time.monotonic() < deadline:

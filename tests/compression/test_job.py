@@ -303,7 +303,7 @@ def test_more_salient_channels_than_inputs(pair: Pair, tmp_path: Path) -> None:
         ({"bits": 0.2}, "bits must be 0.125, 0.25, 0.5, 1, 2 or 4, not 0.2"),
         ({"bits": 2, "code": "trellis"}, "trellis codes: bits must be"),
         ({"bits": 0.5, "group_size": 64}, "group size must be 0 for trellis codes"),
-        ({"embedding_bits": 0.25}, "--embedding-bits"),
+        ({"embedding_bits": 0.3}, "--embedding-bits"),
         ({"steps": "layerwise"}, "--steps layerwise needs calibration"),
         ({"steps": "distill"}, "--steps distill needs calibration"),
         ({"rounding": "feedback"}, "--rounding feedback needs calibration"),

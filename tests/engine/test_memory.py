@@ -62,6 +62,27 @@ def test_plan_is_what_is_allocated(
     assert banks.nbytes == plan.slots_nbytes
 
 
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True, "added_rows": 3}], ids=["plain", "tied"])
+def test_plan_of_artifacts_is_what_is_allocated(options: dict[str, Any], tmp_path: Path) -> None:
+    base, expert = make_pair(tmp_path, "qwen2", relative_delta=0.1, **options)
+    artifacts = []
+    for name, chosen in (("size", {"size": 60_000}), ("bits", {"bits": 1, "rank": 3})):
+        settings = CompressionSettings.with_defaults(**chosen)
+        compress(prepare(str(base), str(expert), tmp_path / name, settings, None))
+        artifacts.append(Artifact.open(tmp_path / name).manifest)
+    loaded = load_base(Checkpoint.open(str(base)), torch.device("cpu"), torch.bfloat16)
+    for like in (artifacts[:1], artifacts):
+        plan = plan_memory(
+            Checkpoint.open(str(base)),
+            CompressionSettings().by_kind(),
+            device_nbytes=10**8,
+            experts=3,
+            like=like,
+        )
+        assert plan.slots_nbytes == Banks(loaded, bank_layout(loaded, like), 3).nbytes
+        assert plan.width == max(entry.width for item in like for entry in item.tensors if entry.kind == "linear")
+
+
 @pytest.mark.parametrize("slots", [1, 5])
 def test_a_running_engine_has_the_slots_of_its_plan(
     slots: int, family: Family, start: Callable[..., TransformersEngine]

@@ -1,4 +1,4 @@
-"""Experts of different rates in one batch: scalar codes beside trellis codes."""
+"""Experts of different rates in one batch: scalar codes beside trellis codes, and tensors with rates of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.family import Kind, make_family, requests
 
+from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine import TransformersEngine, generate
 
 
@@ -16,8 +17,11 @@ def test_rates_mixed_in_a_batch(tmp_path: Path, start: Callable[..., Transformer
         "quarter": Kind({"bits": 0.25, "salient": 4, "rank": 12}, added_rows=2),
         "levels": Kind({"bits": 1, "code": "trellis", "salient": 0, "channel_scale": "rms"}),
         "two": Kind({"bits": 2, "salient": 3}),
+        "chosen": Kind({"target_bits": 2, "calibration": "random", "steps": "output-unbiased"}),
     }
     own = make_family(tmp_path, experts=experts)
+    chosen = Artifact.open(own.artifacts["chosen"]).manifest.tensors
+    assert len({(entry.bits, entry.code) for entry in chosen if entry.bits}) > 2
     engine = start(own, slots=3, max_wait=0.05)
     batch = requests(own, 16, seed=4)
     assert {request.expert for request in batch} >= set(experts)
