@@ -134,7 +134,7 @@ class ErrorResponse(JSONResponse):
         await super().__call__(scope, receive, send)
 
 
-def error_response(error: ApiError, path: str) -> JSONResponse:
+def error_response(error: ApiError, path: str = "") -> JSONResponse:
     """An error as the API at that path has it."""
     return ErrorResponse(error, path)
 

@@ -148,7 +148,7 @@ def test_a_router_that_fails_is_the_base_whatever_its_fallback(
 
 def test_the_page_has_words_for_every_reason() -> None:
     """And says that the base answers where the router's fallback has no part in it, there alone."""
-    script = (webpage.FOLDER / "chat.js").read_text()
+    script = (webpage.FOLDER / "answer.js").read_text()
     words = dict(re.findall(r'^  (\w+): "(.*)",$', script.partition("const REASONS = {")[2].partition("};")[0], re.M))
     assert set(words) == set(get_args(Reason))
     assert {reason for reason, text in words.items() if "the base answers" in text} == {"error", "unavailable"}
