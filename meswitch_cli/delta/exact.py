@@ -255,4 +255,3 @@ def _inflated(data: bytes, size: int) -> bytes:
     if len(found) != size or not unpacker.eof or unpacker.unused_data:
         raise ValueError("it does not unpack to what its header says")
     return found
-
