@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from meswitch_cli import __version__
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.options import Command, Group, prepared
+from meswitch_cli.options import Command, CommandGroup, prepared
 
 #: Subcommands in the order of `--help`, each with the line that is shown there.
 COMMANDS = {
@@ -45,7 +45,7 @@ COMPLETING = "_MESWITCH_COMPLETE"
 def build_app(arguments: Sequence[str]) -> typer.Typer:
     """Make the command-line application, with the subcommand that the arguments name and the others' names alone."""
     app = _application(completion=True)
-    app.callback(cls=Group, help="Serve a family of fine-tuned language models from one base.")(_options)
+    app.callback(cls=CommandGroup, help="Serve a family of fine-tuned language models from one base.")(_options)
     requested = next((item for item in arguments if not item.startswith("-")), None)
     for name, line in COMMANDS.items():
         if name != requested:
@@ -59,7 +59,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         commands = _application()
         for info in module.app.registered_commands:
             _add(commands, info.name or info.callback.__name__, info.help, prepared(info.callback, panels), name)
-        app.add_typer(commands, name=name, cls=Group, help=line)
+        app.add_typer(commands, name=name, cls=CommandGroup, help=line)
     return app
 
 

@@ -68,7 +68,7 @@ class Command(TyperCommand):
         return _plain(super().get_params(ctx))
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """As `Command`, for commands that have subcommands."""
 
     def get_params(self, ctx: Any) -> list[Any]:

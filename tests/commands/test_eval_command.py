@@ -371,10 +371,10 @@ def test_a_terminal_gets_tables_and_a_judgement(
     assert re.search(rf"art +│ +[\d.]+ │ +{re.escape(format(row['kl_mean'], '.3g'))} │", shown.stdout)
     assert re.search(r"base +│ +0 │ +[\d.e-]+ │ +100 │", shown.stdout) and "Limits" in shown.stdout
     words = judgements(report)
-    assert words == shown.stdout.strip().splitlines()[-1:] and "12 items are few" in words[0]
+    assert " ".join(shown.stdout.split()).endswith(words[0]) and "12 items are few" in words[0]
     assert f"every figure, with pictures: {tmp_path / 'out' / 'report.html'}" in shown.stderr
     again = in_process("eval", *given, "--force", "--markdown", terminal=True)
-    assert "| --- |" in again.stdout and again.stdout.strip().endswith(words[0])
+    assert "| --- |" in again.stdout and " ".join(again.stdout.split()).endswith(words[0])
 
 
 @pytest.mark.parametrize(
