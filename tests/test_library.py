@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,13 @@ def test_a_setting_that_does_not_exist_is_named(pair: Pair, tmp_path: Path) -> N
         "artifact",
         "calibration",
         "checkpoint",
+        "client",
         "compression",
         "delta",
         "engine",
         "evaluation",
         "hub",
         "library",
-        "load",
         "model",
         "router",
         "server",
@@ -99,6 +100,9 @@ def test_every_name_that_a_package_offers_is_there(package: str) -> None:
     assert all(callable(getattr(module, name)) for name in module.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = module.nothing
+    modules = {found.name for found in pkgutil.iter_modules(module.__path__)}
+    late = {name for name in module.__all__ if not callable(vars(module).get(name))}
+    assert not modules & late  # the import of a module of that name would take the name's place
 
 
 def test_an_artifact_opens_by_the_name_of_its_folder(pair: Pair, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
+from meswitch_cli.delta.exact import decode
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
@@ -119,7 +120,9 @@ class Artifact:
 
 
 def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
-    """The expert's tensor, fp32 in `entry.shape`, given the base tensor `entry.base`.
+    """The expert's tensor in `entry.shape`, given the base tensor `entry.base`, as it is stored.
+
+    It is fp32, and of the expert's own type where it is stored bit for bit.
 
     Raises:
         ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
@@ -132,6 +135,9 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
             f"tensor {entry.name!r} was made for a base of {list(entry.base_shape)}, this base has "
             f"{list(base.shape)}: wrong base"
         )
+    if stored.exact is not None:
+        own = decode(stored.exact, base if entry.shape == entry.base_shape else base[: entry.rows])
+        return own if stored.added_rows is None else torch.cat([own, stored.added_rows])
     value = base[: entry.rows].to(torch.float32, copy=True)
     factors = stored.factors()
     if stored.bits:

@@ -63,11 +63,11 @@ def run(
     require_extra("serve", "httpx2", *(("fastapi", "uvicorn", "prometheus_client") if base else ()))
     import sys
 
+    from meswitch_cli.client.client import Endpoint
+    from meswitch_cli.client.conversation import Conversation
     from meswitch_cli.commands.chat_lines import line_reader
     from meswitch_cli.commands.chat_talk import Talk
     from meswitch_cli.errors import MeswitchError, UsageError
-    from meswitch_cli.load.client import Endpoint
-    from meswitch_cli.load.conversation import Conversation
     from meswitch_cli.server.settings import read_keys
 
     if url is not None and base is not None:

@@ -13,7 +13,7 @@ from meswitch_cli.commands.chat_markdown import MarkdownStream, PlainStream
 from meswitch_cli.errors import MeswitchError
 
 if TYPE_CHECKING:
-    from meswitch_cli.load.conversation import Conversation
+    from meswitch_cli.client.conversation import Conversation
 
 #: What /help says, by command and what it takes.
 HELP = {

@@ -21,7 +21,17 @@ else:
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
-    "Codes": ("bits", "code", "salient", "rank", "factor_bits", "group_size", "channel_scale", "embedding_bits"),
+    "Codes": (
+        "bits",
+        "code",
+        "salient",
+        "rank",
+        "factor_bits",
+        "group_size",
+        "channel_scale",
+        "embedding_bits",
+        "exact",
+    ),
     "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
 }
 
@@ -57,6 +67,10 @@ def run(
         Factors | None,
         typer.Option(help="Of an adapter: bits of a number of its factors.", show_default="16"),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Store the expert bit for bit: small where an update leaves most weights alone."),
+    ] = False,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
@@ -134,6 +148,7 @@ def run(
         steps=steps,
         embedding_bits=int(embedding_bits) if embedding_bits else None,
         factor_bits=int(factor_bits) if factor_bits else None,
+        exact=exact,
         calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,

@@ -30,6 +30,9 @@ MEASURED_KL = {
     ("trellis", 0.25, True): (5e-7, 4e-6),
 }
 
+#: A weight error below which factors were rounded to 16 bits: that leaves 1e-7 (fp16) to 1e-5 (bf16), 8 bits 1e-4.
+EXACT_ERROR = 5e-5
+
 
 def verdict(manifest: Manifest) -> list[str]:
     """What the errors of an artifact's linears mean, a sentence each; nothing where none was measured."""
@@ -37,7 +40,7 @@ def verdict(manifest: Manifest) -> list[str]:
     known = [item for item in entries if item.weight_error is not None and (item.code, item.bits) in NORMAL_ERROR]
     energy = sum(item.delta_energy or 0.0 for item in known)
     if not energy:
-        return []
+        return _of_adapter(manifest)
     error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in known) / energy
     normal = sum(NORMAL_ERROR[item.code, item.bits] * (item.delta_energy or 0.0) for item in known) / energy
     rates = sorted({item.bits for item in known})
@@ -63,10 +66,25 @@ def verdict(manifest: Manifest) -> list[str]:
     return told
 
 
+def _of_adapter(manifest: Manifest) -> list[str]:
+    """Of low-rank parts that stand alone, which hold an adapter's own factors."""
+    alone = [item for item in manifest.tensors if item.rank and not item.bits and item.weight_error is not None]
+    energy = sum(item.delta_energy or 0.0 for item in alone)
+    if not energy:
+        return []
+    error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in alone) / energy
+    told = f"weight error {_percent(error)} of the update"
+    if error < EXACT_ERROR:
+        return [f"{told}: these are the adapter's own factors, rounded to what they are stored in; nothing was coded"]
+    return [
+        f"{told}: the adapter's factors lost digits; --factor-bits 16 keeps them, and meswitch eval says if you need to"
+    ]
+
+
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+    return f"{_plain(100 * share) if share < 0.1 else round(100 * share)} %"
 
 
 def _plain(value: float) -> str:
     """Two digits of a small number, without an exponent."""
-    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0")
+    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0").rstrip(".") if value else "0"

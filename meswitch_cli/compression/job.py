@@ -23,6 +23,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
+from meswitch_cli.compression.exact import stream_of
 from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
@@ -52,6 +53,9 @@ def prepare(
     """
     opened_base = Checkpoint.open(base)
     opened_expert = open_expert(expert, opened_base)
+    if settings.exact:
+        _refuse_inexact(opened_expert)
+        settings = settings.for_exact()
     if isinstance(opened_expert, AdaptedCheckpoint):
         settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
     elif settings.factor_bits is not None:
@@ -108,6 +112,16 @@ def compress(
             on_note(weakness)
         manifest, side_files = _finish(job, records, max_shard_bytes)
         return space.publish(manifest, side_files, max_shard_bytes)
+
+
+def _refuse_inexact(expert: Checkpoint) -> None:
+    """Refuse to store bit for bit what is made when it is read.
+
+    Raises:
+        UsageError: the expert is an adapter.
+    """
+    if isinstance(expert, AdaptedCheckpoint):
+        raise UsageError(f"--exact: {expert.source.path} is an adapter, whose products are stored as they are")
 
 
 def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
@@ -170,7 +184,9 @@ def _quantise(
         on_progress("resumed", job.nbytes_of(units[index]), len(records))
     missing = [index for index in range(len(units)) if index not in records]
     calibrated = bool(missing) and job.settings.calibration is not None
-    products = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
+    told = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
+    if job.settings.exact:
+        told = stream_of
     with (
         PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,
@@ -189,7 +205,7 @@ def _quantise(
                     statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-                data, record = compress_unit(counted, shard, job.settings, statistics, device, products)
+                data, record = compress_unit(counted, shard, job.settings, statistics, device, told)
                 space.finish_unit(index, _QUANTISED, data, record)
                 records[index] = record
                 on_progress("compress", 0, len(records))

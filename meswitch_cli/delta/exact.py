@@ -25,13 +25,15 @@ _TYPES: dict[int, tuple[torch.dtype, torch.dtype, int]] = {
     2: (torch.float16, torch.int16, 10),
     3: (torch.float32, torch.int32, 23),
 }
-#: Version, type code, and of the gaps, the steps and the long steps: bytes, and bytes as they are stored.
-_HEADER = struct.Struct("<BB6Q")
+#: Version, type code, and of the gaps, the signs, the sizes and the long steps: bytes, and bytes as they are stored.
+_HEADER = struct.Struct("<BB8Q")
 _VERSION = 1
-#: A gap's byte that means as many weights without a change; a step's that means one among the long ones.
-_LONG_GAP, _LONG_STEP = 255, 255
+#: A gap's byte that means as many weights without a change; a size's that means one among the long steps.
+_LONG_GAP, _LONG_SIZE = 255, 255
+#: Signs that lie in a byte: 0 and 1 for steps of 1 and -1, 2 and 3 for larger ones up and down.
+_SIGNS = 4
 #: Deflate with Huffman codes alone: there is nothing to find twice. Measured by tests/benchmarks/exact.py.
-_DEFLATE = {"level": 9, "wbits": -15, "memLevel": 9, "strategy": zlib.Z_HUFFMAN_ONLY}
+_LEVEL, _WINDOW, _MEMORY = 9, -15, 9
 
 _Bytes = NDArray[np.uint8]
 _Integers = NDArray[np.int64]
@@ -48,17 +50,18 @@ def encode(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     code = next((code for code, (dtype, _, _) in _TYPES.items() if dtype == expert.dtype), None)
     if code is None or base.shape != expert.shape:
         raise ValueError(f"{expert.dtype} {list(expert.shape)} against {base.dtype} {list(base.shape)}")
-    gaps, steps, long_steps = [], [], []
+    gaps, moves = [], []
     ours, theirs = base.to(expert.dtype).flatten(), expert.flatten()
     for start in range(0, len(ours), BLOCK):
-        order, moved = _in_order(ours[start : start + BLOCK], code), _ordered(theirs[start : start + BLOCK], code)
-        difference = (moved - _ordered(ours[start : start + BLOCK], code))[order]
+        own = ours[start : start + BLOCK]
+        difference = _ordered(theirs[start : start + BLOCK], code) - _ordered(own, code)
+        difference = difference[_in_order(own, code)]
         places = np.flatnonzero(difference)
         gaps.append(_gaps(places))
-        short, long = _steps(difference[places])
-        steps.append(short)
-        long_steps.append(long)
-    streams = [np.concatenate(part).tobytes() if part else b"" for part in (gaps, steps, long_steps)]
+        moves.append(difference[places])
+    nothing = np.empty(0, dtype=np.int64)
+    parts = (np.concatenate([nothing.astype(np.uint8), *gaps]), *_steps(np.concatenate([nothing, *moves])))
+    streams = [part.tobytes() for part in parts]
     packed = [_deflated(stream) for stream in streams]
     sizes = [size for stream, own in zip(streams, packed, strict=True) for size in (len(stream), len(own))]
     data = b"".join((_HEADER.pack(_VERSION, code, *sizes), *packed))
@@ -71,17 +74,17 @@ def decode(stream: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the stream is damaged, or not of a tensor of this size.
     """
-    code, gaps, steps, long_steps = _parts(stream, base.numel())
+    code, gaps, *steps = _parts(stream, base.numel())
     dtype, integer, _ = _TYPES[code]
     ours = base.to(dtype).flatten()
     result = torch.empty(base.numel(), dtype=integer)
-    changes, block_gaps = _Changes(steps, long_steps), _Blocks(gaps)
+    changes, block_gaps = _Changes(*steps), _Blocks(gaps)
     for start in range(0, len(ours), BLOCK):
         own = ours[start : start + BLOCK]
         places = block_gaps.places(len(own))
         values = _ordered(own, code)
         values[_in_order(own, code)[places]] += changes.take(len(places))
-        result[start : start + BLOCK] = torch.from_numpy(_unordered(values, code))
+        result[start : start + BLOCK] = _unordered(values, code)
     block_gaps.finish()
     changes.finish()
     return result.view(dtype).view(base.shape)
@@ -93,8 +96,8 @@ def check(stream: torch.Tensor, numel: int) -> None:
     Raises:
         ValueError: as `decode`.
     """
-    _, gaps, steps, long_steps = _parts(stream, numel)
-    changes, block_gaps = _Changes(steps, long_steps), _Blocks(gaps)
+    _, gaps, *steps = _parts(stream, numel)
+    changes, block_gaps = _Changes(*steps), _Blocks(gaps)
     for start in range(0, numel, BLOCK):
         changes.take(len(block_gaps.places(min(BLOCK, numel - start))))
     block_gaps.finish()
@@ -114,22 +117,23 @@ def _ordered(values: torch.Tensor, code: int) -> _Integers:
     """Floating-point numbers as integers in their order, int64; the two zeros are neighbours."""
     integer = _TYPES[code][1]
     bits = values.contiguous().view(integer).numpy()
-    return (bits ^ ((bits >> (8 * integer.itemsize - 1)) & torch.iinfo(integer).max)).astype(np.int64)
+    ordered: _Integers = (bits ^ ((bits >> (8 * integer.itemsize - 1)) & torch.iinfo(integer).max)).astype(np.int64)
+    return ordered
 
 
-def _unordered(values: _Integers, code: int) -> NDArray[np.signedinteger[np.typing.NBitBase]]:
+def _unordered(values: _Integers, code: int) -> torch.Tensor:
     """The inverse, as integers of the type's own size; what a damaged stream adds wraps around."""
     integer = _TYPES[code][1]
-    bits = values.astype(np.int16 if integer == torch.int16 else np.int32)
-    return bits ^ ((bits >> (8 * integer.itemsize - 1)) & torch.iinfo(integer).max)  # type: ignore[no-any-return]
+    bits = torch.from_numpy(values).to(integer)
+    return bits ^ ((bits >> (8 * integer.itemsize - 1)) & torch.iinfo(integer).max)
 
 
 def _in_order(values: torch.Tensor, code: int) -> NDArray[np.intp]:
     """Places of a block's weights by exponent, those of one as they lie."""
     _, integer, mantissa = _TYPES[code]
     bits = values.contiguous().view(integer).numpy()
-    exponent = ((bits >> mantissa) & ((1 << (8 * integer.itemsize - 1 - mantissa)) - 1)).astype(np.uint8)
-    return np.argsort(exponent, kind="stable")
+    exponent = (bits >> mantissa) & ((1 << (8 * integer.itemsize - 1 - mantissa)) - 1)
+    return np.argsort(exponent.astype(np.uint8), kind="stable")
 
 
 def _gaps(places: NDArray[np.intp]) -> _Bytes:
@@ -146,10 +150,16 @@ def _gaps(places: NDArray[np.intp]) -> _Bytes:
     return np.concatenate([np.frombuffer(count, dtype=np.uint8), result])
 
 
-def _steps(changes: _Integers) -> tuple[_Bytes, _Bytes]:
-    """Steps as bytes, 0, 1, 2, 3, ... for 1, -1, 2, -2, ...; longer ones apart, 8 bytes each."""
-    folded = np.where(changes > 0, 2 * changes - 2, -2 * changes - 1)
-    return np.minimum(folded, _LONG_STEP).astype(np.uint8), changes[folded >= _LONG_STEP].astype("<i8").view(np.uint8)
+def _steps(changes: _Integers) -> tuple[_Bytes, _Bytes, _Bytes]:
+    """Signs of all steps, sizes of those larger than 1 less 2, and those that do not fit a byte, 8 bytes each."""
+    size = np.abs(changes)
+    larger = size > 1
+    signs = ((changes < 0) + 2 * larger).astype(np.uint8)
+    signs = np.pad(signs, (0, -len(signs) % _SIGNS)).reshape(-1, _SIGNS)
+    packed = (signs << (2 * np.arange(_SIGNS, dtype=np.uint8))).sum(1).astype(np.uint8)
+    sizes = np.minimum(size[larger] - 2, _LONG_SIZE).astype(np.uint8)
+    long = changes[larger][sizes == _LONG_SIZE]
+    return packed, sizes, long.astype("<i8").view(np.uint8)
 
 
 class _Blocks:
@@ -192,35 +202,40 @@ class _Blocks:
 class _Changes:
     """The steps of all changes, in order."""
 
-    def __init__(self, steps: _Bytes, long_steps: _Bytes) -> None:
-        if len(long_steps) % 8:
+    def __init__(self, signs: _Bytes, sizes: _Bytes, long: _Bytes) -> None:
+        if len(long) % 8:
             raise ValueError("its long steps are cut short")
-        self._steps, self._long, self._at, self._long_at = steps, long_steps.view("<i8"), 0, 0
+        codes = ((signs[:, None] >> (2 * np.arange(_SIGNS, dtype=np.uint8))) & 3).reshape(-1)
+        larger = codes > 1
+        own = sizes.astype(np.int64) + 2
+        far = np.flatnonzero(sizes == _LONG_SIZE)
+        if int(larger.sum()) != len(own) or len(far) != len(long) // 8:
+            raise ValueError("its sizes are more or fewer than its larger steps")
+        magnitudes = np.ones(len(codes), dtype=np.int64)
+        magnitudes[larger] = own
+        self._steps = np.where(codes & 1, -magnitudes, magnitudes)
+        self._steps[np.flatnonzero(larger)[far]] = long.view("<i8")
+        self._at = 0
 
     def take(self, count: int) -> _Integers:
         """The next steps."""
-        own = self._steps[self._at : self._at + count].astype(np.int64)
+        own = self._steps[self._at : self._at + count]
         self._at += count
-        result = np.where(own & 1, -(own + 1) // 2, own // 2 + 1)
-        long = np.flatnonzero(own == _LONG_STEP)
-        values = self._long[self._long_at : self._long_at + len(long)]
-        self._long_at += len(long)
-        if len(own) != count or len(values) != len(long):
+        if len(own) != count:
             raise ValueError("its steps are cut short")
-        result[long] = values
-        return result
+        return own
 
     def finish(self) -> None:
-        if self._at != len(self._steps) or self._long_at != len(self._long):
+        if len(self._steps) - self._at >= _SIGNS:
             raise ValueError("it holds more steps than changes")
 
 
-def _parts(stream: torch.Tensor, numel: int) -> tuple[int, _Bytes, _Bytes, _Bytes]:
-    """Type code, gaps, steps and long steps of a stream."""
+def _parts(stream: torch.Tensor, numel: int) -> tuple[int, _Bytes, _Bytes, _Bytes, _Bytes]:
+    """Type code, gaps, signs, sizes and long steps of a stream."""
     data = stream.numpy().tobytes()
     code, sizes = _header(data[: _HEADER.size])
     # A gap's byte stands for a weight at least, or for 255: no more than this, whatever the header says.
-    most = (numel + 4 * -(-numel // BLOCK), numel, 8 * numel)
+    most = (numel + 4 * -(-numel // BLOCK), -(-numel // _SIGNS), numel, 8 * numel)
     at, parts = _HEADER.size, []
     for (size, stored), limit in zip(sizes, most, strict=True):
         if size > limit or at + stored > len(data):
@@ -229,7 +244,7 @@ def _parts(stream: torch.Tensor, numel: int) -> tuple[int, _Bytes, _Bytes, _Byte
         at += stored
     if at != len(data):
         raise ValueError("it is longer than its header says")
-    return code, parts[0], parts[1], parts[2]
+    return code, parts[0], parts[1], parts[2], parts[3]
 
 
 def _header(data: bytes) -> tuple[int, list[tuple[int, int]]]:
@@ -242,12 +257,12 @@ def _header(data: bytes) -> tuple[int, list[tuple[int, int]]]:
 
 
 def _deflated(data: bytes) -> bytes:
-    packer = zlib.compressobj(method=zlib.DEFLATED, **_DEFLATE)
+    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_HUFFMAN_ONLY)
     return packer.compress(data) + packer.flush()
 
 
 def _inflated(data: bytes, size: int) -> bytes:
-    unpacker = zlib.decompressobj(-15)
+    unpacker = zlib.decompressobj(_WINDOW)
     try:
         found = unpacker.decompress(data, size + 1)
     except zlib.error as error:
@@ -255,4 +270,3 @@ def _inflated(data: bytes, size: int) -> bytes:
     if len(found) != size or not unpacker.eof or unpacker.unused_data:
         raise ValueError("it does not unpack to what its header says")
     return found
-

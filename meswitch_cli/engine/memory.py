@@ -17,8 +17,8 @@ from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
 from meswitch_cli.engine.banks import capacity_of
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
-from meswitch_cli.errors import UsageError
-from meswitch_cli.model.architecture import Parameter, architecture
+from meswitch_cli.errors import CheckpointError, UsageError
+from meswitch_cli.model.architecture import Architecture, Parameter, architecture
 from meswitch_cli.model.dtype import model_dtype
 from meswitch_kernels import Capacity, ExpertBank
 
@@ -107,6 +107,7 @@ def plan_memory(
             raise UsageError(f"{name} must be at least 1, not {value}")
     where = str(base.source.path)
     described = architecture(base.config, where)
+    _refuse_unserved(described, where)
     model: Any = skeleton(base.config, where)
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
@@ -134,6 +135,16 @@ def plan_memory(
         base_read_nbytes=multiplied * chosen.itemsize,
         slot_read_nbytes=_slots_nbytes(model, read, 2, chosen) - _slots_nbytes(model, read, 1, chosen),
     )
+
+
+def _refuse_unserved(described: Architecture, where: str) -> None:
+    """Refuse a base with matrices in which no expert is served: experts of a mixture, convolutions, Conv1D."""
+    for name, item in described.parameters.items():
+        if item.stacked or item.transposed or (item.kind == "dense" and len(item.shape) > 1):
+            raise CheckpointError(
+                f"{where}: {described.model_type} compresses but is not served, so there is nothing to plan: {name} "
+                "is in no layer that serves experts"
+            )
 
 
 def _embeddings_apart(parameters: Mapping[str, Parameter]) -> set[str]:

@@ -66,7 +66,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
         layout = bank_layout(base, [model.artifact.manifest for model in experts if model.artifact])
         banks = Banks(base, layout, slots)
         banks.install()
-        self._copies = HostCopies(settings.copies_nbytes)
+        self._copies = HostCopies(settings.copies_nbytes, self._checkpoint)
         self._loader = SlotLoader(banks, self._copies, self._on_loaded)
         self._hidden = HiddenStateReader(base)
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)

@@ -27,7 +27,7 @@ def artifact_folder(artifact: Artifact | str | Path) -> Path:
     return artifact.path if isinstance(artifact, Artifact) else find_artifact(artifact)
 
 
-class Engine:
+class LocalEngine:
     """A base and its experts, generating in this process; a context manager that stops in the end.
 
     `with Engine("llama", {"maths": "ann/llama-maths-2bit"}) as engine: engine.generate("12 * 12 =", expert="maths")`
@@ -62,7 +62,7 @@ class Engine:
             self._engine.stop()
             raise
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> LocalEngine:
         return self
 
     def __exit__(self, *reason: object) -> None:
@@ -194,3 +194,7 @@ class Engine:
         except TypeError as error:
             raise UsageError(f"no such sampling parameter: {error}") from error
         return GenerationRequest(next(self._ids), expert, tuple(tokens), chosen)
+
+
+#: What a program calls it; the protocol of that name in `engine/contract.py` is a server's view of an engine.
+Engine = LocalEngine

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from meswitch_cli.engine.contract import Sampling
 from meswitch_cli.engine.sampling_ranges import MAX_STOPS, RANGES
@@ -214,6 +214,20 @@ def listed(given: Prompts, limit: int, name: str) -> list[str | list[int]]:
     if len(several) > limit:
         raise InvalidValueError(name, f"{name}: at most {limit} prompts in one request on this server")
     return list(several)
+
+
+def chat_request(**members: Any) -> ChatRequest:
+    """The chat that a request of another API asks for, member by member checked already.
+
+    Raises:
+        ApiError: together they are more than a chat may hold.
+    """
+    try:
+        return ChatRequest(**members)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or None
+        raise InvalidValueError(name, f"{name}: {first['msg']}") from error
 
 
 class CompletionRequest(GenerationParameters):

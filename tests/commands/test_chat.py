@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from command_line import Terminal, unstyled
 
+from meswitch_cli.client.client import Endpoint
+from meswitch_cli.client.conversation import Conversation
 from meswitch_cli.commands.chat_lines import history_file, line_reader
 from meswitch_cli.commands.chat_markdown import MarkdownStream, PlainStream, split_blocks
 from meswitch_cli.commands.chat_talk import HELP, Talk
-from meswitch_cli.load.client import Endpoint
-from meswitch_cli.load.conversation import Conversation
 
 NOBODY = "http://127.0.0.1:9"
 

@@ -15,6 +15,7 @@ from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.commands.next_steps import after_compress
 from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, verdict
 from meswitch_cli.delta.codes import RATES
+from zoo.adapter import make_adapter
 from zoo.tiny import Pair
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -45,6 +46,16 @@ def test_every_rate_has_its_own_measure(make_artifact: Any, pair: Pair, bits: fl
     manifest = make_artifact(pair, bits=bits, rank=rank, embedding_bits=2).manifest
     told = verdict(with_errors(manifest, 0.01, **DEFAULT))
     assert f"usual at {words} (" in told[0] and (len(told) == 2) is (bits != 4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [(16, "these are the adapter's own factors"), (8, "the adapter's factors lost digits; --factor-bits 16")],
+)
+def test_an_adapter(make_artifact: Any, pair: Pair, tmp_path: Path, bits: int, words: str) -> None:
+    adapter = make_adapter(pair[0], tmp_path / "lora")
+    (told,) = verdict(make_artifact((pair[0], adapter), factor_bits=bits).manifest)
+    assert words in told and re.match(r"weight error 0\.0\d+ % of the update", told), told
 
 
 def test_nothing_is_said_where_nothing_is_known(make_artifact: Any, pair: Pair) -> None:

@@ -163,6 +163,13 @@ def test_tokens_are_counted_as_they_are_used(running: Running) -> None:
         ),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice"),
         ({"max_tokens": 900}, 400, "invalid_request_error", "max_tokens"),
+        # One message each that a template is given.
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}] * 1025}]},
+            400,
+            "invalid_request_error",
+            "messages",
+        ),
     ],
     ids=lambda value: str(value)[:50],
 )

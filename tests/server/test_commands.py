@@ -249,7 +249,7 @@ def test_a_missing_extra_is_named(here: Here, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_client_imports_no_web_framework() -> None:
     script = (
-        "import sys; from meswitch_cli.server import ServerSettings; from meswitch_cli.load.conversation import *; "
+        "import sys; from meswitch_cli.server import ServerSettings; from meswitch_cli.client.conversation import *; "
         "loaded = {'fastapi', 'torch', 'transformers'} & set(sys.modules); "
         "from meswitch_cli.server import Service, create_app; print(loaded, 'fastapi' in sys.modules)"
     )

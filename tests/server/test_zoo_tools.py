@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from server.family import Running, serve_engine
 
+import zoo
 from meswitch_cli.engine import EngineSettings, TransformersEngine
-from zoo.base import save_base
 
 TOOL = {
     "type": "function",
@@ -40,11 +39,10 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder: Path = tmp_path_factory.mktemp("smollm2")
-    save_base(folder)
+def client() -> Iterator[openai.OpenAI]:
+    base = zoo.build(quick=True, experts=()).base
     engine = TransformersEngine(
-        EngineSettings(base=str(folder), experts={}, dtype="float32", cache_tokens=4096, max_model_len=1024)
+        EngineSettings(base=str(base), experts={}, dtype="float32", cache_tokens=4096, max_model_len=1024)
     )
     engine.start()
     server: Running = serve_engine(engine)

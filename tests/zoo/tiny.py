@@ -56,6 +56,11 @@ FAMILIES: Mapping[str, _Family] = {
     **DENSE_FAMILIES,
     # Experts fused into 3-D tensors in memory, apart on disk.
     "mixtral": ("mixtral", _EXPERTS),
+    # As many families are: experts that are narrower than a dense layer.
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
     # Experts fused into 3-D tensors in memory and on disk.
     "gpt_oss": (
         "gpt_oss",

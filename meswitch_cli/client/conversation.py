@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from meswitch_cli.client.answers import AnswerDecoder, message_of
+from meswitch_cli.client.client import Endpoint
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.load.answers import AnswerDecoder, message_of
-from meswitch_cli.load.client import Endpoint
 
 
 @dataclass(frozen=True)
