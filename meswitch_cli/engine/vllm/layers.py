@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from meswitch_cli.engine.modules import with_added_logits
 from meswitch_cli.engine.vllm.announced import AnnouncedTokens
 from meswitch_cli.engine.vllm.operators import announce_layer, call
-from meswitch_cli.engine.vllm.shards import Shard
+from meswitch_cli.engine.vllm.shards import LayerShard
 from meswitch_kernels import ExpertBank, GainBank
 
 
@@ -32,7 +32,7 @@ class Rows:
         added_bias: of the head, as in `ExpertHead`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shard: Shard) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, shard: LayerShard) -> None:
         self.weight, self.bias, self.shard = weight, bias, shard
         self.bank: ExpertBank | None = None
         self.added_bias: Tensor | None = None

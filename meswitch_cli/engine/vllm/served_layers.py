@@ -40,7 +40,7 @@ from meswitch_cli.engine.vllm.layers import (
     VocabularyLimits,
 )
 from meswitch_cli.engine.vllm.names import BaseNames, base_names
-from meswitch_cli.engine.vllm.shards import Shard
+from meswitch_cli.engine.vllm.shards import LayerShard
 from meswitch_cli.model.architecture import Parameter, Storage, architecture
 
 #: Where vLLM keeps what runs the families that it has no code for. Its layers see tokens in another dimension.
@@ -207,7 +207,7 @@ def _parts(
     return {part: Rows(*tensors) for part, *tensors in zip(own, weights, biases, shards, strict=True)}
 
 
-def _shards(module: Any, shapes: Sequence[tuple[int, ...]]) -> list[Shard]:
+def _shards(module: Any, shapes: Sequence[tuple[int, ...]]) -> list[LayerShard]:
     """Which part of each of its layers, of whole `shapes`, a linear holds."""
     columns = (0, int(shapes[0][1]))
     biased = True
@@ -218,14 +218,14 @@ def _shards(module: Any, shapes: Sequence[tuple[int, ...]]) -> list[Shard]:
     outputs = _outputs(module)
     if len(outputs) == len(shapes):
         return [
-            Shard((int(rows), int(width)), ((start, start + size),), columns, biased)
+            LayerShard((int(rows), int(width)), ((start, start + size),), columns, biased)
             for (rows, width), (_, start, size) in zip(shapes, outputs, strict=True)
         ]
     # One layer of transformers that is several of vLLM's: their parts follow one another in it.
     offsets = itertools.accumulate((whole for whole, _, _ in outputs), initial=0)
     spans = tuple((at + start, at + start + size) for at, (_, start, size) in zip(offsets, outputs, strict=False))
     ((rows, width),) = shapes
-    return [Shard((int(rows), int(width)), spans, columns, biased)]
+    return [LayerShard((int(rows), int(width)), spans, columns, biased)]
 
 
 def _outputs(module: Any) -> list[tuple[int, int, int]]:
@@ -272,11 +272,11 @@ def _vocabulary_rows(module: Any, parameters: Mapping[str, Parameter], names: Ba
     """Rows of the base's vocabulary that are in a module; none where it is another worker's."""
     rows, width = parameters[f"{names.embedding_name}.weight"].shape
     if module is None:
-        return Rows(torch.empty(0, width), None, Shard((rows, width), ((0, 0),), (0, width)))
+        return Rows(torch.empty(0, width), None, LayerShard((rows, width), ((0, 0),), (0, width)))
     start = module.shard_indices.org_vocab_start_index
     stop = min(module.shard_indices.org_vocab_end_index, names.vocabulary)
     if stop <= start:
         raise EngineError(f"a vocabulary of {rows} tokens is too small for {module.tp_size} tensor-parallel ranks")
     bias = getattr(module, "bias", None)
-    shard = Shard((int(rows), int(width)), ((start, stop),), (0, int(width)))
+    shard = LayerShard((int(rows), int(width)), ((start, stop),), (0, int(width)))
     return Rows(module.weight[: stop - start], None if bias is None else bias[: stop - start], shard)

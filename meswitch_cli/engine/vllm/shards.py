@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Shard:
+class LayerShard:
     """A part of a weight `[out, in]` that is cut by rows or by columns, as vLLM cuts the base's.
 
     Attributes:
@@ -35,7 +35,7 @@ class Shard:
     biased: bool = True
 
     @classmethod
-    def whole(cls, shape: Span) -> Shard:
+    def whole(cls, shape: Span) -> LayerShard:
         return cls(shape, ((0, shape[0]),), (0, shape[1]))
 
     @property
@@ -123,7 +123,7 @@ class ShardedBanks(Banks):
 
     def _delta(self, name: str, weight: StoredDelta, bias: Tensor | None) -> ExpertDelta:
         layer = self.base.layer(name)
-        shard: Shard = layer.shard
+        shard: LayerShard = layer.shard
         delta = shard.cut(expert_delta(weight, shard.shape, self.base.device))
         if bias is None or not shard.biased:
             return delta

@@ -12,7 +12,7 @@ MOST_MORE = 8
 
 
 @dataclass(eq=False)
-class Load:
+class ReplicaLoad:
     """What the front knows of a replica.
 
     Attributes:
@@ -27,7 +27,7 @@ class Load:
     resident: frozenset[str] = field(default_factory=frozenset)
 
 
-def choose(loads: Iterable[Load], expert: str | None, session: str | None) -> Load | None:
+def choose(loads: Iterable[ReplicaLoad], expert: str | None, session: str | None) -> ReplicaLoad | None:
     """The replica for a request, or None where none is ready.
 
     A session keeps its replica, which knows what the session's expert is and has its beginning cached. An expert that
@@ -46,6 +46,6 @@ def choose(loads: Iterable[Load], expert: str | None, session: str | None) -> Lo
     return idlest if best.requests > idlest.requests + MOST_MORE else best
 
 
-def _home(loads: Iterable[Load], key: str) -> Load:
+def _home(loads: Iterable[ReplicaLoad], key: str) -> ReplicaLoad:
     """The replica that a key falls to, by the highest hash: when one goes, only its own keys move."""
     return max(loads, key=lambda load: hashlib.blake2b(f"{load.number} {key}".encode(), digest_size=8).digest())

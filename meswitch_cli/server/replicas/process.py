@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import httpx2
 
 from meswitch_cli.server.lifecycle import listen
-from meswitch_cli.server.replicas.choice import Load
+from meswitch_cli.server.replicas.choice import ReplicaLoad
 from meswitch_cli.server.replicas.metrics import resident_experts
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Replica:
 
     def __init__(self, number: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """`arguments` are those of `meswitch serve` but for host and port; `environment` is added to ours."""
-        self.load = Load(number)
+        self.load = ReplicaLoad(number)
         self.url = ""
         self.starts = 0
         self._arguments, self._environment = tuple(arguments), dict(environment)

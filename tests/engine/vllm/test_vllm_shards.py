@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meswitch_cli.engine.contract import EngineError
-from meswitch_cli.engine.vllm.shards import Shard
+from meswitch_cli.engine.vllm.shards import LayerShard
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta
 from meswitch_kernels.packing import group_count, pack_codes
 
@@ -50,7 +50,7 @@ def test_columns_put_together_are_the_whole(bits: int, group_size: int, ranks: i
     width = IN // ranks
     parts = []
     for rank in range(ranks):
-        shard = Shard((OUT, IN), ((0, OUT),), (rank * width, (rank + 1) * width))
+        shard = LayerShard((OUT, IN), ((0, OUT),), (rank * width, (rank + 1) * width))
         parts.append(dense(shard.cut(delta), shard.own_shape, shard.capacity(room)))
     assert torch.equal(torch.cat(parts, 1), whole)
 
@@ -60,7 +60,7 @@ def test_columns_that_begin_within_a_word(bits: int) -> None:
     delta, room = random_delta(bits, 0), capacity(bits, 0)
     whole = dense(delta, (OUT, IN), room)
     for start, stop in ((0, 36), (36, 100), (100, IN)):
-        shard = Shard((OUT, IN), ((0, OUT),), (start, stop))
+        shard = LayerShard((OUT, IN), ((0, OUT),), (start, stop))
         assert torch.equal(dense(shard.cut(delta), shard.own_shape, shard.capacity(room)), whole[:, start:stop])
 
 
@@ -69,14 +69,14 @@ def test_columns_that_begin_within_a_word(bits: int) -> None:
 )
 def test_rows_are_those_of_the_whole(rows: tuple[tuple[int, int], ...]) -> None:
     delta, room = random_delta(2, 64), capacity(2, 64)
-    shard = Shard((OUT, IN), rows, (0, IN))
+    shard = LayerShard((OUT, IN), rows, (0, IN))
     cut = dense(shard.cut(delta), shard.own_shape, shard.capacity(room))
     assert torch.equal(cut, dense(delta, (OUT, IN), room)[shard.row_places])
     assert torch.equal(shard.of_rows(torch.arange(OUT)), shard.row_places)
 
 
 def test_a_cut_between_channels_of_one_step_is_refused() -> None:
-    shard = Shard((OUT, IN), ((0, OUT),), (48, 96))
+    shard = LayerShard((OUT, IN), ((0, OUT),), (48, 96))
     with pytest.raises(EngineError, match="cut at channel 48"):
         shard.cut(random_delta(2, 32))
     with pytest.raises(EngineError, match="another number of tensor-parallel ranks"):
@@ -86,7 +86,7 @@ def test_a_cut_between_channels_of_one_step_is_refused() -> None:
 def test_rows_that_an_expert_added_are_where_the_last_rows_are() -> None:
     delta = replace(random_delta(2, 0), added_rows=torch.ones(3, IN))
     room = replace(capacity(2, 0), added_rows=3)
-    first, last = Shard((OUT, IN), ((0, 16),), (0, IN)), Shard((OUT, IN), ((16, OUT),), (0, IN))
+    first, last = LayerShard((OUT, IN), ((0, 16),), (0, IN)), LayerShard((OUT, IN), ((16, OUT),), (0, IN))
     assert first.cut(delta).added_rows is None and first.capacity(room).added_rows == 0
     assert last.cut(delta).added_rows is delta.added_rows and last.capacity(room).added_rows == 3
 
@@ -96,6 +96,6 @@ def test_a_low_rank_part_alone(columns: tuple[int, int]) -> None:
     delta = replace(ExpertDelta.of_nothing(IN, OUT), left=random_delta(2, 0).left, right=random_delta(2, 0).right)
     room = Capacity(rank=RANK)
     whole = dense(delta, (OUT, IN), room)
-    shard = Shard((OUT, IN), ((0, OUT),), columns)
+    shard = LayerShard((OUT, IN), ((0, OUT),), columns)
     cut = dense(shard.cut(delta), shard.own_shape, shard.capacity(room))
     assert whole.any() and torch.equal(cut, whole[:, slice(*columns)])

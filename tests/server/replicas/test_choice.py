@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.server.replicas.choice import MOST_MORE, Load, choose
+from meswitch_cli.server.replicas.choice import MOST_MORE, ReplicaLoad, choose
 from meswitch_cli.server.replicas.metrics import joined_metrics, resident_experts
 from meswitch_cli.server.replicas.server import environments, replica_arguments
 
 
-def loads(*requests: int) -> list[Load]:
-    return [Load(number, True, count) for number, count in enumerate(requests)]
+def loads(*requests: int) -> list[ReplicaLoad]:
+    return [ReplicaLoad(number, True, count) for number, count in enumerate(requests)]
 
 
 def test_a_replica_that_has_the_expert_is_asked_unless_it_has_much_more_to_do() -> None:
