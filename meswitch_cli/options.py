@@ -62,21 +62,23 @@ def _leaves(kind: Any) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command whose flags are shown without a value, --help among them."""
+    """A command whose flags are shown without a value, --help among them, and its arguments without a type."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _flags_plain(super().get_params(ctx))
+        return _plain(super().get_params(ctx))
 
 
 class Group(TyperGroup):
     """As `Command`, for commands that have subcommands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _flags_plain(super().get_params(ctx))
+        return _plain(super().get_params(ctx))
 
 
-def _flags_plain(parameters: list[Any]) -> list[Any]:
+def _plain(parameters: list[Any]) -> list[Any]:
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None  # its name says it
+        elif parameter.is_flag:
             parameter.metavar = ""
     return parameters

@@ -11,7 +11,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TOOLS = {"demo": "demo", "gpu": "gpu.__main__", "zoo": "zoo.__main__", "tasks": "evaluation.make_tasks"} | {
+TOOLS = {
+    "demo": "demo",
+    "gpu": "gpu.__main__",
+    "zoo": "zoo.__main__",
+    "tasks": "evaluation.make_tasks",
+    "clients": "clients.__main__",
+} | {
     f"bench {file.stem}": f"benchmarks.{file.stem}"
     for file in sorted((HERE / "benchmarks").glob("*.py"))
     if '__name__ == "__main__"' in file.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import unittest.mock
@@ -17,24 +18,37 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OF
 Result = subprocess.CompletedProcess[str]
 
 
-def meswitch(*arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200) -> Result:
-    """Run a command as a user does."""
+def meswitch(
+    *arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200, online: bool = False
+) -> Result:
+    """Run a command as a user does; `online`, with what the environment says of the Hub now."""
     return subprocess.run(
         [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         input=stdin,
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=os.environ | {"COLUMNS": "200"} if online else ENVIRONMENT,
         timeout=timeout,
         check=False,
     )
 
 
-def in_process(*arguments: object) -> Result:
-    """The same without a process of its own: for mistakes, of which there are many."""
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def in_process(*arguments: object, terminal: bool = False) -> Result:
+    """The same without a process of its own: for mistakes, of which there are many.
+
+    With `terminal` both streams are terminals; what styles the text is taken out of it again.
+    """
     words = ["meswitch", *map(str, arguments)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    kind = Terminal if terminal else io.StringIO
+    out, err, status = kind(), kind(), 0
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -44,7 +58,12 @@ def in_process(*arguments: object) -> Result:
             main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(bool(end.code))
-    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(words, status, unstyled(out.getvalue()), unstyled(err.getvalue()))
+
+
+def unstyled(text: str) -> str:
+    """The text without the sequences that tell a terminal of colours and places."""
+    return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07)", "", text)
 
 
 def fails(result: Result, status: int, *words: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from meswitch_cli.calibration.data import read_calibration
+from meswitch_cli.client.workload import read_prompts
 from meswitch_cli.errors import MeswitchError
 from meswitch_cli.evaluation.prompts import read_set
 from meswitch_cli.jsonl import read_jsonl
-from meswitch_cli.load.workload import read_prompts
 from meswitch_cli.router.train.data import read_examples
 from meswitch_cli.server.settings import read_keys
 from meswitch_cli.textfile import read_text

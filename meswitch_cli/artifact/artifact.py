@@ -14,10 +14,12 @@ import torch
 from meswitch_cli.artifact.disk import file_digest
 from meswitch_cli.artifact.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from meswitch_cli.artifact.mistaken import what_it_is
+from meswitch_cli.artifact.quantization import without_transformers
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
+from meswitch_cli.delta.exact import decode
 from meswitch_cli.delta.quantize import dequantize
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
@@ -64,7 +66,8 @@ class Artifact:
         Raises:
             CheckpointError: it is missing, or not JSON.
         """
-        return read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        config = read_json(self.path / CONFIG_FILE, "an artifact carries the expert's config.json")
+        return without_transformers(config)
 
     def entries_of(self, shard: str) -> list[TensorEntry]:
         return [entry for entry in self.manifest.tensors if entry.shard == shard]
@@ -117,7 +120,9 @@ class Artifact:
 
 
 def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
-    """The expert's tensor, fp32 in `entry.shape`, given the base tensor `entry.base`.
+    """The expert's tensor in `entry.shape`, given the base tensor `entry.base`, as it is stored.
+
+    It is fp32, and of the expert's own type where it is stored bit for bit.
 
     Raises:
         ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
@@ -130,6 +135,9 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
             f"tensor {entry.name!r} was made for a base of {list(entry.base_shape)}, this base has "
             f"{list(base.shape)}: wrong base"
         )
+    if stored.exact is not None:
+        own = decode(stored.exact, base if entry.shape == entry.base_shape else base[: entry.rows])
+        return own if stored.added_rows is None else torch.cat([own, stored.added_rows])
     value = base[: entry.rows].to(torch.float32, copy=True)
     factors = stored.factors()
     if stored.bits:

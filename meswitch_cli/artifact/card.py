@@ -21,7 +21,7 @@ UNKNOWN_LICENCE = "unknown"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 #: How the Hub spells licences; it refuses a card with any other in "license".
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USE, _END_OF_USE = "<!-- use, generated -->", "<!-- end of use -->"
 _HERE = "."
 
@@ -66,6 +66,8 @@ class Card:
     def text(self) -> str:
         import yaml
 
+        if not self.front:
+            return self.body
         front = yaml.safe_dump(dict(self.front), sort_keys=False, allow_unicode=True, width=1 << 20)
         return f"---\n{front}---\n{self.body}"
 

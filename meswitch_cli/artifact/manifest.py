@@ -32,7 +32,7 @@ SIDE_FILE_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][\w.-]{0,
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 #: Members of a tensor's entry that older versions of the format do not have.
-_MEMBERS_SINCE = {2: ("rank",), 3: ("code", "taps", "states"), 4: ("factor_bits",)}
+_MEMBERS_SINCE = {2: ("rank",), 3: ("code", "taps", "states"), 4: ("factor_bits", "exact")}
 KINDS = ("linear", "embedding", "head", "dense")
 
 
@@ -79,6 +79,11 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of the tensor shards."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it stands for its expert bit for bit."""
+        return bool(self.settings.get("exact")) or any(entry.exact for entry in self.tensors)
 
     @property
     def format_version(self) -> int:
@@ -164,6 +169,10 @@ def shard_name(index: int, count: int) -> str:
     return f"delta-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
+def is_shard_name(name: str) -> bool:
+    return bool(_SHARD_NAME.fullmatch(name))
+
+
 def _model_reference(fields: _Fields) -> ModelReference:
     return ModelReference(
         fields.string("id"), fields.optional_string("revision"), fields.matching("fingerprint", _FINGERPRINT)
@@ -197,6 +206,7 @@ def _tensor_entry(fields: _Fields, version: int) -> TensorEntry:
         channel_scale=fields.boolean("channel_scale"),
         rank=fields.size("rank") if version > 1 else 0,
         factor_bits=fields.size("factor_bits") if version > 3 else FACTOR_BITS,
+        exact=fields.size("exact", _MAX_BYTES) if version > 3 else 0,
         added_rows=fields.size("added_rows"),
         delta_energy=fields.optional_number("delta_energy"),
         weight_error=fields.optional_number("weight_error"),

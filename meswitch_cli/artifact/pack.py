@@ -47,6 +47,11 @@ def pack_shards(folder: Path, manifest: Manifest, out: Path, max_bytes: int = MA
     return dataclasses.replace(manifest, shards=tuple(files), tensors=tuple(entries))
 
 
+def first_shard(sizes: Sequence[int], max_bytes: int) -> str:
+    """What the first file will be called that units of these sizes are packed into."""
+    return shard_name(0, len(_groups(sizes, max_bytes)))
+
+
 def _groups(sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
     """Neighbours whose sizes add up to `max_bytes` at most."""
     groups: list[list[int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -16,7 +17,7 @@ from meswitch_cli.artifact.card import MODEL_CARD
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint
+from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import Parameter, architecture
 from meswitch_cli.model.dtype import DTYPES, dtype_name, stored_dtype
@@ -49,8 +50,10 @@ def restore(
     for _ in artifact.verify():
         pass
     with whole_folder(out, "restoring") as folder:  # not `.partial`: that may be an unfinished artifact's
-        found = _write_weights(artifact, base, folder, dtype, max_shard_bytes, on_tensor)
-        refuse_other_base(artifact.manifest, found, base.source.path)
+        digests = _write_weights(artifact, base, folder, dtype, max_shard_bytes, on_tensor)
+        refuse_other_base(artifact.manifest, fingerprint(digests.base), base.source.path)
+        if artifact.manifest.exact and dtype is None:
+            _refuse_other_expert(artifact, fingerprint(digests.expert))
         _write_side_files(artifact, folder, dtype)
     return out
 
@@ -62,9 +65,9 @@ def _write_weights(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     on_tensor: Callable[[int], None],
-) -> str:
-    """Write the shards and the index; return the fingerprint of the base that was read."""
-    digests: dict[str, str] = {}
+) -> _Digests:
+    """Write the shards and the index; return the digests of the base that was read and of what was written."""
+    digests = _Digests({}, {})
     files: list[tuple[Path, list[str], int]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = 0
@@ -87,15 +90,35 @@ def _write_weights(
         on_tensor(converted.nbytes)
     flush()
     _name_shards(folder, files)
-    return fingerprint(digests)
+    return digests
+
+
+class _Digests(NamedTuple):
+    """Of tensors, by parameter."""
+
+    base: dict[str, str]
+    expert: dict[str, str]
+
+
+def _refuse_other_expert(artifact: Artifact, found: str) -> None:
+    """
+    Raises:
+        ArtifactError: what was made of an exact artifact is not its expert.
+    """
+    if found != artifact.manifest.expert.fingerprint:
+        raise ArtifactError(
+            f"{artifact.path}: what it restores to has fingerprint {found}, its expert {artifact.manifest.expert.id} "
+            f"has {artifact.manifest.expert.fingerprint}: damaged when it was made?"
+        )
 
 
 def _expert_tensors(
-    artifact: Artifact, base: Checkpoint, digests: dict[str, str], dtype: torch.dtype | None
+    artifact: Artifact, base: Checkpoint, digests: _Digests, dtype: torch.dtype | None
 ) -> Iterator[tuple[Parameter, torch.Tensor]]:
-    """Yield the expert's parameters as they are stored, base tensor by base tensor, noting the base's digests.
+    """Yield the expert's parameters as they are stored, base tensor by base tensor, noting the digests.
 
-    What is stored whole keeps its own type where `dtype` is None: biases of routers are fp32 among bf16 weights.
+    What is stored whole keeps its own type where `dtype` is None: biases of routers are fp32 among bf16 weights. So
+    does everything of an exact artifact.
     """
     base_model = architecture(base.config, str(base.source.path))
     expert_model = architecture(artifact.config, str(artifact.path))
@@ -114,7 +137,7 @@ def _expert_tensors(
         if storage.parameter.tied_to:
             continue
         tensor = storage.read(base)
-        digests[base_name] = storage.digest(base, tensor)
+        digests.base[base_name] = storage.digest(base, tensor)
         for name in by_base.get(base_name, []):
             item = expert_model.parameters[name]
             if name in entries:
@@ -125,6 +148,9 @@ def _expert_tensors(
             else:
                 value = tensor
                 target = one_type or (tensor.dtype if item.kind == "dense" else own_type)
+            if artifact.manifest.exact:
+                target = dtype or value.dtype
+                digests.expert[name] = tensor_digest(name, value.contiguous())
             yield item, item.to_stored(value.to(target)).contiguous()
 
 
@@ -167,10 +193,12 @@ def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | Non
         if file.name == MODEL_CARD:
             continue
         data = (artifact.path / file.name).read_bytes()
-        if file.name == CONFIG_FILE and dtype is not None:
-            config = json.loads(data)
-            config.pop("torch_dtype", None)
-            data = (json.dumps(config | {"dtype": dtype_name(dtype)}, indent=2) + "\n").encode()
+        if file.name == CONFIG_FILE:
+            config = artifact.config
+            if dtype is not None:
+                config.pop("torch_dtype", None)
+                config |= {"dtype": dtype_name(dtype)}
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         with disk_errors(folder / file.name):
             (folder / file.name).parent.mkdir(exist_ok=True)
         write_atomically(folder / file.name, data)

@@ -36,7 +36,7 @@ def resolve(name: str, *, files: list[str] | None = None) -> Source:
     path = user_path(name)
     _refuse_other_encoding(path)
     if path.is_dir():
-        return Source(path, *_identify(path.resolve()))
+        return Source(path, *identify(path.resolve()))
     if path.exists():
         raise CheckpointError(f"{name}: a file, not a checkpoint folder; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
@@ -52,7 +52,7 @@ def _refuse_other_encoding(path: Path) -> None:
         raise CheckpointError(f"{str(path)!r}: not a UTF-8 path; rename the folder") from error
 
 
-def _identify(path: Path) -> tuple[str, str | None]:
+def identify(path: Path) -> tuple[str, str | None]:
     """Name a folder: by its Hub repository where it lies in the Hub's cache, else by its own name."""
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name

@@ -58,12 +58,12 @@ def run(
 
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+    from meswitch_cli.client import Endpoint, figures, make_workload, run_load
+    from meswitch_cli.client.figures import check_plot
+    from meswitch_cli.client.figures import plot as draw
+    from meswitch_cli.client.workload import read_prompts
     from meswitch_cli.commands.console import console, progress_bar
     from meswitch_cli.errors import MeswitchError
-    from meswitch_cli.load import Endpoint, figures, make_workload, run_load
-    from meswitch_cli.load.figures import check_plot
-    from meswitch_cli.load.figures import plot as draw
-    from meswitch_cli.load.workload import read_prompts
     from meswitch_cli.server.settings import read_keys
 
     if plot is not None:

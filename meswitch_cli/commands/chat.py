@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from meswitch_cli.load.conversation import Conversation
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
     "In this process": ("base", "expert", "router"),
     "Answers": ("system", "max_tokens", "temperature", "seed"),
+    "Terminal": ("plain", "no_history"),
 }
+
+#: How long an answer may take to end when the conversation does: one that ended has left the engine by then, and one
+#: that was broken off has been cancelled.
+DRAIN_SECONDS = 5.0
 
 
 def run(
@@ -38,22 +40,34 @@ def run(
         str | None, typer.Option(help="Ask this, print the answer, and end.", show_default="a conversation")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.", show_default="context")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="0 is greedy.", show_default="the model's own")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.", show_default="none")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="On a terminal too, print answers as they come, without Markdown.")
+    ] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Keep no file of what was typed, for the next conversation.")
+    ] = False,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with the server's key.", show_default="none")
     ] = None,
 ) -> None:
-    """In a conversation, /model NAME changes who answers, /new forgets what was said, /exit or Ctrl-D ends it.
+    """In a conversation, /expert NAME changes who answers, /new forgets what was said, /help names the rest.
 
     Example: meswitch chat --base ./llama --expert maths=./maths-1bit --prompt "What is 12 times 12?"
     """
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("serve", "httpx2", *(("fastapi", "uvicorn", "prometheus_client") if base else ()))
+    import sys
+
+    from meswitch_cli.client.client import Endpoint
+    from meswitch_cli.client.conversation import Conversation
+    from meswitch_cli.commands.chat_lines import line_reader
+    from meswitch_cli.commands.chat_talk import Talk
     from meswitch_cli.errors import MeswitchError, UsageError
-    from meswitch_cli.load.client import Endpoint
-    from meswitch_cli.load.conversation import Conversation
     from meswitch_cli.server.settings import read_keys
 
     if url is not None and base is not None:
@@ -74,10 +88,11 @@ def run(
             temperature=temperature,
             seed=seed,
         )
+        talk = Talk(conversation, names, markdown=not plain and sys.stdout.isatty())
         if prompt is not None:
-            _answer(conversation, prompt)
+            talk.answer(prompt)
         else:
-            _converse(conversation, names)
+            talk.run(line_reader(talk.words, keep=not no_history))
 
 
 @contextmanager
@@ -86,6 +101,7 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     if base is None:
         yield None
         return
+    from meswitch_cli.commands.console import counted
     from meswitch_cli.commands.serve import check_router, load_router
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
@@ -97,52 +113,13 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     named, _ = named_experts(experts)
     named, _ = servable(named, base, list(named))
     check_router(router, named)
-    typer.echo(f"loading {base} and {len(named)} experts", err=True)
+    typer.echo(f"loading {base} and {counted(len(named), 'expert')}", err=True)
     engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
     try:
         engine.start()
-        service = Service(engine, ServerSettings(drain_seconds=0), load_router(router, engine))
+        service = Service(engine, ServerSettings(drain_seconds=DRAIN_SECONDS), load_router(router, engine))
     except BaseException:
         engine.stop()
         raise
     with in_background(service) as address:
         yield address
-
-
-def _converse(conversation: Conversation, names: list[str]) -> None:
-    from meswitch_cli.errors import MeswitchError
-
-    typer.echo(f"{', '.join(names)}; /model NAME, /new, /exit", err=True)
-    while True:
-        try:
-            line = input(f"{conversation.model}> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            typer.echo(err=True)
-            return
-        command, _, argument = line.partition(" ")
-        if command == "/exit":
-            return
-        if command == "/new":
-            conversation.forget()
-        elif command == "/model":
-            if argument in names:
-                conversation.model = argument
-            else:
-                typer.secho(f"there is no {argument!r}; there are {', '.join(names)}", err=True, fg=typer.colors.RED)
-        elif line:
-            try:
-                _answer(conversation, line)
-            except KeyboardInterrupt:
-                typer.echo(err=True)
-            except MeswitchError as error:
-                typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-
-
-def _answer(conversation: Conversation, text: str) -> None:
-    """Ask, and print the answer as it comes: the words on stdout, who says them on stderr."""
-    for piece in conversation.ask(text):
-        if piece.expert:
-            sure = f", {piece.confidence:.0%} sure" if piece.reason in ("routed", "sticky") else ""
-            typer.secho(f"{piece.expert} ({piece.reason}{sure})", err=True, fg=typer.colors.CYAN)
-        typer.echo(piece.text, nl=False)
-    typer.echo()

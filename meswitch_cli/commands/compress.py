@@ -21,7 +21,17 @@ else:
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
-    "Codes": ("bits", "code", "salient", "rank", "group_size", "channel_scale", "embedding_bits"),
+    "Codes": (
+        "bits",
+        "code",
+        "salient",
+        "rank",
+        "factor_bits",
+        "group_size",
+        "channel_scale",
+        "embedding_bits",
+        "exact",
+    ),
     "Rounding and steps": ("rounding", "steps", "calibration", "samples", "sequence_length", "seed"),
 }
 
@@ -57,6 +67,10 @@ def run(
         Factors | None,
         typer.Option(help="Of an adapter: bits of a number of its factors.", show_default="16"),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Store the expert bit for bit: small where an update leaves most weights alone."),
+    ] = False,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
     ] = 0,
@@ -106,12 +120,14 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
-    typer.echo(f"reading {base} and {expert}", err=True)  # before the libraries, which take seconds to load
+    typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.console import say
     from meswitch_cli.commands.host_memory import share_one_arena
+    from meswitch_cli.commands.next_steps import after_compress, print_next
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
-    from meswitch_cli.commands.verdict import next_commands, shown_commands, verdict
+    from meswitch_cli.commands.verdict import verdict
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -132,6 +148,7 @@ def run(
         steps=steps,
         embedding_bits=int(embedding_bits) if embedding_bits else None,
         factor_bits=int(factor_bits) if factor_bits else None,
+        exact=exact,
         calibration=recorded,
         samples=samples,
         sequence_length=sequence_length,
@@ -158,7 +175,7 @@ def run(
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)
         for sentence in () if weak else verdict(manifest):
-            typer.echo(sentence)
+            say(sentence)
         typer.echo(f"{out}")
         if manifest.tensors:
-            typer.echo(shown_commands(next_commands(base, expert, out)), err=True)
+            print_next(after_compress(base, expert, out))

@@ -14,6 +14,17 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+def say(text: str) -> None:
+    """A sentence on stdout: wrapped between words on a terminal, one line elsewhere."""
+    out = console()
+    out.print(text, soft_wrap=not out.is_terminal)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: `1 expert`, `2 experts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(title: str, *columns: str) -> Table:
     """A table whose first column stands at the left, the others at the right."""
     made = Table(title=title)

@@ -95,12 +95,19 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of resampling and of random baselines.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an evaluation that is in --out.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole report.md, as where the output is no terminal.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compares base, full expert and compressed expert on the same tokens; exit status 1 if a limit is missed.
 
     Example: meswitch eval --base ./llama --expert ./maths --artifact ./maths-1bit --text held-out.jsonl --out ./eval
     """
+    import sys
+
+    from meswitch_cli.commands.console import say
+    from meswitch_cli.commands.eval_tables import judgements, print_tables
     from meswitch_cli.evaluation import Request, evaluate
     from meswitch_cli.evaluation.markdown import markdown
     from meswitch_cli.model.device import choose_device
@@ -133,12 +140,21 @@ def run(
         force=force,
     )
 
-    def say(what: str) -> None:
+    def announce(what: str) -> None:
         typer.echo(f"eval: {what}", err=True)
 
-    report = evaluate(request, say)
+    report = evaluate(request, announce)
     value = report.to_dict()
-    typer.echo(json.dumps(value) if as_json else markdown(value))
+    if as_json:
+        typer.echo(json.dumps(value))
+    elif as_markdown or not sys.stdout.isatty():
+        typer.echo(markdown(value))
+    else:
+        print_tables(value)
+    if not as_json:
+        for sentence in judgements(value):
+            say(sentence)
+        typer.echo(f"every figure, with pictures: {out / 'report.html'}", err=True)
     for problem in report.errors:
         typer.secho(f"error: {problem['where']}: {problem['message']}", err=True, fg=typer.colors.RED)
     for gate in report.gates:

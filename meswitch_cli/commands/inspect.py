@@ -10,7 +10,7 @@ import typer
 
 
 def run(
-    artifact: Annotated[Path | None, typer.Argument(help="The artifact's folder.")] = None,
+    artifact: Annotated[Path | None, typer.Argument(help="The artifact's folder, or a Hub id.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Without an artifact: a base, with --expert; a folder, or a Hub id.")
     ] = None,
@@ -24,10 +24,10 @@ def run(
 
     Example: meswitch inspect --base ./llama --expert ./llama-maths
     """
-    from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.commands import report
     from meswitch_cli.commands.plot import plot_artifact
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import open_artifact
 
     if (artifact is None) == (base is None and expert is None) or (base is None) != (expert is None):
         raise UsageError("give an artifact, or --base and --expert")
@@ -37,7 +37,7 @@ def run(
         _print_fine_tune(base, expert, as_json)
         return
     assert artifact is not None
-    manifest = Artifact.open(artifact).manifest
+    manifest = open_artifact(artifact).manifest
     if plot is not None:
         plot_artifact(manifest, plot)
     if as_json:
@@ -59,7 +59,7 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands import report
     from meswitch_cli.commands.notes import print_notes
-    from meswitch_cli.compression.fine_tune import WHAT, describe_fine_tune
+    from meswitch_cli.compression.fine_tune import WHAT, WORTH_EXACT, describe_fine_tune
     from meswitch_cli.model.adapted import open_expert
 
     opened = Checkpoint.open(base)
@@ -70,3 +70,5 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
         return
     report.print_fine_tune(expert, base, found)
     typer.echo(f"looks like {WHAT[found.kind]}")
+    if found.kind != "none" and found.exact_bits is not None and found.exact_bits <= WORTH_EXACT:
+        typer.echo(f"compress --exact keeps it bit for bit in {found.exact_bits:.2f} bits a weight")

@@ -38,11 +38,13 @@ def run(
 def _figures(item: Listed, verified: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"name": item.path.resolve().name, "path": str(item.path)}
     if item.artifact is not None:
-        from meswitch_cli.commands.report import summary
+        from meswitch_cli.commands.report import form_of, summary
 
-        figures = summary(item.artifact.manifest)
+        manifest = item.artifact.manifest
+        figures = summary(manifest)
         row |= {key: figures[key] for key in ("expert", "base", "base_fingerprint", "bytes", "bits_per_weight")}
-        row["bits"] = figures["settings"].get("bits")
+        linears = [entry for entry in manifest.tensors if entry.kind == "linear" and (entry.bits or entry.rank)]
+        row["linears"] = "/".join(sorted({form_of(entry) for entry in linears}))
         row["digest"] = item.artifact.digest
     return row | {"verified": verified and item.problem is None, "problem": item.problem}
 
@@ -51,18 +53,18 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from meswitch_cli.commands.console import console, table
     from meswitch_cli.commands.report import megabytes
 
-    shown = table("", "artifact", "expert", "base", "size", "--bits", "bits a weight", "files")
+    shown = table("", "artifact", "expert", "base", "size", "linears", "bits a weight", "files")
     several = len({row["base_fingerprint"] for row in rows if "base" in row}) > len(
         {row["base"] for row in rows if "base" in row}
     )
     for row in rows:
-        state = "cannot be used" if row["problem"] else "verified" if row["verified"] else "all there"
+        state = "unusable" if row["problem"] else "verified" if row["verified"] else "all there"
         if "base" not in row:
             shown.add_row(row["name"], "", "", "", "", "", state)
             continue
         base = row["base"] + (f" {row['base_fingerprint'][7:15]}" if several else "")
         rate = f"{row['bits_per_weight']:.2f}"
-        shown.add_row(row["name"], row["expert"], base, megabytes(row["bytes"]), str(row["bits"]), rate, state)
+        shown.add_row(row["name"], row["expert"], base, megabytes(row["bytes"]), row["linears"], rate, state)
     out = console()
     out.print(shown)
     for row in rows:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from meswitch_cli.engine.memory import MemoryPlan
     from meswitch_cli.engine.speed import KnownCard, StepTime
 
+#: Help's panels, and the options in each; the others come first.
+PANELS = {
+    "The experts": ("bits", "code", "salient", "rank", "adapter_rank", "group_size", "embedding_bits", "added_rows"),
+    "Serving": ("slots", "context", "dtype", "card", "requests"),
+}
+
 
 def run(
     base: Annotated[str, typer.Option(help="The base: a folder or a Hub id.")],

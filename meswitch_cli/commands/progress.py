@@ -10,6 +10,20 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from meswitch_cli.commands.console import progress_bar
 
 
+def quiet_loading() -> None:
+    """Have transformers show no bar of its own, which would smear ours; the Hub's, of downloads, stay."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    disabled = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the Hub's too
+    if not disabled:
+        enable_progress_bars()
+
+
 @contextmanager
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show bytes done of `total`; the yielded function takes bytes that are newly done."""

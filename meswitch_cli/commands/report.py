@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.artifact.manifest import Manifest, mean_errors
-from meswitch_cli.commands.console import console, table
+from meswitch_cli.commands.console import console, counted, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ WORST_LAYERS = 5
 
 
 def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
+    """A size in megabytes, in kilobytes where that would be nothing."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 or not nbytes else f"{nbytes / 1e3:,.1f} kB"
 
 
 def print_plan(job: Job) -> None:
@@ -67,6 +68,8 @@ def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     shown.add_row(f"energy in 16 directions, {found.sampled} tensors", percent(found.leading_energy))
     shown.add_row(f"energy in 64 directions, {found.sampled} tensors", percent(found.lora_energy))
     shown.add_row(f"energy that rounding to {found.expert_dtype} leaves", percent(found.rounding))
+    exact = "-" if found.exact_bits is None else f"{found.exact_bits:.2f} bits a weight"
+    shown.add_row("bit for bit (--exact)", exact)
     shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
     shown.add_row("added tokens", str(found.added_tokens))
     shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")
@@ -116,13 +119,17 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         errors = mean_errors(entries)
         shown.add_row(
             kind,
-            "/".join(sorted({_form(entry) for entry in entries})),
+            "/".join(sorted({form_of(entry) for entry in entries})),
             str(len(entries)),
             megabytes(sum(entry.nbytes for entry in entries)),
             _percent(errors["weight_error"]),
             _percent(errors["output_error"]),
         )
-    whole = [entry for entry in manifest.tensors if not entry.bits and not entry.rank]
+    exact = [entry for entry in manifest.tensors if entry.exact]
+    if exact:
+        nbytes = sum(item.nbytes for item in exact)
+        shown.add_row("bit for bit", "", str(len(exact)), megabytes(nbytes), "0 %", "0 %")
+    whole = [entry for entry in manifest.tensors if not (entry.bits or entry.rank or entry.exact)]
     if whole:
         shown.add_row("stored whole", "", str(len(whole)), megabytes(sum(item.nbytes for item in whole)), "0 %", "0 %")
     out.print(shown)
@@ -137,10 +144,10 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
             "to answers."
         )
     if manifest.unchanged:
-        out.print(f"{len(manifest.unchanged)} tensors equal the base's and take no room")
+        out.print(f"as the base's, without room of their own: {counted(len(manifest.unchanged), 'tensor')}")
 
 
-def _form(entry: TensorEntry) -> str:
+def form_of(entry: TensorEntry) -> str:
     """Bits of a tensor's codes; of a low-rank part that stands alone, its rank."""
     return f"{entry.bits}{' trellis' if entry.trellis else ''}" if entry.bits else f"rank {entry.rank}"
 

@@ -9,7 +9,7 @@ import typer
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder, or a Hub id.")],
     base: Annotated[str, typer.Option(help="The base it was made against: a folder or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist or be empty.")],
     dtype: Annotated[
@@ -19,14 +19,14 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
     """The result loads with AutoModelForCausalLM and AutoTokenizer, like the fine-tune it stands for."""
-    from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.restore import restore
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
+    from meswitch_cli.hub.fetch import open_artifact
     from meswitch_cli.model.dtype import DTYPES
 
-    opened = Artifact.open(artifact)
+    opened = open_artifact(artifact)
     opened_base = Checkpoint.open(base)
     print_notes(opened_base.notes)
     target = None if dtype == "auto" else DTYPES[dtype]

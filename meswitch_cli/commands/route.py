@@ -29,11 +29,13 @@ def run(
     """
     import sys
 
+    from meswitch_cli.commands.progress import quiet_loading
     from meswitch_cli.commands.router_tables import print_decision, print_explanation
     from meswitch_cli.router.store import RouterArtifact, open_router
 
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    quiet_loading()
     artifact = RouterArtifact.open(router)
     opened = open_router(artifact, base)
     known = artifact.known() if explain else ()

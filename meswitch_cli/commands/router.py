@@ -39,6 +39,7 @@ def add(
 ) -> None:
     """Refits head, temperature and gates on stored features, in seconds."""
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import find_artifact
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store import RouterArtifact, open_router
     from meswitch_cli.router.store.artifact import manifest_digest
@@ -54,7 +55,7 @@ def add(
     if expert is None or data is None:
         raise UsageError("--expert NAME and --data FILE are needed, or --feedback FILE")
     examples = read_examples(data, domain=check_label(expert, "--expert"))
-    digest = manifest_digest(artifact) if artifact is not None else None
+    digest = manifest_digest(find_artifact(artifact)) if artifact is not None else None
     opened = RouterArtifact.open(router)
     edit = add_expert(opened, open_router(opened, base).backend, expert, examples, digest=digest)
     _finish(opened, edit, out, max_regression, as_json)
@@ -97,12 +98,13 @@ def evaluate(
     from meswitch_cli.commands.router_progress import router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.commands.train_router import pairs
+    from meswitch_cli.hub.fetch import find_artifact
     from meswitch_cli.router.store import RouterArtifact, open_router
     from meswitch_cli.router.train.data import only_known_domains, read_examples, without_duplicates
     from meswitch_cli.router.train.evaluation import evaluation_report
     from meswitch_cli.router.train.report import markdown, plots
 
-    models = pairs(artifact or [], "--artifact")
+    models = {name: find_artifact(path) for name, path in pairs(artifact or [], "--artifact").items()}
     examples, _ = without_duplicates([item for path in data for item in read_examples(path)])
     opened = RouterArtifact.open(router)
     only_known_domains(examples, opened.manifest.labels)

@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from meswitch_cli.commands.console import progress_bar
+from meswitch_cli.commands.progress import quiet_loading
 
 
 def announce(message: str) -> None:
@@ -19,6 +20,7 @@ def announce(message: str) -> None:
 @contextmanager
 def router_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar where stderr is a terminal; the yielded function takes what is done, how much, and of how much."""
+    quiet_loading()
     with progress_bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

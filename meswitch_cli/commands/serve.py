@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch_cli.commands.config_file import take_config
+from meswitch_cli.commands.console import counted
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from meswitch_cli.engine.contract import Engine
     from meswitch_cli.engine.slotted_engine import SlottedEngine
     from meswitch_cli.router import Router
+    from meswitch_cli.server.settings import ServerSettings
 
 #: Help's panels, and the options in each; the others come first.
 PANELS = {
@@ -23,6 +27,7 @@ PANELS = {
     "Network and keys": ("host", "port", "api_key_file", "admin_key_file", "cors_origin"),
     "Limits": ("max_queue", "max_running", "max_model_len", "max_n", "max_body", "drain_seconds"),
     "Device and memory": ("engine", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
+    "Several devices": ("tensor_parallel_size", "pipeline_parallel_size", "replicas"),
     "Log": ("log_level", "log_format", "log_prompts"),
 }
 
@@ -67,6 +72,16 @@ def run(
         Literal["auto", "transformers", "vllm"],
         typer.Option(help="auto is transformers; vllm needs an environment of its own, with meswitch[vllm] in it."),
     ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that share each layer of one model; more than one with --engine vllm.")
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that share out the layers; more than one with --engine vllm.")
+    ] = 1,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Servers behind one address: base and experts each, and GPUs of its own."),
+    ] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
@@ -118,7 +133,6 @@ def run(
     from meswitch_cli.commands.extras import require_extra
 
     require_extra("vllm" if engine == "vllm" else "serve", "fastapi", "uvicorn", "prometheus_client")
-    from meswitch_cli.addresses import is_loopback
     from meswitch_cli.server.experts import named_experts, servable
     from meswitch_cli.server.settings import ServerSettings, read_keys, read_origin
 
@@ -146,9 +160,12 @@ def run(
         bound = listen(host, port)
         undo.callback(bound.close)
         configure_logging(log_level, log_format)
+        if replicas > 1:
+            _serve_replicas(bound, replicas, device, tensor_parallel_size * pipeline_parallel_size, settings, host)
+            return
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
-        _note(f"loading {base} and {len(experts)} experts")
+        _note(f"loading {base} and {counted(len(experts), 'expert')}")
         made = _engine_class(engine)(
             EngineSettings(
                 base=base,
@@ -161,6 +178,8 @@ def run(
                 max_running=max_running,
                 cache_tokens=cache_tokens,
                 prefix_sharing=prefix_sharing,
+                tensor_parallel=tensor_parallel_size,
+                pipeline_parallel=pipeline_parallel_size,
             )
         )
         undo.callback(made.stop)
@@ -168,12 +187,43 @@ def run(
         _warn_of(refused | unfit | made.failed)
         chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        if not settings.api_keys and not is_loopback(host):
-            _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
+        address = f"http://{_in_url(host)}:{bound.getsockname()[1]}"
+        _warn_if_open(settings, host)
         server = Server(create_app(service), service, on_started=lambda: _welcome(address, service.experts(), chosen))
         undo.pop_all()
     serve(server, bound)
+
+
+def _serve_replicas(bound: socket, count: int, device: str, gpus: int, settings: ServerSettings, host: str) -> None:
+    """A front on a bound socket, and behind it this very command, `count` times, with so many GPUs each."""
+    import sys
+
+    import torch
+
+    from meswitch_cli.server.replicas.server import environments, replica_arguments, serve_replicas
+
+    extra = environments(count, device, torch.cuda.device_count(), gpus)
+    _warn_if_open(settings, host)
+    port = bound.getsockname()[1]
+    serve_replicas(
+        bound,
+        replica_arguments(sys.argv[sys.argv.index("serve") + 1 :]),
+        extra,
+        max_body_bytes=settings.max_body_bytes,
+        drain_seconds=settings.drain_seconds,
+        on_started=lambda: _note(f"{count} replicas are starting behind http://{_in_url(host)}:{port}"),
+    )
+
+
+def _warn_if_open(settings: ServerSettings, host: str) -> None:
+    from meswitch_cli.addresses import is_loopback
+
+    if not settings.api_keys and not is_loopback(host):
+        _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _engine_class(name: str) -> type[SlottedEngine[Any]]:
@@ -202,8 +252,10 @@ def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None)
     """The router of a folder, once it is known to belong to the engine's base and experts; None without a folder."""
     if path is None:
         return None
+    from meswitch_cli.commands.progress import quiet_loading
     from meswitch_cli.server.routing import open_served_router
 
+    quiet_loading()
     opened = open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
     opened.gate = gate or opened.gate
     return opened

@@ -79,9 +79,11 @@ def run(
 
     Example: meswitch train-router --base ./llama --data prompts.jsonl --out ./router
     """
+    from meswitch_cli.commands.next_steps import after_training, print_next
     from meswitch_cli.commands.router_progress import announce, router_progress
     from meswitch_cli.commands.router_tables import print_report
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import find_artifact
     from meswitch_cli.router.decide.labels import check_label
     from meswitch_cli.router.store.artifact import manifest_digest, write_router
     from meswitch_cli.router.train.auto import examples_from_card
@@ -93,7 +95,7 @@ def run(
     from meswitch_cli.router.train.training import train_router
 
     files = pairs(expert or [], "--expert")
-    models = pairs(artifact or [], "--artifact")
+    models = {name: find_artifact(path) for name, path in pairs(artifact or [], "--artifact").items()}
     if not data and not files and not (auto and models):
         raise UsageError("--data FILE or --expert NAME=FILE is needed: prompts to learn from; or --auto and --artifact")
     if layer != "auto" and (not layer.isdecimal() or int(layer) < 1):
@@ -156,6 +158,7 @@ def run(
     else:
         print_report(trained.report)
         typer.echo(f"{out}: {written.nbytes:,} bytes to route with")
+        print_next(after_training(base, out, written.manifest.labels, models))
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:

@@ -1,14 +1,9 @@
-"""Whether an artifact's errors are as they should be, what they will do to answers, and which command comes next."""
+"""Whether an artifact's errors are as they should be, and what they will do to answers."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
+import math
 from typing import TYPE_CHECKING
-
-from meswitch_cli.errors import UsageError
-from meswitch_cli.names import check_name
 
 if TYPE_CHECKING:
     from meswitch_cli.artifact.manifest import Manifest
@@ -35,6 +30,9 @@ MEASURED_KL = {
     ("trellis", 0.25, True): (5e-7, 4e-6),
 }
 
+#: A weight error below which factors were rounded to 16 bits: that leaves 1e-7 (fp16) to 1e-5 (bf16), 8 bits 1e-4.
+EXACT_ERROR = 5e-5
+
 
 def verdict(manifest: Manifest) -> list[str]:
     """What the errors of an artifact's linears mean, a sentence each; nothing where none was measured."""
@@ -42,7 +40,7 @@ def verdict(manifest: Manifest) -> list[str]:
     known = [item for item in entries if item.weight_error is not None and (item.code, item.bits) in NORMAL_ERROR]
     energy = sum(item.delta_energy or 0.0 for item in known)
     if not energy:
-        return []
+        return _of_adapter(manifest)
     error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in known) / energy
     normal = sum(NORMAL_ERROR[item.code, item.bits] * (item.delta_energy or 0.0) for item in known) / energy
     rates = sorted({item.bits for item in known})
@@ -60,7 +58,7 @@ def verdict(manifest: Manifest) -> list[str]:
     given = manifest.settings
     alike = given.get("steps") == "output-unbiased" and given.get("salient", 0) >= 8 and not given.get("group_size")
     if expected and alike:
-        low, high = (f"{100 * share:.2g}" for share in expected)
+        low, high = (_plain(100 * share) for share in expected)
         told.append(
             f"expect a KL to the full expert of {low} to {high} % of the base's: what fine-tunes of a 135M model had "
             "at this setting; meswitch eval measures yours"
@@ -68,26 +66,25 @@ def verdict(manifest: Manifest) -> list[str]:
     return told
 
 
-def next_commands(base: str, expert: str, out: Path) -> list[str]:
-    """What to type after compressing."""
-    name = Path(expert.partition("@")[0]).name
-    try:
-        check_name(name)
-    except UsageError:
-        name = "NAME"
-    given = ("--base", base, "--expert", expert, "--artifact", out, "--text", "HELD-OUT.jsonl", "--out", f"{out}-eval")
-    return [command("eval", *given), command("serve", "--base", base, "--expert", f"{name}={out}")]
-
-
-def shown_commands(commands: Sequence[str]) -> str:
-    """Lines to print, each command to be copied whole."""
-    return "\n".join(["next:", *(f"  {command}" for command in commands)])
-
-
-def command(name: str, *arguments: object) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(["meswitch", name, *map(str, arguments)])
+def _of_adapter(manifest: Manifest) -> list[str]:
+    """Of low-rank parts that stand alone, which hold an adapter's own factors."""
+    alone = [item for item in manifest.tensors if item.rank and not item.bits and item.weight_error is not None]
+    energy = sum(item.delta_energy or 0.0 for item in alone)
+    if not energy:
+        return []
+    error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in alone) / energy
+    told = f"weight error {_percent(error)} of the update"
+    if error < EXACT_ERROR:
+        return [f"{told}: these are the adapter's own factors, rounded to what they are stored in; nothing was coded"]
+    return [
+        f"{told}: the adapter's factors lost digits; --factor-bits 16 keeps them, and meswitch eval says if you need to"
+    ]
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+    return f"{_plain(100 * share) if share < 0.1 else round(100 * share)} %"
+
+
+def _plain(value: float) -> str:
+    """Two digits of a small number, without an exponent."""
+    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0").rstrip(".") if value else "0"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder, or a Hub id.")],
     base: Annotated[str | None, typer.Option(help="Also prove that this checkpoint is the artifact's base.")] = None,
     full: Annotated[
         bool,
@@ -23,17 +23,17 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Reads every byte once. Exit status 0 only if everything is as the manifest says."""
-    from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import byte_progress
     from meswitch_cli.errors import UsageError
+    from meswitch_cli.hub.fetch import open_artifact
     from meswitch_cli.model.weights import CheckpointWeights
 
     if full and base is None:
         raise UsageError("--full: give --base too, whose family is proven")
-    opened = Artifact.open(artifact)
+    opened = open_artifact(artifact)
     manifest = opened.manifest
     opened_base = Checkpoint.open(base) if base else None
     print_notes(opened_base.notes if opened_base else ())

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.delta.exact import encode
 from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
 from meswitch_cli.model.matching import Plan, PlannedTensor, make_plan
@@ -38,6 +39,9 @@ MOST_ROUNDING = 0.35
 #: from which the base is in doubt. Neither was measured on such a pair; weights that have nothing in common give 1.4.
 LONG, DOUBTFUL = 0.03, 0.15
 
+#: Bits a weight up to which the expert bit for bit takes about what the default code takes, low-rank part counted.
+WORTH_EXACT = 1.25
+
 WHAT: dict[FineTuneKind, str] = {
     "none": "every weight is the base's: there is nothing to compress",
     "sparse": "a sparse update, as reinforcement learning or a low learning rate leaves it",
@@ -57,6 +61,7 @@ class FineTune:
         leading_energy, lora_energy: share of the delta's energy in its first 16 and 64 singular directions, the mean of
             sampled linears; None where the delta is zero.
         rounding: energy that rounding to the expert's file type leaves, over the delta's, of the same linears.
+        exact_bits: bits a weight that they take bit for bit (`--exact`).
         sampled: how many those are.
         base_dtype, expert_dtype: of the files.
         added_tokens: embedding rows that the base has not.
@@ -70,6 +75,7 @@ class FineTune:
     leading_energy: float | None
     lora_energy: float | None
     rounding: float | None
+    exact_bits: float | None
     sampled: int
     base_dtype: str
     expert_dtype: str
@@ -94,6 +100,7 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
     same = count = unchanged_tensors = 0
     own = energy = 0.0
     spectra = []
+    exact_nbytes = exact_weights = 0
     for item in plan.tensors:
         weight, tuned = item.base.read(base), item.expert.read(expert)
         unchanged_tensors += weight.shape == tuned.shape and torch.equal(weight.float(), tuned.float())
@@ -107,6 +114,9 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
         energy += changed
         if not math.isfinite(changed):
             raise CheckpointError(f"{item.name}: NaN or infinity in {expert.source.path} or {base.source.path}")
+        if item.name in sampled:
+            exact_nbytes += len(encode(weight, tuned))
+            exact_weights += weight.numel()
         if item.name in sampled and changed:
             spectra.append((*_leading(delta), rounding_energy(tuned, types[1]) / changed))
     leading, lora, rounding = (sum(part) / len(part) for part in zip(*spectra, strict=True)) if spectra else (None,) * 3
@@ -119,6 +129,7 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
         leading_energy=leading,
         lora_energy=lora,
         rounding=rounding,
+        exact_bits=8 * exact_nbytes / exact_weights if exact_weights else None,
         sampled=len(spectra),
         base_dtype=dtype_name(types[0]),
         expert_dtype=dtype_name(types[1]),

@@ -13,8 +13,9 @@ import torch
 from meswitch_cli import __version__
 from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
-from meswitch_cli.artifact.pack import MAX_SHARD_BYTES
-from meswitch_cli.artifact.sidefiles import expert_files
+from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
+from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
 from meswitch_cli.calibration.stream import LayerStatistics, calibration_dtype, stream_statistics
@@ -22,6 +23,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.fingerprint import fingerprint
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
+from meswitch_cli.compression.exact import stream_of
 from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
@@ -51,6 +53,9 @@ def prepare(
     """
     opened_base = Checkpoint.open(base)
     opened_expert = open_expert(expert, opened_base)
+    if settings.exact:
+        _refuse_inexact(opened_expert)
+        settings = settings.for_exact()
     if isinstance(opened_expert, AdaptedCheckpoint):
         settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
     elif settings.factor_bits is not None:
@@ -105,8 +110,18 @@ def compress(
             raise
         if weakness:
             on_note(weakness)
-        manifest, side_files = _finish(job, records)
+        manifest, side_files = _finish(job, records, max_shard_bytes)
         return space.publish(manifest, side_files, max_shard_bytes)
+
+
+def _refuse_inexact(expert: Checkpoint) -> None:
+    """Refuse to store bit for bit what is made when it is read.
+
+    Raises:
+        UsageError: the expert is an adapter.
+    """
+    if isinstance(expert, AdaptedCheckpoint):
+        raise UsageError(f"--exact: {expert.source.path} is an adapter, whose products are stored as they are")
 
 
 def _continue_or_start(job: Job, space: Workspace, force: bool) -> None:
@@ -169,7 +184,9 @@ def _quantise(
         on_progress("resumed", job.nbytes_of(units[index]), len(records))
     missing = [index for index in range(len(units)) if index not in records]
     calibrated = bool(missing) and job.settings.calibration is not None
-    products = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
+    told = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
+    if job.settings.exact:
+        told = stream_of
     with (
         PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,
@@ -188,7 +205,7 @@ def _quantise(
                     statistics = known_well
                 pairs = (reader.pair(item) for item in units[index])
                 counted = _counting(pairs, lambda nbytes: on_progress("compress", nbytes, len(records)))
-                data, record = compress_unit(counted, shard, job.settings, statistics, device, products)
+                data, record = compress_unit(counted, shard, job.settings, statistics, device, told)
                 space.finish_unit(index, _QUANTISED, data, record)
                 records[index] = record
                 on_progress("compress", 0, len(records))
@@ -241,7 +258,7 @@ def _counting(pairs: Iterator[TensorPair], report: Callable[[int], None]) -> Ite
         report(nbytes)
 
 
-def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, bytes]]:
+def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[Manifest, dict[str, bytes]]:
     base_digests: dict[str, str] = {}
     expert_digests: dict[str, str] = {}
     for record in records:
@@ -249,6 +266,9 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         expert_digests |= record.expert_digests
     base, expert = job.base.source, job.expert.source
     shards = tuple(record.shard for record in records)
+    named = base.id if base.revision is None else f"{base.id}@{base.revision}"
+    weights = first_shard([shard.nbytes for shard in shards], max_shard_bytes)
+    side_files = {**job.side_files, CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights)}
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),
@@ -260,11 +280,10 @@ def _finish(job: Job, records: list[UnitRecord]) -> tuple[Manifest, dict[str, by
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,
         files=tuple(
-            FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-            for name, data in sorted(job.side_files.items())
+            FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(side_files.items())
         ),
         config_differences=json.loads(json.dumps(job.config_differences()), parse_constant=str),  # NaN is not JSON
         created_with=f"meswitch {__version__}",
     )
     card = model_card(manifest, Card.read(job.expert.source.path), job.expert.nbytes, job.form)
-    return manifest, {**job.side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed
+    return manifest, {**side_files, MODEL_CARD: card}  # nothing reads a card, and people edit it: it is not listed

@@ -13,6 +13,7 @@ import torch
 
 from meswitch_cli.checkpoint.buffers import BufferPool
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.architecture import Storage
 from meswitch_cli.model.matching import Plan, PlannedTensor
 
@@ -43,6 +44,19 @@ class TensorPair:
 
 
 _Read = tuple[torch.Tensor, str]
+
+
+def refuse_non_finite(pair: TensorPair) -> None:
+    """
+    Raises:
+        CheckpointError: a weight of a pair is NaN or infinite.
+    """
+    for tensor, file, name in (
+        (pair.base, pair.base_file, pair.planned.base.name),
+        (pair.expert, pair.expert_file, pair.planned.expert.name),
+    ):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
 
 
 class PairReader:

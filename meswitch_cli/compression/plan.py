@@ -46,6 +46,8 @@ class Job:
     @property
     def form(self) -> str:
         """What the artifact's model card calls the delta."""
+        if self.settings.exact:
+            return "an exact delta"
         factors = self.settings.factor_bits
         return f"a low-rank delta of {factors} bits" if factors else f"a {self.settings.bits}-bit delta"
 

@@ -50,6 +50,7 @@ class CompressionSettings:
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
         factor_bits: width of an adapter's factors; None of any other fine-tune.
+        exact: whether the expert is stored bit for bit; nothing is coded then.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
 
     Raises:
@@ -70,6 +71,7 @@ class CompressionSettings:
     seed: int = 0
     code: CodeName | None = None
     factor_bits: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.steps not in get_args(StepMethod):
@@ -133,6 +135,10 @@ class CompressionSettings:
             steps=self.steps if has_full_layers else "unbiased",
         )
 
+    def for_exact(self) -> CompressionSettings:
+        """Of an expert that is stored bit for bit: nothing is calibrated or fitted."""
+        return replace(self, calibration=None, steps="unbiased", rounding="nearest")
+
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
@@ -168,8 +174,8 @@ class CompressionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As a manifest has them: the code is told where it is not the one that its bits mean, factors of adapters."""
-        told = ("code", "factor_bits")
-        return {name: value for name, value in asdict(self).items() if name not in told or value is not None}
+        told = ("code", "factor_bits", "exact")
+        return {name: value for name, value in asdict(self).items() if name not in told or value not in (None, False)}
 
     def changes_from(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from settings written earlier, as `name: then -> now`."""

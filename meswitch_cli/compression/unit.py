@@ -13,7 +13,7 @@ from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.artifact.shard import encode_shard
 from meswitch_cli.artifact.workspace import UnitRecord
 from meswitch_cli.compression.low_rank import Found
-from meswitch_cli.compression.pairs import TensorPair
+from meswitch_cli.compression.pairs import TensorPair, refuse_non_finite
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import quantize
 from meswitch_cli.delta.statistics import InputStatistics
@@ -72,7 +72,7 @@ def _compress_tensor(
     planned, name = pair.planned, pair.planned.name
     quantizer = settings.of(planned.kind, unrelated=planned.unrelated)
     if quantizer is None:
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         if planned.shape == planned.base_shape and torch.equal(pair.base.float(), pair.expert.float()):
             return None
         return StoredDelta(value=pair.expert), {}
@@ -80,14 +80,14 @@ def _compress_tensor(
     try:
         result = quantize(pair.base[:rows], pair.expert[:rows], quantizer, statistics.get(name), device)
     except FloatingPointError as error:
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         raise CheckpointError(f"{pair.expert_file}: tensor {name!r}: its delta is beyond fp32") from error
     if result is None and planned.shape == planned.base_shape:
         return None
     delta, errors = (result[0], asdict(result[1])) if result else (StoredDelta(), {})
     added = pair.expert[rows:]
     if len(added):
-        _refuse_non_finite(pair)
+        refuse_non_finite(pair)
         delta = replace(delta, added_rows=added.clone())
     return delta, errors
 
@@ -105,12 +105,3 @@ def _entry(planned: PlannedTensor, shard: str, delta: StoredDelta, errors: dict[
         **delta.stored_as,
         **errors,
     )
-
-
-def _refuse_non_finite(pair: TensorPair) -> None:
-    for tensor, file, name in (
-        (pair.base, pair.base_file, pair.planned.base.name),
-        (pair.expert, pair.expert_file, pair.planned.expert.name),
-    ):
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")

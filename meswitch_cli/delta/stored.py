@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from meswitch_cli.delta import exact
 from meswitch_cli.delta.codes import CODES, TRELLIS_VERSION, TrellisCode, listed, packed_width, unpack
 from meswitch_cli.delta.low_rank import ALONE_VERSION, FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS, vectors_of
 from meswitch_cli.delta.settings import QuantizerSettings
@@ -28,7 +29,8 @@ ABOVE_LEAST_NOISE = 1.75
 class TensorEntry:
     """One tensor of the expert, as the manifest lists it.
 
-    A `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
+    With `exact` a tensor is stored as so many bytes of what makes it of the base's, see `delta.exact`. Otherwise a
+    `dense` tensor is stored whole; the others as codes against the base tensor `base`, whose shape is
     `base_shape`; rows beyond the base's are stored in `added_rows` rows of 16 bit. `taps` and `states` are a trellis
     code's (see `TrellisCode`). A low-rank part may stand alone, with 0 bits. Errors are relative (see `DeltaError`),
     None where they were not measured.
@@ -51,6 +53,7 @@ class TensorEntry:
     channel_scale: bool = False
     rank: int = 0
     factor_bits: int = FACTOR_BITS
+    exact: int = 0
     added_rows: int = 0
     delta_energy: float | None = None
     weight_error: float | None = None
@@ -69,6 +72,11 @@ class TensorEntry:
     def rows(self) -> int:
         """Rows that the base has too."""
         return min(self.shape[0], self.base_shape[0])
+
+    @property
+    def shared_shape(self) -> tuple[int, ...]:
+        """Shape of what the base has too."""
+        return self.shape if self.shape == self.base_shape else (self.rows, *self.shape[1:])
 
     @property
     def groups(self) -> int:
@@ -114,6 +122,10 @@ class TensorEntry:
 
     def problem(self) -> str | None:
         """What an entry cannot say; None where it can be."""
+        if self.exact and (self.bits or self.rank):
+            return "what is stored bit for bit has no codes"
+        if self.exact and self.kind == "dense" and self.shape != self.base_shape:
+            return f"shape {list(self.shape)} does not go with base shape {list(self.base_shape)}"
         if self.kind == "dense":
             settings = (self.bits, self.trellis, self.taps, self.states, self.salient, self.group_size)
             quantised = any((*settings, self.channel_scale, self.rank, self.added_rows))
@@ -126,7 +138,9 @@ class TensorEntry:
                 return problem
         elif self.taps or self.states:
             return "scalar codes have neither taps nor states"
-        elif self.bits not in CODES and (self.bits or (self.shape == self.base_shape and not self.rank)):
+        elif self.bits not in CODES and (
+            self.bits or (self.shape == self.base_shape and not self.rank and not self.exact)
+        ):
             return f"bits must be {listed(CODES)}, not {self.bits}"
         scalar = self.bits and not self.trellis
         uneven = self.group_size % CODES[self.width].group_multiple if scalar else self.group_size
@@ -201,7 +215,9 @@ def _factor(side: str, length: Callable[[TensorEntry], int]) -> tuple[Part, Part
 
     return (
         Part(f"{side}_codes", is_coded, lambda e: (e.rank, packed_width(length(e), e.factor_bits)), _INT, 2),
-        Part(f"{side}_values", lambda e: e.rank and not is_coded(e), lambda e: (e.rank, length(e)), _HALF, 4),
+        Part(
+            f"{side}_values", lambda e: e.rank and not is_coded(e), lambda e: (e.rank, length(e)), _HALF, ALONE_VERSION
+        ),
         Part(f"{side}_steps", lambda e: e.rank, lambda e: (e.rank, 1), _SINGLE, 2),
     )
 
@@ -215,7 +231,8 @@ PARTS = (
     *_factor("left", lambda e: e.rows),
     *_factor("right", lambda e: e.shape[1]),
     Part("added_rows", lambda e: e.added_rows, lambda e: (e.added_rows, e.shape[1]), _OWN),
-    Part("value", lambda e: e.kind == "dense", lambda e: e.shape, _OWN),
+    Part("value", lambda e: e.kind == "dense" and not e.exact, lambda e: e.shape, _OWN),
+    Part("exact", lambda e: e.exact, lambda e: (e.exact,), (torch.uint8,), ALONE_VERSION),
 )
 
 
@@ -226,8 +243,8 @@ class StoredDelta:
     Attributes:
         bits: what the codes store for a weight, 0 without codes.
         trellis: the trellis code; None where the codes are scalar.
-        in_features, out_features: channels that base and expert share (words of codes may hold padding); 0 of what has
-            neither codes nor a low-rank part.
+        in_features: input channels (the codes' words may hold padding).
+        out_features: output channels of a low-rank part that stands alone.
         group_size: input channels that share a step; 0 is one step per output channel.
         codes: `[out, ceil(in * bits / 32)]` int32, or a trellis code's messages.
         steps: `[out, groups]` fp32 (fp16 where groups are used and the values allow it).
@@ -240,6 +257,7 @@ class StoredDelta:
         left_values, right_values: in the codes' place where factors have 16 bits, fp16 `[rank, length]`.
         added_rows: `[added, in]`, rows that the base has not.
         value: the parameter itself, where it is stored whole.
+        exact: the stream, uint8 `[n]`, that makes it of the base's rows.
     """
 
     bits: float = 0
@@ -261,14 +279,19 @@ class StoredDelta:
     right_steps: Tensor | None = None
     added_rows: Tensor | None = None
     value: Tensor | None = None
+    exact: Tensor | None = None
 
     @classmethod
     def of(cls, entry: TensorEntry, tensors: Mapping[str, Tensor]) -> StoredDelta:
         """An entry's tensors, by their parts' names, whose shapes and types have been checked.
 
         Raises:
-            ValueError: salient indices are not ascending channels of the tensor, or a number is not finite.
+            ValueError: salient indices are not ascending channels of the tensor, a number is not finite, or a stream is
+                damaged.
         """
+        stream = tensors.get("exact")
+        if stream is not None:
+            exact.check(stream, math.prod(entry.shared_shape))
         rows, columns = (entry.rows, entry.shape[1]) if entry.bits or entry.rank else (0, 0)
         index = tensors.get("salient_index")
         if index is not None and not (
@@ -282,7 +305,7 @@ class StoredDelta:
             bits=entry.bits,
             trellis=entry.trellis,
             in_features=columns,
-            out_features=rows,
+            out_features=0 if entry.bits else rows,
             group_size=entry.group_size,
             factor_bits=entry.factor_bits,
             **tensors,
@@ -309,6 +332,7 @@ class StoredDelta:
             "channel_scale": self.channel_scale is not None,
             "rank": 0 if self.left_steps is None else len(self.left_steps),
             "factor_bits": self.factor_bits,
+            "exact": 0 if self.exact is None else len(self.exact),
             "added_rows": 0 if self.added_rows is None else len(self.added_rows),
         }
 

@@ -13,6 +13,7 @@ from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
 
 #: What is stored of an expert, by parameter name.
@@ -73,6 +74,7 @@ class Layout:
 
 def capacity_of(entry: TensorEntry) -> Capacity:
     """What a bank must hold for what an entry tells of."""
+    entry = slot_entry(entry)
     if not entry.bits:
         return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     return Capacity(

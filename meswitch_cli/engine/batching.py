@@ -35,6 +35,7 @@ from meswitch_cli.engine.inputs import BatchInputs
 from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
+from meswitch_cli.engine.prompt_scores import ScoredRun, keep_scores, places, scored_runs
 from meswitch_cli.engine.sampler import Sampler, choose
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_kernels.dispatch import default_backend
@@ -111,6 +112,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
             self._host_slots = self._host_slots.pin_memory()
         self._runs: list[tuple[int, int]] = []
         self.samples = True
+        self._scored: list[ScoredRun] = []
         #: Whether the thread waits for a device that computes, and may do something else meanwhile.
         self.waits = io.device.type != "cpu"
         self.untold: list[Generation] = []
@@ -200,6 +202,11 @@ class Runner(ModelRunner):  # type: ignore[misc]
         if io.use_block_table:  # every token is a row, in their order; the sampler finds those that it needs
             batch_data.pop("logits_to_keep", None)
             indices = None
+        if self._scored and indices is not None:
+            more = torch.tensor(places(self._scored), dtype=indices.dtype, device=indices.device)
+            indices = torch.cat([indices, more])
+            if "logits_to_keep" in batch_data:
+                batch_data["logits_to_keep"] = indices
         if self.mixed:
             rows = slots if indices is None else slots[indices.long()]
             runs = None if io.use_block_table else self._runs  # a graph is replayed with other slots
@@ -215,6 +222,7 @@ class Runner(ModelRunner):  # type: ignore[misc]
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         io = self.inputs_and_outputs
+        self._scored = scored_runs(io.requests_in_batch) if self.samples else []
         super().compute_batch(model, batch_data)
         if not self.samples:
             return
@@ -222,6 +230,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
         key = self._key()
         with stream_context(io.compute_stream):
             logits = self._logits[key] if key else self._logits.pop(None)
+            if scored := places(self._scored):
+                keep_scores(self._scored, logits[scored] if io.use_block_table else logits[-len(scored) :])
             rows = [row for row, item in enumerate(io.requests_in_batch) if item.has_new_token]
             states = [io.requests_in_batch[row].state for row in rows]
             if io.use_block_table and len(rows) < len(io.requests_in_batch):
@@ -338,7 +348,8 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
 
     def admit(self, generation: Generation) -> None:
         """Hand a request to the scheduler."""
-        self.cache.admit(generation.id, generation.model.digest)
+        shares = generation.request.sampling.prompt_logprobs is None
+        self.cache.admit(generation.id, generation.model.digest, shares)
         state = GenerationState.of(generation, list(generation.request.prompt_tokens), self.model_runner.waits)
         self.scheduler.add_waiting_request(state)
 

@@ -53,6 +53,7 @@ class Sampling:
         stop_token_ids: ids that end it, beside the expert's own end-of-text ids.
         seed: with it, a request's tokens depend on nothing else in the batch.
         logprobs: None, or how many alternatives are reported beside each chosen token (0: the chosen one alone).
+        prompt_logprobs: as `logprobs`, of the prompt's own tokens, each after those before it.
         json_schema: a JSON schema that the text must satisfy.
         json_object: the text must be some JSON object.
         structural_tag: a format, in xgrammar's language of structural tags, that the text must have.
@@ -74,6 +75,7 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     json_object: bool = False
     structural_tag: Mapping[str, Any] | None = None
@@ -113,6 +115,7 @@ class Chunk:
         tokens: ids generated since the last chunk; a stop id is among them, its text is not.
         stop_reason: the stop string or id that ended it, None for an end-of-text id.
         cached_tokens: prompt tokens whose cache was shared, told with the first chunk.
+        prompt_logprobs: of every prompt token but the first, where they were asked for; told with the first chunk.
         queued_seconds: from its submission to its place in a batch, told with the first chunk.
         error: what went wrong, where finish_reason is "error".
     """
@@ -124,6 +127,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     queued_seconds: float = 0.0
     error: str | None = None
 

@@ -21,6 +21,7 @@ class Completion:
     stop_reason: str | int | None
     cached_tokens: int
     error: str | None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def generate(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -65,4 +66,5 @@ def join_chunks(chunks: Sequence[Chunk]) -> Completion:
         last.stop_reason,
         chunks[0].cached_tokens,
         last.error,
+        chunks[0].prompt_logprobs,
     )

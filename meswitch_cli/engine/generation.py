@@ -33,6 +33,7 @@ class Generation:
 
     Attributes:
         slot: the device slot of its expert while it runs, -1 for the base.
+        prompt_logprobs: of the prompt's tokens but the first, as far as they are computed.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Generation:
     ) -> None:
         self.request, self.model, self.sampler = request, model, sampler
         self.slot = -1
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.cached_tokens = 0
         self.since = time.monotonic()
         self.queued_seconds = 0.0
@@ -141,7 +143,12 @@ class Generation:
 
     def _tell(self, chunk: Chunk) -> None:
         if self._first:
-            chunk = replace(chunk, cached_tokens=self.cached_tokens, queued_seconds=self.queued_seconds)
+            chunk = replace(
+                chunk,
+                cached_tokens=self.cached_tokens,
+                queued_seconds=self.queued_seconds,
+                prompt_logprobs=tuple(self.prompt_logprobs),
+            )
             self._first = False
         try:
             self._on_chunk(chunk)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Stored
+from meswitch_cli.engine.exact import coded
 from meswitch_cli.engine.staging import pinned_buffer
+from meswitch_cli.model.weights import CheckpointWeights
 
 
 class HostCopies:
     """Experts in host memory by the digest of their manifest, `limit` bytes at most, the least recently used given up
     first."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, base: Checkpoint) -> None:
+        self.limit, self._base = limit, CheckpointWeights(base)
         self._copies: OrderedDict[str, Stored] = OrderedDict()
 
     def __contains__(self, key: object) -> bool:
@@ -34,6 +37,8 @@ class HostCopies:
             self._copies.move_to_end(key)
             return self._copies[key]
         stored = artifact.read_all(pinned_buffer) if pinned else artifact.read_all()
+        if artifact.manifest.exact:
+            stored = coded(artifact, stored, self._base)
         self._put(key, stored)
         return stored
 

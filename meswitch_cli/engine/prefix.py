@@ -26,16 +26,21 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         #: Counts up where a request's list of blocks has changed but not grown.
         self.edition = 0
         self.smallest_page = min(allocator.tokens_per_page for allocator in self.cache_allocators.values())
+        #: Requests whose prompts are computed whole.
+        self.unshared: set[str] = set()
         #: Prompt tokens that were found in the cache, by request.
         self.matched: dict[str, int] = {}
 
-    def admit(self, request_id: str, digest: str) -> None:
-        """Say which model a request is for, before it is scheduled."""
+    def admit(self, request_id: str, digest: str, shares: bool = True) -> None:
+        """Say which model a request is for, before it is scheduled, and whether what is cached may be used for it."""
+        if not shares:
+            self.unshared.add(request_id)
         self._salts[request_id] = hashlib.sha256(digest.encode()).digest()
 
     def forget(self, request_id: str) -> None:
         self._salts.pop(request_id, None)
         self.matched.pop(request_id, None)
+        self.unshared.discard(request_id)
 
     def count_blocks_used(self) -> int:
         """Blocks that running requests hold; those kept for later requests to share do not count."""
@@ -66,7 +71,7 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
             super().extend_read_and_write_indices(request_id, past_length, query_length, read_index, write_index)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        if not self.use_prefix_sharing:
+        if not self.use_prefix_sharing or request_id in self.unshared:
             return 0
         # Prefixes are shared only where every layer's attention is full, and then there is one allocator.
         (allocator,) = self.cache_allocators.values()

@@ -24,6 +24,8 @@ def check_request(request: GenerationRequest, model: ServedModel, max_model_len:
         given = getattr(sampling, name)
         for value in given.values() if isinstance(given, Mapping) else (given,):
             _require(value is None or allowed.holds(value), name, f"must be {allowed}, not {value}")
+    asked, allowed = sampling.prompt_logprobs, RANGES["logprobs"]
+    _require(asked is None or allowed.holds(asked), "prompt_logprobs", f"must be {allowed}, not {asked}")
     for name in ("logit_bias", "stop_token_ids", "shown_tokens"):
         for token in getattr(sampling, name):
             _require(0 <= token < vocabulary, name, f"token {token} is outside 0 to {vocabulary - 1}")

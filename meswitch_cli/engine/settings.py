@@ -35,6 +35,8 @@ class EngineSettings:
         max_wait: seconds that a request may wait for a slot before its expert is given one that others still use.
         host_bytes: host memory for copies of experts that are not on the device; None is 0 on a CPU, else half of
             what is available at the start: it is pinned, so nobody else gets it back.
+        tensor_parallel, pipeline_parallel: devices that share each layer, and devices that share the layers out; more
+            than one with vLLM alone.
         seed: of requests that bring none.
         strict: whether one artifact that cannot be served stops the start.
     """
@@ -53,6 +55,8 @@ class EngineSettings:
     prefix_sharing: bool = True
     max_wait: float = 2.0
     host_bytes: int | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     seed: int | None = None
     strict: bool = False
 
@@ -65,6 +69,7 @@ class EngineSettings:
         for name in self.experts:
             check_name(name)
         least = {"slots": 1, "max_model_len": 2, "max_queue": 0, "max_running": 1, "max_batch_tokens": 16}
+        least |= {"tensor_parallel": 1, "pipeline_parallel": 1}
         least |= {"cache_tokens": 1, "page_size": 4, "max_wait": 0, "host_bytes": 0}
         for option, minimum in least.items():
             value = getattr(self, option)

@@ -34,10 +34,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
         """Read the base's headers; nothing is loaded yet.
 
         Raises:
-            EngineError: transformers is of a version that the engine does not know.
+            EngineError: transformers is of a version that the engine does not know, or several devices are asked for.
             CheckpointError: there is no such base.
         """
         check_transformers()
+        if settings.tensor_parallel * settings.pipeline_parallel > 1:
+            raise EngineError("one model over several devices needs --engine vllm")
         super().__init__(settings)
         self._grammars = Grammars()
         self._base: BaseModel | None = None
@@ -64,7 +66,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
         layout = bank_layout(base, [model.artifact.manifest for model in experts if model.artifact])
         banks = Banks(base, layout, slots)
         banks.install()
-        self._copies = HostCopies(settings.copies_nbytes)
+        self._copies = HostCopies(settings.copies_nbytes, self._checkpoint)
         self._loader = SlotLoader(banks, self._copies, self._on_loaded)
         self._hidden = HiddenStateReader(base)
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)

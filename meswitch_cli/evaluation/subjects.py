@@ -11,6 +11,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.errors import CheckpointError, EvaluationError
+from meswitch_cli.hub.fetch import find_artifact
 from meswitch_cli.model.adapted import open_expert
 from meswitch_cli.model.matching import make_plan
 from meswitch_cli.model.tokenizer import load_tokenizer, tokenizer_folder
@@ -83,13 +84,13 @@ def split_label(option: str) -> tuple[str | None, str]:
 
 
 def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert], taken: Sequence[str]) -> Candidate:
-    """Open an artifact, check every byte of it, and find the expert and the base that it was made from.
+    """Open an artifact (a folder or a Hub id), check every byte of it, and find the expert and base it was made from.
 
     Raises:
         ArtifactError: it is damaged, or made against another base.
         EvaluationError: it was made from none of the experts, or carries another tokenizer than its expert.
     """
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(find_artifact(path))
     check_base_shapes(artifact.manifest, base.checkpoint)
     refuse_other_base(artifact.manifest, base.fingerprint, base.checkpoint.source.path)
     owner = next(
@@ -104,8 +105,9 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
         )
     for _ in artifact.verify():
         pass
-    _refuse_other_tokenizer_files(path, owner)
-    label = _free_label(path.resolve().name, [BASE, *(item.label for item in experts), *taken])
+    _refuse_other_tokenizer_files(artifact.path, owner)
+    named = path.resolve() if path.exists() else path
+    label = _free_label(named.name, [BASE, *(item.label for item in experts), *taken])
     facts = {
         "manifest_sha256": artifact.digest,
         "nbytes": artifact.manifest.nbytes,

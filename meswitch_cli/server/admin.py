@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse
 
 from meswitch_cli.engine.contract import BASE, EngineError, ShuttingDownError, UnknownExpertError
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
@@ -84,16 +85,16 @@ async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
     return _expert(service, body.name)
 
 
-@endpoints.post("/v1/load_lora_adapter", summary="/v1/experts/load as vLLM's clients know it", response_model=None)
-async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Response:
+@endpoints.post("/v1/load_lora_adapter", summary="As vLLM calls loading", response_class=PlainTextResponse)
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> str:
     await load(request, LoadRequest(name=body.lora_name, path=body.lora_path))
-    return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@endpoints.post("/v1/unload_lora_adapter", summary="/v1/experts/unload as vLLM's clients know it", response_model=None)
-async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Response:
+@endpoints.post("/v1/unload_lora_adapter", summary="As vLLM calls unloading", response_class=PlainTextResponse)
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> str:
     await unload(request, UnloadRequest(name=body.lora_name))
-    return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", media_type="text/plain")
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 async def _change(work: Callable[[], None]) -> None:

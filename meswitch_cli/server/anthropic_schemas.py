@@ -22,7 +22,7 @@ from meswitch_cli.server.messages import (
     ToolMessage,
     UserMessage,
 )
-from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, ResponseFormat, in_range
+from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, ResponseFormat, chat_request, in_range
 from meswitch_cli.server.strict import JsonObject, Strict
 from meswitch_cli.server.tool_schemas import Function, FunctionTool, NamedChoice, NamedFunction
 from meswitch_cli.server.tools import ToolChoice
@@ -111,7 +111,7 @@ class CountRequest(Strict):
     def chat(self, **sampling: Any) -> ChatRequest:
         """The same as a chat completion, with this sampling. Raises ApiError for what contradicts itself."""
         messages = self._messages()
-        return ChatRequest(
+        return chat_request(
             model=self.model,
             messages=messages,
             continue_final_message=isinstance(messages[-1], AssistantMessage) or None,

@@ -25,7 +25,7 @@ from meswitch_cli.server import (
 )
 from meswitch_cli.server.auth import Authentication
 from meswitch_cli.server.context import EXPOSED_HEADERS, RequestContext
-from meswitch_cli.server.errors import install_error_handlers
+from meswitch_cli.server.errors import install_error_handlers, is_anthropic
 from meswitch_cli.server.head import Head
 from meswitch_cli.server.limits import BodyLimit
 from meswitch_cli.server.service import Service
@@ -63,6 +63,20 @@ _ERROR_SCHEMA = {
 }
 
 
+_ANTHROPIC_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
+
 def create_app(service: Service) -> FastAPI:
     """The ASGI application of a service whose engine has started."""
     app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None)
@@ -96,13 +110,16 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schemas["Error"] = _ERROR_SCHEMA
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        error = {
-            "description": "An error, in OpenAI's envelope.",
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-        }
-        for operations in schema["paths"].values():
+        schemas["AnthropicError"] = _ANTHROPIC_ERROR_SCHEMA
+        for path, operations in schema["paths"].items():
+            error = _error("Anthropic", "AnthropicError") if is_anthropic(path) else _error("OpenAI", "Error")
             for operation in operations.values():
                 operation["responses"].pop("422", None)
                 operation["responses"]["default"] = error
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _error(whose: str, schema: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"description": f"An error, in {whose}'s envelope.", "content": content}

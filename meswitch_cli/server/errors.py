@@ -103,8 +103,12 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     503: "overloaded_error",
 }
-#: Where Anthropic's API is spoken.
-ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_PATH = "/v1/messages"
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether Anthropic's API is spoken there."""
+    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
 
 
 def anthropic_envelope(error: ApiError) -> dict[str, Any]:
@@ -118,7 +122,7 @@ class ErrorResponse(JSONResponse):
 
     def __init__(self, error: ApiError, path: str) -> None:
         body = envelope(error.status, str(error), error.code, error.parameter)
-        if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+        if is_anthropic(path):
             body = anthropic_envelope(error)
         super().__init__(body, error.status, error.headers)
         self._reason = error.logged

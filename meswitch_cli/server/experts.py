@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meswitch_cli.errors import ArtifactError, MeswitchError, UsageError
+from meswitch_cli.hub.fetch import find_artifact
 from meswitch_cli.names import check_name
-from meswitch_cli.paths import user_path
 
 
 def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:
-    """Experts from `NAME=ARTIFACT` and from the sub-folders of a directory, each under its folder's name.
+    """Experts from `NAME=ARTIFACT` (a folder or a Hub id), and from the sub-folders of a directory, by their names.
 
     A name given twice means the pair. Hidden folders are work in progress and are left out.
 
@@ -20,6 +20,7 @@ def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tupl
 
     Raises:
         UsageError: a pair is malformed or a name is taken twice, or the directory is none.
+        ArtifactError: the Hub does not give an artifact.
     """
     experts: dict[str, Path] = {}
     refused: dict[str, str] = {}
@@ -30,7 +31,7 @@ def named_experts(pairs: Sequence[str], experts_dir: Path | None = None) -> tupl
         check_name(name)
         if name in experts:
             raise UsageError(f"--expert {name}: given twice")
-        experts[name] = user_path(path)
+        experts[name] = find_artifact(path)
     if experts_dir is None:
         return experts, refused
     if not experts_dir.is_dir():

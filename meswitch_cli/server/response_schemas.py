@@ -20,7 +20,7 @@ from meswitch_cli.server.messages import (
     ToolMessage,
     UserMessage,
 )
-from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, Metadata, ResponseFormat, in_range
+from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, Metadata, ResponseFormat, chat_request, in_range
 from meswitch_cli.server.strict import JsonObject, Strict
 from meswitch_cli.server.tool_schemas import (
     AllowedChoice,
@@ -132,7 +132,7 @@ class ResponseRequest(Strict):
 
     def chat(self) -> ChatRequest:
         """The same as a chat completion. Raises ApiError for what contradicts itself."""
-        return ChatRequest(
+        return chat_request(
             model=self.model,
             messages=self._messages(),
             max_tokens=self.max_output_tokens,

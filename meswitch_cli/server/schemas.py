@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from meswitch_cli.engine.contract import Sampling
 from meswitch_cli.engine.sampling_ranges import MAX_STOPS, RANGES
@@ -202,7 +202,7 @@ Prompts = (
 )
 
 
-def listed(given: Prompts, limit: int, name: str) -> list[str] | list[list[int]]:
+def listed(given: Prompts, limit: int, name: str) -> list[str | list[int]]:
     """One text, or one list of token ids, a prompt.
 
     Raises:
@@ -216,6 +216,20 @@ def listed(given: Prompts, limit: int, name: str) -> list[str] | list[list[int]]
     return list(several)
 
 
+def chat_request(**members: Any) -> ChatRequest:
+    """The chat that a request of another API asks for, member by member checked already.
+
+    Raises:
+        ApiError: together they are more than a chat may hold.
+    """
+    try:
+        return ChatRequest(**members)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or None
+        raise InvalidValueError(name, f"{name}: {first['msg']}") from error
+
+
 class CompletionRequest(GenerationParameters):
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
@@ -227,10 +241,8 @@ class CompletionRequest(GenerationParameters):
         if self.best_of is not None and self.best_of != (self.n or 1):
             message = "best_of: only as many as n; rank the choices by their logprobs instead"
             raise ApiError(400, message, code="unsupported_parameter", parameter="best_of")
-        if self.echo and self.logprobs is not None:
-            message = "echo: not with logprobs, since the prompt's own are not computed"
-            raise ApiError(400, message, code="unsupported_parameter", parameter="echo")
-        return Sampling(**self.common_sampling(max_tokens, defaults), logprobs=self.logprobs)
+        scores = self.logprobs if self.echo else None
+        return Sampling(**self.common_sampling(max_tokens, defaults), logprobs=self.logprobs, prompt_logprobs=scores)
 
 
 class RouteRequest(Strict):

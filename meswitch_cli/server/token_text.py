@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -51,27 +53,39 @@ class TokenTexts:
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.text(token), "logprob": finite(logprob), "bytes": list(self.bytes(token))}
 
-    def completion(self, logprobs: tuple[TokenLogprob, ...], offset: int) -> dict[str, Any]:
+    def completion(self, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         """`logprobs` of a text completion whose first token begins at character `offset`.
 
         Alternatives are a mapping from text in OpenAI's format: of two tokens with one text, the likelier is told.
         """
         texts = [self.text(logprob.token) for logprob in logprobs]
-        offsets = [offset]
-        for text in texts[:-1]:
-            offsets.append(offsets[-1] + len(text))
-        tops = []
-        for logprob in logprobs:
-            top: dict[str, float] = {}
-            for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
-                top.setdefault(self.text(token), finite(value))
-            tops.append(top)
         return {
             "tokens": texts,
             "token_logprobs": [finite(logprob.logprob) for logprob in logprobs],
-            "top_logprobs": tops,
-            "text_offset": offsets[: len(texts)],
+            "top_logprobs": [self._top(logprob) for logprob in logprobs],
+            "text_offset": list(itertools.accumulate(map(len, texts), initial=offset))[: len(texts)],
         }
+
+    def prompt(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], special: bool) -> dict[str, Any]:
+        """`logprobs` of an echoed prompt: as `completion`, with null for the first token, which follows nothing.
+
+        `special` is whether the echo holds the texts of special tokens.
+        """
+        texts = [self.text(token) for token in tokens]
+        shown = [special or token not in self._added for token in tokens]
+        lengths = [len(text) * told for text, told in zip(texts, shown, strict=True)]
+        return {
+            "tokens": texts,
+            "token_logprobs": [None, *(finite(logprob.logprob) for logprob in logprobs)],
+            "top_logprobs": [None, *(self._top(logprob) for logprob in logprobs)],
+            "text_offset": list(itertools.accumulate(lengths, initial=0))[: len(texts)],
+        }
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
+            top.setdefault(self.text(token), finite(value))
+        return top
 
 
 def finite(logprob: float) -> float:

@@ -99,6 +99,7 @@ def test_a_card_for_a_repository_names_it_and_keeps_what_people_wrote(pair: Pair
 def test_a_card_that_is_not_ours_keeps_its_body() -> None:
     card = Card.parse("---\nlicense: mit\n---\n# Mine\n")
     assert card.published("a/b").text == card.text == "---\nlicense: mit\n---\n# Mine\n"
+    assert Card.parse("# Mine\n---\nmore\n---\n").published("a/b").text == "# Mine\n---\nmore\n---\n"
 
 
 @pytest.mark.parametrize("wrong", [{"base_model": "maths"}, {"licence": "My Own"}, {"base_model": "a/b/c"}])

@@ -124,7 +124,7 @@ def test_a_low_rank_part_that_cannot_be_is_refused(path: str, value: Any, messag
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", 4, "format version 4.*upgrade meswitch"),
+        ("format_version", 5, "format version 5.*upgrade meswitch"),
         ("format_version", 0, "format version 0"),
         ("format_version", "1", "'format_version' is not a whole number"),
         ("base", ..., "'base' is missing"),

@@ -19,10 +19,10 @@ from typing import Any
 
 import zoo
 from benchmarks.machine import describe
+from meswitch_cli.client.workload import Workload, make_workload
 from meswitch_cli.engine.contract import Chunk, GenerationRequest, Sampling
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
-from meswitch_cli.load.workload import Workload, make_workload
 from meswitch_cli.server.background import in_background
 from meswitch_cli.server.experts import named_experts
 from meswitch_cli.server.service import Service

@@ -38,6 +38,7 @@ from zoo.skills import outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "strong.md"
 INTRODUCTION = Path(__file__).with_name("strong_intro.md")
+PICTURE = PAGE.parents[1] / "images" / "frontier.svg"
 CACHE = Path.home() / ".cache" / "meswitch-zoo"
 BASE, EXPERT = "base", "full expert"
 _OURS = "steps=output-unbiased,activations=random"
@@ -49,21 +50,27 @@ DEFAULTS = {
     f"meswitch:bits=2,salient=8,{_OURS}": "`--bits 2`",
     f"meswitch:bits=4,salient=8,{_OURS},embedding=4": "`--bits 4`",
 }
+#: Other methods that are an option or two of `meswitch compress`.
+OPTIONS = {
+    f"{_TRELLIS},bits=0.25,rank=16": "`--bits 0.25`",
+    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms": "`--bits 0.25 --channel-scale rms`",
+    f"{_TRELLIS},bits=0.125,rank=16": "`--bits 0.125`",
+    f"{_TRELLIS},bits=0.5,rank=16": "`--bits 0.5`",
+    f"{_TRELLIS},bits=1,rank=16": "`--bits 1 --code trellis`",
+    f"{_TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25 --embedding-bits 1`",
+    f"{_ONE},rank=64": "`--bits 1 --rank 64`",
+    f"{_ONE},rank=0": "`--bits 1 --rank 0`",
+    f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1": (
+        "`--bits 1 --salient 0 --embedding-bits 1`"
+    ),
+    f"meswitch:bits=2,salient=8,{_OURS},rank=16": "`--bits 2 --rank 16`",
+}
 #: Fixed before any was measured; those that need data last, so that a run without it has the rest.
 ROWS = (
     BASE,
     EXPERT,
     *DEFAULTS,
-    f"{_TRELLIS},bits=0.25,rank=16",
-    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms",
-    f"{_TRELLIS},bits=0.125,rank=16",
-    f"{_TRELLIS},bits=0.5,rank=16",
-    f"{_TRELLIS},bits=1,rank=16",
-    f"{_TRELLIS},bits=0.25,rank=16,embedding=1",
-    f"{_ONE},rank=64",
-    f"{_ONE},rank=0",
-    f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1",
-    f"meswitch:bits=2,salient=8,{_OURS},rank=16",
+    *OPTIONS,
     "bitdelta:embedding=2",
     "bitdelta:masks=2",
     "per-axis:axis=best",
@@ -93,6 +100,34 @@ KIND_ROWS = (
     "d-qrelo",
     "delta-come:bits=1.2",
 )
+#: What a plot joins by a line, and what it calls other methods.
+_LINE = tuple(
+    name
+    for bits in ("bits=0.125,rank=16", "bits=0.25,rank=16", "bits=0.5,rank=16", "bits=1,salient=8,channel_scale=rms")
+    for name in (*OPTIONS, *DEFAULTS)
+    if name.endswith(bits) or (bits in name and name in DEFAULTS)
+)
+_PLOTTED = {
+    "bitdelta:embedding=2": "BitDelta",
+    "bitdelta:masks=2": "BitDelta, 2 masks",
+    "per-axis:axis=best": "per-axis scale",
+    "rtn:bits=2,group=128": "2 bits in groups",
+    "low-rank:bits=2": "low rank",
+    "d-qrelo": "D-QRELO",
+    "d-qrelo:order=svd-first": "D-QRELO, SVD first",
+    "delta-come:bits=1.2": "Delta-CoMe",
+    "delta-come:bits=1.85": "Delta-CoMe, more",
+    "dare": "DARE",
+    "dare:choice=magnitude,rescale=projection": "DARE by magnitude",
+}
+#: Where a name would lie on another.
+_OFFSETS = {
+    "low-rank:bits=2": (-5, -2),
+    "d-qrelo": (5, 5),
+    "d-qrelo:order=svd-first": (5, -9),
+    "delta-come:bits=1.85": (5, -10),
+    "dare:choice=magnitude,rescale=projection": (-6, 4),
+}
 ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS}
 COLUMNS = (
     "model", "MB", "KL, nats", "KL / base's, %", "loss", "right", "same answer, %", "lost, gained",
@@ -170,6 +205,47 @@ def _encoded(data: Any, expert: Expert, answers: int) -> EncodedSet:
     )
 
 
+def label(row: str) -> str:
+    """What a page calls a row: the options of `meswitch compress`, or the method of `meswitch eval --baseline`."""
+    return DEFAULTS.get(row) or OPTIONS.get(row) or row
+
+
+def plot(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """KL in percent of the base's over megabytes, ours joined by a line, other methods named."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "meswitch"
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    of_base = sum(rows[BASE]["sums"]["kl"])
+    points = {
+        name: (row["nbytes"] / 1e6, 100 * sum(row["sums"]["kl"]) / of_base)
+        for name, row in rows.items()
+        if name not in (BASE, EXPERT)
+    }
+    ours = {name: point for name, point in points.items() if name in _LINE}
+    axes.plot(
+        *zip(*(ours[name] for name in _LINE if name in ours), strict=True), "o-", color="#3454d1", label="meswitch"
+    )
+    for name, point in ours.items():
+        _tell(axes, label(name).strip("`"), point, (-6, -12), "#3454d1")
+    others = {name: point for name, point in points.items() if not name.startswith("meswitch") and "gptq" not in name}
+    axes.plot(*zip(*others.values(), strict=True), "s", color="#62656d", markersize=4, label="other methods")
+    for name, point in others.items():
+        _tell(axes, _PLOTTED.get(name, name), point, _OFFSETS.get(name, (5, 4)), "#62656d")
+    axes.set(yscale="log", xlabel="MB of one expert (the full model has 269)", ylabel="KL to it, % of the base's")
+    axes.margins(x=0.14, y=0.1)
+    axes.set_xlim(left=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _tell(axes: Any, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
+    side = "right" if offset[0] < 0 else "left"
+    axes.annotate(text, point, textcoords="offset points", xytext=offset, fontsize=8, color=color, ha=side)
+
+
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """`COLUMNS` of every measured row, in the order of `ROWS`."""
     full, lines = rows.get(EXPERT), []
@@ -178,7 +254,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         if row is None:
             continue
         tokens = sum(row["sums"]["tokens"])
-        line = [f"{name} ({DEFAULTS[name]})" if name in DEFAULTS else name, f"{row['nbytes'] / 1e6:.1f}"]
+        line = [label(name), f"{row['nbytes'] / 1e6:.1f}"]
         line.append(f"{sum(row['sums']['kl']) / tokens:.3g}")
         line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3g}" if BASE in rows else "")
         line.append(f"{sum(row['sums']['loss']) / tokens:.4f}")
@@ -241,6 +317,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.report:
         PAGE.write_text(page(arguments.measured))
+        plot(json.loads((arguments.measured / "maths.json").read_text())["rows"], PICTURE)
         print(PAGE)
         return
     of = arguments.group
@@ -254,7 +331,7 @@ def main() -> None:
             if row not in bench.rows:
                 bench.measure(row)
             shown = {key: bench.rows[key] for key in (BASE, EXPERT, row) if key in bench.rows}
-            line = next(line for line in table(shown) if line[0].startswith(row))
+            line = next(line for line in table(shown) if line[0] == label(row))
             print(f"{name}: {' | '.join(line)} ({bench.rows[row]['seconds']} s)", flush=True)
 
 

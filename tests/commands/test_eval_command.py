@@ -16,6 +16,7 @@ import torch
 from command_line import ENVIRONMENT, Result, in_process, meswitch
 from command_line import fails as refused
 
+from meswitch_cli.commands.eval_tables import judgements
 from meswitch_cli.evaluation.routing import CHOICES
 from zoo.tiny import Pair, make_pair
 
@@ -355,3 +356,45 @@ def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_
     }
     assert len(answers[served]) == 4 and answers[served] == answers["art"]
     assert any(row["model"] == served and row["against"] == "expert" for row in report["comparisons"])
+
+
+def test_a_terminal_gets_tables_and_a_judgement(
+    pair: Pair, art: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    given = (*inputs(pair, art, tmp_path / "out"), "--text", f"expert={text}", "--max-kld", 1)
+    shown = in_process("eval", *given, terminal=True)
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = report["fidelity"]
+    assert "| ---" not in shown.stdout and "fidelity to expert on sums" in shown.stdout
+    assert re.search(rf"art +│ +[\d.]+ │ +{re.escape(format(row['kl_mean'], '.3g'))} │", shown.stdout)
+    assert re.search(r"base +│ +0 │ +[\d.e-]+ │ +100 │", shown.stdout) and "Limits" in shown.stdout
+    words = judgements(report)
+    assert words == shown.stdout.strip().splitlines()[-1:] and "12 items are few" in words[0]
+    assert f"every figure, with pictures: {tmp_path / 'out' / 'report.html'}" in shown.stderr
+    again = in_process("eval", *given, "--force", "--markdown", terminal=True)
+    assert "| --- |" in again.stdout and again.stdout.strip().endswith(words[0])
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0003, "hardly to be told from"),
+        (0.004, "close to the full expert"),
+        (0.05, "not as near as compress usually comes"),
+        (0.3, "far from the full expert"),
+        (1.4, "no nearer to the full expert than the base is: do not serve it"),
+    ],
+)
+def test_a_judgement_is_of_the_worst_set(share: float, words: str) -> None:
+    row = {"model": "m", "set": "own", "kl_share": share, "kl_mean": 0.01, "top1_agreement": 0.98, "items": 40}
+    other = row | {"set": "other", "kl_share": share / 2}
+    report = {
+        "models": [{"label": "m", "kind": "artifact"}, {"label": "rtn", "kind": "baseline"}],
+        "fidelity": [other, row, row | {"model": "rtn"}, row | {"kl_share": None}],
+    }
+    (told,) = judgements(report)
+    assert told.startswith("m is ") and words in told and "On own, the worst of 2 sets" in told
+    assert f"{100 * share:.2g} % of the base's" in told and "items are few" not in told
+    assert judgements(report | {"fidelity": []}) == []

@@ -11,20 +11,23 @@ import pytest
 from command_line import Result, fails, in_process
 
 from meswitch_cli import __version__
+from zoo.adapter import make_adapter
 from zoo.tiny import Pair
 
 
 @pytest.fixture
 def experts(pair: Pair, make_artifact: Any, tmp_path: Path) -> Path:
-    """A folder with two good artifacts, one that lacks a shard, one that is changed, one unfinished, and others."""
+    """A folder with three good artifacts, one that lacks a file, one that is changed, one unfinished, and others."""
     folder = tmp_path / "experts"
     folder.mkdir()
     made = make_artifact(pair).path
     for name in ("good", "short", "changed"):
         shutil.copytree(made, folder / name)
     make_artifact(pair, out="experts/one-bit", bits=1)
-    (folder / "short" / "delta-00002-of-00003.safetensors").unlink()
-    shard = folder / "changed" / "delta-00001-of-00003.safetensors"
+    adapter = make_adapter(pair[0], tmp_path / "lora", rank=4)
+    make_artifact((pair[0], adapter), out="experts/adapter")
+    (folder / "short" / "tokenizer.json").unlink()
+    shard = next((folder / "changed").glob("delta-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
     (folder / ".later.partial").mkdir()
     (folder / ".good.partial").mkdir()  # of an artifact that is being replaced
@@ -39,23 +42,24 @@ def rows(done: Result) -> dict[str, dict[str, Any]]:
 def test_list(experts: Path) -> None:
     done = in_process("list", experts, "--json")
     found = rows(done)
-    assert done.returncode == 1 and list(found) == ["later", "changed", "good", "one-bit", "short"]
+    assert done.returncode == 1 and list(found) == ["later", "adapter", "changed", "good", "one-bit", "short"]
     assert found["good"]["problem"] is None and not found["good"]["verified"]
     assert (found["good"]["base"], found["good"]["expert"]) == ("base", "expert")
-    assert found["good"]["bits"] == 2 and found["one-bit"]["bits"] == 1
+    assert found["good"]["linears"] == "2" and found["one-bit"]["linears"] == "1"
+    assert found["adapter"]["linears"] == "rank 4"
     shards = sum(file.stat().st_size for file in (experts / "good").glob("delta-*"))
     assert found["good"]["bytes"] == shards and found["one-bit"]["bits_per_weight"] < found["good"]["bits_per_weight"]
     assert found["changed"]["problem"] is None  # its size is right
-    assert found["short"]["problem"].endswith("delta-00002-of-00003.safetensors: missing")
+    assert found["short"]["problem"].endswith("tokenizer.json: missing")
     assert "not finished" in found["later"]["problem"] and "base" not in found["later"]
     shown = in_process("list", experts)
-    assert shown.returncode == 1 and shown.stdout.count("all there") == 3 and shown.stdout.count("cannot be used") == 2
+    assert shown.returncode == 1 and shown.stdout.count("all there") == 4 and shown.stdout.count("unusable") == 2
     assert "short: " in shown.stdout and "whole" not in shown.stdout
 
 
 def test_list_verifies(experts: Path) -> None:
     found = rows(in_process("list", experts, "--verify", "--json"))
-    assert [name for name, row in found.items() if row["verified"]] == ["good", "one-bit"]
+    assert [name for name, row in found.items() if row["verified"]] == ["adapter", "good", "one-bit"]
     assert "changed or damaged" in found["changed"]["problem"]
     alone = in_process("list", experts / "good", "--verify")
     assert alone.returncode == 0 and "verified" in alone.stdout

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def router(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert made.returncode == 0, made.stderr
     assert "accuracy" in made.stdout and "baseline tfidf" in made.stdout and "fallback" in made.stdout
     assert "were cut; --max-tokens reads more of them" in made.stderr
+    assert "Loading weights" not in made.stderr  # a bar of transformers'
     names = {path.name for path in out.iterdir()}
     assert {"router.json", "report.json", "report.md", "report.png", "report.svg"} <= names
     return out
@@ -159,6 +161,21 @@ def test_hashes_of_experts_given_by_file(
     manifest = json.loads((tmp_path / "router" / "router.json").read_text())
     assert manifest["experts"] == {"code": None, "maths": file_digest(artifact / "meswitch.json")}
     assert manifest["fallback"] == "code"
+
+
+def test_the_next_commands_can_be_typed(
+    tmp_path: Path, pair: tuple[Path, Path], make_artifact: Callable[..., Artifact]
+) -> None:
+    artifact = make_artifact(pair).path
+    data = write(tmp_path / "data.jsonl", [*lines("maths", 30), *lines("code", 30)])
+    given = ("--backend", "tfidf", "--data", data, "--artifact", f"maths={artifact}", "--out", tmp_path / "router")
+    made = in_process("train-router", *given)
+    assert made.returncode == 0, made.stderr
+    asked, served = map(shlex.split, made.stderr.split("next:\n")[1].splitlines())
+    decided = in_process(*asked[1:])
+    assert decided.returncode == 0 and "nearest known prompts" in decided.stdout, decided.stderr
+    experts = ["--expert", "code=ARTIFACT", "--expert", f"maths={artifact}"]
+    assert served == ["meswitch", "serve", "--base", "BASE", *experts, "--router", str(tmp_path / "router")]
 
 
 def test_mistakes_end_in_one_line(router: Path, base: Path, data: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from command_line import in_process
 
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, next_commands, verdict
+from meswitch_cli.commands.next_steps import after_compress
+from meswitch_cli.commands.verdict import MEASURED_KL, NORMAL_ERROR, verdict
 from meswitch_cli.delta.codes import RATES
+from zoo.adapter import make_adapter
 from zoo.tiny import Pair
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -44,6 +46,16 @@ def test_every_rate_has_its_own_measure(make_artifact: Any, pair: Pair, bits: fl
     manifest = make_artifact(pair, bits=bits, rank=rank, embedding_bits=2).manifest
     told = verdict(with_errors(manifest, 0.01, **DEFAULT))
     assert f"usual at {words} (" in told[0] and (len(told) == 2) is (bits != 4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [(16, "these are the adapter's own factors"), (8, "the adapter's factors lost digits; --factor-bits 16")],
+)
+def test_an_adapter(make_artifact: Any, pair: Pair, tmp_path: Path, bits: int, words: str) -> None:
+    adapter = make_adapter(pair[0], tmp_path / "lora")
+    (told,) = verdict(make_artifact((pair[0], adapter), factor_bits=bits).manifest)
+    assert words in told and re.match(r"weight error 0\.0\d+ % of the update", told), told
 
 
 def test_nothing_is_said_where_nothing_is_known(make_artifact: Any, pair: Pair) -> None:
@@ -94,7 +106,7 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "my artifact"
     made = in_process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
     assert made.returncode == 0, made.stderr
-    assert made.stderr.startswith(f"reading {pair[0]} and {pair[1]}\n")
+    assert made.stderr.startswith("reading both models' headers\n")
     assert "weight error" in made.stdout.splitlines()[-2] and made.stdout.splitlines()[-1] == str(out)
     evaluate, serve = map(shlex.split, made.stderr.split("next:\n")[1].splitlines())
     assert serve[:2] == ["meswitch", "serve"] and serve[-1] == f"expert={out}"
@@ -107,8 +119,8 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_name_that_cannot_be_served_is_left_to_the_user() -> None:
-    assert "NAME=out" in next_commands("base", "./my model[final]", Path("out"))[1]
-    assert "maths=out" in next_commands("base", "owner/maths@main", Path("out"))[1]
+    assert after_compress("base", "./my model[final]", Path("out"))[1][-1] == "NAME=out"
+    assert after_compress("base", "owner/maths@main", Path("out"))[1][-1] == "maths=out"
 
 
 def test_json_has_no_verdict(pair: Pair, tmp_path: Path) -> None:

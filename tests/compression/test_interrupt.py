@@ -12,7 +12,7 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from zoo.tiny import make_pair
 
-KILLS = 20
+KILLS = 10
 
 
 def _in_child(base: Path, expert: Path, out: Path) -> int:
@@ -36,17 +36,22 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, kind: signal.Signal
     duration = time.perf_counter() - started
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     generator = random.Random(0)
-    killed = 0
-    for index in range(KILLS):
+    killed = index = 0
+    while killed < KILLS:  # where the machine is busy, runs take now longer, now shorter
+        index += 1
+        assert index < 10 * KILLS
         out = tmp_path / f"out{index}"
+        started = time.perf_counter()
         child = _in_child(base, expert, out)
         time.sleep(generator.uniform(0, duration))
         os.kill(child, kind)
-        killed += os.waitpid(child, 0)[1] != 0
+        met = os.waitpid(child, 0)[1] != 0
+        killed += met
+        if not met:
+            duration = min(duration, time.perf_counter() - started)
         if not out.exists():
             assert os.waitpid(_in_child(base, expert, out), 0)[1] == 0
         elif list(tmp_path.glob(f".out{index}*")):  # killed after the artifact was there, while it cleaned up
             assert os.waitpid(_in_child(base, expert, out), 0)[1] != 0  # refused without --force, and cleaned up
         assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
         assert not list(tmp_path.glob(f".out{index}*"))
-    assert killed >= KILLS // 2  # most kills met a run that was under way

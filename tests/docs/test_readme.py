@@ -54,6 +54,16 @@ def test_from_python(pair: Pair, tmp_path: Path) -> None:
     assert (tmp_path / "restored-1bit" / "model.safetensors").exists()
 
 
+def test_first_screen_from_python(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "base").symlink_to(pair[0])
+    (tmp_path / "maths").symlink_to(pair[1])
+    code = README.split("```python\n")[1].split("```")[0]
+    short = code.replace('expert="maths"', 'expert="maths", max_tokens=2')
+    assert short != code and len(code.strip().splitlines()) <= 6
+    done = subprocess.run([sys.executable, "-c", short], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
     """A folder with a base, two fine-tunes of it, and prompts of their fields."""

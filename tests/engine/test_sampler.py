@@ -273,7 +273,8 @@ def test_a_grammar_leaves_words_alone(engine: TransformersEngine) -> None:
     assert text == "\t" * 5
     limited = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}}, "required": ["a"]}
     close = limited | {"additionalProperties": False}
-    inside = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": close}}
+    inside = {"type": "json_schema", "json_schema": close, "max_whitespace_cnt": 1}
+    inside = {"type": "structural_tag", "format": inside}
     value = run(engine, "beta", max_tokens=60, logit_bias={tab: 100.0}, structural_tag=inside, seed=2).text
     assert len(json.loads(value)["a"]) <= 4
 

@@ -83,7 +83,7 @@ def test_a_copy_on_host_is_pinned_piece_by_piece(
     family: Family, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = Artifact.open(family.artifacts["beta"])
-    copies = HostCopies(1 << 30)
+    copies = HostCopies(1 << 30, Checkpoint.open(str(family.base)))
     monkeypatch.setattr(Artifact, "read_all", functools.partialmethod(Artifact.read_all, piece_bytes=PIECE_BYTES))
     stored = copies.fetch("beta", artifact, pinned=True)
     assert runtime.calls == len(_pieces(stored)) > 1

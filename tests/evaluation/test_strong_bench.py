@@ -28,8 +28,8 @@ MEASURED = {
 
 def test_a_row_by_hand() -> None:
     lines = {line[0]: dict(zip(COLUMNS, line, strict=True)) for line in table(MEASURED)}
-    assert list(lines) == [BASE, EXPERT, f"{OURS} ({DEFAULTS[OURS]})"]
-    ours = lines[f"{OURS} ({DEFAULTS[OURS]})"]
+    assert list(lines) == [BASE, EXPERT, DEFAULTS[OURS]]
+    ours = lines[DEFAULTS[OURS]]
     assert ours["KL, nats"] == "0.001" and ours["KL / base's, %"] == "0.1" and ours["MB"] == "2.0"
     assert (ours["right"], ours["same answer, %"], ours["lost, gained"]) == ("2 of 4", "50.0", "−1 +0")
     assert ours["difference, points"].startswith("-25.0 [") and ours["loss"] == "0.5000"
@@ -49,7 +49,7 @@ def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     assert (
         "1.2 % of the weights' norm, 25 % of the weights" in text
         and text.count("| base |") == 2
-        and text.count(f"| {OURS} (") == 1
+        and text.count(f"| {DEFAULTS[OURS]} |") == 1
         and "a machine" in text
     )
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}

@@ -78,7 +78,7 @@ def test_every_byte_of_the_tensors_is_checked(probe_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda value: value.update(format_version=3), "upgrade meswitch"),
+        (lambda value: value.update(format_version=4), "upgrade meswitch"),
         (lambda value: value.update(format_version="1"), "format version '1'"),
         (lambda value: value.pop("labels"), "'labels' is missing"),
         (lambda value: value.update(labels=["maths"]), "'labels' is not"),

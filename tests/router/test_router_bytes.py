@@ -21,13 +21,27 @@ from meswitch_cli.router.decide.gates import DistanceGate
 from meswitch_cli.router.decide.head import Head, Scaling
 from meswitch_cli.router.decide.model import Gate, RouterModel
 from meswitch_cli.router.decide.neighbours import NeighbourGate
+from meswitch_cli.router.decide.null_class import NullClassGate
 from meswitch_cli.router.store.artifact import RouterArtifact, file_digest, write_router
 from meswitch_cli.router.store.features import FeatureStore
 from meswitch_cli.router.store.manifest import RouterManifest
 
 LABELS = ("code", "maths")
-#: SHA-256 of each file of a router with each kind of gate.
+#: SHA-256 of each file of a router of today.
 RECORDED = {
+    "probe": {
+        "features.safetensors": "ebff513e4f5762bf81f25a70b55a16b6ecd440affdef485da5beab42a02eee42",
+        "router.json": "58482b60d5b541675d69f505e81fafa329056458c3ce3a12483cea70577cf89e",
+        "router.safetensors": "a80205b2dcea999d91300dcc85740c0ad242d72d940f5d484b4025c2e2b08623",
+    },
+    "tfidf": {
+        "features.safetensors": "1eda09a95b47ae1e884ff19cdf6238f908e2fba7893002313074e6162b3503b0",
+        "router.json": "8ff66e4b83b8cf01343c826c342f1551bc026f2933108c890683c12b0a4abf0a",
+        "router.safetensors": "768726a6d9b00b6c613b2f6e5b92d4f56fd7546a86970869ce5379a7de729fb5",
+    },
+}
+#: The same of format version 2, whose gate had no null class.
+VERSION_2 = {
     "probe": {
         "features.safetensors": "ebff513e4f5762bf81f25a70b55a16b6ecd440affdef485da5beab42a02eee42",
         "router.json": "1006f9a1596a467d9a78a1c42b8279a2006795e7f306839de3f577783af48b9c",
@@ -66,6 +80,13 @@ def distance_gate(size: int) -> DistanceGate:
 
 def neighbour_gate(size: int) -> NeighbourGate:
     return NeighbourGate(numbered(size, 3), numbered(4, 3), torch.tensor([0, 1, NULL, NULL]), 0.5, 0.375)
+
+
+def null_class_gate(size: int) -> NullClassGate:
+    near = neighbour_gate(size)
+    null = Head(numbered(3, size, start=-1.0), numbered(3))
+    parts = (near.directions, near.points, near.owners, near.threshold, near.strict_threshold)
+    return NullClassGate(*parts, null=null, deviations=torch.tensor([0.125, 4.0]))
 
 
 def made_by_hand(kind: str, gate_of: Callable[[int], Gate]) -> tuple[RouterManifest, RouterModel, Any, FeatureStore]:
@@ -115,12 +136,26 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["probe", "tfidf"])
 def test_a_router_s_bytes_are_those_of_its_format(kind: str, tmp_path: Path) -> None:
-    manifest, model, backend, store = made_by_hand(kind, neighbour_gate)
+    manifest, model, backend, store = made_by_hand(kind, null_class_gate)
     written = write_router(tmp_path / "router", manifest, model, backend, store)
     assert digests(written.path) == RECORDED[kind]
     again = RouterArtifact.open(written.path)
     copied = write_router(tmp_path / "copy", again.manifest, again.model, None, again.store(), source=again)
     assert digests(copied.path) == RECORDED[kind]
+
+
+@pytest.mark.parametrize("kind", ["probe", "tfidf"])
+def test_a_router_of_format_version_2_opens_with_its_gate_of_neighbours(kind: str, tmp_path: Path) -> None:
+    manifest, model, backend, store = made_by_hand(kind, neighbour_gate)
+    old = write_router(tmp_path / "old", manifest, model, backend, store).path
+    change_version(old, 2)
+    assert digests(old) == VERSION_2[kind]
+    opened = RouterArtifact.open(old)
+    assert type(opened.model.gate) is NeighbourGate
+    features = numbered(5, model.scaling.mean.shape[0])
+    assert torch.equal(opened.model.distances(features), model.distances(features))
+    copied = write_router(tmp_path / "copy", opened.manifest, opened.model, None, opened.store(), source=opened)
+    assert copied.manifest.format_version == 3 and type(copied.model.gate) is NeighbourGate
 
 
 @pytest.mark.parametrize("kind", ["probe", "tfidf"])
@@ -137,8 +172,13 @@ def test_a_router_of_format_version_1_opens_and_is_written_as_one_of_today(kind:
     assert opened.model.distance_threshold("off") == float("inf")
     assert (opened.store().lengths == -1).all() and not opened.store().general_rows().any()
     copied = write_router(tmp_path / "copy", opened.manifest, opened.model, None, opened.store(), source=opened)
-    assert copied.manifest.format_version == 2 and copied.manifest.numbers == opened.manifest.numbers
+    assert copied.manifest.format_version == 3 and copied.manifest.numbers == opened.manifest.numbers
     assert torch.equal(copied.store().features, opened.store().features)
+
+
+def change_version(folder: Path, version: int) -> None:
+    file = folder / "router.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}, indent=1) + "\n")
 
 
 def as_version_1(folder: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from meswitch_cli.router.backends.contract import NULL
-from meswitch_cli.router.decide.neighbours import NOBODY, NeighbourGate, distances_of, fit_neighbours
+from meswitch_cli.router.decide.neighbours import NOBODY, distances_of, fit_neighbours
+from meswitch_cli.router.decide.null_class import joint_distances, null_log_odds
 from meswitch_cli.router.decide.router import Router
 from meswitch_cli.router.store.features import GENERAL, FeatureStore
 from meswitch_cli.router.train.adoption import UNCLEAR, adopt
@@ -17,6 +18,8 @@ from meswitch_cli.router.train.doubts import doubts, twins
 from meswitch_cli.router.train.gating import draw_gate, separating_line
 from meswitch_cli.router.train.general import General, general_prompts
 from meswitch_cli.router.train.generalising import Known, fit_generalising
+from meswitch_cli.router.train.measures import auroc
+from meswitch_cli.router.train.null_fitting import unseen_log_odds
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.training import train_router
 
@@ -106,18 +109,38 @@ def test_distances_by_hand() -> None:
     assert torch.allclose(distances_of(similarities[:1], nobody), torch.tensor([(2 + 0.8 + 1) / 4]))
 
 
-def test_the_gate_is_the_same_after_it_was_stored() -> None:
+def test_joint_distances_by_hand() -> None:
+    """The nearest prompts say 0.7, two deviations beyond the middle, the null class even odds; then the other way."""
+    near, scores = torch.tensor([0.7, 0.5]), torch.tensor([[0.0, 0.0, 0.6931472], [2.0, 2.0, 8.6931472]])
+    found = joint_distances(near, null_log_odds(scores), torch.tensor([0.1, 3.0]))
+    assert torch.allclose(found, torch.sigmoid(torch.tensor([1.0, 1.0])))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_gate_is_the_same_after_it_was_stored(whole: bool) -> None:
     store = made_store()
-    gate = fit_neighbours(store.features, store.labels, seed=0)
+    gate = draw_gate(Known.of(store, 2), 2, 0).gate if whole else fit_neighbours(store.features, store.labels, seed=0)
     tensors = {name: tensor.clone() for name, tensor in gate.tensors().items()}
-    again = NeighbourGate.from_parts(tensors, gate.numbers())
+    again = type(gate).from_parts(tensors, gate.numbers())
     assert torch.equal(again.distances(store.features), gate.distances(store.features))
     assert gate.points.norm(dim=1).sub(1).abs().max() < 1e-2
 
 
+def test_the_null_class_is_judged_on_fields_that_it_has_not_seen() -> None:
+    store = made_store()
+    known = Known.of(store, 2)
+    drawn = draw_gate(known, 2, seed=0)
+    odds = unseen_log_odds(known, drawn.gate.null, 2)
+    assert (odds[known.foreign] > 0).float().mean() >= 0.95
+    assert auroc(odds[known.adopted].double().numpy(), odds[known.foreign].double().numpy()) >= 0.97
+    # With the field itself among what it learnt from it is surer.
+    seen = null_log_odds(drawn.gate.null(store.features[known.foreign]))
+    assert seen.median() > odds[known.foreign].median()
+
+
 def test_lines_are_drawn_from_fields_that_the_gate_was_made_to_forget() -> None:
     known = Known.of(made_store(), 2)
-    drawn = draw_gate(known, seed=0)
+    drawn = draw_gate(known, 2, seed=0)
     # With its own field among the neighbours a foreign prompt lies further off than a new field's prompt will.
     remembered = drawn.gate.distances(known.store.features[known.foreign])
     assert drawn.foreign.median() < remembered.median()

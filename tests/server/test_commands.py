@@ -202,7 +202,7 @@ def test_chat_with_a_server(running: Running) -> None:
     typed = "hello\n/model violet\n/model green\nhello\n/new\n/exit\n"
     talk = meswitch("chat", "--url", running.url, "--model", "red", "--max-tokens", 4, stdin=typed)
     assert talk.returncode == 0 and "red (pinned)" in talk.stderr and "green (pinned)" in talk.stderr
-    assert "there is no 'violet'" in talk.stderr
+    assert "there is no 'violet'" in talk.stderr and "> " not in talk.stdout
     lost = meswitch("chat", "--url", "http://127.0.0.1:9", "--prompt", "x")
     assert lost.returncode == 1 and "is a server running there?" in lost.stderr and "Traceback" not in lost.stderr
     unknown = meswitch("chat", "--url", running.url, "--model", "violet", "--prompt", "x")
@@ -216,6 +216,7 @@ def test_chat_in_process(family: Family, running: Running, here: Here) -> None:
     wanted = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
     assert done.returncode == 0, done.stderr
     assert done.stdout == wanted + "\n" and "red (pinned)" in done.stderr
+    assert "still ran" not in done.stderr
     assert here("chat", "--url", running.url, *own)[0] == 2
     assert here("chat", "--expert", "a=b")[0] == 2
 
@@ -248,7 +249,7 @@ def test_a_missing_extra_is_named(here: Here, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_client_imports_no_web_framework() -> None:
     script = (
-        "import sys; from meswitch_cli.server import ServerSettings; from meswitch_cli.load.conversation import *; "
+        "import sys; from meswitch_cli.server import ServerSettings; from meswitch_cli.client.conversation import *; "
         "loaded = {'fastapi', 'torch', 'transformers'} & set(sys.modules); "
         "from meswitch_cli.server import Service, create_app; print(loaded, 'fastapi' in sys.modules)"
     )

@@ -182,6 +182,22 @@ def test_the_name_of_other_weights_does_not_bring_back_the_old(start_server: Sta
     assert after["system_fingerprint"] != before["system_fingerprint"]
 
 
+def test_vllms_names_load_and_unload(start_server: Start, experts_dir: Path) -> None:
+    server = admin_server(start_server, experts_dir, ("red", "green"))
+    added = server.post("/v1/load_lora_adapter", {"lora_name": "sea", "lora_path": "blue", "lora_int_id": None})
+    assert (added.status_code, added.text) == (200, "Success: LoRA adapter 'sea' added successfully.")
+    absolute = str(experts_dir / "blue")
+    assert server.post("/v1/load_lora_adapter", {"lora_name": "lake", "lora_path": absolute}).status_code == 200
+    assert {"sea", "lake"} <= {model["id"] for model in server.get("/v1/models").json()["data"]}
+    assert server.post("/v1/chat/completions", long_chat("sea", max_tokens=2)).status_code == 200
+    gone = server.post("/v1/unload_lora_adapter", {"lora_name": "sea", "lora_int_id": 7})
+    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'sea' removed successfully.")
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "sea"}).status_code == 404
+    assert server.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/etc"}).status_code == 400
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert server.post(path, {"lora_name": "lake", "lora_path": "blue"}, headers={}).status_code == 401
+
+
 #: Requests to load, and what becomes of them: status and the parameter at fault.
 REFUSED_LOADS = [
     ({"name": "x", "path": "../.."}, 400, "path"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from server.family import Running
 
-from meswitch_cli.load.answers import AnswerDecoder
+from meswitch_cli.client.answers import AnswerDecoder
 from meswitch_cli.server.streaming import KEEP_ALIVE, EventStream
 
 CHAT = {"model": "red", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}

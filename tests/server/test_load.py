@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from meswitch_cli.app import main
+from meswitch_cli.client import Endpoint, make_workload, run_load
+from meswitch_cli.client.client import Outcome
+from meswitch_cli.client.conversation import Conversation
+from meswitch_cli.client.workload import read_prompts
 from meswitch_cli.errors import MeswitchError, UsageError
-from meswitch_cli.load import Endpoint, make_workload, run_load
-from meswitch_cli.load.client import Outcome
-from meswitch_cli.load.conversation import Conversation
-from meswitch_cli.load.workload import read_prompts
 
 #: What an answer's stream is made of: pauses in seconds, events, lines of data, or bytes as they are.
 Script = Sequence[float | str | bytes | dict[str, Any]]

@@ -76,7 +76,7 @@ def test_no_parameter_of_the_engine_is_out_of_reach(
     assert (told[0].json_object, told[1].json_schema) == (True, SCHEMA) and told[2].structural_tag
     plain = asdict(Sampling())
     reached = {name for name, value in asdict(Sampling(**TOLD, logprobs=4)).items() if value != plain[name]}
-    assert reached | {"json_object", "json_schema", "structural_tag", "shown_tokens"} == {
+    assert reached | {"json_object", "json_schema", "structural_tag", "shown_tokens", "prompt_logprobs"} == {
         field.name for field in fields(Sampling)
     }
 

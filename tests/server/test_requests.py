@@ -81,7 +81,6 @@ def test_a_chat_is_refused_by_the_parameters_name(
     [
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
-        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
         ({"logprobs": 6}, "logprobs", "invalid_value"),
         ({"messages": []}, "messages", "unknown_parameter"),
         ({"prompt": ""}, "prompt", "invalid_value"),

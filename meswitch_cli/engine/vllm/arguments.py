@@ -69,6 +69,8 @@ def engine_arguments(
         "max_num_batched_tokens": max(settings.max_batch_tokens, settings.max_running + POOLED_PROMPTS),
         "max_logprobs": MAX_TOP_LOGPROBS,
         "enable_prefix_caching": settings.prefix_sharing,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "pipeline_parallel_size": settings.pipeline_parallel,
         "enforce_eager": True,
         "async_scheduling": False,
         "disable_log_stats": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from meswitch_cli.artifact.artifact import Artifact
@@ -10,6 +11,8 @@ from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import refuse_other_computation
+from meswitch_cli.errors import ArtifactError
+from meswitch_cli.model.tokenizer import load_tokenizer
 
 
 def is_artifact(path: Path) -> bool:
@@ -33,5 +36,16 @@ def check_artifact(artifact: Artifact, base: Checkpoint, fingerprint: str) -> No
             f"{artifact.path}: has {added} tokens of its own, and `vllm serve` has one tokenizer, the base's; "
             "`meswitch serve --engine vllm` serves it"
         )
+    if load_tokenizer(artifact.path, ArtifactError).get_vocab() != _vocabulary(base.source.path):
+        raise EngineError(
+            f"{artifact.path}: its tokenizer has other tokens than the base's, and `vllm serve` has that one alone; "
+            "`meswitch serve --engine vllm` serves it"
+        )
     for _ in artifact.verify():
         pass
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(base: Path) -> dict[str, int]:
+    vocabulary: dict[str, int] = load_tokenizer(base).get_vocab()
+    return vocabulary

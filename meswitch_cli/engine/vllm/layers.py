@@ -128,7 +128,7 @@ class ExpertVocabularyMethod(_ExpertMethod):
 
     def empty(self, ids: Tensor) -> Tensor:
         weight: Any = self.layer.weight
-        return weight.new_empty(*ids.shape, weight.shape[1])  # type: ignore[no-any-return]
+        return ids.new_empty((*ids.shape, weight.shape[1]), dtype=weight.dtype)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = self._head

@@ -92,7 +92,9 @@ class VllmLoop:
                 self._tell(generation, output)
             elif prompt is not None and output.finished:
                 del self._pooled[output.request_id]
-                prompt.mean = self.engine.collective_rpc("meswitch_take_mean", args=(output.request_id,))[0]
+                # Each worker of a pipeline has some of the layers, and so one the states.
+                means = self.engine.collective_rpc("meswitch_take_mean", args=(output.request_id,))
+                prompt.mean = next(filter(None, means), None)
                 prompt.done.set()
 
     def load(self, adapter: LoRARequest) -> None:

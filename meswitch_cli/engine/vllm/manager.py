@@ -83,7 +83,7 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self.layout = self.config.layout
         self.banks = ShardedBanks(layers, layers.own(self.layout), self.lora_slots)
         self.banks.install()
-        self._copies = HostCopies(self.config.host_bytes)
+        self._copies = HostCopies(self.config.host_bytes, base)
         self.base = base
 
     @property

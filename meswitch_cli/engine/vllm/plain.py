@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.arguments import loading_arguments
 from meswitch_cli.engine.vllm.artifacts import check_artifact, is_artifact
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, WorkerConfig, base_names
-from meswitch_cli.errors import MeswitchError
+from meswitch_cli.errors import ArtifactError, MeswitchError
 from meswitch_cli.model.architecture import architecture
+from meswitch_cli.model.tokenizer import end_ids, load_tokenizer
 from meswitch_cli.model.weights import CheckpointWeights
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,18 @@ _templates: dict[str, str] = {}
 
 
 def serve_artifacts() -> None:
-    """Override what vLLM does with its arguments, with adapters that are loaded, and with chats."""
+    """Override what vLLM does with its arguments, with adapters that are loaded, with chats and with requests."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.input_processor import InputProcessor
 
     from_cli_args = EngineArgs.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
     build_chat_params = ChatCompletionRequest.build_chat_params
     load_lora_adapter = OpenAIServingModels.load_lora_adapter
     unload_lora_adapter = OpenAIServingModels.unload_lora_adapter
+    process_inputs = InputProcessor.process_inputs
 
     @functools.wraps(from_cli_args)
     def with_modules(cls: Any, args: Any) -> Any:
@@ -55,7 +58,9 @@ def serve_artifacts() -> None:
     @functools.wraps(create_engine_config)
     def with_slots(arguments: Any, *rest: Any, **options: Any) -> Any:
         prepare(arguments, getattr(arguments, "meswitch_paths", []))
-        return create_engine_config(arguments, *rest, **options)
+        config = create_engine_config(arguments, *rest, **options)
+        compile_on_cpu(config, arguments.enforce_eager)
+        return config
 
     @functools.wraps(build_chat_params)
     def with_own_template(request: Any, default_template: Any, *rest: Any, **options: Any) -> Any:
@@ -76,6 +81,14 @@ def serve_artifacts() -> None:
             _templates.pop(request.lora_name, None)
         return answer
 
+    @functools.wraps(process_inputs)
+    def with_own_ends(processor: Any, *rest: Any, **options: Any) -> Any:
+        made = process_inputs(processor, *rest, **options)
+        if made.lora_request is not None and made.sampling_params is not None:
+            add_ends(made.sampling_params, _ends_of_text(made.lora_request.lora_path))
+        return made
+
+    InputProcessor.process_inputs = with_own_ends
     EngineArgs.from_cli_args = classmethod(with_modules)
     EngineArgs.create_engine_config = with_slots
     ChatCompletionRequest.build_chat_params = with_own_template
@@ -87,7 +100,8 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     """Have vLLM's `EngineArgs` make slots for artifacts, where adapters are served and some are or may be artifacts.
 
     They may be where `paths` has one, where adapters may be loaded at any time, or where `--additional-config` has the
-    key `meswitch`, which may hold `experts`, a list of further paths, and `host_bytes`.
+    key `meswitch`. Its value may hold `experts`, a list of further paths; `host_bytes`; and `loras`: false has vLLM's
+    layers serve artifacts alone, without what its LoRAs would cost.
 
     Raises:
         MeswitchError: an artifact among `paths` cannot be served, or vLLM's other arguments do not go with experts.
@@ -101,14 +115,34 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     if not wanted and asked is None and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         return
     try:
-        _prepare(arguments, wanted, (asked or {}).get("host_bytes", HOST_BYTES))
+        _prepare(arguments, wanted, asked or {})
     except MeswitchError as error:
         if wanted or asked is not None:
             raise
         logger.warning("no artifacts can be loaded, LoRAs can: %s", error)
 
 
-def _prepare(arguments: Any, paths: Iterable[Path], host_bytes: int) -> None:
+def compile_on_cpu(config: Any, eager: bool) -> None:
+    """Have vLLM compile on a CPU as it does without adapters, where artifacts alone are served.
+
+    It leaves compilation out for any adapter, because its LoRA operators for CPUs decide in Python what a step does.
+    """
+    from vllm import envs
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    asked = (config.additional_config or {}).get(CONFIG_KEY)
+    if asked is None or asked["loras"] or asked["checked"] or eager or not current_platform.is_cpu():
+        return
+    compilation = config.compilation_config
+    compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    compilation.backend = "eager" if envs.VLLM_CPU_CI_ENV else "inductor"
+
+
+def _prepare(arguments: Any, paths: Iterable[Path], asked: Mapping[str, Any]) -> None:
+    unknown = asked.keys() - {"experts", "host_bytes", "loras"}
+    if unknown:
+        raise EngineError(f"--additional-config: meswitch has no {min(unknown)!r}, only experts, host_bytes and loras")
     if arguments.load_format not in LOAD_FORMATS or arguments.quantization is not None:
         raise EngineError("experts need a base that vLLM loads from safetensors, without quantisation")
     base = Checkpoint.open(arguments.model)
@@ -122,8 +156,8 @@ def _prepare(arguments: Any, paths: Iterable[Path], host_bytes: int) -> None:
     # Norms are cheap, and a traced graph must find their tables where they were.
     config = WorkerConfig(
         layout=layout.joined(Layout({}, names.norms)),
-        host_bytes=host_bytes,
-        loras=True,
+        host_bytes=int(asked.get("host_bytes", HOST_BYTES)),
+        loras=bool(asked.get("loras", True)),
         checked=False,
         fingerprint=fingerprint,
     )
@@ -137,11 +171,25 @@ def _prepare(arguments: Any, paths: Iterable[Path], host_bytes: int) -> None:
         setattr(arguments, name, value)
 
 
+def add_ends(params: Any, ends: Collection[int]) -> None:
+    """Have vLLM's `SamplingParams` end a text at an expert's own ends too: vLLM knows the base's alone."""
+    if params.ignore_eos:
+        return
+    params._all_stop_token_ids.update(ends)
+    own = set(ends) - {params._eos_token_id}
+    if own:
+        params.stop_token_ids = sorted(own | set(params.stop_token_ids or ()))
+
+
+@functools.cache
+def _ends_of_text(adapter: str) -> frozenset[int]:
+    """What ends an expert's text; nothing for a LoRA."""
+    path = Path(adapter)
+    return end_ids(path, load_tokenizer(path, ArtifactError)) if is_artifact(path) else frozenset()
+
+
 def _remember_template(name: str, path: Path) -> None:
     """An expert's chats go by its own template: vLLM knows the base's alone."""
-    from meswitch_cli.errors import ArtifactError
-    from meswitch_cli.model.tokenizer import load_tokenizer
-
     template = getattr(load_tokenizer(path, ArtifactError), "chat_template", None)
     if isinstance(template, str):
         _templates[name] = template

@@ -56,7 +56,23 @@ def spare_base_tokens() -> None:
 
     def spared(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
         shrink(inputs, weights, output, indices, scaling)
-        output[indices < 0] = 0
+        output[(indices < 0).expand(output.shape[0])] = 0  # one index may stand for all rows
 
     spared.spares_base_tokens = True  # type: ignore[attr-defined]
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = spared
+
+
+def give_memory_between_stages(runner: Any, model: Any) -> None:
+    """Make the tensors that a stage of a pipeline takes from the one before, on a CPU.
+
+    vLLM makes them as it tries the model out, which it leaves out there for a model that is not compiled.
+    """
+    from vllm.distributed import get_pp_group
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or get_pp_group().is_first_rank:
+        return
+    if getattr(runner, "intermediate_tensors", None) is None:
+        runner.intermediate_tensors = model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )

@@ -21,6 +21,7 @@ SYMBOLS = (
     ("vllm.engine.arg_utils", "EngineArgs", ("from_cli_args", "create_engine_config")),
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", ("build_chat_params",)),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", ("load_lora_adapter", "unload_lora_adapter")),
+    ("vllm.v1.engine.input_processor", "InputProcessor", ("process_inputs",)),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", ("load_lora_model",)),
     (
         "vllm.lora.model_manager",
@@ -66,7 +67,9 @@ def register() -> None:
         if CONFIG_KEY not in (vllm_config.additional_config or {}):
             return load_lora_model(runner, model, vllm_config, device)
         from meswitch_cli.engine.vllm.manager import ExpertWorkerManager
+        from meswitch_cli.engine.vllm.platform import give_memory_between_stages
 
+        give_memory_between_stages(runner, model)
         runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
         return runner.lora_manager.create_lora_manager(model, vllm_config)
 

@@ -39,6 +39,9 @@ def sampling_options(sampling: Sampling, model: ServedModel) -> dict[str, Any]:
     if temperature and not LEAST_TEMPERATURE <= temperature <= high:
         message = f"temperature must be {low} or from {LEAST_TEMPERATURE} to {high} with vLLM"
         raise InvalidRequestError(message, "temperature")
+    if sampling.prompt_logprobs is not None:
+        # vLLM computes the prompt's logits with the head of the tokens that it samples, an expert's or not.
+        raise InvalidRequestError("the log-probabilities of a prompt are not computed with vLLM", "echo")
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.end_ids)}
     options: dict[str, Any] = {name: getattr(sampling, name) for name in _SAME} | {
         "temperature": temperature,

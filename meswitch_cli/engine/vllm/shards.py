@@ -43,6 +43,11 @@ class Shard:
         return sum(stop - start for start, stop in self.rows), self.columns[1] - self.columns[0]
 
     @property
+    def ends_whole(self) -> bool:
+        """Whether the last rows are here, behind which those lie that an expert added to a vocabulary."""
+        return self.rows[-1][1] == self.shape[0]
+
+    @property
     def row_places(self) -> Tensor:
         """Its rows among those of the whole, int64."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.rows])
@@ -76,7 +81,8 @@ class Shard:
         Raises:
             EngineError: as `group_size`.
         """
-        return replace(whole, group_size=self.group_size(whole.group_size))
+        added = whole.added_rows if self.ends_whole else 0
+        return replace(whole, group_size=self.group_size(whole.group_size), added_rows=added)
 
     def cut(self, delta: ExpertDelta) -> ExpertDelta:
         """This part of a delta of the whole weight; a bias is not its concern.
@@ -90,6 +96,7 @@ class Shard:
             steps=self.of_rows(delta.steps),
             salient_value=None if delta.salient_value is None else self.of_rows(delta.salient_value),
             left=None if delta.left is None else self.of_rows(delta.left),
+            added_rows=delta.added_rows if self.ends_whole else None,
         )
         if self.columns == (0, self.shape[1]):
             return by_rows
@@ -125,6 +132,8 @@ class ShardedBanks(Banks):
 
 def _columns_of_codes(codes: Tensor, bits: int, start: int, stop: int) -> Tensor:
     """Words `[out, words]` of the channels from `start` up to `stop`."""
+    if not bits:
+        return codes
     per_word = codes_per_word(bits)
     if start % per_word:
         return pack_codes(unpack_codes(codes, bits, stop)[:, start:], bits)

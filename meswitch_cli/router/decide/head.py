@@ -51,16 +51,17 @@ class Head:
         return features @ self.weight.T + self.bias
 
 
-def fit_head(features: torch.Tensor, targets: torch.Tensor, penalty: float) -> Head:
+def fit_head(features: torch.Tensor, targets: torch.Tensor, penalty: float, start: Head | None = None) -> Head:
     """Minimise cross-entropy + penalty/2 · ‖weight‖² by L-BFGS.
 
     Args:
         features: `[n, d]` scaled.
         targets: `[n, labels]` probabilities; rows of certain examples are one-hot.
+        start: where the search begins, zero if not given; there is one minimum.
     """
     labels = targets.shape[1]
-    weight = torch.zeros(labels, features.shape[1], requires_grad=True)
-    bias = torch.zeros(labels, requires_grad=True)
+    begin = start or Head(torch.zeros(labels, features.shape[1]), torch.zeros(labels))
+    weight, bias = (tensor.clone().requires_grad_() for tensor in (begin.weight, begin.bias))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )

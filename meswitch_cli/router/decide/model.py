@@ -13,11 +13,12 @@ from meswitch_cli.names import GateMode
 from meswitch_cli.router.decide.gates import DistanceGate
 from meswitch_cli.router.decide.head import Head, Scaling
 from meswitch_cli.router.decide.neighbours import NeighbourGate
+from meswitch_cli.router.decide.null_class import NullClassGate
 
 Verdict = Literal["routed", "low_confidence", "out_of_domain"]
-#: What draws the line between the experts' prompts and others: the prompts near by, or in routers of format version 1
-#: the experts' own prompts alone.
-Gate = NeighbourGate | DistanceGate
+#: What draws the line between the experts' prompts and others: the prompts near by and a null class, in routers of
+#: format version 2 the former alone, and of version 1 the experts' own prompts.
+Gate = NullClassGate | NeighbourGate | DistanceGate
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class RouterModel:
             labels,
             Scaling(tensors["scaling.mean"], tensors["scaling.scale"]),
             Head(tensors["head.weight"], tensors["head.bias"]),
-            (DistanceGate if "gate.centres" in tensors else NeighbourGate).from_parts(tensors, numbers),
+            _gate_class(tensors).from_parts(tensors, numbers),
             numbers["temperature"],
             numbers["confidence_threshold"],
         )
@@ -123,10 +124,16 @@ class RouterModel:
 
 def expected_shapes(labels: int, size: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors of a router of so many labels and feature dimensions must have."""
-    gate = DistanceGate if "gate.centres" in tensors else NeighbourGate
     return {
         "scaling.mean": (size,),
         "scaling.scale": (size,),
         "head.weight": (labels, size),
         "head.bias": (labels,),
-    } | gate.shapes(labels, size, tensors)
+    } | _gate_class(tensors).shapes(labels, size, tensors)
+
+
+def _gate_class(tensors: Mapping[str, torch.Tensor]) -> type[Gate]:
+    """The kind of the gate that a router's tensors are of."""
+    if "gate.centres" in tensors:
+        return DistanceGate
+    return NullClassGate if "gate.null_weight" in tensors else NeighbourGate

@@ -163,7 +163,7 @@ def _read_tensors(path: Path, manifest: RouterManifest) -> dict[str, torch.Tenso
         raise RouterError(f"{path}: {error}") from error
     shapes |= backend_class(manifest.backend).tensor_shapes(saved)
     _check_tensors(path, tensors, shapes)
-    for name in ("scaling.scale", "gate.variances"):
+    for name in ("scaling.scale", "gate.variances", "gate.deviations"):
         if name in tensors and not (tensors[name] > 0).all():
             raise RouterError(f"{path}: tensor {name!r} has values that are not above 0")
     return tensors

@@ -17,9 +17,10 @@ from meswitch_cli.router.backends.registry import KINDS, Kind, backend_class
 from meswitch_cli.router.decide.labels import check_fallback, check_label
 from meswitch_cli.router.store.membership import TrainedFor
 
-#: Version 1 had one line of the distance, drawn from the experts' own prompts, and knew no general prompts.
-FORMAT_VERSION = 2
-READABLE = (1, 2)
+#: Version 1 had one line of the distance, drawn from the experts' own prompts, and knew no general prompts; the gate of
+#: version 2 had no null class.
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
 MANIFEST_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
 FEATURES_FILE = "features.safetensors"
@@ -102,7 +103,7 @@ def parse_manifest(raw: bytes, where: str) -> RouterManifest:
     if isinstance(version, bool) or version not in READABLE:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise RouterError(
-            f"{where}: format version {version!r}; this meswitch reads versions {READABLE[0]} and {READABLE[1]}"
+            f"{where}: format version {version!r}; this meswitch reads versions {READABLE[0]} to {READABLE[-1]}"
             + ("; upgrade meswitch" if newer else "")
         )
 

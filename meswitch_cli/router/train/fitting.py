@@ -79,7 +79,7 @@ def _gate(known: Known, classes: int, seed: int) -> tuple[Gate, torch.Tensor, to
     store = known.store
     calibration = store.features[store.rows("calibration")]
     if known.foreign.any() or store.rows("train", null=True).any():
-        drawn = draw_gate(known, seed)
+        drawn = draw_gate(known, classes, seed)
         return drawn.gate, torch.cat([drawn.gate.distances(calibration), drawn.adopted]), drawn.null
     # A router of format version 1 that is edited: it knows no prompt of another field to compare with.
     certain = store.rows("train")
@@ -100,7 +100,7 @@ def badness(store: FeatureStore, labels: tuple[str, ...]) -> float:
     validation = store.rows("validation")
     judged = [(fitted.scores, fitted.truth), (fitted.head(store.features[validation]), store.labels[validation])]
     wrong = [float((scores.argmax(1) != truth).float().mean()) for scores, truth in judged if len(truth)]
-    drawn = draw_gate(known, seed=0)
+    drawn = draw_gate(known, len(labels), seed=0)
     held_in = drawn.adopted if len(drawn.adopted) else drawn.gate.distances(store.features[validation])
     missed = 1 - auroc(held_in.double().numpy(), drawn.foreign.double().numpy()) if len(held_in) else 0.0
     return sum(wrong) / max(1, len(wrong)) + missed

@@ -1,4 +1,4 @@
-"""Where the lines of the neighbours' gate are drawn: from prompts of fields that the gate does not know."""
+"""The gate and where its lines are drawn: from prompts of fields that the gate does not know."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from meswitch_cli.router.decide.neighbours import NeighbourGate, distances_of, fit_neighbours
+from meswitch_cli.router.decide.null_class import NullClassGate, joint_distances
 from meswitch_cli.router.train.generalising import Known
+from meswitch_cli.router.train.null_fitting import fit_null_class, unseen_log_odds
 
 #: The line is in the middle of those that separate nearly as well as the best does: by these points of the index.
 SLACK = 0.01
 #: Of prompts like those trained on, whatever else is lost.
 LEAST_KEPT = 0.95
-#: A line that keeps this share of every source is never moved outwards.
-MOST_KEPT = 0.99
-#: Of prompts of other fields that a gate may let through where held-in ones lie among them: a refused prompt costs its
-#: expert's skill, a prompt let through costs the base's. On other people's prompts this line keeps five points more
-#: than Youden's (docs/results/router_others.md).
-NORMAL_PASSED, STRICT_PASSED = 0.1, 0.02
+#: Of prompts of other fields, those that a gate may let through at most. At 3 % the line lies where an expert's field
+#: and others are as near, whatever the layer; of other people's prompts several times as many pass as of the general
+#: ones (docs/results/router_others.md).
+NORMAL_PASSED, STRICT_PASSED = 0.03, 0.01
+_LEAST_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True)
@@ -32,44 +33,53 @@ class DrawnGate:
         null: `[n]` of the data's own prompts of no domain, those of the calibration part.
     """
 
-    gate: NeighbourGate
+    gate: NullClassGate
     adopted: torch.Tensor
     foreign: torch.Tensor
     null: torch.Tensor
 
 
-def draw_gate(known: Known, seed: int) -> DrawnGate:
+def draw_gate(known: Known, classes: int, seed: int) -> DrawnGate:
     """Fit the gate on what is known, and draw its lines from what it is made to forget.
 
     A general prompt's distance is taken without the prompts of its own field (of an adopted one: of its part of the
     field), so that it is as strange as a new field's prompt will be. The line is the one that keeps most of the held-in
-    prompts for the fewest of others (Youden's index), every source of prompts counting the same. Where the two mingle
-    it is moved outwards until a tenth of the others pass. It never refuses more than a twentieth of the data's own
-    calibration part.
+    prompts for the fewest of others (Youden's index), every source of prompts counting the same, unless more than a few
+    of the others pass it (`NORMAL_PASSED`). It never refuses more than a twentieth of the data's own calibration part.
     """
     store, points = known.store, known.points
-    gate = fit_neighbours(store.features[points], known.owners[points], seed)
-    adopted = _strange(gate, known, known.adopted, store.fields)
-    foreign = _strange(gate, known, known.foreign, store.groups)
+    near = fit_neighbours(store.features[points], known.owners[points], seed)
+    null_class = fit_null_class(known, points, classes)
+    odds = unseen_log_odds(known, null_class, classes)
+    distances = near.distances(store.features)
+    for rows, kinds in ((known.adopted, store.fields), (known.foreign, store.groups)):
+        distances[rows] = _unseen_distances(near, known, rows, kinds)
+    # Where there are no general prompts nothing is unseen.
+    general = known.adopted | known.foreign
+    measured = general if general.any() else points
+    deviations = torch.stack([values[measured].std() for values in (distances, odds)]).clamp_min(_LEAST_DEVIATION)
+    gate = NullClassGate(near.directions, near.points, near.owners, null=null_class, deviations=deviations)
+    joint = joint_distances(distances, odds, deviations)
+    adopted, foreign = joint[known.adopted], joint[known.foreign]
     siblings = gate.distances(store.features[store.rows("calibration")])
     null = gate.distances(store.features[store.rows("calibration", null=True)])
     others = [values for values in (foreign, null) if len(values)]
     held_in = [values for values in (adopted, siblings) if len(values)]
-    line = separating_line(held_in, others)
-    strict = min(line, *(float(values.quantile(STRICT_PASSED)) for values in others))
-    if held_in:
-        furthest = max(float(values.quantile(MOST_KEPT)) for values in held_in)
-        line = max(line, min(furthest, *(float(values.quantile(NORMAL_PASSED)) for values in others)))
+    line = strict = separating_line(held_in, others)
+    if others:
+        every = torch.cat(others)
+        line = min(line, float(every.quantile(NORMAL_PASSED)))
+        strict = min(line, float(every.quantile(STRICT_PASSED)))
     if len(siblings):
         line = max(line, float(siblings.quantile(LEAST_KEPT)))
     return DrawnGate(replace(gate, threshold=line, strict_threshold=strict), adopted, foreign, null)
 
 
-def _strange(gate: NeighbourGate, known: Known, rows: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Distances of general prompts without the known ones of the same kind."""
-    similarities = gate.similarities(known.store.features[rows])
+def _unseen_distances(near: NeighbourGate, known: Known, rows: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """The neighbours' distances of general prompts without the known ones of the same kind."""
+    similarities = near.similarities(known.store.features[rows])
     same = kinds[rows][:, None] == kinds[known.points][None, :]
-    return distances_of(similarities.masked_fill(same, -torch.inf), gate.owners)
+    return distances_of(similarities.masked_fill(same, -torch.inf), near.owners)
 
 
 def separating_line(inside: Sequence[torch.Tensor], outside: Sequence[torch.Tensor]) -> float:

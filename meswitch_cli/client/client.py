@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from meswitch_cli.addresses import is_this_machine
+from meswitch_cli.client.answers import AnswerDecoder, FailedAnswerError, message_of
+from meswitch_cli.client.workload import Workload, WorkloadRequest
 from meswitch_cli.errors import MeswitchError, UsageError
-from meswitch_cli.load.answers import AnswerDecoder, FailedAnswerError, message_of
-from meswitch_cli.load.workload import Workload, WorkloadRequest
 
 
 @dataclass(frozen=True)

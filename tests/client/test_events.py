@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from meswitch_cli.load.events import Event, EventDecoder
+from meswitch_cli.client.events import Event, EventDecoder
 
 
 def decoded(stream: bytes, sizes: list[int]) -> list[Event]:

@@ -7,19 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from meswitch_cli.client.answers import AnswerDecoder, message_of
+from meswitch_cli.client.client import Endpoint
 from meswitch_cli.errors import MeswitchError
-from meswitch_cli.load.answers import AnswerDecoder, message_of
-from meswitch_cli.load.client import Endpoint
 
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """What is new of an answer; the first chunk has no text and says who answers and why."""
+    """What is new of an answer; the first chunk has no text and says who answers and why.
+
+    Attributes:
+        prompt_tokens, completion_tokens: of the whole, in the chunk with which a server tells them; else None.
+    """
 
     text: str
     expert: str | None = None
     reason: str = ""
     confidence: float = 1.0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class Conversation:
@@ -36,7 +42,7 @@ class Conversation:
         *,
         system: str | None = None,
         max_tokens: int | None = None,
-        temperature: float = 0.7,
+        temperature: float | None = None,
         seed: int | None = None,
     ) -> None:
         self.endpoint, self.model, self._system = endpoint, model, system
@@ -59,6 +65,7 @@ class Conversation:
 
         asked = [*self.messages, {"role": "user", "content": text}]
         body: dict[str, Any] = {"model": self.model, "messages": asked, "stream": True} | self._options
+        body["stream_options"] = {"include_usage": True}
         answer, decoder = "", AnswerDecoder()
         try:
             with (
@@ -79,7 +86,11 @@ class Conversation:
                 for content in response.iter_bytes():
                     for progress in decoder.push(content):
                         answer += progress.text
-                        yield AnswerChunk(progress.text)
+                        yield AnswerChunk(
+                            progress.text,
+                            prompt_tokens=progress.prompt_tokens,
+                            completion_tokens=progress.completion_tokens,
+                        )
                 decoder.finish()
         except (httpx2.HTTPError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise self.endpoint.failure(error) from error

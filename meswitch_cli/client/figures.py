@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from meswitch_cli.client.client import Outcome
 from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.estimates import percentiles
-from meswitch_cli.load.client import Outcome
 from meswitch_cli.plot_labels import plain_label
 
 PERCENTILES = (50, 90, 99)

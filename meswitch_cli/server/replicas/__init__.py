@@ -1,0 +1,1 @@
+"""Several servers of one family behind one address: each has the base and all experts."""
