@@ -154,7 +154,8 @@ def plan_of(folder: Path, config: dict[str, Any], *more: str) -> tuple[int, Any]
 
 
 @pytest.mark.parametrize(
-    ("family", "found"), [("mixtral", "mlp.gate.weight"), ("gpt2", "attn.c_attn.weight"), ("falcon_h1", "mamba.conv1d.weight")]
+    ("family", "found"),
+    [("mixtral", "mlp.gate.weight"), ("gpt2", "attn.c_attn.weight"), ("falcon_h1", "mamba.conv1d.weight")],
 )
 def test_a_base_whose_experts_no_layer_serves_is_not_planned(family: str, found: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family, dtype="bfloat16").save_pretrained(tmp_path)
