@@ -15,7 +15,7 @@ from meswitch_cli.checkpoint.layout import Group, Layout, Piece
 from meswitch_cli.checkpoint.names import explain_names
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer, read_tensor
-from meswitch_cli.errors import CheckpointError
+from meswitch_cli.errors import CheckpointError, reason_of
 
 Kind = Literal["linear", "embedding", "head", "dense"]
 
@@ -210,7 +210,8 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     model_type = str(config["model_type"])
     prefix, layers = decoder_layers(model, where)
     names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
-    embedding, head = names.get(id(model.get_input_embeddings())), model.get_output_embeddings()
+    looked_up, head = _ends(model, where)
+    embedding = names.get(id(looked_up))
     if embedding is None:
         raise CheckpointError(f"{where}: family {model_type!r} cannot be compressed: it looks up no tokens")
     tensors = held_parameters(model)
@@ -267,7 +268,7 @@ def decoder_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
             if isinstance(module, nn.ModuleList) and len(module) == expected > 0
         }
     # A vision tower's list may be as long, and comes first. What text passes through hangs beside its embedding.
-    embedding = model.get_input_embeddings()
+    embedding, _ = _ends(model, where)
     home = next((name.rpartition(".")[0] for name, module in modules.items() if module is embedding), None)
     found = next((name for name in lists if name.rpartition(".")[0] == home), next(iter(lists), None))
     if found is None:
@@ -275,6 +276,21 @@ def decoder_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
             f"{where}: family {model.config.model_type!r} cannot be compressed: no list of decoder layers found"
         )
     return found, lists[found]
+
+
+def _ends(model: Any, where: str) -> tuple[Any, Any]:
+    """The modules that look up tokens and that give their logits, by transformers' own word.
+
+    Raises:
+        CheckpointError: the family's class does not know them.
+    """
+    try:
+        return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError) as error:  # of a class that was made for another tree
+        raise CheckpointError(
+            f"{where}: family {model.config.model_type!r} cannot be compressed: {type(model).__name__} of transformers "
+            f"does not find its own embedding: {reason_of(error)}"
+        ) from error
 
 
 def _kind(module: nn.Module, leaf: str, tensor: torch.Tensor, is_head: bool) -> tuple[Kind, bool]:

@@ -57,6 +57,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 #: A family that takes longer is given up.
 MOST_SECONDS = 240
+COLUMNS = "| family | compressed | restored | served | why not |"
 LENGTHS = (5, 13, 21, 34)
 NEW_TOKENS = 8
 RELATIVE_DELTA = 0.01
@@ -175,7 +176,8 @@ def _plain(error: Exception) -> str:
 
 def _rows_of_page() -> dict[str, Row]:
     """What the page says already; nothing of a page with other columns."""
-    found = re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    text = PAGE.read_text()
+    found = re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", text, re.MULTILINE) if COLUMNS in text else []
     cells = {family: re.split(r" \| ?", rest) for family, rest in found}
     return {family: Row(family, *rest) for family, rest in cells.items() if len(rest) == len(Row._fields) - 1}
 
@@ -192,7 +194,7 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
         f"| of these, without calibration alone | {compressed['uncalibrated']} |",
         f"| of these, restored exactly | {sum(row.restored == 'exact' for row in rows)} |",
         f"| served by the embedded engine, tokens equal | {sum(row.served == 'equal' for row in rows)} |\n",
-        "| family | compressed | restored | served | why not |",
+        COLUMNS,
         "|---|---|---|---|---|",
     ]
     for row in rows:

@@ -71,7 +71,6 @@ def test_a_layer_of_many_experts_is_compressed_in_3_gb(pair: tuple[Path, Path], 
     ran = subprocess.run([sys.executable, "-c", COMPRESS, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     peak = re.search(r"VmHWM:\s+(\d+) kB", ran.stdout)
-    print(ran.stdout)
     assert peak is not None and int(peak[1]) * 1024 < MOST_BYTES, ran.stdout
     entries = json.loads((tmp_path / "artifact" / "meswitch.json").read_text())["tensors"]
     assert sum("experts" in entry["name"] for entry in entries) == 3 * SIZES["num_experts"]

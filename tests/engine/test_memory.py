@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine.family import Family
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from meswitch_cli.app import build_app
@@ -21,7 +22,7 @@ from meswitch_cli.engine import EngineSettings, TransformersEngine
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.memory import MemoryPlan, parse_bytes, plan_memory
-from meswitch_cli.errors import UsageError
+from meswitch_cli.errors import CheckpointError, UsageError
 from zoo.tiny import make_pair
 
 
@@ -171,6 +172,16 @@ def plan_of(folder: Path, config: dict[str, Any], *more: str) -> tuple[int, Any]
     arguments = ["plan", "--base", str(folder), "--experts", "16", "--device-memory", "80GB", "--json", *more]
     said = CliRunner().invoke(build_app(arguments), arguments)
     return said.exit_code, json.loads(said.stdout) if said.stdout else said.exception
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [("mixtral", "mlp.gate.weight"), ("gpt2", "attn.c_attn.weight"), ("falcon_h1", "mamba.conv1d.weight")],
+)
+def test_a_base_whose_experts_no_layer_serves_is_not_planned(family: str, found: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(family, dtype="bfloat16").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{family} compresses but is not served.*{found}"):
+        plan_memory(Checkpoint.describe(str(tmp_path)), CompressionSettings().by_kind(), experts=1, device_nbytes=1)
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:

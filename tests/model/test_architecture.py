@@ -62,3 +62,13 @@ def test_the_holder_of_a_tied_head_is_the_embedding(tied: bool) -> None:
     assert found.holder("lm_head.weight").name == (found.embedding if tied else "lm_head.weight")
     assert found.holder("model.norm.weight").name == "model.norm.weight"
     assert found.num_layers == 3 and found.layers_prefix == "model.layers"
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such tree"), NotImplementedError("made for another")], ids=repr)
+def test_a_class_that_does_not_find_its_embedding_is_refused(error: Exception) -> None:
+    class Lost(_Seeing):
+        def get_input_embeddings(self) -> nn.Module:
+            raise error
+
+    with pytest.raises(CheckpointError, match=f"family 'seeing' cannot be compressed: Lost .* embedding: {error}"):
+        decoder_layers(Lost(), "here")
