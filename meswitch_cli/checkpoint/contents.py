@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.checkpoint.layout import Layout
+from meswitch_cli.checkpoint.layout import CheckpointLayout
 from meswitch_cli.checkpoint.skeleton import constant_buffers, skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, equal_tensors, read_tensor
 from meswitch_cli.errors import CheckpointError
@@ -47,7 +47,7 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     held = held_parameters(model)
     parameters = set(held)
-    layout = Layout(model, held, buffers)
+    layout = CheckpointLayout(model, held, buffers)
     stored = layout.canonical(tensors)
     derived = _DerivedBuffers(model, parameters, buffers, config, where)
     kept: dict[str, TensorInfo] = {}

@@ -110,7 +110,7 @@ class Group:
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
-class Layout:
+class CheckpointLayout:
     """What a module tree's parameters are saved as, by transformers' own conversions.
 
     Attributes:

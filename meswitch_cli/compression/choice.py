@@ -16,7 +16,7 @@ from meswitch_cli.calibration.data import random_window
 from meswitch_cli.calibration.sensitivity import Sensitivities, drawn_windows, stream_sensitivities
 from meswitch_cli.calibration.stream import calibration_dtype
 from meswitch_cli.compression.budget import Allocation, Point, allocate, least_nbytes
-from meswitch_cli.compression.plan import Choice, Job, OnProgress
+from meswitch_cli.compression.plan import SizeChoice, Job, OnProgress
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.delta.codes import CODES, TRELLIS_CODES, CodeName
@@ -81,7 +81,7 @@ def with_choice(job: Job, space: Workspace, device: torch.device | str, on_progr
         for item in job.plan.tensors
         if item.name in known["settings"]
     }
-    return replace(job, choice=Choice(settings, known["expected"]))
+    return replace(job, choice=SizeChoice(settings, known["expected"]))
 
 
 def _template(job: Job, item: PlannedTensor) -> QuantizerSettings:

@@ -21,7 +21,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SizeChoice:
     """What a budget gave to each tensor.
 
     Attributes:
@@ -45,7 +45,7 @@ class Job:
     calibration: CalibrationFile | None
     out: Path
     side_files: Mapping[str, bytes]
-    choice: Choice | None = None
+    choice: SizeChoice | None = None
 
     def settings_of(self, item: PlannedTensor) -> QuantizerSettings | None:
         """Settings of a tensor, None for one that is stored whole; a budget's must have been chosen."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.contents import held_parameters
-from meswitch_cli.checkpoint.layout import Group, Layout, Piece
+from meswitch_cli.checkpoint.layout import Group, CheckpointLayout, Piece
 from meswitch_cli.checkpoint.names import explain_names
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer, read_tensor
@@ -105,7 +105,7 @@ class Architecture:
     base_prefix: str
     embedding: str
     held: dict[str, int | None]
-    layout: Layout
+    layout: CheckpointLayout
 
     @property
     def experts(self) -> int:
@@ -217,7 +217,7 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     tensors = held_parameters(model)
     # What transformers itself ties for this config: a class may tie nothing although it says tie_word_embeddings.
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if source in tensors}
-    layout = Layout(model, tensors)
+    layout = CheckpointLayout(model, tensors)
     kinds, held = {}, {}
     for module_name, module in model.named_modules():
         for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

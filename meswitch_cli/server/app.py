@@ -26,7 +26,7 @@ from meswitch_cli.server import (
 from meswitch_cli.server.auth import Authentication
 from meswitch_cli.server.context import EXPOSED_HEADERS, RequestContext
 from meswitch_cli.server.errors import install_error_handlers, is_anthropic
-from meswitch_cli.server.head import Head
+from meswitch_cli.server.head import HeadAsGet
 from meswitch_cli.server.limits import BodyLimit
 from meswitch_cli.server.service import Service
 
@@ -96,7 +96,7 @@ def create_app(service: Service) -> FastAPI:
             allow_private_network=True,  # a page of an allowed origin may call a server on its reader's machine
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(Head)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

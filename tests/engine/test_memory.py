@@ -186,7 +186,7 @@ def test_a_base_whose_experts_no_layer_serves_is_not_planned(family: str, found:
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     """Mistral-7B and the paper's 16 experts on 80 GB."""
-    status, plan = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"})
+    status, plan = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"}, "--bits", "2")
     assert status == 0 and plan["base_bytes"] == 2 * 7_241_732_096
     assert plan["cache_token_bytes"] == 2 * 32 * 8 * 128 * 2
     # Two bits a weight, and at most a twentieth of it for steps and salient channels.
