@@ -16,7 +16,7 @@ from meswitch_cli.calibration.data import random_window
 from meswitch_cli.calibration.sensitivity import Sensitivities, drawn_windows, stream_sensitivities
 from meswitch_cli.calibration.stream import calibration_dtype
 from meswitch_cli.compression.budget import Allocation, Point, allocate, least_nbytes
-from meswitch_cli.compression.plan import SizeChoice, Job, OnProgress
+from meswitch_cli.compression.plan import Job, OnProgress, SizeChoice
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.delta.codes import CODES, TRELLIS_CODES, CodeName

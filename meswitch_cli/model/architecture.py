@@ -11,7 +11,7 @@ from torch import nn
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.contents import held_parameters
-from meswitch_cli.checkpoint.layout import Group, CheckpointLayout, Piece
+from meswitch_cli.checkpoint.layout import CheckpointLayout, Group, Piece
 from meswitch_cli.checkpoint.names import explain_names
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, new_buffer, read_tensor
