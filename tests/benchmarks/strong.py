@@ -52,12 +52,14 @@ DEFAULTS = {
 }
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
-    f"{_TRELLIS},bits=0.25,rank=16": "`--bits 0.25`",
-    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms": "`--bits 0.25 --channel-scale rms`",
-    f"{_TRELLIS},bits=0.125,rank=16": "`--bits 0.125`",
-    f"{_TRELLIS},bits=0.5,rank=16": "`--bits 0.5`",
-    f"{_TRELLIS},bits=1,rank=16": "`--bits 1 --code trellis`",
-    f"{_TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25 --embedding-bits 1`",
+    f"{_TRELLIS},bits=0.125,rank=16,embedding=1": "`--bits 0.125`",
+    f"{_TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25`",
+    f"{_TRELLIS},bits=0.5,rank=16,embedding=1": "`--bits 0.5`",
+    f"{_TRELLIS},bits=0.125,rank=16": "`--bits 0.125 --embedding-bits 2`",
+    f"{_TRELLIS},bits=0.25,rank=16": "`--bits 0.25 --embedding-bits 2`",
+    f"{_TRELLIS},bits=0.25,rank=16,channel_scale=rms": "`--bits 0.25 --embedding-bits 2 --channel-scale rms`",
+    f"{_TRELLIS},bits=0.5,rank=16": "`--bits 0.5 --embedding-bits 2`",
+    f"{_TRELLIS},bits=1,rank=16": "`--bits 1 --code trellis --embedding-bits 2`",
     f"{_ONE},rank=64": "`--bits 1 --rank 64`",
     f"{_ONE},rank=0": "`--bits 1 --rank 0`",
     f"meswitch:bits=1,salient=0,channel_scale=rms,{_OURS},rank=16,embedding=1": (
@@ -91,8 +93,8 @@ KIND_ROWS = (
     BASE,
     EXPERT,
     *DEFAULTS,
+    f"{_TRELLIS},bits=0.25,rank=16,embedding=1",
     f"{_TRELLIS},bits=0.25,rank=16",
-    f"{_TRELLIS},bits=0.5,rank=16",
     "bitdelta:embedding=2",
     "bitdelta:masks=2",
     "rtn:bits=2,group=128",
@@ -101,11 +103,9 @@ KIND_ROWS = (
     "delta-come:bits=1.2",
 )
 #: What a plot joins by a line, and what it calls other methods.
-_LINE = tuple(
-    name
-    for bits in ("bits=0.125,rank=16", "bits=0.25,rank=16", "bits=0.5,rank=16", "bits=1,salient=8,channel_scale=rms")
-    for name in (*OPTIONS, *DEFAULTS)
-    if name.endswith(bits) or (bits in name and name in DEFAULTS)
+_LINE = (
+    *(f"{_TRELLIS},bits={bits},rank=16,embedding=1" for bits in (0.125, 0.25, 0.5)),
+    next(iter(DEFAULTS)),
 )
 _PLOTTED = {
     "bitdelta:embedding=2": "BitDelta",

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from meswitch_cli.delta.codes import TRELLIS_CODES, CodeName, TrellisCode
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, StepRule
 from meswitch_cli.delta.statistics import InputStatistics
@@ -58,10 +59,13 @@ class MeSwitch(Method):
         return salient_delta(delta, self.quantizer(), self.saliency, statistics, self.generator(name))
 
     def vocabulary(self, kind: str, delta: torch.Tensor, statistics: Inputs = None) -> Approximation:
-        """As an artifact's; a head has its salient channels too."""
-        if kind != "head":
-            return super().vocabulary(kind, delta, statistics)
-        return quantised(delta, replace(self.quantizer(), bits=self.embedding, rank=0, code=None), statistics)
+        """As an artifact's: by a trellis code where the linears have one; a head has its salient channels too."""
+        own = self.quantizer()
+        trellis = isinstance(own.coding, TrellisCode) and self.embedding in TRELLIS_CODES
+        code: CodeName | None = "trellis" if trellis else None
+        if kind == "head":
+            return quantised(delta, replace(own, bits=self.embedding, rank=0, code=code), statistics)
+        return quantised(delta, QuantizerSettings(bits=self.embedding, salient=0, code=code))
 
     def statistics(self, activations: Activations) -> Mapping[str, InputStatistics]:
         by_outputs = self.steps in ("layerwise", "output-unbiased")
