@@ -95,8 +95,8 @@ def test_the_config_is_the_experts(made: meswitch.Artifact, pair: Pair) -> None:
 
 
 def test_from_the_hub(hub: StandIn, made: meswitch.Artifact, pair: Pair) -> None:
-    done = meswitch.push(made, "ann/maths-2bit")
-    assert len(hub.repositories["ann/maths-2bit"].files("main")[1]) > 4
+    done = meswitch.push(made, "ann/maths-1bit")
+    assert len(hub.repositories["ann/maths-1bit"].files("main")[1]) > 4
     for options in ({}, {"revision": done.commit}):
-        model = AutoModelForCausalLM.from_pretrained("ann/maths-2bit", meswitch_base=str(pair[0]), **options)
+        model = AutoModelForCausalLM.from_pretrained("ann/maths-1bit", meswitch_base=str(pair[0]), **options)
         _same(model, meswitch.load(pair[0], made))

@@ -19,7 +19,7 @@ def run(
 ) -> None:
     """Checks every byte. From then on its id names it wherever an artifact is asked for, without a net too.
 
-    Example: meswitch pull ann/llama-maths-2bit --out ./maths-2bit
+    Example: meswitch pull ann/llama-maths-1bit --out ./maths-1bit
     """
     from meswitch_cli.hub.fetch import pull
 

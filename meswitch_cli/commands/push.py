@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Checks every byte first. The token is that of `hf auth login`, or HF_TOKEN. Run again, it sends what is missing.
 
-    Example: meswitch push ./maths-2bit --repo ann/llama-maths-2bit
+    Example: meswitch push ./maths-1bit --repo ann/llama-maths-1bit
     """
     from meswitch_cli.artifact.artifact import Artifact
     from meswitch_cli.commands.notes import print_notes

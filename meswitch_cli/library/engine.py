@@ -30,7 +30,7 @@ def artifact_folder(artifact: Artifact | str | Path) -> Path:
 class LocalEngine:
     """A base and its experts, generating in this process; a context manager that stops in the end.
 
-    `with Engine("llama", {"maths": "ann/llama-maths-2bit"}) as engine: engine.generate("12 * 12 =", expert="maths")`
+    `with Engine("llama", {"maths": "ann/llama-maths-1bit"}) as engine: engine.generate("12 * 12 =", expert="maths")`
     """
 
     def __init__(

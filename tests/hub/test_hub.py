@@ -23,7 +23,7 @@ from meswitch_cli.server.experts import named_experts
 from zoo.tiny import Pair
 
 Make = Callable[..., Artifact]
-REPO = "ann/maths-2bit"
+REPO = "ann/maths-1bit"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_card_says_what_it_does_not_know(hub: StandIn, artifact: Artifact) -> 
 def test_a_push_that_broke_off_sends_the_rest_alone(hub: StandIn, artifact: Artifact) -> None:
     missing = artifact.manifest.shards[1].sha256
     hub.refuse_upload.add(missing)
-    with pytest.raises(ArtifactError, match=r"ann/maths-2bit: cannot be pushed to.*403.*the same command goes on"):
+    with pytest.raises(ArtifactError, match=r"ann/maths-1bit: cannot be pushed to.*403.*the same command goes on"):
         push(artifact, REPO)
     assert "meswitch.json" not in hub.repositories[REPO].files("main")[1]  # a commit is whole or is not
     sent = set(hub.uploaded)
@@ -118,7 +118,7 @@ def test_a_branch_is_a_revision(hub: StandIn, pair: Pair, artifact: Artifact, ma
     push(other, REPO, revision="bits-1")
     assert open_artifact(f"{REPO}@bits-1").digest == other.digest
     assert open_artifact(REPO).digest == artifact.digest
-    with pytest.raises(ArtifactError, match="ann/maths-2bit@bits-3: no such folder here, and the Hub does not give it"):
+    with pytest.raises(ArtifactError, match="ann/maths-1bit@bits-3: no such folder here, and the Hub does not give it"):
         open_artifact(f"{REPO}@bits-3")
 
 
@@ -178,7 +178,7 @@ def test_a_card_that_the_hub_refuses_is_an_error_before_the_upload(hub: StandIn,
 
 def test_a_folder_comes_before_a_repository(hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ann" / "maths-2bit").mkdir(parents=True)
+    (tmp_path / "ann" / "maths-1bit").mkdir(parents=True)
     assert find_artifact(REPO) == Path(REPO)
     for name in ("maths", "./ann/other", "/ann/other", "a/b/c", "~/x"):
         assert find_artifact(name) == Path(name).expanduser()
