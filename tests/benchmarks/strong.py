@@ -122,6 +122,8 @@ _PLOTTED = {
 }
 #: Where a name would lie on another.
 _OFFSETS = {
+    _LINE[0]: (-4, 6),
+    _LINE[2]: (4, 5),
     "low-rank:bits=2": (-5, -2),
     "d-qrelo": (5, 5),
     "d-qrelo:order=svd-first": (5, -9),
@@ -227,14 +229,14 @@ def plot(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         *zip(*(ours[name] for name in _LINE if name in ours), strict=True), "o-", color="#3454d1", label="meswitch"
     )
     for name, point in ours.items():
-        _tell(axes, label(name).strip("`"), point, (-6, -12), "#3454d1")
+        _tell(axes, label(name).strip("`"), point, _OFFSETS.get(name, (-6, -12)), "#3454d1")
     others = {name: point for name, point in points.items() if not name.startswith("meswitch") and "gptq" not in name}
     axes.plot(*zip(*others.values(), strict=True), "s", color="#62656d", markersize=4, label="other methods")
     for name, point in others.items():
         _tell(axes, _PLOTTED.get(name, name), point, _OFFSETS.get(name, (5, 4)), "#62656d")
     axes.set(yscale="log", xlabel="MB of one expert (the full model has 269)", ylabel="KL to it, % of the base's")
     axes.margins(x=0.14, y=0.1)
-    axes.set_xlim(left=10)
+    axes.set_xlim(left=7)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, metadata={"Date": None})
