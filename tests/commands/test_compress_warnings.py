@@ -74,7 +74,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_told(tmp_path: Path) -> None:
 def test_an_ordinary_pair_has_no_warnings(pair: Pair, tmp_path: Path) -> None:
     result = _compress(*pair, tmp_path / "art", "--json")
     assert json.loads(result.stdout)["warnings"] == []
-    assert result.stderr == f"reading {pair[0]} and {pair[1]}\n"
+    assert result.stderr == "reading both models' headers\n"
 
 
 def _sparse(base: Path, folder: Path) -> Path:
