@@ -122,6 +122,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     expected = manifest.settings.get("expected")
     parts = expected.get("by_projection") if isinstance(expected, dict) else None
     shown = table(title, *columns, *(("KL expected",) if isinstance(parts, dict) else ()))
+    shown.columns[0].no_wrap = True
     for kind, entries in by_projection(manifest).items():
         errors = mean_errors(entries)
         shown.add_row(

@@ -143,7 +143,7 @@ def test_closeness_is_what_transformers_measures(tmp_path: Path, family: str, op
     job = prepare(str(base), str(expert), tmp_path / "art", _settings(), None)
     with workspace(job.out, force=False) as space:
         space.begin(Inputs(version="", settings={}, base_files="", expert_files=""))
-        records = _quantise(job, space, "cpu", lambda what, nbytes, units: None)
+        records = _quantise(job, space, "cpu", lambda what, nbytes, units: None, lambda note: None)
         found = closeness(job, space, records, "cpu")
         space.drop()
     compress(job)
