@@ -109,7 +109,7 @@ def test_mistral_on_a_card_that_was_never_measured(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(speed, "measured_cards", dict)
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
     assert plan_of(tmp_path, config)[1]["speed"] is None
-    told = plan_of(tmp_path, config, "--card", "H100 80", "--context", "2048")[1]["speed"]
+    told = plan_of(tmp_path, config, "--card", "H100 80", "--context", "2048", "--bits", "2")[1]["speed"]
     assert told["card"] == "NVIDIA H100 80GB HBM3" and told["measured"] is None and told["load_seconds"] is None
     assert [(b["requests"], b["experts"]) for b in told["batches"]] == [(16, 0), (1, 1), (16, 16)]
     assert {b["expected_seconds"] for b in told["batches"]} == {None}
@@ -130,7 +130,7 @@ def test_mistral_on_a_measured_card(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     held |= {"layer_seconds": 2e-5, "step_seconds": 5e-4, "prompt_operations": 6e14, "load": 5e10}
     monkeypatch.setattr(speed, "measured_cards", lambda: {"Some card": card_constants(held)})
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
-    status, plan = plan_of(tmp_path, config, "--card", "some", "--requests", "32")
+    status, plan = plan_of(tmp_path, config, "--card", "some", "--requests", "32", "--bits", "2")
     told = plan["speed"]
     assert status == 0 and told["measured"] == "abc" and told["memory_bytes_per_second"] == 3e12
     assert [(b["requests"], b["experts"]) for b in told["batches"]] == [(32, 0), (1, 1), (32, 16)]
@@ -139,9 +139,10 @@ def test_mistral_on_a_measured_card(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert batch["expected_tokens_per_second"] == batch["requests"] / batch["expected_seconds"]
     assert told["prompt_tokens_per_second"]["floor"] is None
     arguments = ["plan", "--base", str(tmp_path), "--experts", "4", "--device-memory", "80GB", "--card", "some"]
+    arguments += ["--bits", "2"]
     said = CliRunner().invoke(build_app(arguments), arguments).stdout
     assert "constants measured on this card, commit abc" in said and "an expert from host memory" in said
-    arguments += ["--bits", "4"]
+    arguments[-1] = "4"
     assert "not known" in CliRunner().invoke(build_app(arguments), arguments).stdout
 
 

@@ -13,6 +13,7 @@ import torch
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router import RouteDecision, Router, open_router
 from meswitch_cli.router.backends.base import ServedBase
+from meswitch_cli.router.decide.conversation import SHORT_TURN_CHARACTERS
 from meswitch_cli.router.decide.sessions import Sessions
 from meswitch_cli.router.store import RouterArtifact
 from meswitch_cli.router.train.training import TrainedRouter
@@ -215,6 +216,18 @@ def test_a_long_conversation_is_left_for_a_larger_lead(tfidf_router: Router) -> 
     for session, conversation, expert in (("short", [asked], "code"), ("long", long, "maths")):
         router.route(maths, session=session)
         assert router.route(conversation, session=session).expert == expert
+
+
+def test_a_short_turn_of_another_subject_needs_no_history(tfidf_router: Router) -> None:
+    maths, code = sentences("maths", 1, seed=5)[0], sentences("code", 1, seed=5)[0]
+    assert len(code) < SHORT_TURN_CHARACTERS
+    turns = [{"role": "user", "content": maths}, {"role": "assistant", "content": maths}]
+    alone = tfidf_router.route(code)
+    assert (alone.expert, alone.reason) == ("code", "routed")
+    after = tfidf_router.route([*turns, {"role": "user", "content": code}])
+    assert (after.expert, after.probabilities) == ("code", alone.probabilities)
+    for gate in ("normal", "off"):  # what is nobody's by itself is read with what was said before
+        assert tfidf_router.route([*turns, {"role": "user", "content": "And then?"}], gate=gate).expert == "maths"
 
 
 def test_threads_share_a_router(tfidf_router: Router) -> None:

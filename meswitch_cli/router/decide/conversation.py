@@ -16,23 +16,29 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def routing_text(prompt: Prompt) -> str:
-    """The text to route: the newest user turn, after earlier user and assistant turns where it is short.
+    """The newest user turn, after what was said before it where it is short; empty where there is no text of a user."""
+    return next(reversed(routing_texts(prompt)), "")
 
-    System and tool turns say what the application is, not what is asked, and are dropped. Empty where there is no
-    user turn with text.
+
+def routing_texts(prompt: Prompt) -> tuple[str, ...]:
+    """The texts to route: the newest user turn and, where it is short and not the first, that turn after earlier ones.
+
+    A short turn may be a new subject or need the old one: who decides asks of the turn alone first. System and tool
+    turns say what the application is, not what is asked, and are dropped. None where there is no user turn with text.
     """
     if isinstance(prompt, str):
-        return prompt.strip()
+        text = prompt.strip()
+        return (text,) if text else ()
     turns = [(str(turn.get("role")), message_text(turn.get("content"))) for turn in prompt]
     turns = [(role, text) for role, text in turns if role in ("user", "assistant") and text]
     newest = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=None)
     if newest is None:
-        return ""
+        return ()
     text = turns[newest][1]
     if len(text) >= SHORT_TURN_CHARACTERS:
-        return text
+        return (text,)
     history = "\n\n".join(earlier for _, earlier in turns[:newest])[-HISTORY_CHARACTERS:]
-    return f"{history}\n\n{text}" if history else text
+    return (text, f"{history}\n\n{text}") if history else (text,)
 
 
 def has_open_tool_call(prompt: Prompt) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from meswitch_cli.errors import RouterError
 from meswitch_cli.names import BASE, GateMode
@@ -15,7 +18,7 @@ from meswitch_cli.router.decide.conversation import (
     cached_characters,
     has_open_tool_call,
     is_binary,
-    routing_text,
+    routing_texts,
 )
 from meswitch_cli.router.decide.explanation import Explanation, explain
 from meswitch_cli.router.decide.model import RouterModel
@@ -102,11 +105,11 @@ class Router:
         Raises:
             RouterError: the prompt cannot be read.
         """
-        text = routing_text(prompt)
-        if not text or is_binary(text):
+        texts = routing_texts(prompt)
+        if not texts or is_binary(texts[-1]):
             return None
         try:
-            return explain(self.model, self.backend.features([text]), count)
+            return explain(self.model, self._deciding(texts), count)
         except Exception as error:  # as for a decision
             raise RouterError(f"the router failed: {error}") from error
 
@@ -120,14 +123,15 @@ class Router:
         current = self._sessions.get(session) if session is not None else None
         if current is not None and has_open_tool_call(prompt):
             return current, 0.0, {}, "sticky"
-        text = routing_text(prompt)
-        if not text:
+        texts = routing_texts(prompt)
+        if not texts:
             return (current, 0.0, {}, "sticky") if current else (self.fallback, 0.0, {}, "empty")
-        if is_binary(text):
+        if is_binary(texts[-1]):
             return self.fallback, 0.0, {}, "out_of_domain"
-        if self.is_cut(text):
-            logger.info("a prompt of %d characters is routed by %d tokens of it", len(text), self.backend.max_tokens)
-        judged = self.model.judge(self.backend.features([text]), gate)[0]
+        if self.is_cut(texts[0]):
+            length = len(texts[0])
+            logger.info("a prompt of %d characters is routed by %d tokens of it", length, self.backend.max_tokens)
+        judged = self.model.judge(self._deciding(texts), gate)[0]
         probabilities = judged.probabilities
         if current is not None and current != judged.label and judged.verdict != "out_of_domain":
             stays = judged.verdict == "low_confidence"
@@ -141,6 +145,14 @@ class Router:
         if session is not None:
             self._sessions.put(session, judged.label)
         return judged.label, judged.confidence, probabilities, "routed"
+
+    def _deciding(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features `[1, d]` of the text that decides: the newest turn alone where it passes the strict gate by itself,
+        as a new subject does, else that turn after what was said before."""
+        features = self.backend.features(list(texts))
+        if len(texts) > 1 and self.model.judge(features[:1], "strict")[0].verdict == "routed":
+            return features[:1]
+        return features[-1:]
 
     def _price(self, prompt: Prompt) -> float:
         """The lead in probability for which a session leaves its expert; it grows with the cache that is lost."""
