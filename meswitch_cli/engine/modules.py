@@ -134,19 +134,18 @@ class GainedNorm(nn.Module):
     number rounded twice, and none where the base's gain is 0.
     """
 
-    def __init__(self, base: Any, plain: Any, current: CurrentBatch) -> None:
+    def __init__(self, base: Any, plain: Any) -> None:
         """`plain` is `base` with gain 1 and shift 0."""
         super().__init__()
         self.base: Any = base
         self.plain: Any = plain
-        self.current = current
         self.gains: GainBank | None = None
         self.shifts: GainBank | None = None
 
     @property
-    def batch(self) -> Batch | None:
-        """The current batch, where an expert in it may change the norm."""
-        return None if self.gains is None and self.shifts is None else self.current.batch
+    def may_change(self) -> bool:
+        """Whether an expert may change the norm."""
+        return self.gains is not None or self.shifts is not None
 
     def gained(self, y: Tensor, gain_rows: Tensor, shape: Sequence[int]) -> Tensor:
         """`y` with each token's own gain and shift, which are brought to `shape`."""
@@ -170,7 +169,8 @@ class ExpertNorm(GainedNorm):
         self, base: Any, plain: Any, epsilon: float | None, current: CurrentBatch, backend: ModuleType
     ) -> None:
         """`epsilon` is that of a root mean square norm, None of any other."""
-        super().__init__(base, plain, current)
+        super().__init__(base, plain)
+        self.current = current
         #: Norm and gain at once, where the kernels do that: each row's own gain, and one gain for all rows.
         self.rms_norm = None if epsilon is None else backend.rms_norm
         self.base_norm = None if epsilon is None else backend.base_norm
@@ -180,7 +180,7 @@ class ExpertNorm(GainedNorm):
         self.token_dimension = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = self.batch
+        batch = self.current.batch if self.may_change else None
         y: Tensor
         if batch is None:
             if self.base_norm is None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from meswitch_cli.engine.modules import with_added_logits
+from meswitch_cli.engine.modules import GainedNorm, with_added_logits
 from meswitch_cli.engine.vllm.announced import AnnouncedTokens
 from meswitch_cli.engine.vllm.operators import announce_layer, call
 from meswitch_cli.engine.vllm.shards import LayerShard
-from meswitch_kernels import ExpertBank, GainBank
+from meswitch_kernels import ExpertBank
 
 
 class Rows:
@@ -144,7 +144,7 @@ class ExpertVocabularyMethod(_ExpertMethod):
         return nn.functional.pad(y, (0, weight.shape[0] - y.shape[1]), value=-torch.inf)
 
 
-class ExpertResidualNorm(nn.Module):
+class ExpertResidualNorm(GainedNorm):
     """A norm, with vLLM's second argument and second result: the residual that it adds first.
 
     With gains of experts, the norm without its gain, then each token's own from a table whose first row is the base's.
@@ -153,38 +153,21 @@ class ExpertResidualNorm(nn.Module):
 
     def __init__(self, base: Any, plain: Any, announced: AnnouncedTokens) -> None:
         """`plain` is `base` with gain 1 and shift 0."""
-        super().__init__()
-        self.base: Any = base
-        self.plain: Any = plain
+        super().__init__(base, plain)
         self.announced = announced
-        self.gains: GainBank | None = None
-        self.shifts: GainBank | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         given = (x,) if residual is None else (x, residual)
-        if self.gains is None and self.shifts is None:
+        if not self.may_change:
             return self.base(*given)
         tokens = x.shape[0]
         if not torch.compiler.is_compiling() and self.announced.batch(tokens) is None:
             return self.base(*given)
         result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
-        y = self._gained(y, self.announced.gain_rows[:tokens]).to(y.dtype)
+        shape = [tokens] + [1] * (y.dim() - 2) + [y.shape[-1]]
+        y = self.gained(y, self.announced.gain_rows[:tokens], shape).to(y.dtype)
         return y if rest is None else (y, rest)
-
-    def _gained(self, y: Tensor, rows: Tensor) -> Tensor:
-        shape = [y.shape[0]] + [1] * (y.dim() - 2) + [y.shape[-1]]
-        if self.gains is not None:
-            y = y * self.gains.table.index_select(0, rows).view(shape)
-        if self.shifts is not None:
-            y = y + self.shifts.table.index_select(0, rows).view(shape)
-        return y
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
 
 class VocabularyLimits:
