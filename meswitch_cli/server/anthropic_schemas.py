@@ -17,14 +17,14 @@ from meswitch_cli.server.messages import (
     CalledFunction,
     Message,
     SystemMessage,
-    TextPart,
     ToolCall,
     ToolMessage,
     UserMessage,
+    as_text,
 )
 from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, ResponseFormat, chat_request, in_range
 from meswitch_cli.server.strict import JsonObject, Strict
-from meswitch_cli.server.tool_schemas import Function, FunctionTool, NamedChoice, NamedFunction
+from meswitch_cli.server.tool_schemas import FunctionTool, NamedChoice
 from meswitch_cli.server.tools import ToolChoice
 
 _CacheControl = dict[str, Any] | None
@@ -116,12 +116,7 @@ class CountRequest(Strict):
             messages=messages,
             continue_final_message=isinstance(messages[-1], AssistantMessage) or None,
             tools=[
-                FunctionTool(
-                    type="function",
-                    function=Function(
-                        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-                    ),
-                )
+                FunctionTool.of(tool.name, tool.description, tool.input_schema, tool.strict)
                 for tool in self.tools or ()
             ],
             tool_choice=self._choice(),
@@ -133,7 +128,7 @@ class CountRequest(Strict):
     def _messages(self) -> list[Message]:
         messages: list[Message] = []
         if self.system:
-            messages.append(SystemMessage(role="system", content=_text(self.system)))
+            messages.append(SystemMessage(role="system", content=as_text(self.system)))
         for number, message in enumerate(self.messages):
             messages += _as_openai(message, f"messages.{number}")
         return messages
@@ -145,7 +140,7 @@ class CountRequest(Strict):
         if (choice.type == "tool") != (choice.name is not None):
             raise InvalidValueError("tool_choice.name", 'tool_choice.name: goes with type "tool", and with no other')
         if choice.name is not None:
-            return NamedChoice(type="function", function=NamedFunction(name=choice.name))
+            return NamedChoice.of(choice.name)
         if not self.tools and choice.type == "auto":
             return None
         return "required" if choice.type == "any" else "none" if choice.type == "none" else "auto"
@@ -196,13 +191,13 @@ def _as_openai(message: AnthropicMessage, name: str) -> list[Message]:
     if message.role == "assistant":
         if not (texts or calls):
             raise InvalidValueError(f"{name}.content", f"{name}.content: is empty")
-        said, called = _text(texts) or None, _calls(calls) or None
+        said, called = as_text(texts) or None, _calls(calls) or None
         return [AssistantMessage(role="assistant", content=said, tool_calls=called)]
     told: list[Message] = [
-        ToolMessage(role="tool", content=_text(block.content or ""), tool_call_id=block.tool_use_id)
+        ToolMessage(role="tool", content=as_text(block.content or ""), tool_call_id=block.tool_use_id)
         for block in results
     ]
-    return [*told, UserMessage(role="user", content=_text(texts))] if texts or not told else told
+    return [*told, UserMessage(role="user", content=as_text(texts))] if texts or not told else told
 
 
 def _calls(blocks: Sequence[ToolUseBlock]) -> list[ToolCall]:
@@ -213,7 +208,3 @@ def _calls(blocks: Sequence[ToolUseBlock]) -> list[ToolCall]:
         )
         for block in blocks
     ]
-
-
-def _text(content: str | Sequence[TextBlock]) -> str | list[TextPart]:
-    return content if isinstance(content, str) else [TextPart(type="text", text=block.text) for block in content]

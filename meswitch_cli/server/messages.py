@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -28,6 +28,17 @@ class TextPart(Strict):
 
 
 Text = str | list[TextPart]
+
+
+class Part(Protocol):
+    """A part of a content that has text, in any API."""
+
+    text: str
+
+
+def as_text(content: str | Sequence[Part]) -> Text:
+    """A content of another API's parts."""
+    return content if isinstance(content, str) else [TextPart(type="text", text=part.text) for part in content]
 
 
 class SystemMessage(Strict):

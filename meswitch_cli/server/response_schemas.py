@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,21 +14,14 @@ from meswitch_cli.server.messages import (
     CalledFunction,
     Message,
     SystemMessage,
-    TextPart,
     ToolCall,
     ToolMessage,
     UserMessage,
+    as_text,
 )
-from meswitch_cli.server.schemas import ChatRequest, JsonSchema, Label, Metadata, ResponseFormat, chat_request, in_range
+from meswitch_cli.server.schemas import ChatRequest, Hints, JsonSchema, Label, ResponseFormat, chat_request, in_range
 from meswitch_cli.server.strict import JsonObject, Strict
-from meswitch_cli.server.tool_schemas import (
-    AllowedChoice,
-    AllowedTools,
-    Function,
-    FunctionTool,
-    NamedChoice,
-    NamedFunction,
-)
+from meswitch_cli.server.tool_schemas import AllowedChoice, AllowedTools, FunctionTool, NamedChoice
 from meswitch_cli.server.tools import ToolChoice
 
 _FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
@@ -105,7 +97,7 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(Hints):
     """A turn. Nothing is stored, so that `previous_response_id` has nothing to go on with."""
 
     model: Annotated[str, Field(max_length=256)]
@@ -124,11 +116,6 @@ class ResponseRequest(Strict):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     user: Label | None = None
-    metadata: Metadata | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Label | None = None
-    safety_identifier: Label | None = None
-    service_tier: Label | None = None
 
     def chat(self) -> ChatRequest:
         """The same as a chat completion. Raises ApiError for what contradicts itself."""
@@ -140,24 +127,14 @@ class ResponseRequest(Strict):
             top_p=self.top_p,
             response_format=self._format(),
             tools=[
-                FunctionTool(
-                    type="function",
-                    function=Function(
-                        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-                    ),
-                )
-                for tool in self.tools or ()
+                FunctionTool.of(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools or ()
             ],
             tool_choice=self._choice(),
             parallel_tool_calls=self.parallel_tool_calls,
             stream=self.stream,
             user=self.user,
-            metadata=self.metadata,
-            prompt_cache_key=self.prompt_cache_key,
-            prompt_cache_retention=self.prompt_cache_retention,
-            safety_identifier=self.safety_identifier,
-            service_tier=self.service_tier,
             verbosity=self.text.verbosity if self.text else None,
+            **{name: getattr(self, name) for name in Hints.model_fields},
         )
 
     def _messages(self) -> list[Message]:
@@ -176,13 +153,13 @@ class ResponseRequest(Strict):
                 else:
                     messages.append(AssistantMessage(role="assistant", tool_calls=[call]))
             elif isinstance(item, CallOutputItem):
-                messages.append(ToolMessage(role="tool", content=_content(item.output), tool_call_id=item.call_id))
+                messages.append(ToolMessage(role="tool", content=as_text(item.output), tool_call_id=item.call_id))
             elif item.role == "user":
-                messages.append(UserMessage(role="user", content=_content(item.content)))
+                messages.append(UserMessage(role="user", content=as_text(item.content)))
             elif item.role == "assistant":
-                messages.append(AssistantMessage(role="assistant", content=_content(item.content)))
+                messages.append(AssistantMessage(role="assistant", content=as_text(item.content)))
             else:
-                messages.append(SystemMessage(role=item.role, content=_content(item.content)))
+                messages.append(SystemMessage(role=item.role, content=as_text(item.content)))
         return messages
 
     def _format(self) -> ResponseFormat | None:
@@ -196,16 +173,8 @@ class ResponseRequest(Strict):
     def _choice(self) -> ToolChoice | NamedChoice | AllowedChoice | None:
         choice = self.tool_choice
         if isinstance(choice, ResponseNamed):
-            return _named(choice)
+            return NamedChoice.of(choice.name)
         if isinstance(choice, ResponseAllowed):
-            allowed = AllowedTools(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+            allowed = AllowedTools(mode=choice.mode, tools=[NamedChoice.of(tool.name) for tool in choice.tools])
             return AllowedChoice(type="allowed_tools", allowed_tools=allowed)
         return choice if self.tools else None
-
-
-def _named(choice: ResponseNamed) -> NamedChoice:
-    return NamedChoice(type="function", function=NamedFunction(name=choice.name))
-
-
-def _content(content: str | Sequence[ContentPart]) -> str | list[TextPart]:
-    return content if isinstance(content, str) else [TextPart(type="text", text=part.text) for part in content]

@@ -52,11 +52,17 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-#: Members of a request that change no token.
-HINTS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "verbosity")
+class Hints(Strict):
+    """Members of a request that change no token, in each API under the same names; the log has them."""
+
+    metadata: Metadata | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    safety_identifier: Label | None = None
+    service_tier: Label | None = None
 
 
-class GenerationParameters(Strict):
+class GenerationParameters(Hints):
     """What chat and text completions have in common."""
 
     model: Annotated[str, Field(max_length=256)]
@@ -89,12 +95,6 @@ class GenerationParameters(Strict):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     user: Label | None = None
-    # These change no token; the log has them.
-    metadata: Metadata | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Label | None = None
-    safety_identifier: Label | None = None
-    service_tier: Label | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
     def choices(self, limit: int) -> int:
@@ -115,7 +115,8 @@ class GenerationParameters(Strict):
 
     def hints(self) -> dict[str, Any] | None:
         """What was said that changes no token, for the log."""
-        return {name: value for name in HINTS if (value := getattr(self, name)) is not None} or None
+        names = (*Hints.model_fields, "verbosity")
+        return {name: value for name in names if (value := getattr(self, name)) is not None} or None
 
     def common_sampling(self, max_tokens: int, defaults: Mapping[str, float]) -> dict[str, Any]:
         """The members of `Sampling` that both kinds of request set in the same way.

@@ -29,6 +29,12 @@ class FunctionTool(Strict):
     function: Function
     cache_control: dict[str, Any] | None = None
 
+    @classmethod
+    def of(cls, name: str, description: str | None, parameters: JsonObject | None, strict: bool | None) -> FunctionTool:
+        """As another API has it."""
+        function = Function(name=name, description=description, parameters=parameters, strict=strict)
+        return cls(type="function", function=function)
+
 
 class NamedFunction(Strict):
     name: _FunctionName
@@ -37,6 +43,11 @@ class NamedFunction(Strict):
 class NamedChoice(Strict):
     type: Literal["function"]
     function: NamedFunction
+
+    @classmethod
+    def of(cls, name: str) -> NamedChoice:
+        """As another API has it."""
+        return cls(type="function", function=NamedFunction(name=name))
 
 
 class AllowedTools(Strict):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from server.family import Family, Running, Start, make_family, start
 from server.fields import FIELDS, prompts
+from server.tool_templates import HERMES
 
 from meswitch_cli.router import Router
 from meswitch_cli.router.train.data import Example, gather
@@ -28,6 +29,15 @@ def running(family: Family) -> Iterator[Running]:
     server = start(family)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def taught(running: Running) -> Iterator[None]:
+    """While a module runs, the expert `red` has a chat template that knows of tools."""
+    tokenizer = running.service.engine.tokenizer("red")
+    before, tokenizer.chat_template = tokenizer.chat_template, HERMES
+    yield
+    tokenizer.chat_template = before
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from server.family import Running, Start
 from server.test_tools import PARAMETERS, check_call
-from server.tool_templates import HERMES
 
 from meswitch_cli.server.settings import ServerSettings
 
@@ -23,12 +21,7 @@ TOOL = {"name": "get_weather", "description": "x", "input_schema": PARAMETERS}
 CALLS = {"max_tokens": 200, "tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def taught(running: Running) -> Iterator[None]:
-    tokenizer = running.service.engine.tokenizer("red")
-    before, tokenizer.chat_template = tokenizer.chat_template, HERMES
-    yield
-    tokenizer.chat_template = before
+pytestmark = pytest.mark.usefixtures("taught")
 
 
 def ask(running: Running, **change: Any) -> dict[str, Any]:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clients.__main__ import CLIENTS, COLUMNS, Client, environment, table, try_client
 from server.family import Running
-from server.tool_templates import HERMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def taught(running: Running) -> Iterator[None]:
-    tokenizer = running.service.engine.tokenizer("red")
-    before, tokenizer.chat_template = tokenizer.chat_template, HERMES
-    yield
-    tokenizer.chat_template = before
+pytestmark = pytest.mark.usefixtures("taught")
 
 
 @pytest.mark.parametrize("name", ["openai", "anthropic"])

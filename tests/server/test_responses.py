@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -11,18 +10,12 @@ import pytest
 from server.family import Running
 from server.test_requests import refused
 from server.test_tools import PARAMETERS, check_call
-from server.tool_templates import HERMES
 
 TOOL = {"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": True}
 ASKED: dict[str, Any] = {"model": "red", "input": "hello", "max_output_tokens": 24, "temperature": 0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def taught(running: Running) -> Iterator[None]:
-    tokenizer = running.service.engine.tokenizer("red")
-    before, tokenizer.chat_template = tokenizer.chat_template, HERMES
-    yield
-    tokenizer.chat_template = before
+pytestmark = pytest.mark.usefixtures("taught")
 
 
 @pytest.fixture(scope="module")
