@@ -30,13 +30,13 @@ class TextPart(Strict):
 Text = str | list[TextPart]
 
 
-class Part(Protocol):
+class HasText(Protocol):
     """A part of a content that has text, in any API."""
 
     text: str
 
 
-def as_text(content: str | Sequence[Part]) -> Text:
+def as_text(content: str | Sequence[HasText]) -> Text:
     """A content of another API's parts."""
     return content if isinstance(content, str) else [TextPart(type="text", text=part.text) for part in content]
 
