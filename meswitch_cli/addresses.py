@@ -1,4 +1,4 @@
-"""Which addresses are of this machine alone."""
+"""Which addresses are of this machine alone, and how they are written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def is_this_machine(host: str) -> bool:
     """Whether a client that connects to the address stays on this machine."""
     address = _address(host.strip("[]"))
     return is_loopback(host) or (address is not None and address.is_unspecified)
+
+
+def in_url(host: str) -> str:
+    """A host as a URL has it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def without_proxy(host: str) -> None:

@@ -26,6 +26,12 @@ _USE, _END_OF_USE = "<!-- use, generated -->", "<!-- end of use -->"
 _HERE = "."
 
 
+def split_front_matter(text: str) -> tuple[str, str]:
+    """(the YAML in front, the rest) of a card; the first is empty where there is none."""
+    parts = re.split(r"^---[ \t]*$\n?", text, maxsplit=2, flags=re.MULTILINE)
+    return ("", text) if len(parts) < 3 or parts[0].strip() else (parts[1], parts[2])
+
+
 @dataclass(frozen=True)
 class Card:
     """A README.md with YAML in front of its Markdown.
@@ -40,16 +46,14 @@ class Card:
 
     @classmethod
     def parse(cls, text: str) -> Card:
-        parts = re.split(r"^---[ \t]*$\n?", text, maxsplit=2, flags=re.MULTILINE)
-        if len(parts) < 3 or parts[0].strip():
-            return cls({}, text)
         import yaml
 
+        front, body = split_front_matter(text)
         try:
-            front = yaml.safe_load(parts[1])
+            members = yaml.safe_load(front)
         except yaml.YAMLError:
-            front = None
-        return cls(front if isinstance(front, dict) else {}, parts[2])
+            members = None
+        return cls(members if isinstance(members, dict) else {}, body)
 
     @classmethod
     def read(cls, folder: Path) -> Card:

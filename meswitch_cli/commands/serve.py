@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from meswitch_cli.addresses import in_url
 from meswitch_cli.commands.config_file import take_config
 from meswitch_cli.commands.console import counted
 from meswitch_cli.names import GateMode
@@ -187,7 +188,7 @@ def run(
         _warn_of(refused | unfit | made.failed)
         chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
-        address = f"http://{_in_url(host)}:{bound.getsockname()[1]}"
+        address = f"http://{in_url(host)}:{bound.getsockname()[1]}"
         _warn_if_open(settings, host)
         server = Server(create_app(service), service, on_started=lambda: _welcome(address, service.experts(), chosen))
         undo.pop_all()
@@ -211,19 +212,13 @@ def _serve_replicas(bound: socket, count: int, device: str, gpus: int, settings:
         extra,
         max_body_bytes=settings.max_body_bytes,
         drain_seconds=settings.drain_seconds,
-        on_started=lambda: _note(f"{count} replicas are starting behind http://{_in_url(host)}:{port}"),
+        on_started=lambda: _note(f"{count} replicas are starting behind http://{in_url(host)}:{port}"),
     )
 
 
 def _warn_if_open(settings: ServerSettings, host: str) -> None:
-    from meswitch_cli.addresses import is_loopback
-
-    if not settings.api_keys and not is_loopback(host):
+    if settings.is_open(host):
         _note("warning: everybody who reaches this address may use it; --api-key-file asks for a key")
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _engine_class(name: str) -> type[SlottedEngine[Any]]:
@@ -256,9 +251,7 @@ def load_router(path: Path | None, engine: Engine, gate: GateMode | None = None)
     from meswitch_cli.server.routing import open_served_router
 
     quiet_loading()
-    opened = open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"))
-    opened.gate = gate or opened.gate
-    return opened
+    return open_served_router(path, engine, lambda warning: _note(f"warning: {warning}"), gate)
 
 
 def _warn_of(refused: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.addresses import is_loopback
+from meswitch_cli.addresses import in_url
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.transformers_engine import TransformersEngine
@@ -38,7 +38,7 @@ class RunningServer:
     """
 
     def __init__(self, service: Service, bound: socket.socket, host: str, warnings: tuple[str, ...]) -> None:
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        self.address = f"http://{in_url(host)}:{bound.getsockname()[1]}"
         self.warnings = warnings
         started = threading.Event()
         self._server = Server(create_app(service), service, on_started=started.set)
@@ -106,12 +106,9 @@ def serve(
     warnings: list[str] = []
     try:
         engine.start()
-        chosen = None
-        if router is not None:
-            chosen = open_served_router(user_path(router), engine, warnings.append)
-            chosen.gate = gate or chosen.gate
+        chosen = None if router is None else open_served_router(user_path(router), engine, warnings.append, gate)
         service = Service(engine, server_settings, chosen)
-        if not server_settings.api_keys and not is_loopback(host):
+        if server_settings.is_open(host):
             warnings.append("everybody who reaches this address may use it; api_keys asks for a key")
         return RunningServer(service, bound, host, tuple(warnings))
     except BaseException:

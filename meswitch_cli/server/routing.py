@@ -50,13 +50,17 @@ class Choice(RouteDecision):
 POLICY = Policy("this server", "add --expert {name}=ARTIFACT", another_artifact="warning")
 
 
-def open_served_router(path: Path, engine: Engine, on_warning: Callable[[str], None]) -> Router:
-    """Open a router that reads the engine's own base.
+def open_served_router(
+    path: Path, engine: Engine, on_warning: Callable[[str], None], gate: GateMode | None = None
+) -> Router:
+    """Open a router that reads the engine's own base; `gate` is how much it refuses, None its own.
 
     Raises:
         RouterError: it is no router, damaged, for another base, or can choose an expert that is not served.
     """
-    return open_router(path, served_base(engine), served_experts(engine), POLICY, on_warning)
+    router = open_router(path, served_base(engine), served_experts(engine), POLICY, on_warning)
+    router.gate = gate or router.gate
+    return router
 
 
 def served_base(engine: Engine) -> ServedBase:

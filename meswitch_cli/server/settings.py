@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from meswitch_cli.addresses import is_loopback
 from meswitch_cli.errors import MeswitchError, UsageError
 from meswitch_cli.textfile import read_text
 
@@ -41,6 +42,10 @@ class ServerSettings:
     router_strict: bool = False
     feedback: Path | None = None
     log_prompts: bool = False
+
+    def is_open(self, host: str) -> bool:
+        """Whether everybody who reaches a server that listens there may use it, from other machines too."""
+        return not self.api_keys and not is_loopback(host)
 
 
 def read_origin(text: str) -> str:

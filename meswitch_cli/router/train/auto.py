@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from meswitch_cli.artifact.card import MAX_CARD_BYTES, MODEL_CARD, split_front_matter
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.decide.conversation import is_binary
 from meswitch_cli.router.decide.labels import check_label
 from meswitch_cli.router.train.data import Example
 from meswitch_cli.router.train.general import general_prompts
 
-MODEL_CARD = "README.md"
-_MAX_CARD_BYTES = 1 << 20
 #: Two words are of one stem where so many of their first letters agree: "maths" and "mathematics".
 _STEM = 4
 #: Words of field names that say nothing of a field.
@@ -64,21 +63,19 @@ def _card(path: Path) -> tuple[dict[object, object], str]:
     if not path.is_file():
         return {}, ""
     try:
-        if path.stat().st_size > _MAX_CARD_BYTES:
+        if path.stat().st_size > MAX_CARD_BYTES:
             raise RouterError(f"{path}: larger than a model card can be")
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise RouterError(f"{path}: cannot be read: {error.strerror}") from error
-    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
-    if len(parts) < 3 or parts[0].strip():
-        return {}, text
     import yaml
 
+    front, body = split_front_matter(text)
     try:
-        front = yaml.safe_load(parts[1])
+        members = yaml.safe_load(front)
     except yaml.YAMLError as error:
         raise RouterError(f"{path}: its front matter is not valid YAML") from error
-    return (front if isinstance(front, dict) else {}), parts[2]
+    return (members if isinstance(members, dict) else {}), body
 
 
 def _strings(value: object) -> Sequence[str]:
