@@ -99,6 +99,28 @@ class Artifact:
             for name, delta in self.shard(file.name).read_all(buffer_of, piece_bytes).items()
         }
 
+    def check_sizes(self) -> None:
+        """Check that every file is there, in its size; nothing is read.
+
+        Raises:
+            ArtifactError: at the first that is not.
+        """
+        for file in (*self.manifest.files, *self.manifest.shards):
+            self._there(file)
+
+    def _there(self, file: FileEntry) -> Path:
+        path = self.path / file.name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing")
+        if path.stat().st_size != file.nbytes:
+            raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {file.nbytes}")
+        return path
+
+    def check_whole(self) -> None:
+        """As `verify`, all of it at once."""
+        for _ in self.verify():
+            pass
+
     def verify(self) -> Iterator[FileEntry]:
         """Check every file's size and hash and every tensor's shape and values; yield each file when it is proven.
 
@@ -106,11 +128,7 @@ class Artifact:
             ArtifactError: at the first thing that is not as the manifest says.
         """
         for file in (*self.manifest.files, *self.manifest.shards):
-            path = self.path / file.name
-            if not path.is_file():
-                raise ArtifactError(f"{path}: missing")
-            if path.stat().st_size != file.nbytes:
-                raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {file.nbytes}")
+            path = self._there(file)
             if file_digest(path) != file.sha256:
                 raise ArtifactError(f"{path}: its SHA-256 is not the manifest's: changed or damaged")
             if file in self.manifest.shards:

@@ -51,18 +51,9 @@ def _listed(path: Path, verify: bool) -> Listed:
     try:
         artifact = Artifact.open(path)
         if verify:
-            for _ in artifact.verify():
-                pass
+            artifact.check_whole()
         else:
-            _check_sizes(artifact)
+            artifact.check_sizes()
     except MeswitchError as error:
         return Listed(path, artifact, str(error))
     return Listed(path, artifact)
-
-
-def _check_sizes(artifact: Artifact) -> None:
-    for file in (*artifact.manifest.files, *artifact.manifest.shards):
-        path = artifact.path / file.name
-        found = path.stat().st_size if path.is_file() else None
-        if found != file.nbytes:
-            raise ArtifactError(f"{path}: {'missing' if found is None else f'{found} bytes, not {file.nbytes}'}")

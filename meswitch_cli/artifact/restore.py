@@ -47,8 +47,7 @@ def restore(
     check_base_shapes(artifact.manifest, base)
     out = out.expanduser().absolute()
     refuse_occupied(out, CONFIG_FILE, force=force, what="a checkpoint", error=ArtifactError)
-    for _ in artifact.verify():
-        pass
+    artifact.check_whole()
     with whole_folder(out, "restoring") as folder:  # not `.partial`: that may be an unfinished artifact's
         digests = _write_weights(artifact, base, folder, dtype, max_shard_bytes, on_tensor)
         refuse_other_base(artifact.manifest, fingerprint(digests.base), base.source.path)

@@ -46,7 +46,7 @@ def compress_unit(
         expert_digests[pair.planned.expert.parameter.name] = pair.expert_digest
         found = known(pair) if known else None
         found = found or _compress_tensor(pair, settings_of(pair.planned), statistics, device)
-        if found is None or not (found[0].tensors or pair.planned.shape != pair.planned.base_shape):
+        if found is None or (not found[0].tensors and pair.planned.shape == pair.planned.base_shape):
             unchanged.append(pair.planned.name)
         else:
             delta, errors = found

@@ -76,8 +76,7 @@ class ExpertOpener:
         base, artifact = self._base, Artifact.open(path)
         check_base_shapes(artifact.manifest, base)
         refuse_other_base(artifact.manifest, self._base_fingerprint(), base.source.path)
-        for _ in artifact.verify():
-            pass
+        artifact.check_whole()
         config = artifact.config
         refuse_other_computation(artifact, base)
         tokenizer = load_tokenizer(path, ArtifactError)

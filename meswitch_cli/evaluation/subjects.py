@@ -103,8 +103,7 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
             f"{path}: made from another expert, {artifact.manifest.expert.id} with fingerprint "
             f"{artifact.manifest.expert.fingerprint}; given: {given}"
         )
-    for _ in artifact.verify():
-        pass
+    artifact.check_whole()
     _refuse_other_tokenizer_files(artifact.path, owner)
     named = path.resolve() if path.exists() else path
     label = _free_label(named.name, [BASE, *(item.label for item in experts), *taken])

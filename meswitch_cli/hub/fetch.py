@@ -54,8 +54,7 @@ def pull(name: str, out: str | Path | None = None, *, force: bool = False) -> Ar
         refuse_occupied(target, MANIFEST_FILE, force=force, what="an artifact", error=ArtifactError)
     artifact = Artifact.open(_fetch(found))
     try:
-        for _ in artifact.verify():
-            pass
+        artifact.check_whole()
     except ArtifactError as error:
         raise ArtifactError(f"{error}. If the repository is sound, delete {artifact.path} and pull again") from error
     return artifact if target is None else _copied(artifact, target)

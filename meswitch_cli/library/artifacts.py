@@ -100,8 +100,7 @@ def expert_weights(base: str | Path, artifact: Artifact) -> ArtifactWeights:
 
     checkpoint = Checkpoint.open(str(base))
     check_base_shapes(artifact.manifest, checkpoint)
-    for _ in artifact.verify():
-        pass
+    artifact.check_whole()
     weights = CheckpointWeights(checkpoint)
     refuse_other_base(artifact.manifest, weights.fingerprint, checkpoint.source.path)
     return ArtifactWeights(artifact, weights)
