@@ -19,6 +19,40 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def needs_triton():
+    """Skips where Triton cannot run, and says why."""
+    from meswitch_kernels import available_backends
+
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def triton(needs_triton):
+    """The backend's module."""
+    from meswitch_kernels.dispatch import backend_module
+
+    return backend_module("triton")
+
+
+def device_of(backend):
+    """Where a backend's tensors lie: Triton's on the GPU, if there is one."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def check(call, backend, groups=None):
+    """Multiply by a backend, compare with the truth, and return the product."""
+    from meswitch_kernels import expert_linear
+    from meswitch_kernels.testing import ERROR_BOUND, relative_error
+
+    y = expert_linear(call.x, call.weight, call.bias, call.bank, call.slot_of_token, groups, backend)
+    assert y.dtype == call.x.dtype
+    assert y.shape == (len(call.x), call.bank.out_features)
+    assert relative_error(y, call.truth()) < ERROR_BOUND[call.x.dtype]
+    return y
+
+
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreter_repairs():
     """Three holes in the interpreter of Triton 3.6, mended for the tests alone.

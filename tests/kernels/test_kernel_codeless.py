@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, expert_linear, group_tokens
+from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, group_tokens
 from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import (
     ERROR_BOUND,
@@ -14,18 +14,7 @@ from meswitch_kernels.testing import (
     relative_error,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_of(backend):
-    return DEVICE if backend == "triton" else "cpu"
-
-
-def check(call, backend, groups=None):
-    y = expert_linear(call.x, call.weight, call.bias, call.bank, call.slot_of_token, groups, backend)
-    assert y.dtype == call.x.dtype
-    assert relative_error(y, call.truth()) < ERROR_BOUND[call.x.dtype]
-    return y
+from .conftest import check, device_of
 
 
 def test_the_truth_is_the_base_and_two_products():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meswitch_kernels import Capacity, ExpertBank, available_backends, group_tokens
+from meswitch_kernels import Capacity, ExpertBank, group_tokens
 from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.testing import ERROR_BOUND, random_call, random_expert, relative_error
 from meswitch_kernels.tuning import Card, LaunchSettings, default_settings
@@ -12,9 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def ops():
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
+def ops(needs_triton):
     from meswitch_kernels import triton_ops
 
     return triton_ops

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from meswitch_kernels import Capacity, ExpertBank, available_backends, dispatch
+from meswitch_kernels import Capacity, ExpertBank, dispatch
 from meswitch_kernels.dispatch import backend_module
 
 proof = pytest.importorskip("meswitch_cli.engine.proof")
@@ -21,10 +21,8 @@ SIZES = {
 
 
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def triton(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """The backend, with which the engine serves here; prompts of six tokens of a slot are worth merging weights."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
     caches = (dispatch.default_backend, modules.kernels, proof._problem)
     for cache in caches:
         cache.cache_clear()

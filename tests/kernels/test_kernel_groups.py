@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meswitch_kernels import available_backends, group_tokens
+from meswitch_kernels import group_tokens
 from meswitch_kernels.groups import max_tiles, sort_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,10 +54,8 @@ def test_a_slot_without_tokens_takes_no_tile():
 @pytest.mark.parametrize("slots", [1, 5, 31, 300])
 @pytest.mark.parametrize("tile", [8, 16, 64])
 @pytest.mark.parametrize("tokens", [1, 16, 65, 200])
-def test_one_launch_groups_as_pytorch_does(tokens, tile, slots):
+def test_one_launch_groups_as_pytorch_does(needs_triton, tokens, tile, slots):
     """Slots outside the bank among them: their tokens must be visited too."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
     from meswitch_kernels import triton_groups
 
     rng = torch.Generator().manual_seed(tokens + slots)
@@ -70,9 +68,7 @@ def test_one_launch_groups_as_pytorch_does(tokens, tile, slots):
             assert found.tolist() == wanted.tolist()
 
 
-def test_a_column_of_a_table_is_grouped():
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
+def test_a_column_of_a_table_is_grouped(needs_triton):
     from meswitch_kernels import triton_groups
 
     table = torch.tensor([[1, 7], [-1, 7], [1, 7], [0, 7]], dtype=torch.int32, device=DEVICE)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from meswitch_kernels import GainBank, available_backends
+from meswitch_kernels import GainBank
 from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import random_call
 
@@ -18,13 +18,6 @@ joined = pytest.importorskip("meswitch_cli.engine.joined")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, EPSILON = 24, 1e-5
-
-
-@pytest.fixture
-def triton():
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    return backend_module("triton")
 
 
 def expert_norm(kind, ones, dtype, triton):

@@ -10,6 +10,8 @@ import torch
 from meswitch_kernels import Capacity, ExpertBank, available_backends, expert_linear, group_tokens
 from meswitch_kernels.testing import ERROR_BOUND, SLOT_PATTERNS, random_call, random_expert, relative_error
 
+from .conftest import check, device_of
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = [1, 2, 15, 16, 17, 300]
 DTYPES = {"naive": [torch.float32], "cpu": [torch.float32, torch.bfloat16]}
@@ -22,23 +24,11 @@ def skip_if_unavailable(name):
         pytest.skip(reason)
 
 
-def device_of(backend):
-    return DEVICE if backend == "triton" else "cpu"
-
-
 @pytest.fixture(params=[(name, dtype) for name in DTYPES for dtype in DTYPES[name]], ids=str)
 def backend_and_dtype(request):
     """The backends that are quick enough here for full cross products."""
     skip_if_unavailable(request.param[0])
     return request.param
-
-
-def check(call, backend, groups=None):
-    y = expert_linear(call.x, call.weight, call.bias, call.bank, call.slot_of_token, groups, backend)
-    assert y.dtype == call.x.dtype
-    assert y.shape == (len(call.x), call.bank.out_features)
-    assert relative_error(y, call.truth()) < ERROR_BOUND[call.x.dtype]
-    return y
 
 
 def test_naive_equals_a_dense_model_per_token():

@@ -8,7 +8,6 @@ import torch
 
 from meswitch_kernels import Capacity, ExpertBank, available_backends, expert_linear, group_tokens
 from meswitch_kernels.testing import (
-    ERROR_BOUND,
     SLOT_PATTERNS,
     random_call,
     random_expert,
@@ -16,22 +15,11 @@ from meswitch_kernels.testing import (
     relative_error,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from .conftest import check, device_of
+
 TOKENS = [1, 3, 6, 15, 16, 40, 300]
 RANKS = [5, 8, 32, 128, (32, 0, 5), (0, 1, 33, 17)]
 CPU_DTYPES = [torch.float32, torch.bfloat16]
-
-
-def device_of(backend):
-    return DEVICE if backend == "triton" else "cpu"
-
-
-def check(call, backend, groups=None):
-    y = expert_linear(call.x, call.weight, call.bias, call.bank, call.slot_of_token, groups, backend)
-    assert y.dtype == call.x.dtype
-    assert y.shape == (len(call.x), call.bank.out_features)
-    assert relative_error(y, call.truth()) < ERROR_BOUND[call.x.dtype]
-    return y
 
 
 def test_the_truth_is_two_products():

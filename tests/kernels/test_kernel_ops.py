@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from meswitch_kernels import available_backends, dispatch, expert_head, expert_linear, group_tokens
+from meswitch_kernels import dispatch, expert_head, expert_linear, group_tokens
 from meswitch_kernels.testing import random_call
 
 
@@ -56,10 +56,8 @@ def test_fake_tensors_get_shapes_without_a_kernel():
     assert y.dtype == torch.bfloat16
 
 
-def test_triton_launches_on_the_card_of_its_tensors(monkeypatch):
+def test_triton_launches_on_the_card_of_its_tensors(needs_triton, monkeypatch):
     """Each entry point makes its first argument's card the current one; a new thread's is the first card."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
     from meswitch_kernels import triton_groups, triton_ops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from meswitch_kernels import available_backends
 from meswitch_kernels.packing import from_planes, pack_codes, to_planes, unpack_codes, words_per_row
 
 
@@ -51,9 +50,7 @@ def test_planes_hold_neighbouring_channels(bits, width):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("width", [1, 33, 512, 1025, 2100])
 @pytest.mark.parametrize("out_features", [1, 21])
-def test_planes_in_one_launch(bits, width, out_features):
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
+def test_planes_in_one_launch(needs_triton, bits, width, out_features):
     from meswitch_kernels import triton_planes
 
     codes = torch.randint(0, 2**bits, (out_features, width), generator=torch.Generator().manual_seed(width))

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from meswitch_kernels import available_backends, tuning
-from meswitch_kernels.dispatch import backend_module
+from meswitch_kernels import tuning
 from meswitch_kernels.groups import group_tokens
 from meswitch_kernels.prefill_plan import plan_prefill
 from meswitch_kernels.testing import ERROR_BOUND, random_call, relative_error
@@ -14,13 +13,6 @@ from meswitch_kernels.testing import ERROR_BOUND, random_call, relative_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS = 4
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def triton():
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    return backend_module("triton")
 
 
 def slots_of(runs):

@@ -14,13 +14,11 @@ from meswitch_kernels import (
 from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import ERROR_BOUND, random_expert, relative_error
 
+from .conftest import device_of
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, HIDDEN, ADDED, SLOTS = 50, 96, 3, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def device_of(backend):
-    return DEVICE if backend == "triton" else "cpu"
 
 
 def skip_unsupported(backend, dtype):
@@ -151,17 +149,14 @@ def test_a_norm_rounds_where_its_family_does(backend, family, offset):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (17, 128), (3, 2000)])
-def test_a_norm_of_one_gain(dtype, rows, width):
+def test_a_norm_of_one_gain(triton, dtype, rows, width):
     """A batch without experts gives the bytes that its tokens have beside experts."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    triton_ops = backend_module("triton")
     rng = torch.Generator().manual_seed(width)
     x = torch.randn(rows, 2 * width, generator=rng).to(DEVICE, dtype)[:, width:]
     gains = GainBank(1, torch.randn(width, generator=rng).to(DEVICE, dtype))
     nobody = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    y = triton_ops.base_norm(x, 1e-5, gains.table[0])
-    assert torch.equal(y, triton_ops.rms_norm(x, 1e-5, gains.table, nobody))
+    y = triton.base_norm(x, 1e-5, gains.table[0])
+    assert torch.equal(y, triton.rms_norm(x, 1e-5, gains.table, nobody))
     exact = backend_module("naive").rms_norm(x.double(), 1e-5, gains.table.double(), nobody)
     assert relative_error(y, exact.cpu()) < (2e-6 if dtype == torch.float32 else 6e-3)
 

@@ -6,20 +6,12 @@ import weakref
 import pytest
 import torch
 
-from meswitch_kernels import Capacity, ExpertBank, available_backends
-from meswitch_kernels.dispatch import backend_module
+from meswitch_kernels import Capacity, ExpertBank
 from meswitch_kernels.groups import group_tokens
 from meswitch_kernels.testing import ERROR_BOUND, Call, random_expert, relative_error, slots_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS = 4
-
-
-@pytest.fixture
-def triton():
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    return backend_module("triton")
 
 
 def family(tokens, in_features, outs, *, dtype, pattern="mixed", bias=False, seed=0, **formats):
