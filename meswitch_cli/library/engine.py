@@ -106,9 +106,7 @@ class LocalEngine:
         if len(names) != len(texts):
             raise UsageError(f"expert: {len(names)} names for {len(texts)} prompts; give one name, or one for each")
         requests = [
-            self._request(
-                name, self._engine.tokenizer(name).encode(text, add_special_tokens=True), max_tokens, sampling
-            )
+            self._request(name, self._tokens(name, text), max_tokens, sampling)
             for name, text in zip(names, texts, strict=True)
         ]
         done = generate(self._engine, requests)
