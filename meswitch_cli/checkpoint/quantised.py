@@ -20,7 +20,6 @@ from meswitch_cli.errors import CheckpointError
 
 FP8, MXFP4, COMPRESSED = "fp8", "mxfp4", "compressed-tensors"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Stored beside weights for activations and caches, which are computed in 16 bit here.
 _OF_ACTIVATIONS = ("activation_scale", "input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale")
 #: E2M1: one bit of sign, two of exponent, one of mantissa.

@@ -104,15 +104,6 @@ def check(stream: torch.Tensor, numel: int) -> None:
     changes.finish()
 
 
-def dtype_of(stream: torch.Tensor) -> torch.dtype:
-    """The type of the tensor that a stream stands for.
-
-    Raises:
-        ValueError: it has no header.
-    """
-    return _TYPES[_header(stream.numpy().tobytes()[: _HEADER.size])[0]][0]
-
-
 def _ordered(values: torch.Tensor, code: int) -> _Integers:
     """Floating-point numbers as integers in their order, int64; the two zeros are neighbours."""
     integer = _TYPES[code][1]
