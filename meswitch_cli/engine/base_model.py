@@ -117,6 +117,12 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     current, backend = CurrentBatch(), kernels(model.device, model.dtype)
     embedding_module, head_module = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
+    for what, module in (("embedding", embedding_module), ("head", head_module)):
+        if getattr(module, "weight", None) is None:
+            raise EngineError(
+                f"{where}: {described.model_type} keeps its {what} in a {type(module).__name__}, which the embedded "
+                "engine does not serve"
+            )
     tied = head_module.weight is embedding_module.weight
     linears: dict[str, ExpertLinear] = {}
     norms: dict[str, ExpertNorm] = {}
@@ -133,7 +139,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
             replaced[name] = ExpertHead(module, current, backend)
         elif type(module) is nn.Linear:
             replaced[name] = linears[name] = ExpertLinear(module, current, backend)
-        elif all(tensor.dim() == 1 for tensor in own.values()) and set(own) <= {"weight", "bias"}:
+        elif all(tensor.dim() == 1 for tensor in own.values()) and {"weight"} <= set(own) <= {"weight", "bias"}:
             plain = without_gain(module, f"{where}: {name}")
             replaced[name] = norms[name] = ExpertNorm(module, plain, rms_epsilon(plain), current, backend)
         else:

@@ -98,9 +98,14 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
         ({"model_type": "bloom", **BLOOM}, "does not serve bloom: logits of .* differ by .* from plain transformers'"),
         ({"model_type": "gptj", **GPTJ}, "does not serve gptj: its attention is of its own kind"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
-        (config_of("opt", ffn_dim=96, word_embed_proj_dim=64), "does not serve opt: raised RuntimeError"),
+        (
+            config_of("opt", ffn_dim=96, word_embed_proj_dim=64),
+            r"does not serve opt: its OPTAttention computes in a way that the engine was not made for \(RuntimeError",
+        ),
+        ({"model_type": "jetmoe", **UNGROUPED}, "keeps model.layers.0.mlp.bias in a JetMoeMoE"),
+        ({"model_type": "bert-generation", **UNGROUPED}, "keeps lm_head.bias in a BertGenerationOnlyLMHead"),
     ],
-    ids=["bloom", "gptj", "mamba", "opt-whose-config-names-key-heads"],
+    ids=["bloom", "gptj", "mamba", "opt-whose-config-names-key-heads", "jetmoe", "head-that-is-no-linear"],
 )
 def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises((EngineError, CheckpointError), match=f"^base: .*{reason}") as caught:
@@ -370,7 +375,8 @@ def test_kernels_are_given_a_row_for_each_token() -> None:
     """Electra's head is computed of the tokens that predict alone, by layers that are not the head."""
     config = UNGROUPED | {"model_type": "electra", "embedding_size": 32, "is_decoder": True}
     with pytest.raises(
-        EngineError, match="does not serve electra: raised ValueError: a layer is given 4 rows for 32 tok"
+        EngineError,
+        match=r"ElectraGeneratorPredictions computes in a way .* \(ValueError: a layer is given 4 rows for 32 tok",
     ):
         check(config)
     slots = torch.tensor([-1, 0, 0, 1], dtype=torch.int32)
