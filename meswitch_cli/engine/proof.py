@@ -74,6 +74,8 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -
         small, plain = small_model(json.loads(text), dtype)
         try:
             described = architecture(small, "config.json")
+            if paged and described.experts:
+                return "it is a mixture of experts, which is served on a CPU only"
             served = _Served.of(plain, described, small, device, dtype, paged)
             requests = _requests(served.base.vocabulary, special_ids(small))
             together = served.answers(requests)
@@ -130,8 +132,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _with_values(plain: Any, expert: SyntheticExpert) -> Any:
     model = copy.deepcopy(plain)
-    for name, value in expert.values.items():
-        model.get_parameter(name).copy_(value)
+    expert.put_into(model)
     return model
 
 
