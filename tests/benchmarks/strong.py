@@ -1,6 +1,6 @@
 """Defaults, their neighbours and every other method on the strong experts: writes docs/results/strong.md.
 
-    python tests bench strong [--group kinds] [--experts code] [--rows 2] [--items 32] [--answers 200] [--report]
+    python tests bench strong [--group kinds|coder] [--experts code] [--rows 2] [--items 32] [--answers 200] [--report]
 
 Each row is kept outside the repository as soon as it is measured, and not measured again as long as base, expert and
 sizes are the same: stopped anywhere, the same command goes on. `--report` only makes the page from what there is.
@@ -88,7 +88,7 @@ ROWS = (
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
-#: What is measured of the other kinds of fine-tune.
+#: What is measured of the other kinds of fine-tune, and on the other base.
 KIND_ROWS = (
     BASE,
     EXPERT,
@@ -130,7 +130,7 @@ _OFFSETS = {
     "delta-come:bits=1.85": (5, -10),
     "dare:choice=magnitude,rescale=projection": (-6, 4),
 }
-ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS}
+ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": KIND_ROWS}
 COLUMNS = (
     "model", "MB", "KL, nats", "KL / base's, %", "loss", "right", "same answer, %", "lost, gained",
     "difference, points", "MDE, points",
