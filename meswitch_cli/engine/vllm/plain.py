@@ -132,7 +132,7 @@ def compile_on_cpu(config: Any, eager: bool) -> None:
     from vllm.platforms import current_platform
 
     asked = (config.additional_config or {}).get(CONFIG_KEY)
-    if asked is None or asked["loras"] or asked["checked"] or eager or not current_platform.is_cpu():
+    if asked is None or asked["loras"] or eager or not current_platform.is_cpu():
         return
     compilation = config.compilation_config
     compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE

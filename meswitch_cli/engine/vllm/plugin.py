@@ -12,7 +12,9 @@ from typing import Any
 
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.names import CONFIG_KEY
+from meswitch_cli.engine.vllm.refusals import tell_parent
 from meswitch_cli.engine.vllm.version import check_vllm
+from meswitch_cli.errors import MeswitchError
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,11 @@ def register() -> None:
 
         give_memory_between_stages(runner, model)
         runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
-        return runner.lora_manager.create_lora_manager(model, vllm_config)
+        try:
+            return runner.lora_manager.create_lora_manager(model, vllm_config)
+        except MeswitchError as error:
+            tell_parent(str(error))
+            raise
 
     load_model.serves_experts = True  # type: ignore[attr-defined]
     LoRAModelRunnerMixin.load_lora_model = load_model
