@@ -24,6 +24,9 @@ SYMBOLS = (
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", ("build_chat_params",)),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", ("load_lora_adapter", "unload_lora_adapter")),
     ("vllm.v1.engine.input_processor", "InputProcessor", ("process_inputs",)),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("add_lora", "pin_lora", "remove_lora", "collective_rpc", "errored")),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", ("_model_forward",)),
+    ("vllm.forward_context", "ForwardContext", ("skip_compiled",)),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", ("load_lora_model",)),
     (
         "vllm.lora.model_manager",

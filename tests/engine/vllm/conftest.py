@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from engine.family import Family, make_family
+from engine.vllm.processes import fork_engines
 
 from meswitch_cli.engine import EngineSettings
-from meswitch_cli.engine.vllm.arguments import set_environment
 from meswitch_cli.engine.vllm.engine import VllmEngine
 
 #: vLLM takes minutes to install and wants transformers of its own: `make vllm` makes an environment for these tests.
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` runs these")
-
-#: As `make vllm` finds it on any machine: few threads, Dynamo's tracing without a compiler behind it.
-for _name, _value in {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 HEAD_DIM = 32
 #: The smallest that vLLM's attention on a CPU takes.
@@ -34,22 +24,8 @@ PAGE_SIZE = 32
 
 @pytest.fixture(scope="session", autouse=True)
 def forked() -> None:
-    """Have vLLM fork the processes of an engine: each would spend its first ten seconds on importing vLLM.
-
-    Only where tests make an engine: servers that they start, ours and vLLM's, begin as users' do.
-    """
-    if find_spec("vllm") is None:
-        return
-    set_environment()
-    from vllm.platforms.cpu import CpuPlatform
-
-    update = CpuPlatform.check_and_update_config
-
-    def update_and_fork(vllm_config: Any) -> None:
-        update(vllm_config)
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-
-    CpuPlatform.check_and_update_config = staticmethod(update_and_fork)
+    if find_spec("vllm") is not None:
+        fork_engines()
 
 
 @pytest.fixture(scope="session")

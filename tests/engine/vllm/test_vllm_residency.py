@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import psutil
 import pytest
 from engine.family import Family, requests
 from engine.test_residency import (
@@ -32,6 +31,7 @@ from engine.test_residency import (
     test_without_sharing_nothing_is_cached,
 )
 from engine.vllm.conftest import NEEDS_VLLM
+from engine.vllm.processes import children
 
 from meswitch_cli.engine import generate
 from meswitch_cli.engine.contract import EngineError, ShuttingDownError, UnknownExpertError
@@ -88,9 +88,7 @@ def test_a_worker_that_is_killed_fails_everyone_and_nothing_hangs(family: Family
     traffic = Traffic(engine)
     for index in range(5):
         traffic.submit(one("alpha", index, tokens=100))
-    leaves = [child for child in psutil.Process().children(recursive=True) if not child.children()]
-    workers = [child for child in leaves if "Worker" in child.name() or "Worker" in " ".join(child.cmdline())]
-    (worker,) = workers or leaves
+    (worker,) = children("Worker")
     worker.kill()
     completions = traffic.wait(60).values()
     assert {completion.finish_reason for completion in completions} == {"error"}
@@ -100,14 +98,13 @@ def test_a_worker_that_is_killed_fails_everyone_and_nothing_hangs(family: Family
     with pytest.raises(ShuttingDownError, match="vLLM's processes have ended"):
         engine.load_expert("late", family.artifacts["beta"])
     engine.stop()
-    assert not [child for child in psutil.Process().children(recursive=True) if child.pid == worker.pid]
+    assert not children("Worker") and not children("EngineCore")
 
 
 def test_an_idle_engine_notices_that_vllm_has_died(family: Family, start: Start) -> None:
     engine = start(family)
-    for child in psutil.Process().children(recursive=True):
-        if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-            child.kill()
+    (core,) = children("EngineCore")
+    core.kill()
     deadline = time.monotonic() + 60
     while engine.closed is None and time.monotonic() < deadline:
         time.sleep(0.1)
