@@ -23,7 +23,7 @@ from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
 from meswitch_cli.engine.vllm.arguments import engine_arguments, set_environment
 from meswitch_cli.engine.vllm.names import base_names
-from meswitch_cli.engine.vllm.refusals import told_by_children
+from meswitch_cli.engine.vllm.parent import told_by_children
 from meswitch_cli.engine.vllm.sampling import sampling_params
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture

@@ -1,14 +1,20 @@
-"""Why a process of vLLM could not begin, for the server that started it: vLLM itself says only that it could not."""
+"""What vLLM's processes owe to a server of ours that started them: why they could not begin, and to end when it ends.
+
+vLLM tells it only that they could not, and only its workers notice that their parent is gone.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: A file that vLLM's processes, which inherit the variable, write the reason to.
+#: Names the file that the reason is written to, in processes that such a server started.
 VARIABLE = "MESWITCH_VLLM_REFUSAL"
 
 
@@ -25,7 +31,7 @@ class Refusal:
 
 @contextmanager
 def told_by_children() -> Iterator[Refusal]:
-    """Have processes that are started meanwhile tell their reasons."""
+    """Have processes that are started meanwhile tell their reasons, and end with this one."""
     with tempfile.TemporaryDirectory(prefix="meswitch-") as folder:
         path = Path(folder, "refusal")
         os.environ[VARIABLE] = str(path)
@@ -36,7 +42,20 @@ def told_by_children() -> Iterator[Refusal]:
 
 
 def tell_parent(reason: str) -> None:
-    """Tell a server that listens, if there is one."""
+    """Tell a server of ours that starts this process why it cannot begin."""
     path = os.environ.get(VARIABLE)
     if path and Path(path).parent.is_dir():
         Path(path).write_text(reason, encoding="utf-8")
+
+
+def end_with_parent() -> None:
+    """End this process, as vLLM ends it, once the server of ours that started it is gone."""
+    parent = multiprocessing.parent_process()
+    if VARIABLE not in os.environ or parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="meswitch-parent", daemon=True).start()
