@@ -92,7 +92,9 @@ def main() -> None:
     table = ["| expert | items | model | right | same answer as the full expert |", "|---|---|---|---|---|"]
     table += [line for name in zoo.EXPERTS for line in measured[name]]
     RESULTS.write_text(
-        "# Exact match\n\nGreedy answers to report items that have a short answer; a count of this size says little "
+        "# Exact match\n\nOf weak fine-tunes, when 2 bits without directions were the default: "
+        "[strong fine-tunes](strong.md) have more items, and today's default.\n\n"
+        "Greedy answers to report items that have a short answer; a count of this size says little "
         "about small differences. What matters here is whether the compressed expert answers as the full one does.\n\n"
         f"`python tests bench exact_match --items {arguments.items}`, {describe()}; settings "
         f"{json.dumps(SETTINGS)}, data-free.\n\n" + "\n".join(table) + "\n"
