@@ -70,14 +70,15 @@ class WorkerConfig:
     """What workers are told.
 
     Attributes:
-        host_bytes: the most that copies of experts take of each worker's host memory.
+        host_bytes: the most that copies of experts take of each worker's host memory; None: each has its share of what
+            `EngineSettings` takes by itself.
         loras: whether vLLM's own LoRAs are served beside experts.
         checked: whether a server of ours has checked each expert, whose name then ends with `@` and its digest.
         fingerprint: the base's, where it has not.
     """
 
     layout: Layout
-    host_bytes: int
+    host_bytes: int | None
     loras: bool = False
     checked: bool = True
     fingerprint: str = ""

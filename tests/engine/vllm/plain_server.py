@@ -45,7 +45,7 @@ class PlainServer:
         *options: str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.port, self.log = _free_port(), folder / "vllm.log"
+        self.port, self.log = free_port(), folder / "vllm.log"
         modules = [f"{name}={path}" for name, path in adapters.items()]
         arguments = [
             *("--model", str(base), "--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port)),
@@ -123,7 +123,7 @@ class PlainServer:
         assert not wrong, wrong
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -148,7 +148,7 @@ def test_the_layout_reaches_the_workers(family: Family) -> None:
     assert arguments["kv_cache_memory_bytes"] >= 1000 * 2 * 2 * 2 * names_width(described) * 4
     assert not arguments["enable_prefix_caching"] and arguments["max_loras"] == 2 and arguments["dtype"] == "float32"
     config = WorkerConfig.of(json.loads(json.dumps(arguments["additional_config"])))
-    assert config == WorkerConfig(layout=layout, host_bytes=EngineSettings(base="").copies_nbytes)
+    assert config == WorkerConfig(layout=layout.joined(Layout({}, names.norms)), host_bytes=None)
     assert config.checked and not config.loras
     assert layout.holds(Layout({}, frozenset()))
 
