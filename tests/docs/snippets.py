@@ -38,6 +38,7 @@ NOT_RUN = {
     "python3 -m venv": "vLLM needs an environment of its own: `make vllm`",
     "vllm-env/": "vLLM needs an environment of its own: `make vllm`",
     "curl http://127.0.0.1:8000/v1/load_lora_adapter": "asks vLLM's server: `make vllm`",
+    "meswitch train-router --base ./base --artifact": "a base of random weights tells no fields apart; tests/router",
     "meswitch --install-completion": "changes the start-up file of the reader's shell",
 }
 #: Blocks that are no commands.
@@ -75,6 +76,7 @@ class Reader:
                 elif language in ("yaml", "toml"):
                     (self.folder / f"options.{language}").write_text(text, encoding="utf-8")
                     self._serve(["serve", "--config", f"options.{language}"])
+                    self.done.append(f"options.{language}")
                 elif not text.startswith(SAMPLES):
                     for line in text.replace("\\\n", " ").splitlines():
                         self._line(line)
