@@ -27,6 +27,8 @@ from meswitch_cli.engine.vllm.cache_use import CacheUse
 
 Result = TypeVar("Result")
 
+_ENDED = "vLLM's processes have ended; their log says why"
+
 
 class VllmLoop:
     """`AsyncLLM` in a thread with an event loop of its own.
@@ -74,7 +76,7 @@ class VllmLoop:
     @property
     def failure(self) -> str | None:
         """Why vLLM computes no more."""
-        return "vLLM's processes have ended; their log says why" if self.engine.errored else None
+        return _ENDED if self.engine.errored else None
 
     def begin(self, generation: Generation, params: SamplingParams, adapter: LoRARequest | None) -> None:
         """Have a request computed from the next batch on."""
@@ -120,7 +122,7 @@ class VllmLoop:
 
         return self._do(all_of_them())
 
-    def load(self, adapter: LoRARequest, pinned: bool, on_done: Callable[[Exception | None], None]) -> None:
+    def load(self, adapter: LoRARequest, pinned: bool, on_done: Callable[[str | None], None]) -> Future[None]:
         """Put an expert into a slot, in place of the one used least recently where none is free; return at once.
 
         `on_done` is told, in another thread, what went wrong.
@@ -132,10 +134,15 @@ class VllmLoop:
             await self._pin(adapter, pinned)
 
         def done(future: Future[None]) -> None:
-            problem = future.exception()
-            on_done(None if problem is None else EngineError(_own_words(problem)))
+            problem = None if future.cancelled() else future.exception()
+            if future.cancelled() or problem is not None:
+                on_done(self.failure or ("vLLM is shutting down" if problem is None else _own_words(problem)))
+            else:
+                on_done(None)
 
-        self._start(loaded()).add_done_callback(done)
+        started = self._start(loaded())
+        started.add_done_callback(done)
+        return started
 
     def pin(self, adapter: LoRARequest, pinned: bool) -> None:
         """Have vLLM keep an expert that is in a slot, or let it go."""
@@ -234,7 +241,7 @@ class VllmLoop:
         try:
             return self._start(work).result()
         except EngineDeadError as error:
-            raise EngineError("vLLM's processes have ended; their log says why") from error
+            raise EngineError(_ENDED) from error
         except Exception as error:
             raise EngineError(_own_words(error)) from error
 
