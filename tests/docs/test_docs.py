@@ -27,6 +27,11 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_no_page_is_half_merged() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        assert not re.search(r"^(<{7}|>{7}|={7}$)", page.read_text(), re.MULTILINE), page.name
+
+
 def pages(entry: object) -> Iterator[str]:
     """The files that a part of mkdocs.yml's `nav` names."""
     if isinstance(entry, str):

@@ -24,14 +24,22 @@ class BaseNames:
     embedding_name: str
     head_name: str
     vocabulary: int
+    #: What only mixtures have, which this engine does not serve.
+    whole: frozenset[str] = frozenset()
 
 
 def base_names(architecture: Architecture) -> BaseNames:
     """Sort the modules of an architecture.
 
     Raises:
-        EngineError: it has no embedding or no head.
+        EngineError: it has no embedding or no head, or is a mixture of experts.
     """
+    stacked = next((name for name, parameter in architecture.parameters.items() if parameter.stacked), None)
+    if stacked is not None:
+        raise EngineError(
+            f"{architecture.model_type} is a mixture of experts, such as {stacked}, which --engine vllm does not "
+            "serve; --engine transformers serves those that transformers computes as two products"
+        )
     modules: dict[str, set[str]] = {"linear": set(), "embedding": set(), "head": set(), "dense": set()}
     vocabulary = 0
     for name, parameter in architecture.parameters.items():

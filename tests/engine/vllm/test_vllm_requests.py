@@ -119,6 +119,12 @@ def test_names_are_those_of_the_loaded_base(name: str, tmp_path: Path) -> None:
     assert names.vocabulary == loaded.vocabulary
 
 
+def test_a_mixture_is_refused_by_name(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "mixtral")
+    with pytest.raises(EngineError, match=r"mixtral is a mixture of experts, such as .*, which --engine vllm"):
+        base_names(architecture(Checkpoint.open(str(base)).config, str(base)))
+
+
 def test_the_layout_reaches_the_workers(family: Family) -> None:
     checkpoint = Checkpoint.open(str(family.base))
     described = architecture(checkpoint.config, str(family.base))
