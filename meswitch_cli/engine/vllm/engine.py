@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from meswitch_cli.engine.vllm.loop import VllmLoop
 
 
-#: How often to look at who waits for a slot, and whether vLLM's processes live, where nothing arrives; in seconds.
+#: How often to look at who waits for a slot, where nothing arrives; in seconds.
 TABLE_SECONDS = 0.05
+#: How often to look whether vLLM's processes live, where nothing arrives; in seconds.
 HEALTH_SECONDS = 1.0
 
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +26,8 @@ from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.vllm.cache_use import CacheUse
 
 Result = TypeVar("Result")
-
-_ENDED = "vLLM's processes have ended; their log says why"
+#: How often to look whether vLLM's processes live, where one of them is asked something; in seconds.
+ANSWER_SECONDS = 1.0
 
 
 class VllmLoop:
@@ -62,8 +62,9 @@ class VllmLoop:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="meswitch-vllm-events", daemon=True)
         self._thread.start()
+        self.engine: Any = None
         try:
-            self.engine: AsyncLLM = self._do(self._make(arguments))
+            self.engine = self._do(self._make(arguments))
         except BaseException:
             self._end_events()
             raise
@@ -76,7 +77,8 @@ class VllmLoop:
     @property
     def failure(self) -> str | None:
         """Why vLLM computes no more."""
-        return _ENDED if self.engine.errored else None
+        dead = self.engine is not None and self.engine.errored
+        return "vLLM's processes have ended; their log says why" if dead else None
 
     def begin(self, generation: Generation, params: SamplingParams, adapter: LoRARequest | None) -> None:
         """Have a request computed from the next batch on."""
@@ -238,10 +240,14 @@ class VllmLoop:
         return asyncio.run_coroutine_threadsafe(work, self._events)
 
     def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = self._start(work)
+        while not wait([future], ANSWER_SECONDS).done:
+            if self.failure is not None:  # what a process was asked that has died is never answered
+                future.cancel()
         try:
-            return self._start(work).result()
-        except EngineDeadError as error:
-            raise EngineError(_ENDED) from error
+            return future.result()
+        except (EngineDeadError, CancelledError) as error:
+            raise EngineError(self.failure or "vLLM is shutting down") from error
         except Exception as error:
             raise EngineError(_own_words(error)) from error
 
