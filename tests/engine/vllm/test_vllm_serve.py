@@ -22,6 +22,7 @@ from engine.family import Family
 from engine.vllm.conftest import NEEDS_VLLM
 from engine.vllm.plain_server import free_port
 from engine.vllm.processes import ENVIRONMENT as FOR_VLLM
+from engine.vllm.processes import children
 
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 
@@ -123,7 +124,8 @@ def test_a_killed_worker_fails_the_server_with_the_reason(family: Family, tmp_pa
     with serve(family, tmp_path) as server, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(server.stream, model) for model in (BASE, "alpha")]
         server.wait_for(2)
-        next(child for child in server.children if not child.children()).kill()
+        (worker,) = children("Worker", server.process.pid)
+        worker.kill()
         events = [answer.result()[-1] for answer in answers]
         told = [event.get("error", {}).get("message") or event["choices"][0]["finish_reason"] for event in events]
         assert all("vLLM's processes have ended" in text for text in told), told
