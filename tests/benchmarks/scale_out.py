@@ -81,14 +81,14 @@ def variants(base: Path, experts: Mapping[str, Path], folder: Path, kind: Sequen
     return {name: made[name]() for name in kind}
 
 
-def measure(served: Served, load: Load, folder: Path) -> dict[str, float]:
+def measure(served: Served, load: Load, folder: Path, *options: str) -> dict[str, float]:
     """Start a variant's servers, send all of them their part of the load at once, and end them."""
     with ExitStack() as stack:
         running = []
-        for number, (model, adapters, options) in enumerate(served.servers):
+        for number, (model, adapters, further) in enumerate(served.servers):
             own = folder / str(number)
             own.mkdir()
-            context = stack.enter_context(PlainServer(model, adapters, own, *options))
+            context = stack.enter_context(PlainServer(model, adapters, own, *further, *options))
             running.append((context, model, adapters, own))
         memory = sum(_memory(context.process.pid) for context, *_ in running)
         share = len(running)
@@ -159,11 +159,13 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=64)
     parser.add_argument("--output", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="compile nowhere: vLLM compiles no LoRAs on a CPU")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/scale_out.json"))
     options = parser.parse_args()
     experts = {name: Path(path).resolve() for name, _, path in (item.partition("=") for item in options.expert)}
     kinds = options.variant or ["experts", "experts, LoRAs possible", "LoRAs", "a process each"]
+    eager = ("--enforce-eager",) if options.eager else ()
     load = Load(options.requests, options.input, options.output, options.concurrency)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as made:
@@ -171,10 +173,10 @@ def main() -> None:
         for number in range(options.rounds):
             for name, variant in served.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    results[name].append(measure(variant, load, Path(folder)))
+                    results[name].append(measure(variant, load, Path(folder), *eager))
                 print(number, name, results[name][-1], file=sys.stderr, flush=True)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                report = {"machine": describe(), "load": asdict(load), "rounds": results}
+                report = {"machine": describe(), "load": asdict(load), "eager": options.eager, "rounds": results}
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(results))
 

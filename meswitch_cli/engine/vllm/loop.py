@@ -256,7 +256,8 @@ class VllmLoop:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            if others:  # one may still ask a process that has died
+                await asyncio.wait(others, timeout=ANSWER_SECONDS)
 
         self._start(end()).result()
         self._events.call_soon_threadsafe(self._events.stop)
