@@ -71,6 +71,10 @@ class Forked:
             raise subprocess.TimeoutExpired(["meswitch", *running.words], 0, out, err)
         return subprocess.CompletedProcess(["meswitch", *running.words], status, out, err)
 
+    def ended(self, running: Running) -> bool:
+        """Whether it has; `wait` tells how."""
+        return bool(self._ask({"ended": running.id}))
+
     def _ask(self, job: Mapping[str, Any]) -> int:
         if self._process is None:
             self._process = subprocess.Popen(
@@ -98,10 +102,17 @@ def _serve() -> None:
     gc.freeze()  # a child's collections leave these pages shared
     # Kept apart from descriptors 0 and 1, which are a child's own.
     jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    ended: dict[int, int] = {}
     for line in jobs:
         job = json.loads(line)
-        if "wait" in job:
-            told = os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])
+        if "ended" in job:
+            if job["ended"] not in ended:
+                child, status = os.waitpid(job["ended"], os.WNOHANG)
+                ended |= {child: status} if child else {}
+            told = int(job["ended"] in ended)
+        elif "wait" in job:
+            status = ended.pop(job["wait"]) if job["wait"] in ended else os.waitpid(job["wait"], 0)[1]
+            told = os.waitstatus_to_exitcode(status)
         elif not (told := os.fork()):
             _become(job)
             return

@@ -130,7 +130,10 @@ class Checkpoint:
 
 
 def _plain_config(source: Source, name: str) -> dict[str, Any]:
-    config = read_json(source.path / "config.json", "a checkpoint folder has a config.json")
+    file = source.path / "config.json"
+    if not file.is_file() and any(source.path.glob("*.gguf")):
+        raise CheckpointError(f"{source.path}: weights only as GGUF; give the 16-bit safetensors checkpoint")
+    config = read_json(file, "a checkpoint folder has a config.json")
     quantization = config.get(QUANTIZATION)
     if quantization == {}:
         raise CheckpointError(

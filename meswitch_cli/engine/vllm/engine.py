@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from meswitch_cli.engine.vllm.loop import VllmLoop
 
 
-#: How often to look at who waits for a slot, and whether vLLM's processes live, where nothing arrives; in seconds.
+#: How often to look at who waits for a slot, where nothing arrives; in seconds.
 TABLE_SECONDS = 0.05
+#: How often to look whether vLLM's processes live, where nothing arrives; in seconds.
 HEALTH_SECONDS = 1.0
 
 
@@ -192,8 +194,10 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         loop: VllmLoop | None = None
         try:
             loop = self._loop = make()
-            for slot, model in enumerate(resident):
-                self._start_load(loop, self._table.assign(model.name, slot), model)
+            loads = [
+                self._load(loop, self._table.assign(model.name, slot), model) for slot, model in enumerate(resident)
+            ]
+            wait(loads)
             ready.set()
             while not self._stopping:
                 self._advance(loop)
@@ -228,11 +232,13 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
 
     def _start_load(self, loop: VllmLoop, load: Load, model: ServedModel) -> None:
         """Have vLLM fill a slot, between two of its batches; the others' tokens are told meanwhile."""
+        self._load(loop, load, model)
 
-        def loaded(problem: Exception | None) -> None:
+    def _load(self, loop: VllmLoop, load: Load, model: ServedModel) -> Future[None]:
+        def loaded(problem: str | None) -> None:
             self._on_loaded(load, None if problem is None else f"expert {model.name!r} cannot be loaded: {problem}")
 
-        loop.load(self._adapters[model.name], self._is_pinned(model.name), loaded)
+        return loop.load(self._adapters[model.name], self._is_pinned(model.name), loaded)
 
     def _prefetch(self, model: ServedModel) -> None:
         """Nothing: vLLM reads an adapter when it puts it into a slot."""

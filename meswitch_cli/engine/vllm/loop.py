@@ -10,7 +10,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.vllm.cache_use import CacheUse
 
 Result = TypeVar("Result")
+#: How often to look whether vLLM's processes live, where one of them is asked something; in seconds.
+ANSWER_SECONDS = 1.0
 
 
 class VllmLoop:
@@ -60,8 +62,9 @@ class VllmLoop:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="meswitch-vllm-events", daemon=True)
         self._thread.start()
+        self.engine: Any = None
         try:
-            self.engine: AsyncLLM = self._do(self._make(arguments))
+            self.engine = self._do(self._make(arguments))
         except BaseException:
             self._end_events()
             raise
@@ -74,7 +77,8 @@ class VllmLoop:
     @property
     def failure(self) -> str | None:
         """Why vLLM computes no more."""
-        return "vLLM's processes have ended; their log says why" if self.engine.errored else None
+        dead = self.engine is not None and self.engine.errored
+        return "vLLM's processes have ended; their log says why" if dead else None
 
     def begin(self, generation: Generation, params: SamplingParams, adapter: LoRARequest | None) -> None:
         """Have a request computed from the next batch on."""
@@ -120,7 +124,7 @@ class VllmLoop:
 
         return self._do(all_of_them())
 
-    def load(self, adapter: LoRARequest, pinned: bool, on_done: Callable[[Exception | None], None]) -> None:
+    def load(self, adapter: LoRARequest, pinned: bool, on_done: Callable[[str | None], None]) -> Future[None]:
         """Put an expert into a slot, in place of the one used least recently where none is free; return at once.
 
         `on_done` is told, in another thread, what went wrong.
@@ -132,10 +136,15 @@ class VllmLoop:
             await self._pin(adapter, pinned)
 
         def done(future: Future[None]) -> None:
-            problem = future.exception()
-            on_done(None if problem is None else EngineError(_own_words(problem)))
+            problem = None if future.cancelled() else future.exception()
+            if future.cancelled() or problem is not None:
+                on_done(self.failure or ("vLLM is shutting down" if problem is None else _own_words(problem)))
+            else:
+                on_done(None)
 
-        self._start(loaded()).add_done_callback(done)
+        started = self._start(loaded())
+        started.add_done_callback(done)
+        return started
 
     def pin(self, adapter: LoRARequest, pinned: bool) -> None:
         """Have vLLM keep an expert that is in a slot, or let it go."""
@@ -231,10 +240,14 @@ class VllmLoop:
         return asyncio.run_coroutine_threadsafe(work, self._events)
 
     def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = self._start(work)
+        while not wait([future], ANSWER_SECONDS).done:
+            if self.failure is not None:  # what a process was asked that has died is never answered
+                future.cancel()
         try:
-            return self._start(work).result()
-        except EngineDeadError as error:
-            raise EngineError("vLLM's processes have ended; their log says why") from error
+            return future.result()
+        except (EngineDeadError, CancelledError) as error:
+            raise EngineError(self.failure or "vLLM is shutting down") from error
         except Exception as error:
             raise EngineError(_own_words(error)) from error
 
@@ -243,7 +256,8 @@ class VllmLoop:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            if others:  # one may still ask a process that has died
+                await asyncio.wait(others, timeout=ANSWER_SECONDS)
 
         self._start(end()).result()
         self._events.call_soon_threadsafe(self._events.stop)

@@ -193,13 +193,16 @@ def refuse_changed(name: str, path: Path) -> None:
     It may be in no slot any more, and what cannot be read while a batch is made ends vLLM.
 
     Raises:
-        ValueError: which vLLM answers with status 400.
+        VLLMValidationError: which vLLM answers with status 400.
     """
+    from vllm.exceptions import VLLMValidationError
+
     known = _files.get(name)
     if known is not None and known != Files.of(path):
-        raise ValueError(
+        raise VLLMValidationError(
             f"expert {name!r}: the files in {path} have changed since they were loaded; unload it, and load it by "
-            "another name"
+            "another name",
+            parameter="model",
         )
 
 

@@ -49,8 +49,8 @@ class PlainServer:
         modules = [f"{name}={path}" for name, path in adapters.items()]
         arguments = [
             *("--model", str(base), "--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--seed", "0", "--enable-lora"),
-            *(["--lora-modules", *modules] if modules else []),
+            *("--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--seed", "0"),
+            *(["--enable-lora", "--lora-modules", *modules] if modules else []),
             *options,
         ]
         self._stack = ExitStack()

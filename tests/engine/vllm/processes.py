@@ -23,13 +23,16 @@ ENVIRONMENT = {
 def fork_engines() -> None:
     """Have vLLM fork the processes of an engine: each would spend its first ten seconds on importing vLLM.
 
-    Only where tests make an engine: servers that they start, ours and vLLM's, begin as users' do.
+    Only where tests make an engine: servers that they start, ours and vLLM's, begin as users' do. The environment has
+    vLLM leave its warming up out, which tests of times need.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     set_environment()
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.cpu_worker import CPUWorker
 
+    CPUWorker._should_warm_up_model = lambda worker: True
     update = CpuPlatform.check_and_update_config
 
     def update_and_fork(vllm_config: Any) -> None:

@@ -22,6 +22,7 @@ from engine.family import Family
 from engine.vllm.conftest import NEEDS_VLLM
 from engine.vllm.plain_server import free_port
 from engine.vllm.processes import ENVIRONMENT as FOR_VLLM
+from engine.vllm.processes import children
 
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 
@@ -48,6 +49,15 @@ class Served:
         response = httpx2.post(f"{self.url}/v1/completions", json={"model": model} | LONG | STREAMED, timeout=300)
         assert response.status_code == 200, response.text
         return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+    def wait_for(self, requests: int) -> None:
+        """Return once so many run or wait."""
+        deadline = time.monotonic() + 60
+        while True:
+            engine = self.get("/v1/status").json()["engine"]
+            if engine["running"] + engine["waiting"] >= requests:
+                return
+            assert time.monotonic() < deadline, engine
 
     def left(self, seconds: float) -> list[psutil.Process]:
         """The processes that are still there after so long."""
@@ -88,7 +98,7 @@ def test_a_signal_lets_running_requests_end(how: str, family: Family, tmp_path: 
     with serve(family, tmp_path) as server, ThreadPoolExecutor(6) as pool:
         models = [BASE, *family.artifacts] * 2
         answers = [pool.submit(server.stream, model) for model in models[:6]]
-        time.sleep(0.5)
+        server.wait_for(6)
         if how == "ctrl-c":
             os.killpg(server.process.pid, signal.SIGINT)
         else:
@@ -113,8 +123,9 @@ def test_no_process_outlives_a_server_that_is_killed(family: Family, tmp_path: P
 def test_a_killed_worker_fails_the_server_with_the_reason(family: Family, tmp_path: Path) -> None:
     with serve(family, tmp_path) as server, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(server.stream, model) for model in (BASE, "alpha")]
-        time.sleep(0.5)
-        next(child for child in server.children if not child.children()).kill()
+        server.wait_for(2)
+        (worker,) = children("Worker", server.process.pid)
+        worker.kill()
         events = [answer.result()[-1] for answer in answers]
         told = [event.get("error", {}).get("message") or event["choices"][0]["finish_reason"] for event in events]
         assert all("vLLM's processes have ended" in text for text in told), told
