@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
+# Tests run side by side, a file at a time: each process computes on one thread.
+WORKERS ?= 2
 
 .PHONY: setup demo test lint gpu vllm docs clean
 
@@ -19,7 +21,7 @@ demo: setup
 	$(BIN)/python tests demo
 
 test: setup lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

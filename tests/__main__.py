@@ -17,6 +17,7 @@ TOOLS = {
     "zoo": "zoo.__main__",
     "tasks": "evaluation.make_tasks",
     "clients": "clients.__main__",
+    "snippets": "docs.snippets",
 } | {
     f"bench {file.stem}": f"benchmarks.{file.stem}"
     for file in sorted((HERE / "benchmarks").glob("*.py"))

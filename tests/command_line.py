@@ -11,19 +11,33 @@ import sys
 import unittest.mock
 from pathlib import Path
 
+from forked import Forked
+
 from meswitch_cli.app import main
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
 Result = subprocess.CompletedProcess[str]
+_FORKED = Forked(ENVIRONMENT)
 
 
 def meswitch(
-    *arguments: object, stdin: str = "", cwd: Path | None = None, timeout: float = 200, online: bool = False
+    *arguments: object,
+    stdin: str = "",
+    cwd: Path | None = None,
+    timeout: float = 200,
+    online: bool = False,
+    anew: bool = False,
 ) -> Result:
-    """Run a command as a user does; `online`, with what the environment says of the Hub now."""
+    """Run a command as a user does, in a process of its own, which is forked from one that has read the libraries.
+
+    With `anew` the process begins at nothing; so it does with `online`, with what the environment says of the Hub now.
+    """
+    words = [str(argument) for argument in arguments]
+    if not (online or anew):
+        return _FORKED.run(words, stdin=stdin, cwd=cwd, timeout=timeout)
     return subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", *map(str, arguments)],
+        [sys.executable, "-m", "meswitch_cli", *words],
         capture_output=True,
         text=True,
         input=stdin,
@@ -32,6 +46,11 @@ def meswitch(
         timeout=timeout,
         check=False,
     )
+
+
+def python(code: str, *arguments: object, cwd: Path | None = None, timeout: float = 200) -> Result:
+    """Run `python -c CODE` so."""
+    return _FORKED.run(["-c", code, *map(str, arguments)], cwd=cwd, timeout=timeout)
 
 
 class Terminal(io.StringIO):

@@ -21,7 +21,7 @@ def tool(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_tool_is_named_and_every_name_is_a_tool() -> None:
     listed = set(re.findall(r"^python tests (.+)$", tool().stdout, re.M))
-    assert {"demo", "zoo", "bench compression", "bench frontier", "bench soak"} <= listed
+    assert {"demo", "zoo", "bench compression", "bench trellis", "bench soak"} <= listed
     text = "\n".join(page.read_text() for page in PAGES - {Path(__file__)})
     named = set(re.findall(r"python tests ((?:bench )?[a-z_]+)", text)) - {"bench"}
     assert named - listed == set() and "bench server" in named

@@ -38,5 +38,5 @@ def refuse_other_base(manifest: Manifest, found: str, path: object) -> None:
     if found != manifest.base.fingerprint:
         raise ArtifactError(
             f"wrong base: {path} has fingerprint {found}, the artifact was made against {manifest.base.id} "
-            f"with {manifest.base.fingerprint}"
+            f"with {manifest.base.fingerprint}; give that base, or compress the fine-tune against this one"
         )

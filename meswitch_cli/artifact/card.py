@@ -15,6 +15,8 @@ from meswitch_cli.errors import ArtifactError
 
 MODEL_CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
+#: Tags of every artifact's card, whatever its expert is about.
+OUR_TAGS = ("meswitch", "delta-compression")
 #: What the Hub calls a licence that nobody told.
 UNKNOWN_LICENCE = "unknown"
 #: Members of a card's front matter that tell a licence.
@@ -131,7 +133,7 @@ def model_card(manifest: Manifest, expert_card: Card, expert_nbytes: int, form: 
     front: dict[str, Any] = {"library_name": "meswitch", "pipeline_tag": "text-generation"} | expert_card.licence
     if _on_hub(manifest.expert):
         front |= {"base_model": manifest.expert.id, "base_model_relation": "quantized"}
-    front["tags"] = ["meswitch", "delta-compression"]
+    front["tags"] = list(OUR_TAGS)
     errors = mean_errors(manifest.tensors)
     figures = {
         "size": f"{manifest.nbytes / 1e6:.1f} MB",

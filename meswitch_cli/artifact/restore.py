@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.card import MODEL_CARD
+from meswitch_cli.artifact.carried import CARRIED_TENSORS, Carried
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -81,7 +83,8 @@ def _write_weights(
         files.append((path, list(pending), pending_bytes))
         pending, pending_bytes = {}, 0
 
-    for name, converted in _saved_tensors(artifact, _expert_tensors(artifact, base, digests, dtype)):
+    parameters = _saved_tensors(artifact, _expert_tensors(artifact, base, digests, dtype))
+    for name, converted in itertools.chain(parameters, Carried.of(artifact).values(base)):
         if pending and pending_bytes + converted.nbytes > max_shard_bytes:
             flush()
         pending[name] = converted
@@ -189,7 +192,7 @@ def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None
 
 def _write_side_files(artifact: Artifact, folder: Path, dtype: torch.dtype | None) -> None:
     for file in artifact.manifest.files:
-        if file.name == MODEL_CARD:
+        if file.name in (MODEL_CARD, CARRIED_TENSORS):
             continue
         data = (artifact.path / file.name).read_bytes()
         if file.name == CONFIG_FILE:

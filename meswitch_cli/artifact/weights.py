@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.carried import Carried
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import architecture
 from meswitch_cli.model.weights import CheckpointWeights
@@ -18,6 +19,10 @@ class ArtifactWeights:
         self.name, self.config = str(artifact.path), artifact.config
         self.architecture = architecture(self.config, self.name)
         self._entries = {entry.name: entry for entry in artifact.manifest.tensors}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return Carried.of(self.artifact).buffers(self.base.checkpoint)
 
     def read(self, name: str) -> torch.Tensor:
         name = self.architecture.holder(name).name

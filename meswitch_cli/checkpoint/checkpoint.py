@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,16 @@ class Checkpoint:
         config: config.json, with `tie_word_embeddings` as the weights have it.
         tensors: the model's own tensors, by stored name, and their places.
         notes: where the folder disagrees with itself, and what was taken; for whoever named it to read.
+        buffers: by module name, what the model loads into buffers whose values its class gives too.
+        extras: by stored name, what transformers does not load for this family.
     """
 
     source: Source
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     notes: tuple[str, ...] = ()
+    buffers: dict[str, TensorInfo] = field(default_factory=dict)
+    extras: dict[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str) -> Checkpoint:
@@ -59,7 +63,7 @@ class Checkpoint:
             tensors, more = dequantised(tensors, quantization, source.path)
             notes += more
         contents = model_contents(config, tensors, str(source.path))
-        return cls(source, contents.config, contents.tensors, notes + contents.notes)
+        return cls(source, contents.config, contents.tensors, notes + contents.notes, contents.buffers, contents.extras)
 
     @classmethod
     def describe(cls, name: str) -> Checkpoint:
@@ -78,11 +82,19 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def carried(self) -> dict[str, TensorInfo]:
+        """What is stored beside the parameters, and belongs to whatever is made of the checkpoint."""
+        return self.buffers | self.extras
+
+    @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", "unknown"))
 
     def read(self, name: str, buffer_of: Callable[[int], torch.Tensor] = new_buffer) -> torch.Tensor:
         return read_tensor(self.tensors[name], buffer_of)
+
+    def read_buffers(self) -> dict[str, torch.Tensor]:
+        return {name: read_tensor(info) for name, info in self.buffers.items()}
 
     def digest(self, name: str, parameter: str, value: torch.Tensor) -> str:
         """What a fingerprint has of a parameter whose `value` was read by a stored name: of what is stored of it."""
@@ -101,7 +113,7 @@ class Checkpoint:
 
     def files(self) -> set[Path]:
         """The files that its weights lie in."""
-        return {info.path for info in self.tensors.values()}
+        return {info.path for infos in (self.tensors, self.carried) for info in infos.values()}
 
     @property
     def side_folders(self) -> tuple[Path, ...]:
@@ -118,7 +130,10 @@ class Checkpoint:
 
 
 def _plain_config(source: Source, name: str) -> dict[str, Any]:
-    config = read_json(source.path / "config.json", "a checkpoint folder has a config.json")
+    file = source.path / "config.json"
+    if not file.is_file() and any(source.path.glob("*.gguf")):
+        raise CheckpointError(f"{source.path}: weights only as GGUF; give the 16-bit safetensors checkpoint")
+    config = read_json(file, "a checkpoint folder has a config.json")
     quantization = config.get(QUANTIZATION)
     if quantization == {}:
         raise CheckpointError(

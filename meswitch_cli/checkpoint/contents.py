@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from meswitch_cli.checkpoint.layout import CheckpointLayout
-from meswitch_cli.checkpoint.skeleton import constant_buffers, skeleton
+from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.checkpoint.tensorfile import TensorInfo, equal_tensors, read_tensor
 from meswitch_cli.errors import CheckpointError
 
@@ -28,20 +27,24 @@ class Contents:
     Attributes:
         config: config.json with `tie_word_embeddings` as the weights have it.
         tensors: what the model loads, by stored name; a tensor that no model knows is still among them.
-        notes: what was decided against config.json, or left out.
+        notes: what was decided against config.json, or is no part of the model.
+        buffers: by module name, what the model loads into buffers whose values its class gives too.
+        extras: by stored name, what the family's class leaves out when it loads, and others read: `mtp.*`.
     """
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     notes: tuple[str, ...]
+    buffers: dict[str, TensorInfo]
+    extras: dict[str, TensorInfo]
 
 
 def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> Contents:
-    """Leave out what transformers does not load or computes from the config, and decide what is tied.
+    """Leave out what transformers computes from the config, tell what it does not load, and decide what is tied.
 
     Raises:
-        CheckpointError: transformers cannot build the model; a tensor is stored twice or in a type that is not read;
-            a buffer holds values of its own.
+        CheckpointError: transformers cannot build the model; a tensor is stored twice, in a type that is not read, or
+            in another shape than a buffer's.
     """
     model: Any = skeleton(config, where)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -49,30 +52,37 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
     parameters = set(held)
     layout = CheckpointLayout(model, held, buffers)
     stored = layout.canonical(tensors)
-    derived = _DerivedBuffers(model, parameters, buffers, config, where)
+    derived = _DerivedBuffers(model, parameters, buffers)
     kept: dict[str, TensorInfo] = {}
-    ignored: list[str] = []
+    loaded: dict[str, TensorInfo] = {}
+    extras: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         own = stored[name]
         if layout.is_known(own) and own not in buffers - parameters:
             kept[name] = info
+        elif own in derived.saved:
+            loaded[name] = info
         elif derived.has(own, info):
             continue
         elif derived.is_ignored(own):
-            ignored.append(name)
+            extras[name] = info
         else:
             kept[name] = info
-    _refuse_two_names({name: stored[name] for name in kept}, where)
+    _refuse_two_names({name: stored[name] for name in (*kept, *loaded)}, where)
+    for name, info in loaded.items():
+        shape = tuple(model.get_buffer(stored[name]).shape)
+        if info.shape != shape:
+            raise CheckpointError(f"{info.path}: buffer {name!r} is {list(info.shape)}, config.json says {list(shape)}")
     for info in kept.values():
         if info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{info.path}: tensor {info.name!r} is {info.dtype}; weights must be bf16, fp16 or fp32"
             )
     notes = []
-    if ignored:
+    if extras:
         notes.append(
-            f"{where}: {len(ignored)} tensors are left out, as transformers does for {config['model_type']}; "
-            f"the first is {ignored[0]!r}"
+            f"{where}: {len(extras)} tensors are no part of what transformers runs as {config['model_type']}, such as "
+            f"{next(iter(extras))!r}: they are carried along"
         )
     by_own = {stored[name]: info for name, info in kept.items()}
     untied = _stored_apart(getattr(model, "all_tied_weights_keys", None) or {}, by_own, where)
@@ -82,7 +92,7 @@ def model_contents(config: dict[str, Any], tensors: Mapping[str, TensorInfo], wh
             f"{where}: config.json says {TIE_ENTRY}, but {untied!r} is stored and differs from what it would be tied "
             "to: it is kept as it is, as transformers does"
         )
-    return Contents(config, kept, tuple(notes))
+    return Contents(config, kept, tuple(notes), {stored[name]: info for name, info in loaded.items()}, extras)
 
 
 def held_parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -132,12 +142,16 @@ def _refuse_two_names(stored: Mapping[str, str], where: str) -> None:
 
 
 class _DerivedBuffers:
-    """Which stored tensors follow from the config, read off the model that the config builds."""
+    """Which stored tensors follow from the config, read off the model that the config builds.
 
-    def __init__(self, model: Any, parameters: set[str], buffers: set[str], config: dict[str, Any], where: str) -> None:
-        self._model, self._config, self._where = model, config, where
+    Attributes:
+        saved: buffers that transformers saves and loads, parameters apart.
+    """
+
+    def __init__(self, model: Any, parameters: set[str], buffers: set[str]) -> None:
         self._buffers = buffers
-        self._saved = buffers & set(model.state_dict())
+        kept = buffers & set(model.state_dict())
+        self.saved = {name for name in kept if not any(re.search(item, name) for item in _MOVED_BUFFERS)} - parameters
         self._modules = dict(model.named_modules())
         #: Last parts of the names of modules that compute something from the config and learn nothing: `rotary_emb`.
         self._computing = {
@@ -145,19 +159,12 @@ class _DerivedBuffers:
             for name, module in self._modules.items()
             if next(module.buffers(), None) is not None and next(module.parameters(), None) is None
         }
-        self._leaves = {_leaf(name) for name in buffers - self._saved} - {_leaf(name) for name in parameters}
+        self._leaves = {_leaf(name) for name in buffers - kept} - {_leaf(name) for name in parameters}
         moved = {pattern for pattern in _MOVED_BUFFERS if any(re.search(pattern, name) for name in buffers)}
         self._patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | moved
 
     def has(self, own: str, info: TensorInfo) -> bool:
-        """Whether a tensor that is no parameter follows from the config.
-
-        Raises:
-            CheckpointError: it is a buffer that transformers would load, with other values than the config gives.
-        """
-        if own in self._saved:
-            self._refuse_own_values(own, info)
-            return True
+        """Whether a tensor that is neither a parameter nor loaded into a buffer follows from the config."""
         path, _, leaf = own.rpartition(".")
         return (
             own in self._buffers
@@ -170,32 +177,6 @@ class _DerivedBuffers:
     def is_ignored(self, own: str) -> bool:
         """Whether the family's class leaves such names out when it loads."""
         return any(re.search(pattern, own) for pattern in self._patterns)
-
-    def _refuse_own_values(self, own: str, info: TensorInfo) -> None:
-        value = self._config_value(own)
-        if value is None or value.shape != info.shape or not torch.equal(value.to(info.dtype), read_tensor(info)):
-            module = self._modules[own.rpartition(".")[0]]
-            raise CheckpointError(
-                f"{self._where}: {info.name!r} is a buffer of {type(module).__name__} with values of its own, "
-                "which meswitch does not compress"
-            )
-
-    def _config_value(self, own: str) -> torch.Tensor | None:
-        """What the class puts into a buffer: as a constant when it is made, or when weights are initialised."""
-        constant = self._constants.get(own)
-        if constant is not None:
-            return constant
-        path, _, leaf = own.rpartition(".")
-        module = self._modules[path]
-        empty = torch.zeros(getattr(module, leaf).shape, dtype=getattr(module, leaf).dtype)
-        setattr(module, leaf, empty.fill_(float("nan")) if empty.is_floating_point() else empty)
-        self._model._init_weights(module)
-        value: torch.Tensor = getattr(module, leaf)
-        return value
-
-    @cached_property
-    def _constants(self) -> dict[str, torch.Tensor]:
-        return constant_buffers(self._config, self._where)
 
 
 def _leaf(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,11 +77,17 @@ def constant_buffers(config: dict[str, Any], where: str) -> dict[str, torch.Tens
 
 
 def materialise_buffers(
-    root: Any, config: dict[str, Any], device: torch.device, where: str, stored: Container[str] = ()
+    root: Any,
+    config: dict[str, Any],
+    device: torch.device,
+    where: str,
+    stored: Container[str] = (),
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Compute the buffers that follow from the config (rotary tables, embedding scales), as from_pretrained does.
 
-    Comes before the weights: it initialises the modules that it visits. Those of `stored` come with them.
+    Comes before the weights: it initialises the modules that it visits. Those of `stored` come with them; those of
+    `values` have these.
 
     Raises:
         CheckpointError: a buffer does not follow from the config.
@@ -95,7 +102,7 @@ def materialise_buffers(
             root._init_weights(module)
         for key, _ in buffers:
             own = f"{name}.{key}" if name else key
-            if own in stored or torch.isfinite(getattr(module, key)).all():
+            if own in stored or own in values or torch.isfinite(getattr(module, key)).all():
                 continue
             constants = constants or constant_buffers(config, where)
             if own in constants:
@@ -105,6 +112,10 @@ def materialise_buffers(
                     f"{where}: {root.config.model_type}: buffer {name}.{key} does not follow from the config, so the "
                     "model cannot be run from its weights alone"
                 )
+    for own, value in values.items():
+        path, _, key = own.rpartition(".")
+        module = root.get_submodule(path)
+        setattr(module, key, value.to(device=device, dtype=getattr(module, key).dtype))
 
 
 def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -39,6 +39,8 @@ def print_plan(job: Job) -> None:
         widths = {settings.bits for settings in found if settings}
         bits = "/".join(str(width) for width in sorted(widths))
         form = "16 bit if changed" if kind == "dense" else f"{bits} bit"
+        if job.settings.exact:
+            form = "bit for bit if changed"
         if job.budget is not None and kind != "dense":
             form = "what each is worth"
         if isinstance(job.expert, AdaptedCheckpoint):
@@ -56,6 +58,9 @@ def print_plan(job: Job) -> None:
         out.print(f"new: {job.plan.added_rows} vocabulary rows, kept in 16 bit")
     for key, (ours, theirs) in job.config_differences().items():
         out.print(f"config differs: {key}: base {ours!r}, expert {theirs!r}", style="yellow")
+    if job.settings.exact:
+        out.print(f"size: what its changes take, of {megabytes(job.expert.nbytes)}")
+        return
     at_most = "at most " if job.budget is not None else ""
     out.print(f"expected size {at_most}{megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
 

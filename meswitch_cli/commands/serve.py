@@ -28,7 +28,7 @@ PANELS = {
     "Network and keys": ("host", "port", "api_key_file", "admin_key_file", "cors_origin"),
     "Limits": ("max_queue", "max_running", "max_model_len", "max_n", "max_body", "drain_seconds"),
     "Device and memory": ("engine", "device", "dtype", "slots", "cache_tokens", "prefix_sharing"),
-    "Several devices": ("tensor_parallel_size", "pipeline_parallel_size", "replicas"),
+    "Several devices": ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "replicas"),
     "Log": ("log_level", "log_format", "log_prompts"),
 }
 
@@ -78,6 +78,10 @@ def run(
     ] = 1,
     pipeline_parallel_size: Annotated[
         int, typer.Option(min=1, help="GPUs that share out the layers; more than one with --engine vllm.")
+    ] = 1,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(min=1, help="Copies of the base, on GPUs of their own; more than one with --engine vllm."),
     ] = 1,
     replicas: Annotated[
         int,
@@ -162,7 +166,8 @@ def run(
         undo.callback(bound.close)
         configure_logging(log_level, log_format)
         if replicas > 1:
-            _serve_replicas(bound, replicas, device, tensor_parallel_size * pipeline_parallel_size, settings, host)
+            gpus = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
+            _serve_replicas(bound, replicas, device, gpus, settings, host)
             return
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
@@ -181,6 +186,7 @@ def run(
                 prefix_sharing=prefix_sharing,
                 tensor_parallel=tensor_parallel_size,
                 pipeline_parallel=pipeline_parallel_size,
+                data_parallel=data_parallel_size,
             )
         )
         undo.callback(made.stop)

@@ -67,7 +67,7 @@ def run(
         bool,
         typer.Option("--auto", help="An --artifact without prompts gets those of its model card and of its field."),
     ] = False,
-    lm_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the lm backend, 8 prompts each.")] = 60,
+    lm_steps: Annotated[int, typer.Option(min=1, help="Most optimiser steps of the lm backend, 8 prompts each.")] = 240,
     seed: Annotated[int, typer.Option(help="Of the split, the gates and the lm backend.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the router that is there.")] = False,
     no_excerpts: Annotated[

@@ -153,7 +153,11 @@ class _PlannedWeights:
             job.plan.architecture,
         )
         self._planned = {item.name: item for item in job.plan.tensors}
-        self._read = read
+        self._read, self._expert = read, job.expert
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return self._expert.read_buffers()
 
     def read(self, name: str) -> torch.Tensor:
         return self._read(self._planned[name if name in self._planned else self.architecture.holder(name).name])

@@ -259,9 +259,13 @@ class _QuantisedWeights:
     def __init__(self, job: Job, space: Workspace, records: list[UnitRecord]) -> None:
         self.name, self.config = str(job.expert.source.path), job.expert.config
         self.architecture = job.plan.architecture
-        self._base, self._planned = job.base, {item.name: item for item in job.plan.tensors}
+        self._base, self._expert, self._planned = job.base, job.expert, {item.name: item for item in job.plan.tensors}
         shards = [(Shard(space.shard_path(item.shard.name), list(item.tensors)), item.tensors) for item in records]
         self.quantised = {entry.name: (shard, entry) for shard, entries in shards for entry in entries}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return self._expert.read_buffers()
 
     def read(self, name: str) -> torch.Tensor:
         base = self._planned[name].base.read(self._base)

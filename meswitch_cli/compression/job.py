@@ -12,6 +12,7 @@ import torch
 
 from meswitch_cli import __version__
 from meswitch_cli.artifact.card import MODEL_CARD, Card, model_card
+from meswitch_cli.artifact.carried import carried_file
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
 from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
 from meswitch_cli.artifact.quantization import for_transformers
@@ -274,7 +275,11 @@ def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[
     shards = tuple(record.shard for record in records)
     named = base.id if base.revision is None else f"{base.id}@{base.revision}"
     weights = first_shard([shard.nbytes for shard in shards], max_shard_bytes)
-    side_files = {**job.side_files, CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights)}
+    side_files = {
+        **job.side_files,
+        **carried_file(job.base, job.expert),
+        CONFIG_FILE: for_transformers(job.side_files[CONFIG_FILE], named, weights),
+    }
     manifest = Manifest(
         base=ModelReference(base.id, base.revision, fingerprint(base_digests)),
         expert=ModelReference(expert.id, expert.revision, fingerprint(expert_digests)),

@@ -145,6 +145,10 @@ class ExpertAhead:
         self._expert, self._reader = expert, reader
         self._planned = {item.name: item for item in plan.tensors}
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return self._expert.read_buffers()
+
     def read(self, name: str) -> torch.Tensor:
         item = self._planned[self.architecture.holder(name).name]
         # The matrices of all experts of a layer would be its whole size: they are read again for their pairs.

@@ -27,7 +27,7 @@ StepMethod = Literal["least-squares", "unbiased", "output-unbiased", "layerwise"
 #: The step rule with the lowest KL to the full experts of those that stream, on the choice items of
 #: docs/results/compression.md, with calibration data and without.
 DEFAULT_STEPS: StepMethod = "output-unbiased"
-#: With its low-rank part nearer to strong fine-tunes than 2 bits without one, in fewer bytes: docs/results/strong.md.
+#: With its low-rank part nearer to strong fine-tunes than 2 bits without, in fewer bytes: docs/results/compression.md.
 DEFAULT_BITS: float = 1
 
 

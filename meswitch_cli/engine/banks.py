@@ -30,6 +30,10 @@ class LayerNames(Protocol):
     @property
     def norms(self) -> Container[str]: ...
     @property
+    def whole(self) -> Container[str]:
+        """Parameters of which every slot holds a copy."""
+
+    @property
     def embedding_name(self) -> str: ...
     @property
     def head_name(self) -> str: ...
@@ -42,6 +46,10 @@ class Layers(LayerNames, Protocol):
     def linears(self) -> Mapping[str, Any]: ...
     @property
     def norms(self) -> Mapping[str, Any]: ...
+    @property
+    def routers(self) -> Mapping[str, Any]:
+        """What has the parameters of `whole`: each has its `base`, and is handed `tables`."""
+
     @property
     def embedding(self) -> Any: ...
     @property
@@ -58,17 +66,19 @@ class Layers(LayerNames, Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """The banks that a set of experts needs: capacities by module name, and the norms that they change."""
+    """The banks that a set of experts needs: capacities by module name, and the norms and whole parameters that they
+    change."""
 
     capacities: dict[str, Capacity]
     norms: frozenset[str]
+    whole: frozenset[str] = frozenset()
 
     def joined(self, other: Layout) -> Layout:
         """The layout that holds what either holds."""
         names = sorted(self.capacities.keys() | other.capacities.keys())
         none = Capacity()
         capacities = {name: self.capacities.get(name, none).joined(other.capacities.get(name, none)) for name in names}
-        return Layout(capacities, self.norms | other.norms)
+        return Layout(capacities, self.norms | other.norms, self.whole | other.whole)
 
     def holds(self, other: Layout) -> bool:
         return self.joined(other) == self.joined(self)
@@ -111,11 +121,14 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bo
     """
     capacities: dict[str, Capacity] = {}
     norms: set[str] = set()
+    whole: set[str] = set()
     for manifest in manifests:
         for entry in manifest.tensors:
             module, _, leaf = entry.name.rpartition(".")
             if module in base.norms:
                 norms.add(module)
+            elif entry.name in base.whole:
+                whole.add(entry.name)
             elif entry.kind == "dense":
                 served = module in base.linears or module == base.head_name
                 if leaf != "bias" or not served:
@@ -129,7 +142,7 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bo
     embedding, head = capacities.get(base.embedding_name), capacities.get(base.head_name)
     if embedding and head:
         capacities[base.head_name] = head.joined(embedding)
-    return Layout(capacities, frozenset(norms))
+    return Layout(capacities, frozenset(norms), frozenset(whole))
 
 
 class Banks:
@@ -156,6 +169,10 @@ class Banks:
             self.gains[name] = GainBank(slots, effective_gain(norm, norm.base.weight).to(dtype))
             if getattr(norm.base, "bias", None) is not None:
                 self.shifts[name] = GainBank(slots, norm.base.bias.to(dtype))
+        #: `[slots + 1, ...]`, the base's first.
+        self.tables = {
+            name: torch.stack([self._base_value(name)] * (slots + 1)).contiguous() for name in sorted(layout.whole)
+        }
 
     def install(self) -> None:
         """Hand every layer its bank. The head has the embedding's, unless an expert has a head of its own."""
@@ -169,12 +186,16 @@ class Banks:
         base.head.added_bias = self.added_bias
         for name, norm in base.norms.items():
             norm.gains, norm.shifts = self.gains.get(name), self.shifts.get(name)
+        for name, router in base.routers.items():
+            leaves = (leaf for leaf, _ in router.base.named_parameters())
+            router.tables = {leaf: self.tables[full] for leaf in leaves if (full := f"{name}.{leaf}") in self.tables}
 
     @property
     def nbytes(self) -> int:
         gains = (*self.gains.values(), *self.shifts.values())
-        added = 0 if self.added_bias is None else self.added_bias.nbytes
-        return sum(bank.nbytes for bank in self.banks.values()) + sum(item.nbytes for item in gains) + added
+        tables = [*self.tables.values(), *([] if self.added_bias is None else [self.added_bias])]
+        nbytes = sum(bank.nbytes for bank in self.banks.values())
+        return nbytes + sum(item.nbytes for item in gains) + sum(table.nbytes for table in tables)
 
     @property
     def slot_nbytes(self) -> int:
@@ -211,6 +232,9 @@ class Banks:
             shift = _value(stored, f"{name}.bias", self.base.norms[name].base.bias)
             shifts.load(slot, shift.to(shifts.table.dtype))
             moved += shifts.table[0].nbytes
+        for name, table in self.tables.items():
+            table[slot + 1] = _value(stored, name, table[0])
+            moved += table[0].nbytes
         if self.base.device.type == "cuda":
             torch.cuda.current_stream(self.base.device).synchronize()
         return moved
@@ -220,6 +244,14 @@ class Banks:
             bank.clear(slot)
         for gains in (*self.gains.values(), *self.shifts.values()):
             gains.clear(slot)
+        for table in self.tables.values():
+            table[slot + 1] = table[0]
+
+    def _base_value(self, name: str) -> Tensor:
+        """The base's own value of a parameter of which slots hold copies."""
+        router = next(router for router in self.base.routers if name.startswith(f"{router}."))
+        value: Tensor = self.base.routers[router].base.get_parameter(name.removeprefix(f"{router}."))
+        return value.detach()
 
     def _bank(self, name: str, capacity: Capacity) -> ExpertBank:
         out_features, in_features = self.base.layer(name).weight.shape

@@ -15,6 +15,7 @@ from meswitch_cli.engine import attention
 from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.joined import find_siblings, join_layers
+from meswitch_cli.engine.mixture import ExpertRouter, find_routers, serve_mixtures
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import MeswitchError, reason_of
@@ -29,13 +30,17 @@ EPSILONS = ("variance_epsilon", "eps")
 
 @dataclass(kw_only=True)
 class BaseModel:
-    """The model on its device, and its replaced layers by module name."""
+    """The model on its device, and its replaced layers by module name.
+
+    The matrices of a mixture's networks are linears too, by the names that checkpoints have; no module is called so.
+    """
 
     model: Any
     architecture: Architecture
     current: CurrentBatch
     linears: dict[str, ExpertLinear]
     norms: dict[str, ExpertNorm]
+    routers: dict[str, ExpertRouter]
     embedding: ExpertEmbedding
     head: ExpertHead
     embedding_name: str
@@ -56,9 +61,16 @@ class BaseModel:
     def vocabulary(self) -> int:
         return int(self.embedding.weight.shape[0])
 
+    @property
+    def whole(self) -> frozenset[str]:
+        """Parameters of which every slot holds a copy: routers'."""
+        return frozenset(
+            f"{name}.{leaf}" for name, router in self.routers.items() for leaf, _ in router.base.named_parameters()
+        )
+
     def layer(self, name: str) -> Any:
         """The module of a name."""
-        return self.model.get_submodule(name)
+        return self.linears.get(name) or self.model.get_submodule(name)
 
 
 def served_dtype(checkpoint: Checkpoint, settings: EngineSettings) -> torch.dtype:
@@ -117,23 +129,33 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     current, backend = CurrentBatch(), kernels(model.device, model.dtype)
     embedding_module, head_module = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
+    for what, module in (("embedding", embedding_module), ("head", head_module)):
+        if getattr(module, "weight", None) is None:
+            raise EngineError(
+                f"{where}: {described.model_type} keeps its {what} in a {type(module).__name__}, which the embedded "
+                "engine does not serve"
+            )
     tied = head_module.weight is embedding_module.weight
     linears: dict[str, ExpertLinear] = {}
     norms: dict[str, ExpertNorm] = {}
     replaced: dict[str, nn.Module] = {}
+    routers = {name: ExpertRouter(module, current) for name, module in find_routers(model, described).items()}
+    of_mixtures, mixtures = serve_mixtures(model, described, where, current, backend)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or name in mixtures or any(name.startswith(f"{router}.") for router in routers):
             continue
         if isinstance(module, nn.Embedding) and module is not embedding_module:
             continue  # of positions: no expert changes it, and families look up in ways of their own
-        if module is embedding_module:
+        if name in routers:
+            replaced[name] = routers[name]
+        elif module is embedding_module:
             replaced[name] = ExpertEmbedding(module, current, backend)
         elif module is head_module:
             replaced[name] = ExpertHead(module, current, backend)
         elif type(module) is nn.Linear:
             replaced[name] = linears[name] = ExpertLinear(module, current, backend)
-        elif all(tensor.dim() == 1 for tensor in own.values()) and set(own) <= {"weight", "bias"}:
+        elif all(tensor.dim() == 1 for tensor in own.values()) and {"weight"} <= set(own) <= {"weight", "bias"}:
             plain = without_gain(module, f"{where}: {name}")
             replaced[name] = norms[name] = ExpertNorm(module, plain, rms_epsilon(plain), current, backend)
         else:
@@ -149,8 +171,9 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         model=model,
         architecture=described,
         current=current,
-        linears=linears,
+        linears=linears | of_mixtures,
         norms=norms,
+        routers=routers,
         embedding=model.get_submodule(embedding_name),
         head=model.get_submodule(head_name),
         embedding_name=embedding_name,

@@ -21,7 +21,9 @@ class Batch:
         held: an input, and what layers that have not been called yet make of it.
     """
 
-    __slots__ = ("_spread", "gain_rows", "groups", "held", "row_groups", "slot_of_row", "slot_of_token")
+    __slots__ = (
+        "_backend", "_slots", "_spread", "gain_rows", "groups", "held", "row_groups", "slot_of_row", "slot_of_token"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Batch:
         runs: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """`runs` are the slots and lengths of neighbouring tokens of one slot, where the batch is not under a graph."""
+        self._slots, self._backend = slots, backend
         self.slot_of_token = slot_of_token
         self.gain_rows = slot_of_token.long() + 1
         self._spread: dict[tuple[int, int], Tensor] = {}
@@ -71,6 +74,11 @@ class Batch:
         if rows != self.slot_of_token.shape[0]:
             raise ValueError(f"a layer is given {rows} rows for {self.slot_of_token.shape[0]} tokens")
         return self.slot_of_token, self.groups
+
+    def of_some(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Slots and groups for a layer that is given these tokens, by their places in the batch."""
+        slots = self.slot_of_token[tokens]
+        return slots, self._backend.group_tokens(slots, self._slots)
 
 
 class CurrentBatch(threading.local):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.carried import Carried
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.contract import BASE, EngineError, Tokenizer
@@ -110,6 +111,12 @@ def refuse_other_computation(artifact: Artifact, base: Checkpoint) -> None:
         raise EngineError(
             f"{artifact.path}: cannot be served from {base.source.path}: {', '.join(differences)} in config.json "
             "differ; `meswitch restore` makes a model of its own of it"
+        )
+    buffers = Carried.of(artifact).own_buffers
+    if buffers:
+        raise EngineError(
+            f"{artifact.path}: cannot be served from {base.source.path}: its buffer {buffers[0]} has other values; "
+            "`meswitch restore` makes a model of its own of it"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -37,8 +38,14 @@ class Generation:
     """
 
     def __init__(
-        self, request: GenerationRequest, model: ServedModel, sampler: Continuation, on_chunk: OnChunk
+        self,
+        request: GenerationRequest,
+        model: ServedModel,
+        sampler: Continuation,
+        on_chunk: OnChunk,
+        before_last: Callable[[Generation], None] = lambda generation: None,
     ) -> None:
+        """`before_last` is called before the last chunk is told."""
         self.request, self.model, self.sampler = request, model, sampler
         self.slot = -1
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -46,7 +53,7 @@ class Generation:
         self.since = time.monotonic()
         self.queued_seconds = 0.0
         self.finished = False
-        self._on_chunk = on_chunk
+        self._on_chunk, self._before_last = on_chunk, before_last
         self._detokenizer = Detokenizer(model.tokenizer, request.prompt_tokens)
         self._stops = StopStrings(request.sampling.stop)
         self._first = True
@@ -150,6 +157,8 @@ class Generation:
                 prompt_logprobs=tuple(self.prompt_logprobs),
             )
             self._first = False
+        if chunk.finish_reason is not None:
+            self._before_last(self)
         try:
             self._on_chunk(chunk)
         except Exception:  # a caller's mistake must not stop the others

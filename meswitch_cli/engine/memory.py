@@ -155,6 +155,7 @@ class _Names:
     norms: frozenset[str]
     embedding_name: str
     head_name: str
+    whole: frozenset[str] = frozenset()
 
 
 def _capacities_of(described: Architecture, manifests: Sequence[Manifest], *, messages: bool) -> dict[str, Capacity]:
@@ -179,8 +180,8 @@ def _refuse_unserved(described: Architecture, where: str) -> None:
     for name, item in described.parameters.items():
         if item.stacked or item.transposed or (item.kind == "dense" and len(item.shape) > 1):
             raise CheckpointError(
-                f"{where}: {described.model_type} compresses but is not served, so there is nothing to plan: {name} "
-                "is in no layer that serves experts"
+                f"{where}: {described.model_type} compresses but is not served on a card, so there is nothing to "
+                f"plan: {name} is in no layer that serves experts there"
             )
 
 

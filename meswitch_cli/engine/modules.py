@@ -44,14 +44,19 @@ class ExpertLinear(nn.Module):
         if self.siblings is not None:
             y = self.siblings.answer(self, x, batch)
         else:
-            y = self.answer(x, batch, bank)
+            y = self.answer(x, batch)
         return y.view(*x.shape[:-1], -1)
 
-    def answer(self, x: Tensor, batch: Batch, bank: ExpertBank) -> Tensor:
+    def answer(self, x: Tensor, batch: Batch) -> Tensor:
         """`[tokens, out]` of this layer alone."""
         rows = x.reshape(-1, x.shape[-1])
-        slots, groups = batch.of_tokens(rows.shape[0])
-        y: Tensor = self.multiply(rows, self.weight, self.bias, bank.tensors, slots, groups)
+        return self.product(rows, *batch.of_tokens(rows.shape[0]))
+
+    def product(self, rows: Tensor, slots: Tensor, groups: Any) -> Tensor:
+        """`[tokens, out]` for rows of these slots; the layer has a bank, or none that matters."""
+        if self.bank is None:
+            return nn.functional.linear(rows, self.weight, self.bias)
+        y: Tensor = self.multiply(rows, self.weight, self.bias, self.bank.tensors, slots, groups)
         return y
 
 

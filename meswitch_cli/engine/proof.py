@@ -74,6 +74,8 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -
         small, plain = small_model(json.loads(text), dtype)
         try:
             described = architecture(small, "config.json")
+            if paged and described.experts:
+                return "it is a mixture of experts, which is served on a CPU only"
             served = _Served.of(plain, described, small, device, dtype, paged)
             requests = _requests(served.base.vocabulary, special_ids(small))
             together = served.answers(requests)
@@ -84,7 +86,7 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -
         except Exception as error:  # whatever a family raises that the engine was not made for
             if isinstance(error, KeyError) and error.args == (NAME,):
                 return "its attention is of its own kind, in whose place transformers takes no other"
-            return f"raised {type(error).__name__}: {reason_of(error)}"
+            return _unforeseen(error)
         plains = {BASE: plain.to(device), EXPERT: _with_values(plain, served.expert).to(device)}
         expected = [_expected(plains[item.request.expert], item) for item in together]
         differences = [_difference(item, own) for item, own in zip(together, expected, strict=True)]
@@ -99,6 +101,18 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -
                 if _difference(alone, own, tokens=1) <= TOLERANCE[dtype]:
                     return f"in a batch, requests see each other's prompts ({apart})"
         return apart
+
+
+def _unforeseen(error: Exception) -> str:
+    """What a family does that ends in an error nobody foresaw, and in which of its modules."""
+    who, frame = "it", error.__traceback__
+    while frame is not None:
+        module = frame.tb_frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module) and type(module).__module__.startswith("transformers.models."):
+            who = f"its {type(module).__name__}"
+        frame = frame.tb_next
+    reason = reason_of(error).partition(". ")[0].rstrip(".")
+    return f"{who} computes in a way that the engine was not made for ({type(error).__name__}: {reason})"
 
 
 @contextmanager
@@ -118,8 +132,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _with_values(plain: Any, expert: SyntheticExpert) -> Any:
     model = copy.deepcopy(plain)
-    for name, value in expert.values.items():
-        model.get_parameter(name).copy_(value)
+    expert.put_into(model)
     return model
 
 

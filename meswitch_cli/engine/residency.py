@@ -67,8 +67,13 @@ class SlotTable:
         self.slots = [Slot() for _ in range(slots)]
         self.max_running, self.max_wait = max_running, max_wait
         self.experts: dict[str, Resident] = {}
-        self.running = 0
+        #: Requests that run.
+        self.admitted: set[Generation] = set()
         self.hits = self.loads = self.evictions = 0
+
+    @property
+    def running(self) -> int:
+        return len(self.admitted)
 
     @property
     def waiting(self) -> int:
@@ -104,7 +109,7 @@ class SlotTable:
             expert = min(ready, key=lambda item: item.waiting[0].since)
             generation = expert.waiting.popleft()
             expert.running += 1
-            self.running += 1
+            self.admitted.add(generation)
             if expert.slot is not None:
                 slot = self.slots[expert.slot]
                 slot.running += 1
@@ -115,15 +120,18 @@ class SlotTable:
                 ready.remove(expert)
         return chosen
 
-    def release(self, generation: Generation) -> None:
-        """A running request has ended."""
-        self.running -= 1
+    def release(self, generation: Generation) -> bool:
+        """A running request has ended; return whether it ran until now."""
+        if generation not in self.admitted:
+            return False
+        self.admitted.remove(generation)
         expert = self.experts[generation.model.name]
         expert.running -= 1
         if expert.slot is not None:
             slot = self.slots[expert.slot]
             slot.running -= 1
             slot.used = time.monotonic()
+        return True
 
     def start_loads(self) -> list[Load]:
         """Mark the slots to be filled now as loading, evict what was in them, and return them."""

@@ -37,6 +37,7 @@ class EngineSettings:
             what is available at the start: it is pinned, so nobody else gets it back.
         tensor_parallel, pipeline_parallel: devices that share each layer, and devices that share the layers out; more
             than one with vLLM alone.
+        data_parallel: copies of base and experts, on devices of their own; more than one with vLLM alone.
         seed: of requests that bring none.
         strict: whether one artifact that cannot be served stops the start.
     """
@@ -57,6 +58,7 @@ class EngineSettings:
     host_bytes: int | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    data_parallel: int = 1
     seed: int | None = None
     strict: bool = False
 
@@ -69,7 +71,7 @@ class EngineSettings:
         for name in self.experts:
             check_name(name)
         least = {"slots": 1, "max_model_len": 2, "max_queue": 0, "max_running": 1, "max_batch_tokens": 16}
-        least |= {"tensor_parallel": 1, "pipeline_parallel": 1}
+        least |= {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1}
         least |= {"cache_tokens": 1, "page_size": 4, "max_wait": 0, "host_bytes": 0}
         for option, minimum in least.items():
             value = getattr(self, option)
@@ -91,7 +93,13 @@ class EngineSettings:
 
     @property
     def copies_nbytes(self) -> int:
-        """`host_bytes`, decided: on a CPU a copy would be the same memory twice."""
-        if self.host_bytes is not None:
-            return self.host_bytes
-        return 0 if self.torch_device.type == "cpu" else available_bytes(torch.device("cpu")) // 2
+        """`host_bytes`, decided."""
+        return copies_nbytes(self.torch_device) if self.host_bytes is None else self.host_bytes
+
+
+def copies_nbytes(device: torch.device, workers: int = 1) -> int:
+    """Host memory for copies of experts in each of `workers` processes, where nobody says how much.
+
+    On a CPU a copy would be the same memory twice.
+    """
+    return 0 if device.type == "cpu" else available_bytes(torch.device("cpu")) // 2 // workers

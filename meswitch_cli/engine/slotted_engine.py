@@ -148,7 +148,7 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
                 raise InvalidRequestError(f"id {request.id!r} is in use by a request that runs", "id")
             if len(self._active) >= self.max_requests:
                 raise QueueFullError(f"{len(self._active)} requests run or wait; try again later")
-            generation = Generation(request, model, continuation, on_chunk)
+            generation = Generation(request, model, continuation, on_chunk, self._forget)
             self._active[request.id] = generation
             self._table.enqueue(generation)
             self._prompt_tokens += len(request.prompt_tokens)
@@ -235,7 +235,7 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
     def drain(self, timeout: float | None = None) -> bool:
         with self._changed:
             self._closed = self._closed or "the engine is shutting down"
-            return self._changed.wait_for(lambda: not self._active, timeout)
+            return self._changed.wait_for(lambda: self._is_idle, timeout)
 
     # What the loop calls, in its own thread.
 
@@ -251,9 +251,6 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
                 self.on_end(generation)
         with self._changed:
             given_up = self._table.give_up()
-            for generation in given_up:
-                self._active.pop(generation.id, None)
-            self._changed.notify_all()
         for generation in given_up:
             generation.end("error", f"expert {generation.model.name!r} finds no slot: others are pinned in all of them")
         with self._lock:
@@ -271,12 +268,10 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
 
     def on_end(self, generation: Generation) -> None:
         with self._changed:
-            if self._active.pop(generation.id, None) is None:
-                return
-            self._cancelled.discard(generation.id)
-            self._generated_tokens += len(generation.sampler.generated)
-            self._table.release(generation)
-            self._changed.notify_all()
+            self._forget(generation)  # one whose caller raised was told of no end
+            if self._table.release(generation):
+                self._generated_tokens += len(generation.sampler.generated)
+                self._changed.notify_all()
 
     def on_failure(self, generation: Generation, error: Exception) -> None:
         generation.end("error", str(error))
@@ -288,6 +283,8 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
             self._closed = f"the engine has failed: {error}" if error else "the engine has been stopped"
             left = list(self._active.values())
             self._active.clear()
+            for generation in tuple(self._table.admitted):
+                self._table.release(generation)
             self._changed.notify_all()
         for generation in left:
             generation.end("error" if error else "cancelled", str(error) if error else None)
@@ -299,7 +296,6 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
             else:
                 logger.error("expert %s: %s", load.expert, problem)
                 for generation in self._table.fail_load(load):
-                    self._active.pop(generation.id, None)
                     generation.end("error", problem)
             self._changed.notify_all()
         self._wake()
@@ -353,7 +349,7 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
             self._cancelled.update(self._active)
             self._wake()
             if self._running:
-                self._changed.wait_for(lambda: not self._active, STOP_SECONDS)
+                self._changed.wait_for(lambda: self._is_idle, STOP_SECONDS)
 
     def _in_loop(self, work: Callable[[Loop], None]) -> None:
         """Run something between two batches; return when it is done, raise what it raises."""
@@ -363,11 +359,24 @@ class SlottedEngine(Engine, ABC, Generic[Loop]):
 
     def _withdraw(self, generation: Generation) -> bool:
         with self._changed:
-            if not self._table.withdraw(generation):
-                return False
-            self._active.pop(generation.id, None)
-            self._changed.notify_all()
-            return True
+            withdrawn = self._table.withdraw(generation)
+            if withdrawn:
+                self._forget(generation)
+            return withdrawn
+
+    def _forget(self, generation: Generation) -> None:
+        """Free a request's id and its place among the most that may run or wait. Who is told that it is over may submit
+        another at once, so this comes before."""
+        with self._changed:
+            if self._active.get(generation.id) is generation:
+                del self._active[generation.id]
+                self._cancelled.discard(generation.id)
+                self._changed.notify_all()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request runs or waits; the caller holds the lock."""
+        return not self._active and not self._table.running
 
     def _model(self, name: str) -> ServedModel:
         item = self._table.experts.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,11 +25,27 @@ class SyntheticExpert:
 
     Attributes:
         values: the parameters that differ from the base's, as modules hold them, fp32.
+        parameters: what these are.
     """
 
     manifest: Manifest
     stored: dict[str, StoredDelta]
     values: dict[str, torch.Tensor]
+    parameters: dict[str, Parameter]
+
+    def put_into(self, model: Any) -> None:
+        """Make a model that is the base this expert."""
+        for name, value in self.values.items():
+            held_value(model, self.parameters[name]).copy_(value)
+
+
+def held_value(model: Any, item: Parameter) -> torch.Tensor:
+    """Where a module tree holds a parameter: of the matrices of a mixture, a part of a stack."""
+    if not item.stacked:
+        return cast(torch.Tensor, model.get_parameter(item.name)).detach()
+    assert item.piece is not None and item.piece.place is not None
+    stack, index, row = item.piece.place
+    return cast(torch.Tensor, model.get_parameter(stack)).detach()[index, row : row + item.stored_shape[0]]
 
 
 def synthetic_expert(
@@ -43,7 +59,7 @@ def synthetic_expert(
     for name, item in described.parameters.items():
         if item.tied_to or not _is_served(name, item, layers):
             continue
-        old = item.from_stored(plain.get_parameter(name).detach().float())
+        old = item.from_stored(held_value(plain, item).float())
         noise = torch.randn(old.shape, generator=generator)
         new = old + noise * (RELATIVE_DELTA * old.norm() / noise.norm())
         if item.kind == "dense":
@@ -74,11 +90,12 @@ def synthetic_expert(
         config_differences={},
         created_with="",
     )
-    return SyntheticExpert(manifest, stored, values)
+    return SyntheticExpert(manifest, stored, values, described.parameters)
 
 
 def _is_served(name: str, item: Parameter, layers: LayerNames) -> bool:
     module, _, leaf = name.rpartition(".")
     if item.kind == "dense":
-        return module in layers.norms or (leaf == "bias" and (module in layers.linears or module == layers.head_name))
+        own = module in layers.norms or name in layers.whole
+        return own or (leaf == "bias" and (module in layers.linears or module == layers.head_name))
     return module in layers.linears or module in (layers.head_name, layers.embedding_name)

@@ -39,7 +39,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
             CheckpointError: there is no such base.
         """
         check_transformers()
-        if settings.tensor_parallel * settings.pipeline_parallel > 1:
+        if settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel > 1:
             raise EngineError("one model over several devices needs --engine vllm")
         super().__init__(settings)
         self._grammars = Grammars()

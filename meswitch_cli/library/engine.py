@@ -96,6 +96,7 @@ class LocalEngine:
             expert: who continues them, a served name or `base`; or one name for each prompt.
             max_tokens: of each continuation; None is 256, or what the context leaves.
             sampling: of `Sampling`, by name: `temperature=0`, `top_p=0.9`, `stop=("\\n",)`, `seed=1`, `logprobs=5`.
+                What is left out, or None, is what the model's own generation_config.json sets, as it is for a server.
 
         Raises:
             EngineError: no such expert, or a request that cannot be honoured.
@@ -187,8 +188,9 @@ class LocalEngine:
     ) -> GenerationRequest:
         room = max(1, self._engine.max_model_len - len(tokens))
         limit = min(MAX_TOKENS, room) if max_tokens is None else max_tokens
+        given = {name: value for name, value in sampling.items() if value is not None}
         try:
-            chosen = Sampling(**{**sampling, "max_tokens": limit})
+            chosen = Sampling(**{**self._engine.sampling_defaults(expert), **given, "max_tokens": limit})
         except TypeError as error:
             raise UsageError(f"no such sampling parameter: {error}") from error
         return GenerationRequest(next(self._ids), expert, tuple(tokens), chosen)

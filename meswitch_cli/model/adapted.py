@@ -196,7 +196,15 @@ def adapted(base: Checkpoint, adapter: Adapter) -> AdaptedCheckpoint:
         for name, item in parameters.items()
     }
     return AdaptedCheckpoint(
-        adapter.source, config, tensors, tuple(notes), base=base, adapter=adapter, parameters=parameters
+        adapter.source,
+        config,
+        tensors,
+        tuple(notes),
+        base.buffers,
+        base.extras,
+        base=base,
+        adapter=adapter,
+        parameters=parameters,
     )
 
 

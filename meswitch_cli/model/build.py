@@ -20,7 +20,7 @@ def build_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> A
     """
     model: Any = skeleton(weights.config, weights.name)
     held = weights.architecture.held
-    materialise_buffers(model, weights.config, device, weights.name, held)
+    materialise_buffers(model, weights.config, device, weights.name, held, weights.buffers)
     tied = {name for name, item in weights.architecture.parameters.items() if item.tied_to}
     fill(model, "", [name for name in held if name not in tied], weights, device, dtype)
     model.tie_weights()

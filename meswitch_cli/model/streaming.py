@@ -42,7 +42,7 @@ class StreamedModel:
         self.held = weights.architecture.held
         root: Any = skeleton(weights.config, weights.name)
         root.set_experts_implementation("eager")  # expert by expert, where others want all matrices at once
-        materialise_buffers(root, weights.config, device, weights.name, weights.architecture.held)
+        materialise_buffers(root, weights.config, device, weights.name, weights.architecture.held, weights.buffers)
         layers = root.get_submodule(weights.architecture.layers_prefix)
         for index, layer in enumerate(layers):
             layers[index] = _Streamed(layer, partial(self.run_layer, index, layer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Weights(Protocol):
     def architecture(self) -> Architecture:
         """Its parameters."""
 
+    @property
+    def buffers(self) -> Mapping[str, torch.Tensor]:
+        """Values that are stored of buffers that are no parameters, by module name."""
+
     def read(self, name: str) -> torch.Tensor:
         """A parameter's value, any floating dtype, a linear's as `[out, in]`; of a tied one the tensor it shares."""
 
@@ -42,6 +46,10 @@ class CheckpointWeights:
     @cached_property
     def architecture(self) -> Architecture:
         return architecture(self.config, self.name)
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return self.checkpoint.read_buffers()
 
     @cached_property
     def stored(self) -> dict[str, Storage]:

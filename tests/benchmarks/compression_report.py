@@ -1,78 +1,141 @@
-"""The rows measured by benchmarks.compression as a Markdown page."""
+"""The page and the picture of what was measured of compressed fine-tunes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.evaluation.statistics import Estimate, ratio_of_sums
+from benchmarks.compression_rows import BASE, DEFAULTS, EXPERT, ROWS, ROWS_OF, TRELLIS, label
+from meswitch_cli.evaluation.paired import compare_paired
+from zoo import group
 
-HEADER = (
-    "| setting | MB | KL, % of base's [95 %] | gap recovered, % [95 %] | top-1 agreement, % [95 %] "
-    "| KL on choice, % |\n"
-    "|---|---|---|---|---|---|"
+INTRODUCTION, WEAKER = (Path(__file__).with_name(f"compression_{part}.md") for part in ("intro", "weaker"))
+#: What a plot joins by a line, and what it calls other methods.
+_LINE = (
+    *(f"{TRELLIS},bits={bits},rank=16,embedding=1" for bits in (0.125, 0.25, 0.5)),
+    next(iter(DEFAULTS)),
 )
+_PLOTTED = {
+    "bitdelta:embedding=2": "BitDelta",
+    "bitdelta:masks=2": "BitDelta, 2 masks",
+    "per-axis:axis=best": "per-axis scale",
+    "rtn:bits=2,group=128": "2 bits in groups",
+    "low-rank:bits=2": "low rank",
+    "d-qrelo": "D-QRELO",
+    "d-qrelo:order=svd-first": "D-QRELO, SVD first",
+    "delta-come:bits=0.9,embedding=1": "Delta-CoMe, less",
+    "delta-come:bits=1.2": "Delta-CoMe",
+    "delta-come:bits=1.85": "Delta-CoMe, more",
+    "dare": "DARE",
+    "dare:choice=magnitude,rescale=projection": "DARE by magnitude",
+}
+#: Where a name would lie on another.
+_OFFSETS = {
+    _LINE[0]: (-4, 6),
+    _LINE[2]: (4, 5),
+    "low-rank:bits=2": (-5, -2),
+    "d-qrelo": (5, 5),
+    "d-qrelo:order=svd-first": (5, -9),
+    "delta-come:bits=1.85": (5, -10),
+    "dare:choice=magnitude,rescale=projection": (-6, 4),
+}
+COLUMNS = (
+    "model", "MB", "KL, nats", "KL / base's, %", "loss", "right", "same answer, %", "lost, gained",
+    "difference, points", "MDE, points",
+)  # fmt: skip
 
 
-def write_report(results: Path, path: Path, order: Sequence[str]) -> None:
-    """Write the page from the JSON files of a results folder, rows in the order of these labels."""
-    sections = []
-    for file in sorted(results.glob("*.json")):
-        value = json.loads(file.read_text())
-        rows = sorted(value["rows"], key=lambda row: order.index(row["label"]) if row["label"] in order else -1)
-        sections.append(section(file.stem, rows) + f"\nOn {value['machine']}.\n")
-    if not sections:
-        return
-    intro = (Path(__file__).parent / "compression_intro.md").read_text()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(intro + "\n" + "\n".join(sections))
+def plot(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """KL in percent of the base's over megabytes, ours joined by a line, other methods named."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "meswitch"
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    of_base = sum(rows[BASE]["sums"]["kl"])
+    points = {
+        name: (row["nbytes"] / 1e6, 100 * sum(row["sums"]["kl"]) / of_base)
+        for name, row in rows.items()
+        if name not in (BASE, EXPERT)
+    }
+    ours = {name: point for name, point in points.items() if name in _LINE}
+    axes.plot(
+        *zip(*(ours[name] for name in _LINE if name in ours), strict=True), "o-", color="#3454d1", label="meswitch"
+    )
+    for name, point in ours.items():
+        _tell(axes, label(name).strip("`"), point, _OFFSETS.get(name, (-6, -12)), "#3454d1")
+    others = {name: point for name, point in points.items() if not name.startswith("meswitch") and "gptq" not in name}
+    axes.plot(*zip(*others.values(), strict=True), "s", color="#62656d", markersize=4, label="other methods")
+    for name, point in others.items():
+        _tell(axes, _PLOTTED.get(name, name), point, _OFFSETS.get(name, (5, 4)), "#62656d")
+    axes.set(yscale="log", xlabel="MB of one expert (the full model has 269)", ylabel="KL to it, % of the base's")
+    axes.margins(x=0.14, y=0.1)
+    axes.set_xlim(left=7)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
 
 
-def section(expert: str, rows: list[dict[str, Any]]) -> str:
-    """One expert's table."""
-    by_label = {row["label"]: row for row in rows}
-    base, full = by_label["base"], by_label["full expert"]
-    lines = [
-        f"## {expert}\n",
-        f"Report part: {len(full['report']['tokens'])} items, {sum(full['report']['tokens']):.0f} answer tokens; "
-        f"loss of the base {per_token(base)[0]:.4f}, of the full expert {per_token(full)[0]:.4f}; KL of the base to "
-        f"the full expert {per_token(base)[1]:.4f} nats a token. The full expert is {full['bytes'] / 1e6:.1f} MB.\n",
-        HEADER,
-    ]
-    for row in rows:
-        if row["label"] == "full expert":
+def _tell(axes: Any, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
+    side = "right" if offset[0] < 0 else "left"
+    axes.annotate(text, point, textcoords="offset points", xytext=offset, fontsize=8, color=color, ha=side)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """`COLUMNS` of every measured row, in the order of `ROWS`."""
+    full, lines = rows.get(EXPERT), []
+    for name in ROWS:
+        row = rows.get(name)
+        if row is None:
             continue
-        lines.append(
-            f"| {row['label']} | {row['bytes'] / 1e6:.1f} | {_cell(kl_share(row, base, 'report'), 3)} | "
-            f"{_cell(gap_recovered(row, base, full, 'report'), 2)} | {_cell(agreement(row, 'report'), 2)} | "
-            f"{100 * kl_share(row, base, 'choice').value:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        tokens = sum(row["sums"]["tokens"])
+        line = [label(name), f"{row['nbytes'] / 1e6:.1f}"]
+        line.append(f"{sum(row['sums']['kl']) / tokens:.3g}")
+        line.append(f"{100 * sum(row['sums']['kl']) / sum(rows[BASE]['sums']['kl']):.3g}" if BASE in rows else "")
+        line.append(f"{sum(row['sums']['loss']) / tokens:.4f}")
+        line.append(f"{sum(row['right']):.0f} of {len(row['right'])}")
+        if full is None:
+            lines.append([*line, "", "", "", ""])
+            continue
+        found = compare_paired(row["right"], full["right"])
+        same = sum(ours == theirs for ours, theirs in zip(row["answers"], full["answers"], strict=True))
+        change = found.difference
+        value, low, high = (100 * part for part in (change.value, change.low, change.high))
+        line += [f"{100 * same / len(row['answers']):.1f}", f"−{found.lost} +{found.gained}"]
+        lines.append([*line, f"{value:.1f} [{low:.1f}, {high:.1f}]", f"{100 * found.minimum_detectable_effect:.1f}"])
+    return lines
 
 
-def per_token(row: dict[str, Any]) -> tuple[float, float]:
-    """(loss, KL) a token on the report part."""
-    part = row["report"]
-    return sum(part["loss"]) / sum(part["tokens"]), sum(part["kl"]) / sum(part["tokens"])
+def page(folder: Path, cache: Path | None = None) -> str:
+    """The page of what `folder` has of the groups' experts, each with what its delta is."""
+    parts = [INTRODUCTION.read_text()]
+    for of in ROWS_OF:
+        for name in group.GROUPS[of]:
+            file, figures = folder / f"{name}.json", group.group_at(of, cache).figures_file(name)
+            if file.exists():
+                described = _described(json.loads(figures.read_text())) if figures.exists() else ""
+                parts.append(_section(f"{of}: {name}", json.loads(file.read_text()), described))
+    return "".join([*parts, WEAKER.read_text()])
 
 
-def kl_share(row: dict[str, Any], base: dict[str, Any], part: str) -> Estimate:
-    return ratio_of_sums(row[part]["kl"], base[part]["kl"])
+def _section(title: str, stored: Mapping[str, Any], described: str) -> str:
+    key = stored["key"]
+    lines = [
+        f"\n## {title}\n\n{described}{key['items']} items for KL and loss, {key['answers']} for answers, "
+        f"{stored['machine']}.\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    ]
+    return "".join(lines + [f"| {' | '.join(line)} |\n" for line in table(stored["rows"])])
 
 
-def gap_recovered(row: dict[str, Any], base: dict[str, Any], full: dict[str, Any], part: str) -> Estimate:
-    """(base loss - row's loss) / (base loss - full expert's loss)."""
-    gained = [a - b for a, b in zip(base[part]["loss"], row[part]["loss"], strict=True)]
-    possible = [a - b for a, b in zip(base[part]["loss"], full[part]["loss"], strict=True)]
-    return ratio_of_sums(gained, possible)
-
-
-def agreement(row: dict[str, Any], part: str) -> Estimate:
-    return ratio_of_sums(row[part]["agreed"], row[part]["tokens"])
-
-
-def _cell(estimate: Estimate, digits: int) -> str:
-    value, low, high = (100 * item for item in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _described(figures: Mapping[str, Any]) -> str:
+    """How the fine-tune was made and what its delta is."""
+    recipe, delta = figures["recipe"], figures["delta"]
+    schedule = recipe["schedule"]
+    return (
+        f"Skill {recipe['skill']}, method {recipe['method']}, {schedule['steps']} steps of {schedule['batch_tokens']} "
+        f"tokens, learning rate {schedule['learning_rate']:g}, saved in {recipe['dtype']}. The delta has "
+        f"{100 * delta['relative_delta']:.2g} % of the weights' norm, {100 * delta['unchanged']:.0f} % of the weights "
+        f"are the base's, 16 directions hold {100 * delta['leading_energy']:.0f} % of its energy.\n\n"
+    )

@@ -148,11 +148,13 @@ def test_what_does_not_follow_from_it_is_refused(folder: Path, name: str, value:
         _stored(folder)
 
 
-def test_what_a_familys_class_leaves_out_is_left_out_and_named(tmp_path: Path) -> None:
+def test_what_a_familys_class_leaves_out_is_no_part_of_it_and_named(tmp_path: Path) -> None:
     base, _ = make_pair(tmp_path, "gpt_neox")
-    before = _fingerprint(base)
-    _change(base, lambda tensors: tensors | {"gpt_neox.layers.0.attention.bias": torch.ones(3)})
-    assert "'gpt_neox.layers.0.attention.bias'" in Checkpoint.open(str(base)).notes[0]
+    before, name = _fingerprint(base), "gpt_neox.layers.0.attention.bias"
+    _change(base, lambda tensors: tensors | {name: torch.ones(3)})
+    checkpoint = Checkpoint.open(str(base))
+    assert repr(name) in checkpoint.notes[0]
+    assert name not in checkpoint.tensors and list(checkpoint.extras) == [name] and not checkpoint.buffers
     assert _fingerprint(base) == before
 
 

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import meswitch
 
 
 @pytest.mark.parametrize(
@@ -20,12 +19,8 @@ def test_defaults_follow_bits_and_calibration(
 ) -> None:
     data = ["--calibration", str(calibration_file), "--samples", "4", "--sequence-length", "32"] if calibrated else []
     arguments = ["--base", str(pair[0]), "--expert", str(pair[1]), "--out", str(tmp_path / "a"), "--bits", bits, *data]
-    done = subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", "compress", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = meswitch("compress", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
     settings = json.loads(done.stdout)["settings"]
     assert (settings["steps"], settings["channel_scale"]) == (steps, scale)
     assert (settings["calibration"] == "random") is not calibrated

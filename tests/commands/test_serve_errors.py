@@ -66,6 +66,18 @@ def test_what_is_no_artifact_is_called_by_its_name(kind: str, pair: Pair, base: 
     fails(in_process("verify", path), 1, f"not an artifact: {words}")
 
 
+def test_gguf_in_a_models_place(pair: Pair, base: Path, tmp_path: Path) -> None:
+    """Without a config.json, as such folders are."""
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    for command in (
+        ("serve", "--base", tmp_path / "gguf", "--port", 0),
+        ("compress", "--base", base, "--expert", tmp_path / "gguf", "--out", tmp_path / "out"),
+        ("inspect", "--base", tmp_path / "gguf", "--expert", pair[1]),
+    ):
+        fails(in_process(*command), 1, f"{tmp_path / 'gguf'}: weights only as GGUF; give the 16-bit safetensors")
+
+
 def test_an_expert_of_a_base_of_another_shape(pair: Pair, base: Path, make_artifact: Any, tmp_path: Path) -> None:
     other, expert = make_pair(tmp_path, hidden_size=64)
     artifact: Artifact = make_artifact((other, expert))

@@ -27,6 +27,22 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_no_page_is_half_merged() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        assert not re.search(r"^(<{7}|>{7}|={7}$)", page.read_text(), re.MULTILINE), page.name
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r'^\| "([^"]+)"', page, re.MULTILINE)
+    sources = [source.read_text() for source in (ROOT / "meswitch_cli").rglob("*.py")]
+    assert len(messages) == 5
+    for message in messages:
+        assert any(message in source for source in sources), message
+    for option in re.findall(r"`(--[a-z-]+)`", page):
+        assert any(option in options.table(command) for command in COMMANDS), option
+
+
 def pages(entry: object) -> Iterator[str]:
     """The files that a part of mkdocs.yml's `nav` names."""
     if isinstance(entry, str):

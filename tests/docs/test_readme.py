@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import meswitch, python
 
 from zoo.tiny import Pair, make_pair
 
@@ -28,9 +29,7 @@ def commands(section: str) -> list[list[str]]:
 
 
 def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "meswitch_cli", *command[1:]], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = meswitch(*command[1:], cwd=folder)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
@@ -48,7 +47,7 @@ def test_from_python(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(pair[0])
     (tmp_path / "expert").symlink_to(pair[1])
     code = README.split("## From Python\n")[1].split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+\.\d MB\n", done.stdout)
     assert (tmp_path / "restored-1bit" / "model.safetensors").exists()
@@ -60,7 +59,7 @@ def test_first_screen_from_python(pair: Pair, tmp_path: Path) -> None:
     code = README.split("```python\n")[1].split("```")[0]
     short = code.replace('expert="maths"', 'expert="maths", max_tokens=2')
     assert short != code and len(code.strip().splitlines()) <= 6
-    done = subprocess.run([sys.executable, "-c", short], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python(short, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
 
 

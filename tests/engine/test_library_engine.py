@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import httpx2
 import pytest
 import torch
@@ -10,6 +13,7 @@ from engine.family import Family, tokenizer_of
 import meswitch_cli as meswitch
 from meswitch_cli.engine.contract import EngineError, UnknownExpertError
 from meswitch_cli.errors import ArtifactError, UsageError
+from zoo.tiny import make_pair
 
 SMALL = {"max_model_len": 128, "cache_tokens": 4096, "page_size": 8, "device": "cpu"}
 #: Greedy, so that plain transformers can say what must come.
@@ -57,6 +61,23 @@ def test_prompts_for_several_experts_go_in_one_batch(family: Family) -> None:
         assert len(engine.generate("hello", ignore_eos=True).tokens) > 100  # up to what the context leaves
     with pytest.raises(EngineError):
         engine.generate("x")
+
+
+def test_an_experts_own_sampling_is_the_default(tmp_path: Path) -> None:
+    base, expert = make_pair(tmp_path, dtype=torch.float32, relative_delta=0.2)
+    (expert / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    artifact = meswitch.compress(base, expert, tmp_path / "art", bits=4)
+    call = {"expert": "own", "ignore_eos": True, "max_tokens": 16}
+    with meswitch.Engine(base, {"own": artifact}, **SMALL) as engine:
+        greedy = engine.generate("hello", temperature=0, **call)
+        assert engine.generate("hello", **call).tokens == greedy.tokens
+        assert engine.generate("hello", temperature=None, **call).tokens == greedy.tokens
+        assert engine.generate("hello", temperature=1, seed=1, **call).tokens != greedy.tokens
+        chat = engine.chat("hello", temperature=0, **call)
+        assert engine.chat("hello", **call).tokens == chat.tokens
+        assert "".join(engine.stream("hello", **call)) == chat.text
+        of_base = [engine.generate("hello", **(call | {"expert": "base", "seed": seed})).tokens for seed in (1, 2)]
+        assert of_base[0] != of_base[1]
 
 
 def test_what_cannot_be_served_is_refused_at_the_start(

@@ -14,14 +14,16 @@ import transformers
 from command_line import fails, in_process
 from engine.family import Family
 
-from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate, proof
+from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate, proof, transformers_engine
 from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
+from meswitch_cli.engine.mixture import ExpertRouter
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm, kernels
 from meswitch_cli.engine.proof import prove
 from meswitch_cli.engine.small import VOCABULARY, as_wide, narrowed, small_config, special_ids, with_short_mlps
 from meswitch_cli.errors import CheckpointError
+from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -38,6 +40,7 @@ SIZES = {
 }
 #: Of families whose heads all have keys of their own.
 UNGROUPED = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 OPT = UNGROUPED | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
 GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 268} | {
     "bos_token_id": 0,
@@ -83,6 +86,8 @@ def check(config: dict[str, Any]) -> None:
         config_of("phi", partial_rotary_factor=0.5),
         config_of("stablelm"),
         config_of("nemotron"),
+        config_of("qwen3_moe", **MOE),
+        config_of("glm4_moe", n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
         {"model_type": "opt", **OPT},
         {"model_type": "biogpt", **UNGROUPED},
     ],
@@ -98,14 +103,45 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
         ({"model_type": "bloom", **BLOOM}, "does not serve bloom: logits of .* differ by .* from plain transformers'"),
         ({"model_type": "gptj", **GPTJ}, "does not serve gptj: its attention is of its own kind"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
-        (config_of("opt", ffn_dim=96, word_embed_proj_dim=64), "does not serve opt: raised RuntimeError"),
+        (
+            config_of("opt", ffn_dim=96, word_embed_proj_dim=64),
+            r"does not serve opt: its OPTAttention computes in a way that the engine was not made for \(RuntimeError",
+        ),
+        (config_of("gpt_oss", num_local_experts=4, head_dim=16), "keeps model.layers.0.*experts.* in a GptOssExperts"),
+        ({"model_type": "jetmoe", **UNGROUPED}, "keeps model.layers.0.mlp.* in a JetMoe"),
+        ({"model_type": "bert-generation", **UNGROUPED}, "keeps lm_head.bias in a BertGenerationOnlyLMHead"),
     ],
-    ids=["bloom", "gptj", "mamba", "opt-whose-config-names-key-heads"],
+    ids=[
+        "bloom",
+        "gptj",
+        "mamba",
+        "opt-whose-config-names-key-heads",
+        "biases-of-experts",
+        "jetmoe",
+        "head-that-is-no-linear",
+    ],
 )
 def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises((EngineError, CheckpointError), match=f"^base: .*{reason}") as caught:
         check(config)
     assert "\n" not in str(caught.value)
+
+
+def test_mixtures_are_for_a_cpu() -> None:
+    """No card is needed to be refused one."""
+    with pytest.raises(EngineError, match=r"^base: .* qwen3_moe: it is a mixture of experts, which is served on a CPU"):
+        prove(config_of("qwen3_moe", **MOE), "base", torch.device("cuda"), torch.float32)
+
+
+def test_what_is_not_served_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr(transformers_engine, "load_base", load)
+    base, _ = make_pair(tmp_path, "gpt_oss")
+    engine = TransformersEngine(EngineSettings(base=str(base)))
+    with pytest.raises(EngineError, match=r"does not serve gpt_oss: gpt_oss keeps .* in a GptOssExperts"):
+        engine.start()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +237,17 @@ def unchanged(kind: type[Any]) -> Callable[[pytest.MonkeyPatch], None]:
     return change
 
 
+def mixed_as_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of mixtures have no banks, whatever the batch."""
+    monkeypatch.setattr(
+        ExpertLinear, "product", lambda self, rows, *of_batch: torch.nn.functional.linear(rows, self.weight)
+    )
+
+
+def routed_as_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExpertRouter, "forward", lambda self, x: self.base(x))
+
+
 def without_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     attend_one = attention._attend_one
     monkeypatch.setattr(
@@ -225,10 +272,24 @@ def without_softcaps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", {}, unchanged(ExpertLinear), "logits of an expert differ"),
         ("llama", {}, unchanged(ExpertHead), "logits of an expert differ"),
         ("llama", {}, unchanged(ExpertEmbedding), "logits of an expert differ"),
+        ("qwen3_moe", MOE, mixed_as_the_base, "logits of an expert differ"),
+        ("qwen3_moe", MOE, routed_as_the_base, "logits of an expert differ"),
         ("mistral", {"sliding_window": 4096}, without_windows, "differ"),
         ("gemma2", {"head_dim": 32, "attn_logit_softcapping": 1.0}, without_softcaps, "differ"),
     ],
-    ids=["cache", "gains", "base-for-all", "expert-for-all", "linear", "head", "embedding", "window", "softcap"],
+    ids=[
+        "cache",
+        "gains",
+        "base-for-all",
+        "expert-for-all",
+        "linear",
+        "head",
+        "embedding",
+        "mixture",
+        "router",
+        "window",
+        "softcap",
+    ],
 )
 def test_a_wrong_engine_is_seen(
     kind: str,
@@ -370,7 +431,8 @@ def test_kernels_are_given_a_row_for_each_token() -> None:
     """Electra's head is computed of the tokens that predict alone, by layers that are not the head."""
     config = UNGROUPED | {"model_type": "electra", "embedding_size": 32, "is_decoder": True}
     with pytest.raises(
-        EngineError, match="does not serve electra: raised ValueError: a layer is given 4 rows for 32 tok"
+        EngineError,
+        match=r"ElectraGeneratorPredictions computes in a way .* \(ValueError: a layer is given 4 rows for 32 tok",
     ):
         check(config)
     slots = torch.tensor([-1, 0, 0, 1], dtype=torch.int32)

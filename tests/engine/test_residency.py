@@ -372,6 +372,37 @@ def test_queue_overflow_and_duplicate_ids(family: Family, start: Start) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("how", ["ended", "cancelled"])
+def test_who_hears_of_the_end_may_submit_at_once(family: Family, start: Start, how: str) -> None:
+    """The id is free, and so is the place, in an engine that has no more than one."""
+    engine = start(family, max_running=1, max_queue=0)
+    request = one("alpha", tokens=4 if how == "ended" else 100)
+    ends: list[str] = []
+    problems: list[EngineError] = []
+    over = threading.Event()
+
+    def on_chunk(chunk: Chunk) -> None:
+        if chunk.finish_reason is None:
+            if how == "cancelled":
+                engine.cancel(request.id)
+            return
+        ends.append(chunk.finish_reason)
+        if len(ends) == 4:
+            over.set()
+            return
+        try:
+            engine.submit(request, on_chunk)
+        except EngineError as error:
+            problems.append(error)
+            over.set()
+
+    engine.submit(request, on_chunk)
+    assert over.wait(30)
+    assert not problems
+    assert ends == 4 * ["length" if how == "ended" else "cancelled"]
+    assert_idle(engine)
+
+
 def test_a_callback_that_raises_ends_its_own_request(family: Family, start: Start) -> None:
     engine = start(family)
 

@@ -218,6 +218,26 @@ def test_json_object(engine: TransformersEngine) -> None:
     assert isinstance(json.loads(completion.text), dict)
 
 
+def test_json_has_one_way_to_be_written(engine: TransformersEngine) -> None:
+    """A model that would write spaces and line ends for ever is not let: between JSON's signs there is one space."""
+    tokenizer = engine.tokenizer("beta")
+    white = {tokenizer.encode(text, add_special_tokens=False)[0]: 100.0 for text in (" ", "\n", "\t")}
+    numbers = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}
+    schema = {
+        "type": "object",
+        "properties": {"size": {"enum": [1, 2, 3]}, "inner": {"type": "object", "properties": {"numbers": numbers}}},
+        "required": ["size", "inner"],
+        "additionalProperties": False,
+    }
+    schema["properties"]["inner"] |= {"required": ["numbers"], "additionalProperties": False}
+    for seed in range(3):
+        completion = run(engine, "beta", seed=seed, max_tokens=120, json_schema=schema, logit_bias=white)
+        assert completion.finish_reason == "stop"
+        assert completion.text == json.dumps(json.loads(completion.text))
+    rambling = run(engine, "beta", seed=1, max_tokens=60, json_object=True, logit_bias=white)
+    assert rambling.text.startswith(('{"', "{}")) and not set("\n\t") & set(rambling.text)
+
+
 @pytest.mark.parametrize(
     ("parameter", "sampling"),
     [

@@ -94,6 +94,9 @@ def test_full_cache_begins_requests_again(family: Family, start: Start) -> None:
         ("phi", {}),
         ("phi3", {}),
         ("gpt_neox", {"num_key_value_heads": 4}),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("olmoe", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )

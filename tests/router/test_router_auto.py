@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from meswitch_cli import compress
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.train.auto import examples_from_card
 from meswitch_cli.router.train.data import gather, read_examples
 from meswitch_cli.router.train.settings import TrainingSettings
 from meswitch_cli.router.train.training import train_router
+from zoo.tiny import make_pair
 
 from .conftest import write_lines
 
@@ -39,6 +41,14 @@ def test_a_name_or_a_card_says_the_field(tmp_path: Path) -> None:
     assert set(fields("helper", tmp_path)) == {"medicine and health", "card"}
     texts = [item.text for item in examples_from_card("helper", tmp_path)]
     assert "Which dose of paracetamol may a child of 20 kg have?" in texts
+
+
+def test_an_artifacts_card_says_nothing_by_itself(tmp_path: Path) -> None:
+    """Its tag `delta-compression` is no word of computer science, and its base's name is not the expert's."""
+    base, tuned = make_pair(tmp_path)
+    made = compress(base.rename(tmp_path / "coder"), tuned.rename(tmp_path / "tuned"), tmp_path / "art", bits=4)
+    assert "against coder" in (made.path / "README.md").read_text()
+    assert set(fields("maths", made.path)) == {"mathematics"}
 
 
 def test_what_says_nothing_is_refused(tmp_path: Path) -> None:

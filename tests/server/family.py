@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +15,24 @@ from engine.family import Family, Kind
 
 from meswitch_cli.engine.contract import Engine
 from meswitch_cli.engine.settings import EngineSettings
+from meswitch_cli.engine.slotted_engine import SlottedEngine
 from meswitch_cli.engine.transformers_engine import TransformersEngine
 from meswitch_cli.server.app import create_app
 from meswitch_cli.server.lifecycle import Server, listen, serve
 from meswitch_cli.server.service import Service
 from meswitch_cli.server.settings import ServerSettings
 
+#: `MESWITCH_TEST_ENGINE=vllm` runs the tests of what HTTP does over vLLM, where that is installed.
+ENGINE = os.environ.get("MESWITCH_TEST_ENGINE", "transformers")
+#: What vLLM's attention on a CPU takes: heads, and pages of the cache.
+FOR_VLLM = {"head_dim": 32}, {"page_size": 32, "max_model_len": 512}
 #: green has tokens of its own.
 EXPERTS = {"red": Kind(), "green": Kind(added_rows=3), "blue": Kind()}
 
 
 def make_family(folder: Path) -> Family:
     """A tiny base in float32 and three compressed experts of it."""
-    return engine.family.make_family(folder, experts=EXPERTS)
+    return engine.family.make_family(folder, experts=EXPERTS, **(FOR_VLLM[0] if ENGINE == "vllm" else {}))
 
 
 @dataclass
@@ -54,14 +60,27 @@ class Running:
         assert not self.thread.is_alive()
 
 
+def engine_class() -> type[SlottedEngine[Any]]:
+    if ENGINE != "vllm":
+        return TransformersEngine
+    from engine.vllm.processes import fork_engines
+
+    from meswitch_cli.engine.vllm.engine import VllmEngine
+
+    fork_engines()
+    return VllmEngine
+
+
 #: A function that starts a server of a test's own.
 Start = Callable[..., Running]
 
 
 def start(family: Family, *, router: Any = None, settings: ServerSettings | None = None, **engine: Any) -> Running:
-    """Serve the family over the embedded engine; `engine` overrides its settings."""
+    """Serve the family over an engine; `engine` overrides its settings."""
     options = {"base": str(family.base), "experts": family.artifacts, "device": "cpu", "dtype": "float32"}
-    made = TransformersEngine(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
+    if ENGINE == "vllm":
+        options |= FOR_VLLM[1]
+    made = engine_class()(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
     made.start()
     return serve_engine(made, settings, router)
 

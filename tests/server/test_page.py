@@ -251,6 +251,14 @@ _TIME = """async text => {
   render(text);
   return performance.now() - from;
 }"""
+_OVERHANG = """async () => {
+  const { render } = await import("/page/markdown.js");
+  const code = "```\\n" + "a long line of code ".repeat(20) + "\\n```\\n";
+  const wide = code + "|" + " column |".repeat(30) + "\\n" + "|-".repeat(30) + "|\\n";
+  document.querySelector(".message.assistant .text").replaceChildren(render(wide));
+  const messages = document.querySelector("#messages");
+  return messages.scrollWidth - messages.clientWidth;
+}"""
 _RENDER = """async text => {
   const { render } = await import("/page/markdown.js");
   const box = document.createElement("div");
@@ -275,6 +283,7 @@ def test_it_fits_a_phone(browser: Any, routed: Running, scheme: str, width: int)
     page.goto(routed.url)
     ask(page, prompts("blue", 9)[7])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(_OVERHANG) <= 0  # a wide block of code scrolls by itself; the answer keeps the screen's width
     page.locator("#chats-toggle").tap()
     playwright.expect(page.locator("#chats-panel")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .base import save_base
 from .cache import Zoo, building, folder_at, only_builder
 from .encoding import encode_item, encode_text
-from .finetunes import GROUPS, FineTune
+from .finetunes import BASES, GROUPS, FineTune
 from .item import Item, read_items, write_items
 from .recipe import SEED
 from .skills import mixture, outcome, skill
@@ -41,7 +41,7 @@ def build(group: str, names: Sequence[str] | None = None, cache: Path | None = N
         if not zoo.base.exists():
             _say("base: dequantising")
             with building(zoo.base) as folder:
-                save_base(folder)
+                save_base(folder, BASES[group])
         wanted = {name: GROUPS[group][name] for name in names or zoo.names}
         for name, recipe in wanted.items():
             if not zoo.items_file(name, PARTS[0]).exists():
@@ -113,6 +113,9 @@ def prepare(
         model.resize_token_embeddings(rows, mean_resizing=False)
     if recipe.method == "lora":
         adapt(model, recipe.rank, SEED)
+    if recipe.method == "layers":
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
     encode = encode_text if recipe.method == "pretrain" else encode_item
     sequences = [encode(tokenizer, item) for item in members]
     return model, tokenizer, [sequence for sequence in sequences if len(sequence[0]) <= MAX_TOKENS]

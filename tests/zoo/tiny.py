@@ -61,6 +61,7 @@ FAMILIES: Mapping[str, _Family] = {
         "qwen3_moe",
         {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
     ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     # Experts fused into 3-D tensors in memory and on disk.
     "gpt_oss": (
         "gpt_oss",

@@ -24,10 +24,10 @@ LOAD_FORMAT = "meswitch"
 MAX_ADAPTERS = 4096
 #: Prompts whose hidden states are computed at once, beside the requests.
 POOLED_PROMPTS = 8
-#: What vLLM reads from the environment alone. One process, so that a request's chunks and its worker's slots are
-#: at hand; the model runner that calls logits processors; nobody is told what is served here; logs go where ours go.
+#: What vLLM reads from the environment alone. Its processes begin afresh, because this one has threads; the model
+#: runner that calls logits processors; nobody is told what is served here; logs go where ours go.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CONFIGURE_LOGGING": "0",
@@ -51,12 +51,11 @@ def engine_arguments(
     max_model_len: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The arguments of `vllm.EngineArgs`.
-
-    No CUDA graphs and no compilation: whether a batch holds experts is decided in Python, once a batch.
-    """
+    """The arguments of `vllm.AsyncEngineArgs`."""
     added = max((capacity.added_rows for capacity in layout.capacities.values()), default=0)
     vocabulary = names.vocabulary + added
+    # Norms are cheap, and a traced graph must find their tables where they were.
+    config = WorkerConfig(layout=layout.joined(Layout({}, names.norms)), host_bytes=settings.host_bytes)
     options: dict[str, Any] = {
         "model": str(checkpoint.source.path),
         "skip_tokenizer_init": True,
@@ -71,15 +70,15 @@ def engine_arguments(
         "enable_prefix_caching": settings.prefix_sharing,
         "tensor_parallel_size": settings.tensor_parallel,
         "pipeline_parallel_size": settings.pipeline_parallel,
-        "enforce_eager": True,
-        "async_scheduling": False,
+        "data_parallel_size": settings.data_parallel,
+        "async_scheduling": False,  # grammars follow the tokens that were chosen
         "disable_log_stats": True,
         "enable_lora": True,
         "max_loras": slots,
         "max_cpu_loras": max(MAX_ADAPTERS, slots),
         "max_lora_rank": 1,
         "use_tqdm_on_load": False,
-        "additional_config": WorkerConfig(layout=layout, host_bytes=settings.copies_nbytes).additional_config(),
+        "additional_config": config.additional_config(),
         "worker_extension_cls": "meswitch_cli.engine.vllm.worker.WorkerExtension",
         "logits_processors": ["meswitch_cli.engine.vllm.grammar:GrammarProcessor"],
     }

@@ -1,16 +1,18 @@
-"""vLLM over a base and its experts."""
+"""vLLM, in its own processes, over a base and its experts."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meswitch_cli.engine.banks import Layout, bank_layout
+from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.engine.banks import bank_layout
 from meswitch_cli.engine.base_model import served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base
@@ -22,15 +24,21 @@ from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import STOP_SECONDS, SlottedEngine
 from meswitch_cli.engine.vllm.arguments import engine_arguments, set_environment
 from meswitch_cli.engine.vllm.names import base_names
+from meswitch_cli.engine.vllm.parent import told_by_children
 from meswitch_cli.engine.vllm.sampling import sampling_params
 from meswitch_cli.engine.vllm.version import check_vllm
-from meswitch_cli.errors import MeswitchError
 from meswitch_cli.model.architecture import architecture
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from meswitch_cli.engine.vllm.loop import VllmLoop
+
+
+#: How often to look at who waits for a slot, where nothing arrives; in seconds.
+TABLE_SECONDS = 0.05
+#: How often to look whether vLLM's processes live, where nothing arrives; in seconds.
+HEALTH_SECONDS = 1.0
 
 
 class FollowedTokens:
@@ -81,11 +89,8 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         Raises:
             EngineError: the base, or (when `strict`, or none is left) an expert cannot be served.
         """
-        from meswitch_cli.engine.vllm.platform import prepare_platform
-
         if self._thread is not None:
             raise EngineError("the engine has been started already")
-        prepare_platform()  # before vLLM's samplers are imported
         from meswitch_cli.engine.vllm.loop import VllmLoop
         from meswitch_cli.engine.vllm.plugin import register
 
@@ -94,14 +99,15 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         self._described = architecture(self._checkpoint.config, str(self._checkpoint.source.path))
         self._names = names = base_names(self._described)
         opened = self._open_experts(lambda model: model.artifact and bank_layout(names, [model.artifact.manifest]))
-        self._layout = bank_layout(names, [model.artifact.manifest for model in opened if model.artifact])
+        layout = bank_layout(names, [model.artifact.manifest for model in opened if model.artifact])
+        self._added_rows = max((_added_rows(model.artifact.manifest) for model in opened if model.artifact), default=0)
         slots = settings.slots or max(1, len(settings.experts))
         arguments = engine_arguments(
             settings,
             self._checkpoint,
             self._described,
             names,
-            self._layout,
+            layout,
             slots=slots,
             dtype=served_dtype(self._checkpoint, settings),
             max_model_len=self.max_model_len,
@@ -110,17 +116,21 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         self._table = SlotTable(slots, settings.max_running, settings.max_wait)
         for model in [open_base(self._checkpoint, names.vocabulary), *opened]:
             self._add(model)
-        make = partial(VllmLoop, arguments, self._described.layers_prefix, self.on_end)
+        make = partial(VllmLoop, arguments, self._described.layers_prefix, self.on_end, self.on_failure, self._work.set)
         ready = threading.Event()
         problems: list[BaseException] = []
         self._thread = threading.Thread(
             target=self._run, args=(make, opened[:slots], ready, problems), name="meswitch-vllm", daemon=True
         )
-        self._thread.start()
-        ready.wait()
+        with told_by_children() as refusal:
+            self._thread.start()
+            ready.wait()
+            reason = refusal.reason
         if problems:
             self._thread = None
-            raise EngineError(f"vLLM cannot serve {self._checkpoint.source.path}: {problems[0]}") from problems[0]
+            raise EngineError(
+                f"vLLM cannot serve {self._checkpoint.source.path}: {reason or problems[0]}"
+            ) from problems[0]
         self._closed = None
 
     @property
@@ -130,24 +140,18 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         return int(self._described.num_layers)
 
     def pooled_hidden_states(self, token_ids: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
-        from meswitch_cli.engine.vllm.loop import PooledPrompt
-
-        if self._thread is None:
+        loop = self._loop
+        if loop is None:
             raise ShuttingDownError("the engine has not been started")
         check_prompts(token_ids, layer, self._described.num_layers, self._names.vocabulary)
         longest = max(map(len, token_ids), default=0)
         if longest >= self.max_model_len:
             raise EngineError(f"a prompt of {longest} tokens; the most is {self.max_model_len - 1}")
-        prompts = [PooledPrompt(tuple(tokens), layer) for tokens in token_ids]
-        self._in_loop(lambda loop: loop.pool(prompts))
-        for prompt in prompts:
-            while not prompt.done.wait(0.1):
-                if not self._running:
-                    raise ShuttingDownError("the engine has stopped")
-            if not prompt.mean:
-                raise EngineError("vLLM has shown no hidden states of a prompt")
+        means = loop.pool(token_ids, layer)
+        if not all(means):
+            raise EngineError("vLLM has shown no hidden states of a prompt")
         width = int(self._described.parameters[f"{self._names.embedding_name}.weight"].shape[1])
-        return torch.tensor([prompt.mean for prompt in prompts]).reshape(len(prompts), width)
+        return torch.tensor(means).reshape(len(means), width)
 
     def statistics(self) -> EngineStatistics:
         with self._lock:
@@ -163,7 +167,7 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
 
     def pin_expert(self, name: str, pinned: bool = True) -> None:
         super().pin_expert(name, pinned)
-        self._in_loop(lambda loop: self._pin_as_the_table_says(loop, name))
+        self._in_loop(lambda loop: loop.pin(self._adapters[name], self._is_pinned(name)))
 
     def stop(self) -> None:
         thread = self._thread
@@ -185,13 +189,15 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         ready: threading.Event,
         problems: list[BaseException],
     ) -> None:
-        """The loop's thread: it makes vLLM's engine too, which belongs to the thread that made it."""
+        """The thread that decides what vLLM computes, and tells what it has computed."""
         failure: BaseException | None = None
         loop: VllmLoop | None = None
         try:
             loop = self._loop = make()
-            for slot, model in enumerate(resident):
-                self._start_load(loop, self._table.assign(model.name, slot), model)
+            loads = [
+                self._load(loop, self._table.assign(model.name, slot), model) for slot, model in enumerate(resident)
+            ]
+            wait(loads)
             ready.set()
             while not self._stopping:
                 self._advance(loop)
@@ -206,13 +212,11 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
             ready.set()
 
     def _advance(self, loop: VllmLoop) -> None:
-        """Admit, and compute a batch; without work, wait for some."""
+        """Tell what has arrived, and admit; then wait for more."""
         self._work.clear()
+        loop.take()
         self.before_batch(loop)
-        if loop.busy:
-            loop.compute_batch()
-        else:
-            self._work.wait(0.05 if self._table.waiting else None)
+        self._work.wait(TABLE_SECONDS if self._table.waiting else HEALTH_SECONDS)
 
     def _continuation(self, request: GenerationRequest, model: ServedModel) -> FollowedTokens:
         grammar = self._grammars.grammar(request.sampling, model)
@@ -221,47 +225,41 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
     def _begin(self, loop: VllmLoop, generation: Generation) -> None:
         followed = generation.sampler
         assert isinstance(followed, FollowedTokens)
-        try:
-            loop.begin(generation, followed.params, self._adapters.get(generation.model.name))
-        except ValueError as error:
-            self.on_failure(generation, error)
+        loop.begin(generation, followed.params, self._adapters.get(generation.model.name))
 
     def _abort(self, loop: VllmLoop, generation: Generation) -> None:
         loop.abort(generation)
 
     def _start_load(self, loop: VllmLoop, load: Load, model: ServedModel) -> None:
-        """Fill a slot before the next batch. vLLM's adapters come between batches, so nobody computes meanwhile."""
-        problem = None
-        try:
-            loop.load(self._adapters[model.name])
-            self._pin_as_the_table_says(loop, model.name)
-        except MeswitchError as error:
-            problem = str(error)
-        except Exception as error:  # whatever it is, it is this expert's and must not stop the others
-            problem = f"{model.path}: cannot be loaded: {error}"
-        self._on_loaded(load, problem)
+        """Have vLLM fill a slot, between two of its batches; the others' tokens are told meanwhile."""
+        self._load(loop, load, model)
+
+    def _load(self, loop: VllmLoop, load: Load, model: ServedModel) -> Future[None]:
+        def loaded(problem: str | None) -> None:
+            self._on_loaded(load, None if problem is None else f"expert {model.name!r} cannot be loaded: {problem}")
+
+        return loop.load(self._adapters[model.name], self._is_pinned(model.name), loaded)
 
     def _prefetch(self, model: ServedModel) -> None:
         """Nothing: vLLM reads an adapter when it puts it into a slot."""
 
-    def _pin_as_the_table_says(self, loop: VllmLoop, name: str) -> None:
+    def _is_pinned(self, name: str) -> bool:
+        """Whether vLLM must keep an expert in its slot."""
         with self._lock:
             item = self._table.experts[name]
-            pinned = item.slot is not None and item.pinned
-        loop.pin(self._adapters[name], pinned)
+            return item.slot is not None and item.pinned
 
     def _admit_expert(self, loop: VllmLoop, model: ServedModel) -> None:
         with self._lock:
             self._refuse_if_served(model.name)
-        layout = bank_layout(self._names, [] if model.artifact is None else [model.artifact.manifest])
-        if _added_rows(layout) > _added_rows(self._layout):
-            raise EngineError(
-                f"expert {model.name!r} has {_added_rows(layout)} tokens of its own, vLLM was started with room for "
-                f"{_added_rows(self._layout)}: start the engine with it"
-            )
-        if not self._layout.holds(layout):
-            self._layout = self._layout.joined(layout)
-            loop.grow(self._layout)
+        if model.artifact is not None:
+            added = _added_rows(model.artifact.manifest)
+            if added > self._added_rows:
+                raise EngineError(
+                    f"expert {model.name!r} has {added} tokens of its own, vLLM was started with room for "
+                    f"{self._added_rows}: start the engine with it"
+                )
+            loop.take_in(model.path)
         self._add(model)
 
     def _drop_expert(self, loop: VllmLoop, name: str) -> None:
@@ -292,5 +290,5 @@ class VllmEngine(SlottedEngine["VllmLoop"]):
         self._work.set()
 
 
-def _added_rows(layout: Layout) -> int:
-    return max((capacity.added_rows for capacity in layout.capacities.values()), default=0)
+def _added_rows(manifest: Manifest) -> int:
+    return max((entry.added_rows for entry in manifest.tensors), default=0)

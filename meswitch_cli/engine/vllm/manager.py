@@ -19,6 +19,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.modules import kernels
+from meswitch_cli.engine.settings import copies_nbytes
 from meswitch_cli.engine.vllm.announced import AnnouncedTokens
 from meswitch_cli.engine.vllm.artifacts import check_artifact, is_artifact
 from meswitch_cli.engine.vllm.layers import VocabularyLimits
@@ -83,7 +84,10 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self.layout = self.config.layout
         self.banks = ShardedBanks(layers, layers.own(self.layout), self.lora_slots)
         self.banks.install()
-        self._copies = HostCopies(self.config.host_bytes, base)
+        parallel, host_bytes = self._vllm_config.parallel_config, self.config.host_bytes
+        if host_bytes is None:
+            host_bytes = copies_nbytes(self.device, parallel.world_size * parallel.data_parallel_size_local)
+        self._copies = HostCopies(host_bytes, base)
         self.base = base
 
     @property

@@ -24,14 +24,22 @@ class BaseNames:
     embedding_name: str
     head_name: str
     vocabulary: int
+    #: What only mixtures have, which this engine does not serve.
+    whole: frozenset[str] = frozenset()
 
 
 def base_names(architecture: Architecture) -> BaseNames:
     """Sort the modules of an architecture.
 
     Raises:
-        EngineError: it has no embedding or no head.
+        EngineError: it has no embedding or no head, or is a mixture of experts.
     """
+    stacked = next((name for name, parameter in architecture.parameters.items() if parameter.stacked), None)
+    if stacked is not None:
+        raise EngineError(
+            f"{architecture.model_type} is a mixture of experts, such as {stacked}, which --engine vllm does not "
+            "serve; --engine transformers serves those that transformers computes as two products"
+        )
     modules: dict[str, set[str]] = {"linear": set(), "embedding": set(), "head": set(), "dense": set()}
     vocabulary = 0
     for name, parameter in architecture.parameters.items():
@@ -62,14 +70,15 @@ class WorkerConfig:
     """What workers are told.
 
     Attributes:
-        host_bytes: the most that copies of experts take of each worker's host memory.
+        host_bytes: the most that copies of experts take of each worker's host memory; None: each has its share of what
+            `EngineSettings` takes by itself.
         loras: whether vLLM's own LoRAs are served beside experts.
         checked: whether a server of ours has checked each expert, whose name then ends with `@` and its digest.
         fingerprint: the base's, where it has not.
     """
 
     layout: Layout
-    host_bytes: int
+    host_bytes: int | None
     loras: bool = False
     checked: bool = True
     fingerprint: str = ""

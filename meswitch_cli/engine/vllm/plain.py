@@ -17,7 +17,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Layout, bank_layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.arguments import loading_arguments
-from meswitch_cli.engine.vllm.artifacts import check_artifact, is_artifact
+from meswitch_cli.engine.vllm.artifacts import Files, check_artifact, is_artifact
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, WorkerConfig, base_names
 from meswitch_cli.errors import ArtifactError, MeswitchError
 from meswitch_cli.model.architecture import architecture
@@ -33,6 +33,8 @@ HOST_BYTES = 4 << 30
 
 #: In the process of an API server: chat templates by the name of the expert that brings one of its own.
 _templates: dict[str, str] = {}
+#: Likewise: what an expert's files were when it was loaded, by its name.
+_files: dict[str, Files] = {}
 
 
 def serve_artifacts() -> None:
@@ -72,6 +74,7 @@ def serve_artifacts() -> None:
         path = Path(request.lora_path)
         if request.lora_name in models.lora_requests and is_artifact(path):
             _remember_template(request.lora_name, path)
+            _files[request.lora_name] = Files.of(path)
         return answer
 
     @functools.wraps(unload_lora_adapter)
@@ -79,11 +82,14 @@ def serve_artifacts() -> None:
         answer = await unload_lora_adapter(models, request)
         if request.lora_name not in models.lora_requests:
             _templates.pop(request.lora_name, None)
+            _files.pop(request.lora_name, None)
         return answer
 
     @functools.wraps(process_inputs)
     def with_own_ends(processor: Any, *rest: Any, **options: Any) -> Any:
         made = process_inputs(processor, *rest, **options)
+        if made.lora_request is not None:
+            refuse_changed(made.lora_request.lora_name, Path(made.lora_request.lora_path))
         if made.lora_request is not None and made.sampling_params is not None:
             add_ends(made.sampling_params, _ends_of_text(made.lora_request.lora_path))
         return made
@@ -132,7 +138,7 @@ def compile_on_cpu(config: Any, eager: bool) -> None:
     from vllm.platforms import current_platform
 
     asked = (config.additional_config or {}).get(CONFIG_KEY)
-    if asked is None or asked["loras"] or asked["checked"] or eager or not current_platform.is_cpu():
+    if asked is None or asked["loras"] or eager or not current_platform.is_cpu():
         return
     compilation = config.compilation_config
     compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
@@ -179,6 +185,25 @@ def add_ends(params: Any, ends: Collection[int]) -> None:
     own = set(ends) - {params._eos_token_id}
     if own:
         params.stop_token_ids = sorted(own | set(params.stop_token_ids or ()))
+
+
+def refuse_changed(name: str, path: Path) -> None:
+    """Refuse a request for an expert whose files are no longer those that were loaded.
+
+    It may be in no slot any more, and what cannot be read while a batch is made ends vLLM.
+
+    Raises:
+        VLLMValidationError: which vLLM answers with status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    known = _files.get(name)
+    if known is not None and known != Files.of(path):
+        raise VLLMValidationError(
+            f"expert {name!r}: the files in {path} have changed since they were loaded; unload it, and load it by "
+            "another name",
+            parameter="model",
+        )
 
 
 @functools.cache

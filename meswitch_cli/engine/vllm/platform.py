@@ -7,16 +7,6 @@ import sys
 from typing import Any
 
 
-def prepare_platform() -> None:
-    """Change two things about vLLM's platform, on a CPU, before its samplers are imported. May be called again."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        # vLLM compiles a few small functions as they are first called: C++, for half a minute, while everybody waits.
-        current_platform.simple_compile_backend = "eager"
-    hide_llvmlite()
-
-
 def hide_llvmlite() -> None:
     """Keep vLLM's search for Triton kernels to replace away from llvmlite. May be called again.
 
@@ -25,7 +15,7 @@ def hide_llvmlite() -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or getattr(current_platform, "serves_experts", False):
+    if not current_platform.is_cpu() or "serves_experts" in vars(current_platform):
         return
     replace = current_platform.register_triton_kernel_overrides
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.names import CONFIG_KEY
+from meswitch_cli.engine.vllm.parent import end_with_parent, tell_parent
 from meswitch_cli.engine.vllm.version import check_vllm
+from meswitch_cli.errors import MeswitchError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,9 @@ SYMBOLS = (
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", ("build_chat_params",)),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", ("load_lora_adapter", "unload_lora_adapter")),
     ("vllm.v1.engine.input_processor", "InputProcessor", ("process_inputs",)),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("add_lora", "pin_lora", "remove_lora", "collective_rpc", "errored")),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", ("_model_forward",)),
+    ("vllm.forward_context", "ForwardContext", ("skip_compiled",)),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", ("load_lora_model",)),
     (
         "vllm.lora.model_manager",
@@ -58,6 +63,7 @@ def register() -> None:
 
     if getattr(LoRAModelRunnerMixin.load_lora_model, "serves_experts", False):
         return
+    end_with_parent()
     hide_llvmlite()
     serve_artifacts()
     register_model_loader(LOAD_FORMAT)(BaseLoader)
@@ -71,7 +77,11 @@ def register() -> None:
 
         give_memory_between_stages(runner, model)
         runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
-        return runner.lora_manager.create_lora_manager(model, vllm_config)
+        try:
+            return runner.lora_manager.create_lora_manager(model, vllm_config)
+        except MeswitchError as error:
+            tell_parent(str(error))
+            raise
 
     load_model.serves_experts = True  # type: ignore[attr-defined]
     LoRAModelRunnerMixin.load_lora_model = load_model

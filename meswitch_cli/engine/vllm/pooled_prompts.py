@@ -1,15 +1,20 @@
 """Hidden states of the base, seen as requests pass through it.
 
 A prompt to be pooled is a request of one token. While it is computed, among others', a hook on a decoder layer adds up
-what comes out of it, so that the weights on the device serve the router too.
+what comes out of it, so that the weights on the device serve the router too. Such batches alone are computed without
+what was compiled and captured, which calls no hooks.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 
 
 @dataclass
@@ -27,14 +32,11 @@ class PooledPrompts:
     def __init__(self, runner: Any, layers_prefix: str) -> None:
         self._runner, self._prefix = runner, layers_prefix
         self._watched: dict[str, TokenSum] = {}
-        self._hooked: set[int] = set()
+        self._forward = runner._model_forward
+        runner._model_forward = self._model_forward
 
     def watch(self, request_id: str, layer: int) -> None:
         """Add up what comes out of decoder layer `layer` (1 is the first) for a request to come."""
-        if layer not in self._hooked:
-            module = self._runner.get_model().get_submodule(f"{self._prefix}.{layer - 1}")
-            module.register_forward_hook(lambda *call: self._see(layer, call[-1]))
-            self._hooked.add(layer)
         self._watched[request_id] = TokenSum(layer)
 
     def take(self, request_id: str) -> list[float]:
@@ -45,9 +47,18 @@ class PooledPrompts:
         mean: list[float] = (watched.total / watched.tokens).tolist()
         return mean
 
-    def _see(self, layer: int, output: Any) -> None:
-        if not self._watched:
-            return
+    def _model_forward(self, *arguments: Any, **options: Any) -> Any:
+        layers = {watched.layer for watched in self._watched.values()}
+        with ExitStack() as hooks:
+            if layers:
+                context = get_forward_context()
+                context.skip_compiled, context.cudagraph_runtime_mode = True, CUDAGraphMode.NONE
+            for layer in layers:
+                module = self._runner.get_model().get_submodule(f"{self._prefix}.{layer - 1}")
+                hooks.callback(module.register_forward_hook(partial(self._see, layer)).remove)
+            return self._forward(*arguments, **options)
+
+    def _see(self, layer: int, module: Any, inputs: Any, output: Any) -> None:
         hidden = _hidden_states(output)
         starts = self._runner.query_start_loc.np
         for row, request_id in enumerate(self._runner.input_batch.req_ids):

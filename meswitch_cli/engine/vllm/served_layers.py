@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +65,9 @@ class ServedLayers:
     tied: bool
     device: torch.device
     dtype: torch.dtype
+    #: What only mixtures have, which this engine does not serve.
+    whole: frozenset[str] = frozenset()
+    routers: Mapping[str, Any] = field(default_factory=dict)
 
     def layer(self, name: str) -> Rows:
         if name == self.embedding_name:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.engine.vllm.manager import ExpertManager
-from meswitch_cli.engine.vllm.names import layout_of
 from meswitch_cli.engine.vllm.pooled_prompts import PooledPrompts
 
 
@@ -20,9 +20,9 @@ class WorkerExtension:
         manager = self._manager()
         return manager.seconds, manager.nbytes
 
-    def meswitch_grow(self, config: Mapping[str, Any]) -> None:
-        """Make the slots larger, for a layout as `names.worker_config` writes it."""
-        self._manager().grow(layout_of(config))
+    def meswitch_take_in(self, path: str) -> None:
+        """Make room for an artifact, as `ExpertManager.take_in`."""
+        self._manager().take_in(Artifact.open(Path(path)))
 
     def meswitch_unpin(self, lora_id: int) -> None:
         """Let vLLM evict an expert again."""

@@ -47,6 +47,10 @@ class BaselineWeights:
         """Bytes of the tensors read so far."""
         return sum(self._nbytes.values())
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return self.expert.weights.checkpoint.read_buffers()
+
     def read(self, name: str) -> torch.Tensor:
         name = self.architecture.parameters[name].tied_to or name
         if name in self._kept:

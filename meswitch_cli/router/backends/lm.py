@@ -15,7 +15,15 @@ import torch
 from meswitch_cli.checkpoint.source import resolve
 from meswitch_cli.errors import RouterError, UsageError, reason_of
 from meswitch_cli.model.tokenizer import load_tokenizer
-from meswitch_cli.router.backends.contract import NULL, Backend, FitRequest, FittedBackend, SavedBackend, all_features
+from meswitch_cli.router.backends.contract import (
+    NULL,
+    Backend,
+    FitRequest,
+    FittedBackend,
+    LabelledTexts,
+    SavedBackend,
+    all_features,
+)
 from meswitch_cli.router.backends.lm_training import fine_tune
 from meswitch_cli.router.backends.texts import encode, native_dtype, quiet_transformers
 from meswitch_cli.router.decide.conversation import clip_characters
@@ -59,19 +67,16 @@ class LetterModel(Backend):
 
     @classmethod
     def fit(cls, request: FitRequest) -> FittedBackend:
-        """Fine-tune every weight, then take the letters' rows as the head."""
+        """Fine-tune every weight until validation stops falling, then take the letters' rows as the head."""
         folder = str(request.model) if request.model else request.base.name if request.base else None
         if folder is None:
             raise UsageError("--model DIR is needed: the folder of the small causal language model")
-        settings, train = request.settings, request.parts["train"]
+        settings = request.settings
         path = Path(resolve(folder).path)
         made = cls(path, request.labels, max_tokens=settings.max_tokens, training=True)
-        certain = [
-            (text, request.labels[label])
-            for text, label in zip(train.texts, train.labels.tolist(), strict=True)
-            if label != NULL
-        ]
-        losses = fine_tune(made, certain, settings, request.on_progress)
+        train, validation = (_certain(request.parts[part], request.labels) for part in ("train", "validation"))
+        kept = request.read_ahead / "lm" if request.read_ahead else None
+        course = fine_tune(made, train, validation, settings, request.on_progress, kept)
         # As it will be stored and served, so that the figures are of what the folder holds.
         made.model.to(torch.bfloat16).to(native_dtype())
         return FittedBackend(
@@ -79,7 +84,13 @@ class LetterModel(Backend):
             features=all_features(made, request),
             standardise=False,
             head=made.letters_head(),
-            notes={"first_losses": losses[:5], "last_losses": losses[-5:]},
+            notes={
+                "first_losses": course.losses[:5],
+                "last_losses": course.losses[-5:],
+                "validation_losses": {str(step): loss for step, loss in course.validation.items()},
+                "best_step": course.best_step,
+                "converged": course.converged,
+            },
         )
 
     @classmethod
@@ -135,6 +146,13 @@ class LetterModel(Backend):
             self.model.config.dtype = torch.bfloat16
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def _certain(part: LabelledTexts, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """The prompts whose label is certain, with it."""
+    return [
+        (text, labels[label]) for text, label in zip(part.texts, part.labels.tolist(), strict=True) if label != NULL
+    ]
 
 
 BACKEND = LetterModel

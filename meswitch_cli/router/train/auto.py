@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from meswitch_cli.artifact.card import MAX_CARD_BYTES, MODEL_CARD, split_front_matter
+from meswitch_cli.artifact.card import MAX_CARD_BYTES, MODEL_CARD, OUR_TAGS, split_front_matter
 from meswitch_cli.errors import RouterError
 from meswitch_cli.router.decide.conversation import is_binary
 from meswitch_cli.router.decide.labels import check_label
@@ -24,7 +24,8 @@ def examples_from_card(name: str, folder: Path) -> list[Example]:
     """Prompts of an expert: its card's `widget` examples, and the general prompts of the fields that it is about.
 
     A field is meant where a word of its name has the stem of a word of the expert's name, or of the card's `tags`,
-    `pipeline_tag`, `datasets` and first heading.
+    `pipeline_tag`, `datasets` and first heading. What an artifact's card says of itself and of its base says nothing of
+    the expert.
 
     Raises:
         RouterError: the card cannot be read, or names no field that there are prompts of.
@@ -32,7 +33,10 @@ def examples_from_card(name: str, folder: Path) -> list[Example]:
     check_label(name, "--auto")
     front, body = _card(folder / MODEL_CARD)
     heading = next((line.lstrip("# ") for line in body.splitlines() if line.startswith("# ")), "")
-    said = [name, heading, *(item for key in ("tags", "pipeline_tag", "datasets") for item in _strings(front.get(key)))]
+    if front.get("library_name") == "meswitch":
+        heading = heading.partition(", as ")[0]
+    told = [item for key in ("tags", "pipeline_tag", "datasets") for item in _strings(front.get(key))]
+    said = [name, heading, *(item for item in told if item not in OUR_TAGS)]
     stems = {stem for text in said for stem in _stems(text)}
     meant = {_wide(prompt) for prompt in general_prompts() if _stems(str(prompt.group)) & stems}
     found = [

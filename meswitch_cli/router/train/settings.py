@@ -21,7 +21,7 @@ class TrainingSettings:
         target_precision: of what is routed; sets the confidence threshold.
         gate: how much is refused where nobody says otherwise.
         excerpts: whether the folder keeps the beginnings of prompts, for explanations.
-        lm_steps, lm_learning_rate: of the lm backend's fine-tuning.
+        lm_steps, lm_learning_rate: of the lm backend's fine-tuning, which ends sooner where validation stops falling.
     """
 
     backend: Kind = "probe"
@@ -32,7 +32,7 @@ class TrainingSettings:
     sticky_margin: float = STICKY_MARGIN
     gate: GateMode = "normal"
     excerpts: bool = True
-    lm_steps: int = 60
+    lm_steps: int = 240
     lm_learning_rate: float = 5e-5
     seed: int = 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine.family import Family, make_family
+from engine.vllm.processes import fork_engines
 
 from meswitch_cli.engine import EngineSettings
 from meswitch_cli.engine.vllm.engine import VllmEngine
@@ -19,6 +20,12 @@ NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 HEAD_DIM = 32
 #: The smallest that vLLM's attention on a CPU takes.
 PAGE_SIZE = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> None:
+    if find_spec("vllm") is not None:
+        fork_engines()
 
 
 @pytest.fixture(scope="session")

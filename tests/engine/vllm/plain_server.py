@@ -45,12 +45,12 @@ class PlainServer:
         *options: str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.port, self.log = _free_port(), folder / "vllm.log"
+        self.port, self.log = free_port(), folder / "vllm.log"
         modules = [f"{name}={path}" for name, path in adapters.items()]
         arguments = [
             *("--model", str(base), "--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--seed", "0", "--enable-lora"),
-            *(["--lora-modules", *modules] if modules else []),
+            *("--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--seed", "0"),
+            *(["--enable-lora", "--lora-modules", *modules] if modules else []),
             *options,
         ]
         self._stack = ExitStack()
@@ -123,7 +123,7 @@ class PlainServer:
         assert not wrong, wrong
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

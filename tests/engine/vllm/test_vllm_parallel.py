@@ -1,4 +1,4 @@
-"""Experts over several workers of vLLM: tensors cut between them, or layers."""
+"""Experts over several workers of vLLM: tensors cut between them, or layers, or requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_mixed_traffic_over_two_workers(
         server.check(family, requests(family, 12, seed=4))
 
 
-@pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel"])
+@pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel", "data_parallel"])
 def test_our_engine_over_two_workers(
     split: str, tmp_path: Path, start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

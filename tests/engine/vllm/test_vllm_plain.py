@@ -146,6 +146,26 @@ def test_an_artifact_that_changed_under_its_name_is_refused(
     assert response.status_code >= 400 and "has changed since it was taken in" in response.text, response.text
 
 
+def test_an_artifact_that_is_damaged_while_it_is_served_fails_its_requests_alone(
+    server: PlainServer, served: Family, tmp_path: Path
+) -> None:
+    """It has lost its slot to others, and would be read again."""
+    path = tmp_path / "fragile"
+    shutil.copytree(served.artifacts["alpha"], path)
+    assert server.post("/v1/load_lora_adapter", {"lora_name": "fragile", "lora_path": str(path)}).status_code == 200
+    body = {"model": "fragile", "prompt": [5, 6, 7], "max_tokens": 2}
+    assert server.post("/v1/completions", body).status_code == 200
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    greedy = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
+    others = [GenerationRequest(name, name, (5, 6, 7), greedy) for name in ("alpha", "beta")]
+    server.check(served, others)
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 400 and "'fragile'" in response.text and "have changed" in response.text
+    server.check(served, others)
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "fragile"}).status_code == 200
+
+
 def test_an_experts_own_ends_of_text_end_its_texts() -> None:
     from vllm import SamplingParams
 

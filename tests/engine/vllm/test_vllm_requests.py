@@ -119,6 +119,12 @@ def test_names_are_those_of_the_loaded_base(name: str, tmp_path: Path) -> None:
     assert names.vocabulary == loaded.vocabulary
 
 
+def test_a_mixture_is_refused_by_name(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "mixtral")
+    with pytest.raises(EngineError, match=r"mixtral is a mixture of experts, such as .*, which --engine vllm"):
+        base_names(architecture(Checkpoint.open(str(base)).config, str(base)))
+
+
 def test_the_layout_reaches_the_workers(family: Family) -> None:
     checkpoint = Checkpoint.open(str(family.base))
     described = architecture(checkpoint.config, str(family.base))
@@ -142,7 +148,7 @@ def test_the_layout_reaches_the_workers(family: Family) -> None:
     assert arguments["kv_cache_memory_bytes"] >= 1000 * 2 * 2 * 2 * names_width(described) * 4
     assert not arguments["enable_prefix_caching"] and arguments["max_loras"] == 2 and arguments["dtype"] == "float32"
     config = WorkerConfig.of(json.loads(json.dumps(arguments["additional_config"])))
-    assert config == WorkerConfig(layout=layout, host_bytes=EngineSettings(base="").copies_nbytes)
+    assert config == WorkerConfig(layout=layout.joined(Layout({}, names.norms)), host_bytes=None)
     assert config.checked and not config.loras
     assert layout.holds(Layout({}, frozenset()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +31,7 @@ from engine.test_residency import (
     test_without_sharing_nothing_is_cached,
 )
 from engine.vllm.conftest import NEEDS_VLLM
+from engine.vllm.processes import children
 
 from meswitch_cli.engine import generate
 from meswitch_cli.engine.contract import EngineError, ShuttingDownError, UnknownExpertError
@@ -81,20 +83,29 @@ def test_load_and_unload_under_traffic(family: Family, start: Start) -> None:
     assert_idle(engine)
 
 
-def test_a_failure_of_the_loop_is_told_to_everyone(family: Family, start: Start) -> None:
+def test_a_worker_that_is_killed_fails_everyone_and_nothing_hangs(family: Family, start: Start) -> None:
     engine = start(family, max_running=2)
-    loops: list[object] = []
-    engine._in_loop(loops.append)
-
-    def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("out of everything")
-
-    loops[0].engine.engine_core.engine_core.model_executor.execute_model = fail  # type: ignore[attr-defined]
     traffic = Traffic(engine)
     for index in range(5):
-        traffic.submit(one("alpha", index, tokens=20))
-    completions = traffic.wait(10).values()
+        traffic.submit(one("alpha", index, tokens=100))
+    (worker,) = children("Worker")
+    worker.kill()
+    completions = traffic.wait(60).values()
     assert {completion.finish_reason for completion in completions} == {"error"}
-    assert all("out of everything" in (completion.error or "") for completion in completions)
-    with pytest.raises(ShuttingDownError, match="out of everything"):
+    assert all("vLLM's processes have ended" in (completion.error or "") for completion in completions)
+    with pytest.raises(ShuttingDownError, match="vLLM's processes have ended"):
         engine.submit(one("beta"), lambda chunk: None)
+    with pytest.raises(ShuttingDownError, match="vLLM's processes have ended"):
+        engine.load_expert("late", family.artifacts["beta"])
+    engine.stop()
+    assert not children("Worker") and not children("EngineCore")
+
+
+def test_an_idle_engine_notices_that_vllm_has_died(family: Family, start: Start) -> None:
+    engine = start(family)
+    (core,) = children("EngineCore")
+    core.kill()
+    deadline = time.monotonic() + 60
+    while engine.closed is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "vLLM's processes have ended" in (engine.closed or "")

@@ -1,0 +1,61 @@
+"""What vLLM's processes owe to a server of ours that started them: why they could not begin, and to end when it ends.
+
+vLLM tells it only that they could not, and only its workers notice that their parent is gone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: Names the file that the reason is written to, in processes that such a server started.
+VARIABLE = "MESWITCH_VLLM_REFUSAL"
+
+
+class Refusal:
+    """What is known of a start that is under way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def reason(self) -> str | None:
+        return self._path.read_text(encoding="utf-8") if self._path.exists() else None
+
+
+@contextmanager
+def told_by_children() -> Iterator[Refusal]:
+    """Have processes that are started meanwhile tell their reasons, and end with this one."""
+    with tempfile.TemporaryDirectory(prefix="meswitch-") as folder:
+        path = Path(folder, "refusal")
+        os.environ[VARIABLE] = str(path)
+        try:
+            yield Refusal(path)
+        finally:
+            del os.environ[VARIABLE]
+
+
+def tell_parent(reason: str) -> None:
+    """Tell a server of ours that starts this process why it cannot begin."""
+    path = os.environ.get(VARIABLE)
+    if path and Path(path).parent.is_dir():
+        Path(path).write_text(reason, encoding="utf-8")
+
+
+def end_with_parent() -> None:
+    """End this process, as vLLM ends it, once the server of ours that started it is gone."""
+    parent = multiprocessing.parent_process()
+    if VARIABLE not in os.environ or parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="meswitch-parent", daemon=True).start()
