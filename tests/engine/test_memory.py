@@ -232,15 +232,20 @@ def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
     assert said == (with_16 if usual else without)
 
 
-def test_slots_hold_what_trellis_codes_decode_to(tmp_path: Path) -> None:
-    """A quarter of a bit on disk is a bit on the device, four levels at a bit are two."""
+def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) -> None:
+    """A quarter of a bit on disk is one on the device, beside parts that are the same at all rates."""
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
 
     def slot(*options: str) -> int:
         return plan_of(tmp_path, config, *options, "--rank", "16")[1]["slot_bytes"]
 
-    assert slot("--bits", "0.125") == slot("--bits", "0.25") == slot("--bits", "0.5") == slot("--bits", "1")
-    assert slot("--bits", "1", "--code", "trellis") == slot("--bits", "2")
+    linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    trellis = {bits: slot("--bits", bits, "--code", "trellis") for bits in ("0.125", "0.25", "0.5", "1")}
+    for bits, own in trellis.items():
+        assert own - trellis["0.125"] == (float(bits) - 0.125) * linears / 8
+    ends = ("--embedding-bits", "2")
+    assert slot("--bits", "1", "--code", "trellis", *ends) == slot("--bits", "1", *ends)
+    assert 128 * trellis["0.25"] < 80e9 - 2 * linears - 4 * 32000 * 4096
 
 
 def test_command(family: Family) -> None:

@@ -85,8 +85,9 @@ def test_siblings_of_mixed_rates(triton, monkeypatch):
     """Each linear's own order of x: an artifact of a size has other rates in each."""
     monkeypatch.setattr(triton, "launch_decode", None)  # not one by one
     bits = [(QUARTER,), (HALF, 2), (EIGHTH, WHOLE, 1)]
-    for case in ({"rank": [(16, 0), (0,), (32,)]}, {"channel_scale": [True, False, False]}, {}):
-        check(triton, family(5, 320, (64, 16, 32), dtype=torch.bfloat16, bits=bits, **case))
+    ranks, scales = [(16, 0), (0,), (32,)], [True, False, False]
+    check(triton, family(5, 160, (32, 16, 16), dtype=torch.bfloat16, bits=bits, rank=ranks, channel_scale=scales))
+    check(triton, family(2, 64, (16, 16), dtype=torch.bfloat16, bits=bits))
 
 
 def test_tables_follow_banks(triton):

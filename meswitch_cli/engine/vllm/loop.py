@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import queue
 import re
-import signal
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -167,8 +166,6 @@ class VllmLoop:
         self._end_events()
 
     async def _make(self, arguments: dict[str, Any]) -> AsyncLLM:
-        # A terminal sends Ctrl-C to all of its processes; the server that we are decides when vLLM's end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._cache.logger])
         await engine.get_supported_tasks()  # asked before the first request: one could be aborted meanwhile
         return engine

@@ -49,10 +49,15 @@ def tell_parent(reason: str) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, as vLLM ends it, once the server of ours that started it is gone."""
+    """Leave it to the server of ours that started this process when it ends, and end once that server is gone.
+
+    A terminal sends Ctrl-C to all of its processes, while the server lets running requests end.
+    """
     parent = multiprocessing.parent_process()
     if VARIABLE not in os.environ or parent is None:
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent.join()

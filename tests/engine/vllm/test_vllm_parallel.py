@@ -23,28 +23,30 @@ pytestmark = NEEDS_VLLM
 SIZES: Mapping[str, Any] = {"head_dim": HEAD_DIM, "intermediate_size": 192}
 #: Families whose heads are as wide as hidden size and their number make them.
 WIDE = {"hidden_size": 128, "num_attention_heads": 4}
-CASES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
-    "tensor-llama": ("llama", {}, ("--tensor-parallel-size", "2")),
-    "tensor-qwen2-tied": (
-        "qwen2",
-        WIDE | {"tie_word_embeddings": True, "num_key_value_heads": 1},
-        ("--tensor-parallel-size", "2"),
-    ),
-    "tensor-phi3": ("phi3", WIDE, ("--tensor-parallel-size", "2")),
-    "pipeline-llama": ("llama", {}, ("--pipeline-parallel-size", "2")),
-    "pipeline-gemma3-tied": ("gemma3", {}, ("--pipeline-parallel-size", "2")),
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "tensor-qwen2-tied": ("qwen2", WIDE | {"tie_word_embeddings": True, "num_key_value_heads": 1}, "tensor_parallel"),
+    "tensor-phi3": ("phi3", WIDE, "tensor_parallel"),
+    "pipeline-gemma3-tied": ("gemma3", {}, "pipeline_parallel"),
 }
 
 
-@pytest.mark.parametrize(("name", "config", "options"), CASES.values(), ids=CASES.keys())
-def test_mixed_traffic_over_two_workers(
-    name: str, config: Mapping[str, Any], options: tuple[str, ...], tmp_path: Path
-) -> None:
-    made = make_family(tmp_path, name, **{**SIZES, **config})
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_mixed_traffic_over_two_workers(split: str, tmp_path: Path) -> None:
+    made = make_family(tmp_path, "llama", **SIZES)
     family: Family = replace(made, artifacts={expert: made.artifacts[expert] for expert in ("alpha", "beta")})
-    slots = ("--max-loras", "2", "--max-lora-rank", "8")
-    with PlainServer(family.base, family.artifacts, tmp_path, *slots, *options) as server:
+    options = ("--max-loras", "2", "--max-lora-rank", "8", f"--{split}-parallel-size", "2")
+    with PlainServer(family.base, family.artifacts, tmp_path, *options) as server:
         server.check(family, requests(family, 12, seed=4))
+
+
+@pytest.mark.parametrize(("name", "config", "split"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_families_over_two_workers(
+    name: str, config: Mapping[str, Any], split: str, tmp_path: Path, start: Callable[..., VllmEngine]
+) -> None:
+    """In our engine, whose processes are forked: the workers are those of vLLM's server."""
+    family = make_family(tmp_path, name, **{**SIZES, **config})
+    engine = start(family, slots=2, **{split: 2})
+    check(engine, family, requests(family, 12, seed=4))
 
 
 @pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel", "data_parallel"])

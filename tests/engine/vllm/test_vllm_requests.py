@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampling
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.vllm.arguments import engine_arguments
+from meswitch_cli.engine.vllm.artifacts import Files
 from meswitch_cli.engine.vllm.engine import VllmEngine
 from meswitch_cli.engine.vllm.names import WorkerConfig, base_names, layout_of, worker_config
+from meswitch_cli.engine.vllm.parent import told_by_children
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY, generator_seed, sampling_options
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture
@@ -106,6 +111,30 @@ def test_greedy_and_the_temperatures_that_vllm_would_change() -> None:
 def test_any_seed_is_one_that_generators_take() -> None:
     seeds = [generator_seed(seed) for seed in (-1, 0, 1, 2**80, -(2**70))]
     assert len(set(seeds)) == 5 and all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_a_shard_that_changes_in_place_is_noticed(family: Family, tmp_path: Path) -> None:
+    path = tmp_path / "alpha"
+    shutil.copytree(family.artifacts["alpha"], path)
+    before = Files.of(path)
+    assert before == Files.of(path) and len(before.listed) >= 2
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")  # as many bytes
+    assert Files.of(path) != before
+    assert Files.of(tmp_path / "absent").listed == ()
+
+
+def test_a_process_tells_the_server_that_started_it_why_it_cannot_begin() -> None:
+    def told_by_a_process(reason: str) -> None:
+        code = f"from meswitch_cli.engine.vllm.parent import tell_parent; tell_parent({reason!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    with told_by_children() as refusal:
+        assert refusal.reason is None
+        told_by_a_process("no layer of the base's")
+        assert refusal.reason == "no layer of the base's"
+    told_by_a_process("nobody listens")
+    assert refusal.reason is None
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi"])
