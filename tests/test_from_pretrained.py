@@ -60,6 +60,13 @@ def test_tied_heads_and_several_files(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_mixture_is_filled_as_transformers_fuses_it(tmp_path: Path) -> None:
+    base, expert = make_pair(tmp_path, "mixtral")
+    made = meswitch.compress(base, expert, tmp_path / "art", bits=4, rank=3)
+    plain = AutoModelForCausalLM.from_pretrained(meswitch.restore(made, base, tmp_path / "plain"))
+    _same(AutoModelForCausalLM.from_pretrained(made.path, meswitch_base=str(base)), plain)
+
+
 @pytest.mark.parametrize("first", ["transformers", "meswitch_cli"])
 def test_either_may_be_imported_first(first: str, made: meswitch.Artifact, pair: Pair) -> None:
     second = "meswitch_cli" if first == "transformers" else "transformers"

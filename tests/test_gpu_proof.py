@@ -173,6 +173,7 @@ def _slow(folder: Path, limit: float) -> Outcome:
 def test_goals_are_judged_by_the_figures() -> None:
     rows: list[dict[str, Any]] = [
         {"figure": "decoder", "bits": 2, "experts": 16, "tokens": 16, "times_base": 3.6},
+        {"figure": "decoder", "bits": 0.25, "experts": 16, "tokens": 16, "times_base": 1.4},
         {"figure": "decode", "what": "2 bit: experts", "bits": "2", "experts": 16, "requests": 16, "step_ms_p50": 6.0},
         {"figure": "decode", "what": "the base alone", "bits": None, "experts": 0, "requests": 16, "step_ms_p50": 2.0},
         {"figure": "linear_prefill", "tokens": 2048, "which": "as the engine plans", "of_cublas_on_merged": 0.9},
@@ -182,6 +183,7 @@ def test_goals_are_judged_by_the_figures() -> None:
     ]
     told = {what: (bound, measured, met) for what, bound, measured, met in goals(rows)}
     assert told["decoder: 16 experts of 2 bits, times the base's step"] == ("at most 3.5", "3.6", "**no**")
+    assert told["decoder: 16 experts of 1/4 bit and rank 16, times the base's step"] == ("at most 1.5", "1.4", "yes")
     assert told["engine: 16 experts of 2 bits, times the base alone"] == ("at most 3.5", "3", "yes")
     assert told["prefill of 2,048 tokens, of cuBLAS on merged weights"] == ("at least 0.85", "0.8", "**no**")
     assert told["kernels of a decode step, of 32 layers"] == ("at most 450", "400", "yes")

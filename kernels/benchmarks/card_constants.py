@@ -51,7 +51,7 @@ class Run:
         return found
 
     @property
-    def decoded_bits(self) -> list[int]:
+    def decoded_bits(self) -> list[float]:
         return sorted({row["bits"] for row in self.of("decoder") if row["experts"] == 1})
 
 
@@ -101,7 +101,7 @@ def constants(run: Run) -> dict[str, Any]:
     return found
 
 
-def gigabytes(run: Run, layers: int, bits: int, experts: int) -> float:
+def gigabytes(run: Run, layers: int, bits: float, experts: int) -> float:
     """What a step of so many layers reads: base alone with 0 experts, else the experts' deltas alone."""
     row = run.of("decoder")[0]
     if not experts:

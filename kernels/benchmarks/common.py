@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch_kernels import ExpertBank, ExpertDelta, tuning
-from meswitch_kernels.packing import words_per_row
+from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, tuning
+from meswitch_kernels.messages import FIRST_NUMBER, code_width, row_words
 
 SHAPES = {
     "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
@@ -83,19 +83,39 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def scaled_at(bits: int) -> bool:
+def parse_bits(text: str) -> float:
+    """Bits of a weight, as an option's text has them."""
+    bits = float(text)
+    return int(bits) if bits >= 1 else bits
+
+
+def code_number(bits: float) -> int:
+    """The number of the codes of so many bits: scalar ones, or below 1 the messages of trellis codes."""
+    return int(bits) if bits >= 1 else FIRST_NUMBER + round(1 / bits)
+
+
+def capacity_for(bits: float, **rest: Any) -> Capacity:
+    """What a bank has for experts of so many bits."""
+    number = code_number(bits)
+    if number > FIRST_NUMBER:
+        return Capacity(messages=(number,), **rest)
+    return Capacity(bits=number, **rest)
+
+
+def scaled_at(bits: float) -> bool:
     """Whether `meswitch compress`, unless told otherwise, gives experts of so many bits channel scales."""
     return bits == 1
 
 
 def load_experts(
-    bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: int, scaled: bool = False
+    bank: ExpertBank, slots: int, in_features: int, out_features: int, bits: float, scaled: bool = False
 ) -> None:
     """Fill a bank with random codes, small steps and a low-rank part of its full rank, made on its own device.
 
     With `scaled` the input channels have scales, which the bank must have room for.
     """
-    words = words_per_row(in_features, bits)
+    number = code_number(bits)
+    words = row_words(in_features, number)
     for slot in range(slots):
         codes = torch.randint(-(1 << 31), 1 << 31, (out_features, words), device=bank.device, dtype=torch.int64)
         steps = torch.full((out_features, 1), 0.1 * in_features**-0.5, device=bank.device)
@@ -108,7 +128,8 @@ def load_experts(
             left = torch.randn(out_features, rank, device=bank.device).mul(rank**-0.5)
             right = torch.randn(rank, in_features, device=bank.device).mul(0.1 * in_features**-0.5)
         delta = ExpertDelta(
-            bits=bits,
+            bits=code_width(number),
+            message=number - FIRST_NUMBER if number > FIRST_NUMBER else 0,
             codes=codes.to(torch.int32),
             steps=steps,
             salient_index=index,
@@ -120,9 +141,9 @@ def load_experts(
         bank.load(slot, delta)
 
 
-def delta_bytes(in_features: int, out_features: int, bits: int, k: int = 8, rank: int = 0) -> int:
+def delta_bytes(in_features: int, out_features: int, bits: float, k: int = 8, rank: int = 0) -> int:
     """Bytes of one expert's delta that a product must read: codes, steps, salient values, scales, low-rank part."""
-    words = -(-in_features * bits // 32)
+    words = row_words(in_features, code_number(bits))
     return out_features * (4 * words + 4 + 2 * k + 4) + 2 * in_features + 2 * rank * (in_features + out_features)
 
 

@@ -26,9 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from meswitch_kernels import triton_groups, triton_merge, triton_norm, triton_ops
+from meswitch_kernels import triton_groups, triton_launch, triton_merge, triton_norm
+from meswitch_kernels.bank import bank_formats
 from meswitch_kernels.groups import tile_size_for
-from meswitch_kernels.packing import BIT_WIDTHS, widths_in
+from meswitch_kernels.messages import FIRST_NUMBER, MESSAGES
+from meswitch_kernels.packing import BIT_WIDTHS
 from meswitch_kernels.tuning import Card, default_settings
 
 POINTERS = {
@@ -57,10 +59,10 @@ MULTIPLES_OF_16 = {
     "steps_stride", "channels_per_split", "max_rank", "most_rank",
 }  # fmt: skip
 ALONE = {
-    "triton_rows.embedding_rows": {"BLOCK": 1024},
+    "triton_rows.embedding_rows": {"NUMBERS": bank_formats(2, list(MESSAGES)), "BLOCK": 1024},
     "triton_norm.norm_rows": {"OWN": True, **triton_norm.norm_launch(4096)},
     "triton_merge.merge_siblings": {
-        "WIDTHS": (2, 1),
+        "NUMBERS": (2, 1),
         "GROUPED": False,
         "SCALED": True,
         "EVEN": True,
@@ -72,6 +74,7 @@ ALONE = {
     "triton_siblings.prepare_siblings": {
         "SPLITS": 8,
         "SCALED": True,
+        "MESSAGES": tuple(MESSAGES),
         "RANKED": True,
         "TILE_TOKENS": 8,
         "BLOCK_RANK": 16,
@@ -95,7 +98,7 @@ class Launch:
     dtype: str
     constants: dict[str, object]
     options: dict[str, int]
-    bits: int = 0
+    bits: float = 0
     steps: str = "-"
     rank: int = 0
     tokens: int = 0
@@ -108,7 +111,7 @@ class Row:
     kernel: str
     arch: int
     dtype: str
-    bits: int
+    bits: float
     steps: str
     rank: int
     tokens: int
@@ -161,48 +164,48 @@ def measure(launch: Launch) -> Row:
 
 def launches(quick: bool) -> Iterator[Launch]:
     """Every launch that the default settings can make."""
-    formats = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
-    for arch, (dtype, bits), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
+    scalar = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
+    formats = [(dtype, bits, bank_formats(bits, ())) for dtype, bits in scalar]
+    # Messages alone, each; and a bank that holds all of them beside scalar codes.
+    short = [next(reversed(MESSAGES))] if quick else list(MESSAGES)
+    formats += [("bf16", 1 / (number - FIRST_NUMBER), (number,)) for number in short]
+    formats += [(dtype, 2, bank_formats(2, list(MESSAGES))) for dtype in ([] if quick else ["bf16", "fp16", "fp32"])]
+    for arch, (dtype, bits, numbers), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
+        if grouped and len(numbers) == 1 and numbers[0] > FIRST_NUMBER:
+            continue
+        messages = triton_launch.reordered(numbers, TYPES[dtype], grouped=grouped)
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
         common = {
-            "WIDTHS": widths_in(bits), "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_ops.rank_block(rank),
+            "NUMBERS": numbers, "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_launch.rank_block(rank),
         }  # fmt: skip
         kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
         for tokens in (16,) if quick else (16, 32, 64):
-            settings = default_settings("decode", 4096, 4096, tokens, card, dtype == "fp32", grouped)
+            settings = default_settings(4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
                 **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
                 "MOST_TILES": tokens, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out, "BLOCK_K": settings.block_k,
-                "Z_SPLITS": triton_ops.PREPARE_SPLITS if rank else 0,
+                "Z_SPLITS": triton_launch.PREPARE_SPLITS if rank else 0,
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             yield Launch("triton_decode.decode", arch, dtype, constants, options, **kind, tokens=tokens)
-            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False):
+            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False) and not messages:
                 # Decode's own code but for the pointers: one for each card will do.
-                constants = {**constants, "SCALED": True}
+                constants = {**constants, "COPIED": True}
                 yield Launch("triton_siblings.decode_siblings", arch, dtype, constants, options, **kind, tokens=tokens)
-        for tokens in (128, 1024):
-            settings = default_settings("prefill", 4096, 4096, tokens, card, dtype == "fp32", grouped)
-            constants = {
-                **common, "HAS_BIAS": True, "TILE_TOKENS": tile_size_for(tokens), "BLOCK_OUT": settings.block_out,
-                "BLOCK_K": settings.block_k, "TILES_TOGETHER": 8, "Z_SPLITS": 1 if rank else 0,
-            }  # fmt: skip
-            options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-            yield Launch("triton_prefill.prefill", arch, dtype, constants, options, **kind, tokens=tokens)
         options = triton_merge.merge_launch(TYPES[dtype], rank)
         constants = {
-            **{name: common[name] for name in ("WIDTHS", "GROUPED", "EVEN")}, "SCALED": bits == 1, "HAS_BIAS": True,
+            **{name: common[name] for name in ("NUMBERS", "GROUPED", "EVEN")}, "SCALED": bits == 1, "HAS_BIAS": True,
             "LOW_RANK": rank > 0, **options,
         }  # fmt: skip
         options = {"num_warps": constants.pop("num_warps")}
         yield Launch("triton_merge.merge_rows", arch, dtype, constants, options, **kind)
-    for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 128, 1024]):
+    for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 64]):
         tile = tile_size_for(tokens)
         constants = {
-            "SCALED": tokens < 128, "RANKED": True, "TILE_TOKENS": tile, "BLOCK_RANK": triton_ops.rank_block(RANK),
-            "BLOCK_K": triton_ops.prepare_block(tile),
+            "SCALED": True, "MESSAGES": tuple(MESSAGES), "RANKED": True, "TILE_TOKENS": tile,
+            "BLOCK_RANK": triton_launch.rank_block(RANK), "BLOCK_K": triton_launch.PREPARE_BLOCK,
         }  # fmt: skip
-        options = triton_ops.PREPARE_OPTIONS
+        options = triton_launch.PREPARE_OPTIONS
         yield Launch("triton_low_rank.prepare", arch, dtype, constants, options, rank=RANK, tokens=tokens)
     for arch, bits in product([80, 90], BIT_WIDTHS):
         constants = {"BITS": bits, "BLOCK_ROWS": 16}
@@ -232,7 +235,7 @@ def main() -> int:
         print("| kernel | arch | dtype | bits | steps | rank | tokens | registers | spilled bytes | shared bytes |")
         print("|---|---|---|---|---|---|---|---|---|---|")
         for row in found:
-            bits, tokens = row.bits or "any", row.tokens or "any"
+            bits, tokens = f"{row.bits:g}" if row.bits else "any", row.tokens or "any"
             print(
                 f"| {row.kernel} | sm_{row.arch} | {row.dtype} | {bits} | {row.steps} | {row.rank} | {tokens} "
                 f"| {row.registers} | {row.spilled_bytes} | {row.shared_bytes} |"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import delta_bytes, graph_seconds, load_experts, say, scaled_at
+from common import capacity_for, delta_bytes, graph_seconds, load_experts, parse_bits, say, scaled_at
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
@@ -44,7 +44,9 @@ PARTS = {
 RUNS = (
     ((2, 0, 16), ((1, 1), (1, 16), (4, 16), (16, 16))),
     ((1, 16, 16), ((1, 1), (1, 16), (4, 16), (16, 16))),
+    ((0.25, 16, 16), ((1, 1), (1, 16), (4, 16), (16, 16))),
     ((1, 16, 48), ((48, 48),)),
+    ((0.25, 16, 48), ((48, 48),)),
 )
 
 
@@ -61,11 +63,11 @@ class Decoder:
         self.banks: list[dict[str, ExpertBank]] = []
         self.gains: list[list[GainBank]] = []
 
-    def load(self, bits: int, rank: int, experts: int) -> None:
+    def load(self, bits: float, rank: int, experts: int) -> None:
         """Fill banks of this format; those of before are let go."""
         self.banks, self.gains, self.slots = [], [], experts
         scaled = scaled_at(bits)
-        capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled)
+        capacity = capacity_for(bits, salient=8, rank=rank, channel_scale=scaled)
         for _ in self.weights:
             self.banks.append({n: ExpertBank(experts, s[1], s[0], capacity, device="cuda") for n, s in PARTS.items()})
             self.gains.append([GainBank(experts, gain) for gain in self.plain])
@@ -118,7 +120,7 @@ class Decoder:
         """Bytes that a step must read of the base: linears and head."""
         return sum(w.nbytes for weights in self.weights for w in weights.values()) + self.table.nbytes
 
-    def delta_nbytes(self, bits: int, rank: int) -> int:
+    def delta_nbytes(self, bits: float, rank: int) -> int:
         """Bytes that a step must read of one expert."""
         layer = sum(delta_bytes(i, o, bits, rank=rank) for o, i in PARTS.values())
         return len(self.weights) * layer + delta_bytes(HIDDEN, VOCAB, max(2, bits))
@@ -137,7 +139,7 @@ def decoder_layer(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--bits", type=int, help="of every expert's codes; without it three formats in turn")
+    parser.add_argument("--bits", type=parse_bits, help="of every expert's codes; without it five formats in turn")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)

@@ -16,11 +16,13 @@ from collections.abc import Callable
 import torch
 from common import (
     SHAPES,
+    capacity_for,
     copy_bandwidth,
     delta_bytes,
     graph_seconds,
     load_experts,
     matrix_rate,
+    parse_bits,
     rotating,
     say,
     scaled_at,
@@ -28,7 +30,7 @@ from common import (
 from torch import Tensor
 from torch.nn.functional import linear
 
-from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens
+from meswitch_kernels import ExpertBank, expert_linear, group_tokens
 from meswitch_kernels.dispatch import backend_module
 
 SLOTS = 16
@@ -36,7 +38,7 @@ LAYERS = SHAPES["Mistral-7B"]
 #: (experts, tokens) of the decode rows.
 BATCHES = ((1, 1), (1, 16), (1, 64), (4, 4), (4, 16), (16, 16), (16, 64))
 #: (bits, rank).
-FORMATS = ((2, 0), (1, 16), (1, 0), (4, 0))
+FORMATS = ((2, 0), (1, 16), (0.25, 16), (1, 0), (4, 0))
 CACHE_BYTES = 128 << 20
 """More than the last-level cache of any card today, so that rotating operands come from memory."""
 
@@ -52,7 +54,7 @@ def decode(name: str, shape: tuple[int, int], formats: list[tuple[int, int]], ba
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     alone: dict[int, float] = {}
     for bits, rank in formats:
-        capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
+        capacity = capacity_for(bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
         banks = [ExpertBank(SLOTS, in_features, out_features, capacity, device="cuda") for _ in range(2)]
         for bank in banks:
             load_experts(bank, SLOTS, in_features, out_features, bits, scaled_at(bits))
@@ -88,11 +90,11 @@ def decode(name: str, shape: tuple[int, int], formats: list[tuple[int, int]], ba
             )
 
 
-def prefill(name: str, shape: tuple[int, int], bits: int, rank: int, rate: float) -> None:
+def prefill(name: str, shape: tuple[int, int], bits: float, rank: int, rate: float) -> None:
     """Rows of the prefill table of one layer."""
     out_features, in_features = shape
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    capacity = Capacity(bits=bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
+    capacity = capacity_for(bits, salient=8, rank=rank, channel_scale=scaled_at(bits))
     bank = ExpertBank(1, in_features, out_features, capacity, device="cuda")
     load_experts(bank, 1, in_features, out_features, bits, scaled_at(bits))
     merged = (weight.float() + bank.dequantize(0)).to(torch.bfloat16)
@@ -122,7 +124,7 @@ def prefill(name: str, shape: tuple[int, int], bits: int, rank: int, rate: float
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bits", type=int, help="of every expert's codes; without it four formats in turn")
+    parser.add_argument("--bits", type=parse_bits, help="of every expert's codes; without it five formats in turn")
     parser.add_argument("--rank", type=int, default=0, help="of every expert's low-rank part, with --bits")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -24,9 +24,12 @@ import triton
 from compile_report import Launch, compiled
 from triton.compiler import CompiledKernel
 
-from meswitch_kernels.packing import PLANE_WORDS, codes_per_word
+from meswitch_kernels.messages import FIRST_NUMBER, MESSAGES
+from meswitch_kernels.packing import BIT_WIDTHS, PLANE_WORDS, codes_per_word
+from meswitch_kernels.triton_messages import message_channels
 from meswitch_kernels.tuning import Card, default_settings
 
+QUARTER = FIRST_NUMBER + 4
 PAIR = {"bf16": "0x43004300", "fp16": "0x64006400"}
 """What a pair of codes is set into: a loop that names it unpacks."""
 
@@ -37,7 +40,8 @@ class Loop:
 
     arch: int
     dtype: str
-    bits: int
+    bits: float
+    code: str
     tile_tokens: int
     weights: int
     instructions: int
@@ -54,16 +58,21 @@ class Loop:
     registers: int
 
 
-def launch_of(arch: int, dtype: str, bits: int, tile_tokens: int) -> Launch:
-    """Decode of a bank whose slots all have one width, by the default settings of a 4096 x 4096 layer."""
-    settings = default_settings("decode", 4096, 4096, 2 * tile_tokens, Card(f"sm_{arch}", 132, arch == 90))
+def launch_of(arch: int, dtype: str, number: int, tile_tokens: int) -> Launch:
+    """Decode of a bank whose slots all have codes of one number, by the default settings of a 4096 x 4096 layer."""
+    settings = default_settings(4096, 4096, 2 * tile_tokens, Card(f"sm_{arch}", 132, arch == 90))
     constants = {
-        "WIDTHS": (bits,), "GROUPED": False, "EVEN": True, "HAS_BIAS": False, "BASE_TOKENS": 16,
+        "NUMBERS": (number,), "GROUPED": False, "EVEN": True, "HAS_BIAS": False, "BASE_TOKENS": 16,
         "TILE_TOKENS": tile_tokens, "MOST_TILES": 16, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out,
         "BLOCK_K": settings.block_k, "Z_SPLITS": 0, "BLOCK_RANK": 16, "ASM": True,
     }  # fmt: skip
     options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-    return Launch("triton_decode.decode", arch, dtype, constants, options, bits=bits, tokens=tile_tokens)
+    return Launch("triton_decode.decode", arch, dtype, constants, options, bits=bits_of(number), tokens=tile_tokens)
+
+
+def bits_of(number: int) -> float:
+    """What is stored of a weight."""
+    return number if number < FIRST_NUMBER else 1 / (number - FIRST_NUMBER)
 
 
 def measure(launch: Launch) -> Loop:
@@ -76,12 +85,17 @@ def measure(launch: Launch) -> Loop:
         return sum(number for kind, number in kinds.items() if kind.split(".")[0] in names)
 
     threads = 32 * launch.options["num_warps"]
-    channels = PLANE_WORDS * codes_per_word(launch.bits)
+    (number,) = launch.constants["NUMBERS"]
+    if number > FIRST_NUMBER:
+        channels = message_channels(number, launch.tokens)
+    else:
+        channels = PLANE_WORDS * codes_per_word(number)
     widths = [int(width) // 8 for kind in kinds for width in re.findall(r"LDGSTS\..*?(\d+)$", kind.split(".LTC")[0])]
     return Loop(
         arch=launch.arch,
         dtype=launch.dtype,
         bits=launch.bits,
+        code="trellis" if number > FIRST_NUMBER else "scalar",
         tile_tokens=launch.tokens,
         weights=launch.constants["BLOCK_OUT"] * channels // threads,
         instructions=len(body),
@@ -134,22 +148,26 @@ def shortest_loop(code: list[tuple[int, str]], needle: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 at 2 bits alone")
+    parser.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 at 2 bits and a quarter alone")
     options = parser.parse_args()
-    cases = [(90, "bf16", 2, 8)] if options.quick else list(product([80, 90], ["bf16", "fp16"], [1, 2, 4], [8, 16]))
+    cases = (
+        [(90, "bf16", 2, 8), (90, "bf16", QUARTER, 8)]
+        if options.quick
+        else list(product([80, 90], ["bf16", "fp16"], [*BIT_WIDTHS, *MESSAGES], [8, 16]))
+    )
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         loops = list(pool.map(measure, [launch_of(*case) for case in cases]))
     if options.json:
         print(json.dumps([asdict(loop) for loop in loops]))
         return 0
     print(
-        "| arch | type | bits | tile | instructions a weight | unpacking | tensor | shared loads | shared stores "
-        "| copies | bytes | registers |"
+        "| arch | type | bits | code | tile | instructions a weight | unpacking | tensor | shared loads "
+        "| shared stores | copies | bytes | registers |"
     )
-    print("|" + "---|" * 12)
+    print("|" + "---|" * 13)
     for loop in loops:
         print(
-            f"| sm_{loop.arch} | {loop.dtype} | {loop.bits} | {loop.tile_tokens} "
+            f"| sm_{loop.arch} | {loop.dtype} | {loop.bits:g} | {loop.code} | {loop.tile_tokens} "
             f"| {loop.instructions / loop.weights:.2f} | {loop.unpacking / loop.weights:.2f} "
             f"| {loop.tensor / loop.weights:.2f} | {loop.shared_loads / loop.weights:.2f} | {loop.shared_stores} "
             f"| {loop.copies} | {loop.copy_bytes} | {loop.registers} |"

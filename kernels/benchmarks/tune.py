@@ -25,46 +25,37 @@ import torch
 from common import SHAPES, TUNING, graph_seconds, load_experts, rotating, say, write_tuning
 from torch import Tensor
 
-from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_ops
-from meswitch_kernels.groups import TokenGroups, tile_size_for
+from meswitch_kernels import Capacity, ExpertBank, expert_linear, group_tokens, triton_launch
+from meswitch_kernels.groups import TokenGroups
 from meswitch_kernels.prefill_plan import plan_prefill
 from meswitch_kernels.testing import ERROR_BOUND, relative_error
-from meswitch_kernels.tuning import LaunchSettings, card_of, default_settings, token_bucket
+from meswitch_kernels.tuning import LaunchSettings, card_of, default_settings, settings_key
 
 SLOTS = 16
 FORMAT = (2, 0)
 """Bits and rank of the experts that settings are tuned on."""
 LAYERS = sorted(set(SHAPES["Mistral-7B"].values()))
-CASES = (("decode", 16), ("decode", 64), ("prefill", 256), ("prefill", 2048))
-"""Kernel and tokens; decode's are spread over all slots, prefill's are of one."""
+BATCHES = (16, 64)
+"""Tokens, spread over all slots."""
 CACHE_BYTES = 256 << 20
 """Weights and banks together are at least so many bytes."""
-GRID: dict[str, dict[str, tuple[int, ...]]] = {
-    "decode": {
-        "block_out": (32, 64, 128),
-        "block_k": (32, 64, 128),
-        "splits": (1, 2, 4, 8),
-        "delta_splits": (1, 2, 4, 8),
-        "delta_programs": (1, 2, 4, 8, 16, 32, 64),
-        "num_warps": (2, 4, 8),
-        "num_stages": (2, 3, 4, 5),
-    },
-    "prefill": {
-        "block_out": (64, 128, 256),
-        "block_k": (32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
+GRID: dict[str, tuple[int, ...]] = {
+    "block_out": (32, 64, 128),
+    "block_k": (32, 64, 128),
+    "splits": (1, 2, 4, 8),
+    "delta_splits": (1, 2, 4, 8),
+    "delta_programs": (1, 2, 4, 8, 16, 32, 64),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
 }
 MERGE_TOKENS = (32, 64, 96, 128, 256, 512)
 
 
-def candidates(kernel: str, default: LaunchSettings) -> list[LaunchSettings]:
+def candidates(default: LaunchSettings) -> list[LaunchSettings]:
     """The default, and it with one member or two of its members changed."""
-    grid = GRID[kernel]
     found = [default]
-    for names in (*combinations(grid, 1), *combinations(grid, 2)):
-        for values in product(*(grid[name] for name in names)):
+    for names in (*combinations(GRID, 1), *combinations(GRID, 2)):
+        for values in product(*(GRID[name] for name in names)):
             found.append(dataclasses.replace(default, **dict(zip(names, values, strict=True))))
     return list(dict.fromkeys(found))
 
@@ -84,11 +75,11 @@ class Operands:
         return lambda: expert_linear(self.x, weight, None, bank, self.slots, self.groups)
 
 
-def operands(kernel: str, shape: tuple[int, int], tokens: int, copies: int | None = None) -> Operands:
+def operands(shape: tuple[int, int], tokens: int, slots: int = SLOTS, copies: int | None = None) -> Operands:
     """Random operands; `copies` None is as many as do not fit the cache."""
     out_features, in_features = shape
     bits, rank = FORMAT
-    slots, device = (SLOTS if kernel == "decode" else 1), "cuda"
+    device = "cuda"
     capacity = Capacity(bits=bits, salient=8, rank=rank)
 
     def bank() -> ExpertBank:
@@ -111,28 +102,28 @@ class Chosen:
     """Has every launch use one setting, within a block."""
 
     def __init__(self, settings: LaunchSettings) -> None:
-        self.settings, self.usual = settings, triton_ops.launch_settings
+        self.settings, self.usual = settings, triton_launch.launch_settings
 
     def __enter__(self) -> None:
-        triton_ops.launch_settings = lambda *_, **__: self.settings
+        triton_launch.launch_settings = lambda *_, **__: self.settings
 
     def __exit__(self, *_: object) -> None:
-        triton_ops.launch_settings = self.usual
+        triton_launch.launch_settings = self.usual
 
 
 @functools.lru_cache(maxsize=1)
-def _small_operands(kernel: str, tokens: int) -> tuple[Operands, Tensor]:
+def _small_operands(tokens: int) -> tuple[Operands, Tensor]:
     """Operands of the smallest layer, and their product by default settings."""
-    held = operands(kernel, LAYERS[0], tokens, copies=1)
+    held = operands(LAYERS[0], tokens, copies=1)
     return held, held.call(0)().double().cpu()
 
 
-def compile_one(kernel: str, tokens: int, settings: LaunchSettings) -> str | None:
+def compile_one(tokens: int, settings: LaunchSettings) -> str | None:
     """Compile a candidate into Triton's cache by running it once; why it cannot serve, or None.
 
     A kernel is compiled for blocks and types, not for a layer's shape, so the smallest layer will do.
     """
-    held, expected = _small_operands(kernel, tokens)
+    held, expected = _small_operands(tokens)
     try:
         with Chosen(settings):
             error = relative_error(held.call(0)(), expected)
@@ -141,28 +132,26 @@ def compile_one(kernel: str, tokens: int, settings: LaunchSettings) -> str | Non
     return None if error <= 2 * ERROR_BOUND[held.x.dtype] else f"its product is {error:.2g} off"
 
 
-def compiled(
-    found: dict[tuple[str, int], list[LaunchSettings]], jobs: int, seconds: float
-) -> dict[tuple[str, int], set[LaunchSettings]]:
-    """The candidates of each case that run on this card, of those that compile in so many seconds."""
-    usable: dict[tuple[str, int], set[LaunchSettings]] = {case: set() for case in found}
+def compiled(found: dict[int, list[LaunchSettings]], jobs: int, seconds: float) -> dict[int, set[LaunchSettings]]:
+    """The candidates of each number of tokens that run on this card, of those that compile in so many seconds."""
+    usable: dict[int, set[LaunchSettings]] = {tokens: set() for tokens in found}
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
     work = {
-        pool.submit(compile_one, *case, settings): (case, settings)
-        for case, candidates_of in found.items()
+        pool.submit(compile_one, tokens, settings): (tokens, settings)
+        for tokens, candidates_of in found.items()
         for settings in candidates_of
     }
     done, late = wait(work, timeout=seconds)
     pool.shutdown(wait=False, cancel_futures=True)
     refused = 0
     for future in done:
-        case, settings = work[future]
+        tokens, settings = work[future]
         problem = str(future.exception()) if future.exception() else future.result()
         if problem is None:
-            usable[case].add(settings)
+            usable[tokens].add(settings)
         else:
             refused += 1
-            print(f"{case} {settings}: {problem}", file=sys.stderr)
+            print(f"{tokens} tokens, {settings}: {problem}", file=sys.stderr)
     say("compiled", candidates=len(work), refused=refused, late=len(late))
     return usable
 
@@ -188,27 +177,25 @@ def fastest(
     return winner, least, timed
 
 
-def launch_entries(kernels: Iterable[str], jobs: int, deadline: float) -> Iterator[tuple[str, dict[str, int]]]:
-    """Key and settings of every case, as `launch_settings` looks them up."""
+def launch_entries(jobs: int, deadline: float) -> Iterator[tuple[str, dict[str, int]]]:
+    """Key and settings of every layer and batch, as `launch_settings` looks them up."""
     card = card_of(torch.device("cuda", torch.cuda.current_device()))
-    cases = [case for case in CASES if case[0] in kernels]
-    defaults = {(case, shape): default_settings(case[0], *shape, case[1], card) for case in cases for shape in LAYERS}
+    defaults = {(tokens, shape): default_settings(*shape, tokens, card) for tokens in BATCHES for shape in LAYERS}
     found = {
-        case: list(dict.fromkeys(s for shape in LAYERS for s in candidates(case[0], defaults[case, shape])))
-        for case in cases
+        tokens: list(dict.fromkeys(s for shape in LAYERS for s in candidates(defaults[tokens, shape])))
+        for tokens in BATCHES
     }
     usable = compiled(found, jobs, 0.6 * (deadline - time.monotonic()))
-    left = len(cases) * len(LAYERS)
-    for (kernel, tokens), shape in product(cases, LAYERS):
-        default = defaults[(kernel, tokens), shape]
-        chosen = [s for s in candidates(kernel, default) if s in usable[kernel, tokens]]
-        held = operands(kernel, shape, tokens)
+    left = len(defaults)
+    for (tokens, shape), default in defaults.items():
+        chosen = [s for s in candidates(default) if s in usable[tokens]]
+        held = operands(shape, tokens)
         with torch.no_grad():
             _, before, _ = fastest(held, [default], deadline)
             share = (deadline - time.monotonic()) / left
             winner, seconds, timed = fastest(held, chosen, time.monotonic() + share)
         left -= 1
-        key = f"{kernel}/{shape[0]}x{shape[1]}/{tile_size_for(tokens)}/{token_bucket(tokens)}"
+        key = settings_key(*shape, tokens)
         say("tuned", key=key, us=seconds * 1e6, default_us=before * 1e6, timed=timed, candidates=len(chosen))
         if winner is not None and seconds < before:
             yield key, dataclasses.asdict(winner)
@@ -221,7 +208,7 @@ def merge_crossover() -> int:
     for tokens in MERGE_TOKENS:
         seconds = {True: 0.0, False: 0.0}
         for shape in LAYERS:
-            held = operands("prefill", shape, tokens)
+            held = operands(shape, tokens, slots=1)
             for merged in seconds:
                 least = tokens if merged else tokens + 1
                 plan = plan_prefill(held.groups, [(0, tokens)], least)
@@ -238,7 +225,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=TUNING)
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--seconds", type=float, default=420, help="in all, but for what has begun")
-    parser.add_argument("--only", choices=["decode", "prefill", "merge"], help="one part of it")
+    parser.add_argument("--only", choices=["decode", "merge"], help="one part of it")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune needs a CUDA device", file=sys.stderr)
@@ -247,8 +234,7 @@ def main() -> int:
     deadline, card = time.monotonic() + options.seconds, torch.cuda.get_device_name()
     if options.only in (None, "merge"):
         write_tuning(options.out, card, merge_tokens=merge_crossover())
-    kernels = [name for name in ("decode", "prefill") if options.only in (None, name)]
-    for key, settings in launch_entries(kernels, options.jobs, deadline) if kernels else ():
+    for key, settings in launch_entries(options.jobs, deadline) if options.only != "merge" else ():
         write_tuning(options.out, card, cards={key: settings})
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from .delta import VALUE_DTYPES, Capacity, ExpertDelta
 from .dispatch import reads_planes
 from .groups import check_slots
-from .packing import BIT_WIDTHS, from_planes, group_count, to_planes, unpack_codes, words_per_row
+from .messages import FIRST_NUMBER, MESSAGES, code_width, decode_message, row_words
+from .packing import BIT_WIDTHS, from_planes, group_count, to_planes, unpack_codes, widths_in
 
 _Made = TypeVar("_Made")
 
@@ -38,8 +39,8 @@ class _BankTensors(NamedTuple):
     right: Tensor
     """`[slots, max_rank, in]`: its R, padded with zeros."""
     slot_bits: Tensor
-    """int32 `[slots]`; 0 marks an empty slot. An expert without codes has the narrowest width, and steps of 0 where the
-    bank has any."""
+    """int32 `[slots]`: the number of a slot's codes, which is a scalar code's width; 0 marks an empty slot. An expert
+    without codes has those that take least, and steps of 0 where the bank has any."""
     slot_group: Tensor
     """int32 `[slots]`: group size, 0 for one step per row."""
     slot_rank: Tensor
@@ -47,7 +48,9 @@ class _BankTensors(NamedTuple):
     tickets: Tensor
     """int32 `[blocks of rows]`, zeros: what the decode kernel counts its programs by, one launch at a time."""
     bits: int
-    """The widest code any slot may hold; 0 in a bank without codes, whose `codes` and `steps` are empty."""
+    """The widest scalar code any slot may hold; 0 where none may."""
+    messages: list[int]
+    """Numbers of the trellis codes that a slot may hold."""
     group_size: int
     """The finest group any slot may have; 0 where all have one step per row."""
     scaled: bool
@@ -63,6 +66,11 @@ class BankTensors(_BankTensors):
     """
 
     @functools.cached_property
+    def formats(self) -> tuple[int, ...]:
+        """Numbers of the codes that a slot may hold, the shortest last; none in a bank without codes."""
+        return bank_formats(self.bits, self.messages)
+
+    @functools.cached_property
     def _made(self) -> dict[Callable[[BankTensors], Any], Any]:
         return {}
 
@@ -73,24 +81,37 @@ class BankTensors(_BankTensors):
         return self._made[make]  # type: ignore[no-any-return]
 
 
+def bank_formats(bits: int, messages: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of codes that take as many bits and fewer, or are such messages, the shortest last."""
+    return (*(widths_in(bits) if bits else ()), *reversed(messages))
+
+
+def joined_formats(banks: Sequence[BankTensors]) -> tuple[int, ...]:
+    """Numbers of the codes that a slot of any of some banks may hold."""
+    held = {number for bank in banks for number in bank.messages}
+    return bank_formats(max(bank.bits for bank in banks), [number for number in MESSAGES if number in held])
+
+
 def dequantize_rows(
     tensors: BankTensors, slot: int, rows: Tensor | slice, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Output rows `rows` of a loaded slot's delta `[rows, in]`, in `dtype`: codes, salient residuals and L·R."""
     out, in_features = tensors.bias_delta.shape[1], tensors.channel_scale.shape[1]
-    if not tensors.bits:
+    if not tensors.formats:
         count = len(range(out)[rows]) if isinstance(rows, slice) else len(rows)
         nothing = torch.zeros(count, in_features, dtype=dtype, device=tensors.left.device)
         return _with_low_rank(nothing, tensors, slot, rows)
-    bits, group_size = int(tensors.slot_bits[slot]), int(tensors.slot_group[slot])
-    words, groups = words_per_row(in_features, bits), group_count(in_features, group_size)
+    number, group_size = int(tensors.slot_bits[slot]), int(tensors.slot_group[slot])
+    words, groups = row_words(in_features, number), group_count(in_features, group_size)
     codes = tensors.codes[slot, : out * words].view(out, words)[rows]
     steps = tensors.steps[slot, : out * groups].view(out, groups)[rows].to(dtype)
     if group_size:
         steps = steps.repeat_interleave(group_size, 1)[:, :in_features]
-    if tensors.planes:
-        codes = from_planes(codes, bits)
-    levels = unpack_codes(codes, bits, in_features).to(dtype) - (2**bits - 1) / 2
+    if number > FIRST_NUMBER:
+        codes = decode_message(codes, MESSAGES[number], in_features)
+    else:
+        codes = unpack_codes(from_planes(codes, number) if tensors.planes else codes, number, in_features)
+    levels = codes.to(dtype) - (2 ** code_width(number) - 1) / 2
     delta: Tensor = levels * steps * tensors.channel_scale[slot].to(dtype)
     index = tensors.salient_index[slot].long().expand(len(delta), -1)
     delta.scatter_add_(1, index, tensors.salient_value[slot][rows].to(dtype))
@@ -146,9 +167,11 @@ class ExpertBank:
         def empty(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=of, device=device)
 
-        groups = group_count(in_features, capacity.group_size) if capacity.bits else 0
+        numbers = bank_formats(capacity.bits, capacity.messages)
+        groups = group_count(in_features, capacity.group_size) if numbers else 0
+        words = max((row_words(in_features, number) for number in numbers), default=0)
         self.tensors = BankTensors(
-            codes=empty(slots, out_features * words_per_row(in_features, capacity.bits), of=torch.int32),
+            codes=empty(slots, out_features * words, of=torch.int32),
             steps=empty(slots, out_features * groups, of=torch.float32),
             salient_index=empty(slots, capacity.salient, of=torch.int32),
             salient_value=empty(slots, out_features, capacity.salient, of=dtype),
@@ -161,6 +184,7 @@ class ExpertBank:
             slot_rank=empty(slots if capacity.rank else 0, of=torch.int32),
             tickets=empty(-(-out_features // TICKET_ROWS), of=torch.int32),
             bits=capacity.bits,
+            messages=list(capacity.messages),
             group_size=capacity.group_size,
             scaled=capacity.channel_scale,
             planes=reads_planes(torch.device(device).type) if planes is None else planes,
@@ -190,9 +214,10 @@ class ExpertBank:
         delta.check(self.in_features, self.out_features, self.capacity)
         self.clear(slot)
         to = self.tensors
+        shortest = to.formats[-1] if to.formats else BIT_WIDTHS[0]
         if delta.bits:
             codes = to.codes[slot, : delta.codes.numel()].view(delta.codes.shape)
-            if to.planes:
+            if to.planes and not delta.message:
                 _put_planes(codes, delta.codes.to(self.device, non_blocking=True), delta.bits)
             else:
                 codes.copy_(delta.codes, non_blocking=True)
@@ -218,7 +243,7 @@ class ExpertBank:
             for factor in (to.left, to.right):
                 factor[slot].clamp_(-most, most)
             to.slot_rank[slot] = len(delta.right)
-        self._bits_of_slot[slot] = to.slot_bits[slot] = delta.bits or BIT_WIDTHS[0]
+        self._bits_of_slot[slot] = to.slot_bits[slot] = delta.number or shortest
         to.slot_group[slot] = delta.group_size
 
     def clear(self, slot: int) -> None:

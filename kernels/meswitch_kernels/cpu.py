@@ -37,7 +37,9 @@ def expert_linear(
     """As `naive.expert_linear`, for float32 and bfloat16 x. Groups other than `CpuGroups` are made again."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return naive.expert_linear(x, weight, bias, bank, slot_of_token)
-    if not bank.bits:
+    if bank.messages:
+        raise ValueError("the cpu backend reads no messages of trellis codes; load codes into its banks")
+    if not bank.formats:
         return codeless.expert_linear(x, weight, bias, bank, slot_of_token)
     if bank.planes:
         raise ValueError("the cpu backend reads codes as they are stored; make the bank with planes=False")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import check_bits, codes_per_word, group_count, words_per_row
+from .messages import FIRST_NUMBER, MESSAGES, row_words
+from .packing import check_bits, codes_per_word, group_count
 
 GROUP_MULTIPLE = 32
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -18,13 +19,15 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Capacity:
     """The most that any delta in a bank has: widest codes (0: none has any), finest groups (0: one step per row), ...
 
-    `channel_scale` says whether any has channel scales; kernels of a bank without them do not read any.
+    `messages` are numbers of the trellis codes (`messages.MESSAGES`) that some may have. `channel_scale` says whether
+    any has channel scales; kernels of a bank without them do not read any.
 
     Raises:
         ValueError: a number is impossible.
     """
 
     bits: int = 0
+    messages: tuple[int, ...] = ()
     group_size: int = 0
     salient: int = 0
     added_rows: int = 0
@@ -34,6 +37,8 @@ class Capacity:
     def __post_init__(self) -> None:
         if self.bits:
             check_bits(self.bits)
+        if self.messages != tuple(number for number in MESSAGES if number in self.messages):
+            raise ValueError(f"messages {self.messages} are not some of {tuple(MESSAGES)}, in this order")
         for name in ("salient", "added_rows", "rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
@@ -43,6 +48,7 @@ class Capacity:
         """What holds either's deltas."""
         return Capacity(
             bits=max(self.bits, other.bits),
+            messages=tuple(number for number in MESSAGES if number in self.messages + other.messages),
             group_size=min((size for size in (self.group_size, other.group_size) if size), default=0),
             salient=max(self.salient, other.salient),
             added_rows=max(self.added_rows, other.added_rows),
@@ -57,7 +63,9 @@ class ExpertDelta:
 
     Attributes:
         bits: width of the codes; 0 where there are none, and what is added is the rest alone.
-        codes: int32 `[out, ceil(in * bits / 32)]`, as `pack_codes` makes them.
+        message: channels that a bit of a trellis code's message stands for, of a code in `messages.MESSAGES` whose
+            width `bits` is; 0 where codes are stored themselves.
+        codes: int32 `[out, ceil(in * bits / 32)]`, as `pack_codes` makes them, or messages.
         steps: float16 or float32 `[out, groups]`.
         group_size: input channels that share a step, a multiple of 32; 0 where there is one step per row.
         salient_index: int32 `[k]`, distinct channels.
@@ -79,6 +87,12 @@ class ExpertDelta:
     added_rows: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+    message: int = 0
+
+    @property
+    def number(self) -> int:
+        """What its codes are known by: their width, or a message's number; 0 without codes."""
+        return FIRST_NUMBER + self.message if self.message else self.bits
 
     @classmethod
     def of_nothing(cls, in_features: int, out_features: int) -> ExpertDelta:
@@ -100,7 +114,13 @@ class ExpertDelta:
         salient = 0 if self.salient_index is None else self.salient_index.numel()
         added_rows = 0 if self.added_rows is None else self.added_rows.numel() // in_features
         rank = 0 if self.left is None else self.left.numel() // out_features
-        own = {"bits": self.bits, "salient": salient, "added_rows": added_rows, "rank": rank}
+        if self.message and (self.number not in MESSAGES or MESSAGES[self.number].width != self.bits):
+            raise ValueError(f"no message has a bit for {self.message} channels of {self.bits} bits")
+        if self.message and self.number not in capacity.messages:
+            raise ValueError(f"message {self.number} does not fit a bank of messages {capacity.messages}")
+        if self.message and self.group_size:
+            raise ValueError("a message has one step per row")
+        own = {"bits": 0 if self.message else self.bits, "salient": salient, "added_rows": added_rows, "rank": rank}
         for name, most in own.items():
             if most > getattr(capacity, name):
                 raise ValueError(f"{name} {most} does not fit a bank of {getattr(capacity, name)}")
@@ -109,7 +129,7 @@ class ExpertDelta:
         if self.group_size and not 0 < capacity.group_size <= self.group_size:
             raise ValueError(f"groups of {self.group_size} do not fit a bank of group_size {capacity.group_size}")
         expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-            "codes": ((out_features, words_per_row(in_features, self.bits)), (torch.int32,)),
+            "codes": ((out_features, row_words(in_features, self.number)), (torch.int32,)),
             "steps": ((out_features, group_count(in_features, self.group_size)), (torch.float16, torch.float32)),
             "salient_index": ((salient,), (torch.int32,)),
             "salient_value": ((out_features, salient), VALUE_DTYPES),

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 DECODE_TILES = ((17, 16), (0, 8))
 """(tokens from, tile size) of the decode kernel: 8 is the smallest a tensor core takes, and unpacks a weight for fewest
 instructions; 16 unpacks half as often where one slot has many tokens."""
-PREFILL_TOKENS = 128
-"""From this many tokens on a batch is served by the prefill kernel, in larger tiles."""
-PREFILL_TILES = ((1024, 128), (PREFILL_TOKENS, 64))
-"""(tokens from, tile size): a larger tile multiplies more with each merged weight, but wastes more of a small
-batch that is spread over many slots."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class TokenGroups:
 
 def tile_size_for(tokens: int) -> int:
     """Tokens per tile, from the number of tokens alone, so that a captured graph keeps its launch shape."""
-    return next(size for least, size in (*PREFILL_TILES, *DECODE_TILES) if tokens >= least)
+    return next(size for least, size in DECODE_TILES if tokens >= least)
 
 
 def max_tiles(tokens: int, slots: int, tile_size: int) -> int:

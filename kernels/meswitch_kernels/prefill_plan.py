@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .groups import PREFILL_TOKENS, TokenGroups, group_tokens, tile_size_for
+from .groups import TokenGroups, group_tokens
 
+PREFILL_TOKENS = 128
+"""Fewer tokens go through the decode kernel as they are, unless one slot has enough to be merged."""
 BASE_TOKENS = 64
 """Tokens of the base from which its weights are multiplied alone: they need no merging."""
 DECODE_TOKENS = 256
@@ -72,9 +74,8 @@ def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) ->
         return (torch.cat(places) if len(places) > 1 else places[0]).long()
 
     def part(slots: Sequence[int]) -> Part:
-        rows, count = rows_of(slots), sum(counts[slot] for slot in slots)
-        tile_size = tile_size_for(min(count, PREFILL_TOKENS - 1))
-        return Part(rows, group_tokens(groups.slot_of_token[rows], groups.slots, tile_size))
+        rows = rows_of(slots)
+        return Part(rows, group_tokens(groups.slot_of_token[rows], groups.slots))
 
     few: list[list[int]] = []
     held = DECODE_TOKENS
@@ -87,6 +88,18 @@ def plan_prefill(groups: TokenGroups, runs: Sequence[Run], merge_tokens: int) ->
             held += counts[slot]
     parts = tuple(part(slots) for slots in few)
     return PrefillPlan(tuple((slot, rows_of([slot])) for slot in merged), parts)
+
+
+def plan_unknown(groups: TokenGroups) -> PrefillPlan | None:
+    """The plan of a step whose slots the host does not know, as a captured graph's; None where it needs none.
+
+    Nothing is merged, and the tokens go through the decode kernel in their order, so many at once.
+    """
+    tokens = groups.slot_of_token.shape[0]
+    if tokens <= DECODE_TOKENS:
+        return None
+    spans = [slice(first, min(first + DECODE_TOKENS, tokens)) for first in range(0, tokens, DECODE_TOKENS)]
+    return PrefillPlan((), tuple(Part(span, group_tokens(groups.slot_of_token[span], groups.slots)) for span in spans))
 
 
 def _joined(spans: Iterable[range]) -> range | None:

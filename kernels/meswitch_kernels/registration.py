@@ -13,7 +13,7 @@ from .dispatch import backend_module
 from .groups import TokenGroups
 
 #: The bank's fields as arguments, in its order.
-_PLAIN = {"bits": "int", "group_size": "int", "scaled": "bool", "planes": "bool"}
+_PLAIN = {"bits": "int", "messages": "int[]", "group_size": "int", "scaled": "bool", "planes": "bool"}
 _BANK = ", ".join(f"{_PLAIN.get(name, 'Tensor')} {name}" for name in BankTensors._fields)
 _BANK_FIELDS = len(BankTensors._fields)
 

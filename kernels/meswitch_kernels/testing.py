@@ -10,6 +10,7 @@ from torch import Tensor
 from . import naive
 from .bank import BankTensors, ExpertBank
 from .delta import Capacity, ExpertDelta
+from .messages import FIRST_NUMBER, MESSAGES, code_width, row_words
 from .packing import group_count, pack_codes
 
 SLOT_PATTERNS = ("base", "one", "different", "skewed", "mixed")
@@ -35,7 +36,8 @@ def random_expert(
 ) -> ExpertDelta:
     """An expert whose delta is about as large as a base weight of variance 1 / in_features.
 
-    So is its low-rank part, where it has one. With 0 bits it has neither codes nor what goes with them.
+    So is its low-rank part, where it has one. `bits` may be the number of a message (`messages.MESSAGES`). With 0 bits
+    it has neither codes nor what goes with them.
     """
     factors = random_low_rank(seed, in_features, out_features, rank) if rank else (None, None)
     rng = torch.Generator().manual_seed(seed)
@@ -47,21 +49,29 @@ def random_expert(
             left=factors[0],
             right=factors[1],
         )
-    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=rng)
+    message = bits - FIRST_NUMBER if bits > FIRST_NUMBER else 0
+    if message:
+        shape = (out_features, row_words(in_features, bits))
+        packed = torch.randint(-(2**31), 2**31, shape, generator=rng).to(torch.int32)
+    else:
+        packed = pack_codes(torch.randint(0, 2**bits, (out_features, in_features), generator=rng), bits)
     scale = in_features**-0.5
-    steps = (torch.rand(out_features, group_count(in_features, group_size), generator=rng) + 0.5) * scale
+    steps = (
+        torch.rand(out_features, group_count(in_features, 0 if message else group_size), generator=rng) + 0.5
+    ) * scale
     index = torch.randperm(in_features, generator=rng)[:k].sort().values.to(torch.int32)
     value = torch.randn(out_features, k, generator=rng).mul(4 * scale).to(torch.bfloat16)
     channel = (torch.rand(in_features, generator=rng) + 0.5).to(torch.float16) if channel_scale else None
     return ExpertDelta(
-        codes=pack_codes(codes, bits),
+        codes=packed,
         steps=steps.to(torch.float16),
         salient_index=index,
         salient_value=value,
         channel_scale=channel,
         bias_delta=torch.randn(out_features, generator=rng) if bias else None,
-        bits=bits,
-        group_size=group_size,
+        bits=code_width(bits),
+        message=message,
+        group_size=0 if message else group_size,
         added_rows=torch.randn(added, in_features, generator=rng).to(torch.bfloat16) if added else None,
         left=factors[0],
         right=factors[1],
@@ -133,12 +143,17 @@ def random_call(
     rank: int | tuple[int, ...] = 0,
     planes: bool | None = None,
 ) -> Call:
-    """A call with random operands. Several `bits` or ranks go to the slots in turn, in a bank of the largest."""
+    """A call with random operands. Several `bits` or ranks go to the slots in turn, in a bank that holds all."""
     rng = torch.Generator().manual_seed(seed)
     widths = (bits,) if isinstance(bits, int) else bits
     ranks = (rank,) if isinstance(rank, int) else rank
     capacity = Capacity(
-        bits=max(widths), group_size=group_size, salient=max(k, 1), rank=max(ranks), channel_scale=channel_scale
+        bits=max((width for width in widths if width < FIRST_NUMBER), default=0),
+        messages=tuple(number for number in MESSAGES if number in widths),
+        group_size=group_size,
+        salient=max(k, 1),
+        rank=max(ranks),
+        channel_scale=channel_scale,
     )
     bank = ExpertBank(slots, in_features, out_features, capacity, dtype, device, planes)
     for slot in range(slots):

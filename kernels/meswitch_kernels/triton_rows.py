@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import codes_at, slot_is_servable, slot_rows, words_per_row
+from .triton_messages import row_words, width_of
+from .triton_tiles import codes_at, slot_is_servable, slot_rows
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def embedding_rows(
     weight_stride,
     codes_stride,
     steps_stride,
+    NUMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y `[tokens, hidden]`: the base's row of each token's id plus its slot's delta row, or an added row."""
@@ -47,15 +49,15 @@ def embedding_rows(
             added = (slot.to(tl.int64) * max_added + tl.minimum(index - vocab, max_added - 1)) * hidden + k
             value = tl.load(added_rows + added, mask=inside & (max_added > 0), other=float("nan")).to(tl.float32)
         else:
-            bits, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
-            own = codes + slot_rows(slot, codes_stride, row, words_per_row(hidden, bits))
-            packed = codes_at(own, k, inside, hidden, bits)
+            number, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
+            own = codes + slot_rows(slot, codes_stride, row, row_words(hidden, number))
+            packed = codes_at(own, k, inside, hidden, number, NUMBERS)
             span = tl.where(group_size > 0, group_size, hidden)
             groups = (hidden + span - 1) // span
             group = slot.to(tl.int64) * steps_stride + row * groups + k // span
             step = tl.load(steps + group, mask=inside, other=0.0)
             scale = tl.load(channel_scale + slot * hidden + k, mask=inside, other=0.0).to(tl.float32)
-            middle = ((1 << bits) - 1).to(tl.float32) * 0.5
+            middle = ((1 << width_of(number, NUMBERS)) - 1).to(tl.float32) * 0.5
             value += (packed.to(tl.float32) - middle) * step * scale
             for j in range(0, max_salient):
                 channel = tl.load(salient_index + slot * max_salient + j)

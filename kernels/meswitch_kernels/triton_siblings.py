@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank import BankTensors
+from .bank import BankTensors, joined_formats
 from .triton_decode import UNSPECIALIZED, decode_rows
 from .triton_low_rank import prepare_tile
 
@@ -67,9 +67,9 @@ def decode_siblings(
     x_stride,
     scaled_stride,
     most_rank,
-    WIDTHS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     GROUPED: tl.constexpr,
-    SCALED: tl.constexpr,
+    COPIED: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
@@ -82,12 +82,15 @@ def decode_siblings(
     BLOCK_RANK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`decode` of each linear: y `[tokens, out]`, and partial sums, one linear's after the other's."""
+    """`decode` of each linear: y `[tokens, out]`, and partial sums, one linear's after the other's.
+
+    COPIED says that `scaled` has rows for each linear; else it is x.
+    """
     part = tl.program_id(2)
     entry = linears + part * FIELDS
     out_features = table_multiple(entry, OUT)
     before = tl.load(entry + BEFORE) * tokens
-    if SCALED:
+    if COPIED:
         scaled += part * tokens * scaled_stride
     if tl.program_id(0) * BLOCK_OUT < out_features:
         decode_rows(
@@ -131,7 +134,7 @@ def decode_siblings(
             table_multiple(entry, STEPS_STRIDE),
             tl.load(entry + MAX_SALIENT).to(tl.int32),
             table_multiple(entry, MAX_RANK),
-            WIDTHS,
+            NUMBERS,
             GROUPED,
             EVEN,
             HAS_BIAS,
@@ -163,9 +166,11 @@ def prepare_siblings(
     in_features,
     most_rank,
     x_stride,
+    scaled_stride,
     channels_per_split,
     SPLITS: tl.constexpr,
     SCALED: tl.constexpr,
+    MESSAGES: tl.constexpr,
     RANKED: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -181,8 +186,9 @@ def prepare_siblings(
         x,
         table_pointer(entry, CHANNEL_SCALE, tl.float16),
         table_pointer(entry, RIGHT, like.dtype.element_ty),
-        scaled + part * tokens * in_features,
+        scaled + part * tokens * scaled_stride,
         z + part * SPLITS * tokens * most_rank,
+        table_pointer(entry, SLOT_BITS, tl.int32),
         table_pointer(entry, SLOT_RANK, tl.int32),
         order,
         tile_slot,
@@ -193,8 +199,10 @@ def prepare_siblings(
         in_features,
         table_multiple(entry, MAX_RANK),
         x_stride,
+        scaled_stride,
         channels_per_split,
         SCALED,
+        MESSAGES,
         RANKED,
         TILE_TOKENS,
         BLOCK_RANK,
@@ -209,7 +217,7 @@ class SiblingTable:
     table: Tensor
     held: tuple[object, ...]
     outs: tuple[int, ...]
-    bits: int
+    formats: tuple[int, ...]
     grouped: bool
     scaled: bool
     most_rank: int
@@ -269,7 +277,7 @@ def _make_table(operands: Sequence[Operand]) -> SiblingTable | None:
         # The first bank holds the table; were it held too, its memory would wait for the garbage collector.
         held=(no_rank, banks[1:], [(weight, bias) for weight, bias, _ in operands]),
         outs=tuple(weight.shape[0] for weight, _, _ in operands),
-        bits=max(bank.bits for bank in banks),
+        formats=joined_formats(banks),
         grouped=any(bank.group_size for bank in banks),
         scaled=any(bank.scaled for bank in banks),
         most_rank=max(bank.left.shape[2] for bank in banks),

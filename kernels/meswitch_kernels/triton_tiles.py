@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .packing import PLANE_WORDS as _PLANE_WORDS
+from .triton_messages import FIRST_NUMBER, is_message, message_codes
 
 PLANE_WORDS = tl.constexpr(_PLANE_WORDS)
 
@@ -28,8 +29,20 @@ def words_per_row(in_features, bits):
 
 
 @triton.jit
-def codes_at(codes, k, inside, in_features, bits):
-    """Codes int32 of the channels `k`, whatever their width; `codes` points to the first word of each one's row."""
+def codes_at(codes, k, inside, in_features, number, NUMBERS: tl.constexpr):
+    """Codes int32 of the channels `k`, whose number is one of NUMBERS; `codes` points to the first word of each row."""
+    packed = tl.zeros_like(k)
+    if number < FIRST_NUMBER:
+        packed = _scalar_codes_at(codes, k, inside, in_features, number)
+    for i in tl.static_range(len(NUMBERS)):
+        if is_message(NUMBERS[i]):  # noqa: SIM102 (the one is known to the compiler)
+            if number == NUMBERS[i]:
+                packed = message_codes(codes, k, inside, in_features, NUMBERS[i])
+    return packed
+
+
+@triton.jit
+def _scalar_codes_at(codes, k, inside, in_features, bits):
     words = words_per_row(in_features, bits)
     channels = PLANE_WORDS * 32 // bits
     block = k // channels
@@ -66,7 +79,7 @@ def load_codes(
         unpacked = tl.reshape(both, (rows.shape[0], BLOCK_K))
     else:
         k = k_start + tl.arange(0, BLOCK_K)[None, :]
-        unpacked = codes_at(codes + rows[:, None] * words, k, k < in_features, in_features, BITS)
+        unpacked = _scalar_codes_at(codes + rows[:, None] * words, k, k < in_features, in_features, BITS)
     return unpacked
 
 

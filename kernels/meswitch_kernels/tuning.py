@@ -19,9 +19,9 @@ as a merge takes."""
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Block shape, pipelining and split of one kernel launch.
+    """Block shape, pipelining and split of a launch of decode.
 
-    `splits` share the input channels of the base's weights; in decode `delta_splits` share those of the codes, and
+    `splits` share the input channels of the base's weights; `delta_splits` share those of the codes, and
     `delta_programs` the tiles of tokens, as long as there are as many tiles in use.
     """
 
@@ -49,7 +49,6 @@ def token_bucket(tokens: int) -> int:
 
 
 def launch_settings(
-    kernel: str,
     out_features: int,
     in_features: int,
     tokens: int,
@@ -57,17 +56,21 @@ def launch_settings(
     device: torch.device,
     grouped: bool = False,
 ) -> LaunchSettings:
-    """Settings for `kernel` ("decode" or "prefill") at a shape, measured on this card where they are known."""
+    """Decode's settings at a shape, measured on this card where they are known."""
     card = card_of(device)
     table = _measured().get(card.name, {})
-    found = table.get(f"{kernel}/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}")
+    found = table.get(settings_key(out_features, in_features, tokens))
     if found and not grouped:
         return LaunchSettings(**found)
-    return default_settings(kernel, out_features, in_features, tokens, card, dtype == torch.float32, grouped)
+    return default_settings(out_features, in_features, tokens, card, dtype == torch.float32, grouped)
+
+
+def settings_key(out_features: int, in_features: int, tokens: int) -> str:
+    """Where `tuning.json` has decode's settings at a shape."""
+    return f"decode/{out_features}x{in_features}/{tile_size_for(tokens)}/{token_bucket(tokens)}"
 
 
 def default_settings(
-    kernel: str,
     out_features: int,
     in_features: int,
     tokens: int,
@@ -77,18 +80,10 @@ def default_settings(
 ) -> LaunchSettings:
     """Settings that no measurement has chosen: large blocks that compile without a spill.
 
-    docs/results/kernels-compile.md has the registers of each. Decode splits the input channels until there
-    are about two programs per processor. `wide` is for float32 operands, `grouped` for
+    docs/results/kernels-compile.md has the registers of each. The input channels are split until there are about two
+    programs per processor. `wide` is for float32 operands, `grouped` for
     groups of steps: both take more registers.
     """
-    if kernel == "prefill":
-        large_tile = tile_size_for(tokens) >= 128
-        if wide:
-            return LaunchSettings(64 if large_tile else 32, 32, 1, num_warps=8, num_stages=2)
-        if large_tile:
-            block_out, block_k = (128, 64) if card.hopper and not grouped else (64, 32)
-            return LaunchSettings(block_out, block_k, 1, num_warps=8, num_stages=3)
-        return LaunchSettings(128, 64 if card.hopper else 32, 1, num_warps=8, num_stages=3)
     wide = wide or grouped
     block_out, block_k, splits, delta_splits = 32 if wide else 64, 32 if wide else 64, 1, 1
     blocks = -(-out_features // block_out)

@@ -38,11 +38,11 @@ def run(
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
     bits: Annotated[
         Rate,
-        typer.Option(help="Bits a weight of the experts' linear layers; a slot holds 1 where fewer are stored."),
+        typer.Option(help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU."),
     ] = "1",
     code: Annotated[
         CodeName | None,
-        typer.Option(help="As for compress; a slot holds 2 bits of a trellis code at 1.", show_default="scalar from 1"),
+        typer.Option(help="As for compress.", show_default="scalar from 1"),
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
@@ -114,10 +114,11 @@ def run(
         added_rows=added_rows,
         like=[Artifact.open(path).manifest for path in artifact or ()],
         adapter_rank=adapter_rank,
+        messages=True,
     )
     fits = plan.requests > 0
-    width = plan.width or settings.linears().coding.width
-    speed = _speed(plan, known, requests or experts, width) if known else None
+    slot_bits = plan.bits or settings.linears().coding.bits
+    speed = _speed(plan, known, requests or experts, slot_bits) if known else None
     result = {
         "fits": fits,
         "device_bytes": plan.device_nbytes,
@@ -160,7 +161,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _speed(plan: MemoryPlan, card: KnownCard, requests: int, bits: int) -> dict[str, Any]:
+def _speed(plan: MemoryPlan, card: KnownCard, requests: int, bits: float) -> dict[str, Any]:
     """Floor and expectation of three batches, each request half way through its context."""
     from meswitch_cli.engine.speed import DecodeBatch, load_seconds, prompt_rates, step_time
 

@@ -126,7 +126,7 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     columns = ("projection", "bits", "rank", "salient", "tensors", "size", "weight error", "output error")
     expected = manifest.settings.get("expected")
     parts = expected.get("by_projection") if isinstance(expected, dict) else None
-    shown = table(title, *columns, *(("KL expected",) if isinstance(parts, dict) else ()))
+    shown = table(title, *columns, *(("share of cost",) if isinstance(parts, dict) else ()))
     shown.columns[0].no_wrap = True
     for kind, entries in by_projection(manifest).items():
         errors = mean_errors(entries)
@@ -156,9 +156,11 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
     out.print(line)
     if isinstance(expected, dict) and _is_number(expected.get("kl")) and _is_number(expected.get("least_kl")):
+        above = expected["kl"] / expected["least_kl"] - 1 if expected["least_kl"] > 0 else 0.0
         out.print(
-            f"settings chosen tensor by tensor: expected KL {expected['kl']:.2g} nats a token; no other choice of as "
-            f"many bytes is expected to be below {expected['least_kl']:.2g}"
+            f"settings chosen tensor by tensor, by what errors cost on the tokens that were asked: within {above:.1%} "
+            "of the least that any choice of as many bytes could cost there. What it costs on your prompts, meswitch "
+            "eval measures."
         )
     if any((entry.weight_error or 0.0) > entry.usual_error for entry in manifest.tensors):
         out.print(
@@ -199,7 +201,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 def _share(parts: dict[str, Any], kind: str) -> tuple[str]:
-    """A kind's part of the KL that is expected; of a manifest from elsewhere, nothing that is no number."""
+    """A kind's part of the cost that chose settings; of a manifest from elsewhere, nothing that is no number."""
     numbers = {name: value for name, value in parts.items() if _is_number(value)}
     total = sum(numbers.values())
     return (_percent(numbers[kind] / total) if kind in numbers and total else "",)

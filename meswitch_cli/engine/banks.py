@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
+from meswitch_kernels.messages import Message, find_message
 
 #: What is stored of an expert, by parameter name.
 Stored = Mapping[str, StoredDelta]
@@ -82,13 +84,15 @@ class Layout:
         return self.joined(other) == self.joined(self)
 
 
-def capacity_of(entry: TensorEntry) -> Capacity:
-    """What a bank must hold for what an entry tells of."""
+def capacity_of(entry: TensorEntry, *, messages: bool = False) -> Capacity:
+    """What a bank must hold for what an entry tells of; `messages` where kernels decode a trellis code's themselves."""
     entry = slot_entry(entry)
     if not entry.bits:
         return Capacity(added_rows=entry.added_rows, rank=entry.rank)
+    message = _message_of(entry.trellis) if messages else None
     return Capacity(
-        bits=entry.width,
+        bits=0 if message else entry.width,
+        messages=(message.number,) if message else (),
         group_size=entry.group_size,
         salient=entry.salient,
         added_rows=entry.added_rows,
@@ -97,8 +101,18 @@ def capacity_of(entry: TensorEntry) -> Capacity:
     )
 
 
-def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
-    """The banks that hold any of these experts.
+def slot_bits(entry: TensorEntry, *, messages: bool = False) -> float:
+    """Bits of a weight's codes in a slot; `messages` as of `capacity_of`."""
+    return entry.bits if messages and _message_of(entry.trellis) else slot_entry(entry).width
+
+
+def _message_of(code: TrellisCode | None) -> Message | None:
+    """The message that kernels decode, where they know this code."""
+    return None if code is None else find_message(code.channels_a_bit, code.taps)
+
+
+def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bool = False) -> Layout:
+    """The banks that hold any of these experts; `messages` where kernels decode a trellis code's themselves.
 
     Where base and all experts tie the head, the embedding's bank is the head's too.
 
@@ -121,7 +135,7 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest]) -> Layout:
                     raise EngineError(f"{manifest.expert.id}: {entry.name} cannot be served from the base")
                 capacities.setdefault(module, Capacity())
             elif module in base.linears or module in (base.head_name, base.embedding_name):
-                capacities[module] = capacities.get(module, Capacity()).joined(capacity_of(entry))
+                capacities[module] = capacities.get(module, Capacity()).joined(capacity_of(entry, messages=messages))
             else:
                 raise EngineError(f"{manifest.expert.id}: {entry.name} is in no layer of the base")
     # Where the head has a bank of its own, experts that tie it load their embedding's delta there too.
@@ -246,22 +260,33 @@ class Banks:
     def _delta(self, name: str, weight: StoredDelta, bias: Tensor | None) -> ExpertDelta:
         """What a layer's bank is given of an expert."""
         layer = self.base.layer(name)
-        delta = expert_delta(weight, layer.weight.shape, self.base.device)
+        messages = self.banks[name].capacity.messages
+        delta = expert_delta(weight, layer.weight.shape, self.base.device, messages)
         return delta if bias is None else replace(delta, bias_delta=bias_delta(bias, layer.bias))
 
 
-def expert_delta(weight: StoredDelta, shape: Sequence[int], device: torch.device) -> ExpertDelta:
-    """A stored delta of a weight `[out, in]`, as kernels take it; trellis codes and factors are decoded on `device`."""
+def expert_delta(
+    weight: StoredDelta, shape: Sequence[int], device: torch.device, messages: Sequence[int] = ()
+) -> ExpertDelta:
+    """A stored delta of a weight `[out, in]`, as kernels take it; factors are decoded on `device`.
+
+    So are trellis codes, but for those whose numbers are in `messages`.
+    """
     out_features, in_features = shape
     left, right = weight.factors(device) or (None, None)
     left = None if left is None else _resized(left, out_features)
     if not weight.bits:  # equal to the base's, apart from a low-rank part or added rows
         delta = ExpertDelta.of_nothing(in_features, out_features)
         return replace(delta, added_rows=weight.added_rows, left=left, right=right)
-    weight = weight.scalar(device)
+    message = _message_of(weight.trellis)
+    if message and message.number not in messages:
+        message = None
+    if message is None:
+        weight = weight.scalar(device)
     codes, steps = weight.coded
     return ExpertDelta(
-        bits=int(weight.bits),
+        bits=message.width if message else int(weight.bits),
+        message=message.channels_a_bit if message else 0,
         # Where the expert's vocabulary is shorter, the sampler refuses the rows that follow.
         codes=_resized(codes, out_features),
         steps=_resized(steps, out_features),

@@ -30,7 +30,7 @@ def compile_products(linears: Iterable[ExpertLinear], backend: ModuleType, slots
         if not served:
             continue
         kind = tuple(
-            (item.weight.shape, item.bias is None, tensors.bits, tensors.left.shape) for item, tensors in served
+            (item.weight.shape, item.bias is None, tensors.formats, tensors.left.shape) for item, tensors in served
         )
         operands = [(item.weight, item.bias, tensors) for item, tensors in served]
         multiply: Any = linear.multiply if linear.siblings is None else linear.siblings.multiply

@@ -16,7 +16,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
-from meswitch_cli.engine.banks import bank_layout, capacity_of
+from meswitch_cli.engine.banks import bank_layout, capacity_of, slot_bits
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import CheckpointError, UsageError
 from meswitch_cli.model.architecture import Architecture, Parameter, architecture
@@ -44,7 +44,7 @@ class MemoryPlan:
         multiplied: weights that every token of a prompt meets, those of linears and head.
         base_read_nbytes, slot_read_nbytes: of the base and of a slot, what a decode step reads in full: all but the
             embedding, of which it reads single rows.
-        width: bits a weight of the widest linear in a slot, where artifacts said what there is; else 0.
+        bits: those that a slot holds of a weight of the widest linear, where artifacts said what there is; else 0.
     """
 
     device_nbytes: int
@@ -59,7 +59,7 @@ class MemoryPlan:
     multiplied: int = 0
     base_read_nbytes: int = 0
     slot_read_nbytes: int = 0
-    width: int = 0
+    bits: float = 0
 
     @property
     def slots_nbytes(self) -> int:
@@ -97,11 +97,13 @@ def plan_memory(
     added_rows: int = 0,
     like: Sequence[Manifest] = (),
     adapter_rank: int | None = None,
+    messages: bool = False,
 ) -> MemoryPlan:
     """Plan for `experts` artifacts made with these settings by kind, `slots` of them on the device at once (None: all);
     or for experts like some artifacts, whose slots hold any of them.
 
-    With `adapter_rank` they are adapters of this rank, on every linear of the decoder layers, and nothing else.
+    With `messages` slots hold trellis codes as they are stored, as on a GPU; elsewhere they are decoded when they are
+    loaded. With `adapter_rank` they are adapters of this rank, on every linear of the decoder layers, and nothing else.
 
     Raises:
         CheckpointError: the base is not one that can be served.
@@ -117,9 +119,9 @@ def plan_memory(
     chosen = model_dtype(base, dtype)
     weights = sum(math.prod(item.shape) for item in described.parameters.values() if not item.tied_to)
     if like:
-        capacities = _capacities_of(described, like)
+        capacities = _capacities_of(described, like, messages=messages)
     elif adapter_rank is None:
-        capacities = expected_capacities(described.parameters, settings, added_rows)
+        capacities = expected_capacities(described.parameters, settings, added_rows, messages=messages)
     else:
         capacities = adapter_capacities(described.parameters, adapter_rank)
     multiplied = sum(math.prod(item.shape) for item in described.parameters.values() if item.kind in ("linear", "head"))
@@ -141,7 +143,7 @@ def plan_memory(
         multiplied=multiplied,
         base_read_nbytes=multiplied * chosen.itemsize,
         slot_read_nbytes=_slots_nbytes(model, read, 2, chosen) - _slots_nbytes(model, read, 1, chosen),
-        width=max((entry.width for item in like for entry in item.tensors if entry.kind == "linear"), default=0),
+        bits=max((slot_bits(e, messages=messages) for m in like for e in m.tensors if e.kind == "linear"), default=0),
     )
 
 
@@ -156,7 +158,7 @@ class _Names:
     whole: frozenset[str] = frozenset()
 
 
-def _capacities_of(described: Architecture, manifests: Sequence[Manifest]) -> dict[str, Capacity]:
+def _capacities_of(described: Architecture, manifests: Sequence[Manifest], *, messages: bool) -> dict[str, Capacity]:
     """The capacity of each bank, by module name, that holds any of some artifacts.
 
     Raises:
@@ -170,7 +172,7 @@ def _capacities_of(described: Architecture, manifests: Sequence[Manifest]) -> di
     embedding = described.embedding.rpartition(".")[0]
     others = frozenset(modules("dense")) - linears - {*heads, embedding}
     names = _Names(linears, others, embedding, heads[0] if heads else "")
-    return bank_layout(names, manifests).capacities
+    return bank_layout(names, manifests, messages=messages).capacities
 
 
 def _refuse_unserved(described: Architecture, where: str) -> None:
@@ -197,7 +199,11 @@ def adapter_capacities(parameters: Mapping[str, Parameter], rank: int) -> dict[s
 
 
 def expected_capacities(
-    parameters: Mapping[str, Parameter], settings: Mapping[str, QuantizerSettings], added_rows: int
+    parameters: Mapping[str, Parameter],
+    settings: Mapping[str, QuantizerSettings],
+    added_rows: int,
+    *,
+    messages: bool = False,
 ) -> dict[str, Capacity]:
     """The capacity of each bank, by module name, for experts made with these settings that change every tensor.
 
@@ -213,9 +219,10 @@ def expected_capacities(
         if quantizer.salient > columns:
             raise UsageError(f"--salient {quantizer.salient}: {name} has only {columns} input channels")
         grown = item.shape if item.kind == "linear" else (rows + added_rows, columns)
-        capacity = capacity_of(expected_entry(quantizer, grown, item.shape))
+        capacity = capacity_of(expected_entry(quantizer, grown, item.shape), messages=messages)
         if item.kind == "head":  # experts that tie it load their embedding's delta there
-            capacity = capacity.joined(capacity_of(expected_entry(settings["embedding"], grown, item.shape)))
+            tied = expected_entry(settings["embedding"], grown, item.shape)
+            capacity = capacity.joined(capacity_of(tied, messages=messages))
         capacities[name.rpartition(".")[0]] = capacity
     return capacities
 

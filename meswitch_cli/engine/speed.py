@@ -82,7 +82,7 @@ def find_card(name: str) -> KnownCard:
     return KnownCard(found[0], DATA_SHEETS.get(found[0]), measured.get(found[0]))
 
 
-def step_time(plan: MemoryPlan, card: KnownCard, batch: DecodeBatch, bits: int) -> StepTime:
+def step_time(plan: MemoryPlan, card: KnownCard, batch: DecodeBatch, bits: float) -> StepTime:
     """The time of a decode step.
 
     The floor reads the base's weights, the deltas of the batch's experts and its keys and values once each, at the

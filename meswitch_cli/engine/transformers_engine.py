@@ -22,6 +22,7 @@ from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import SlottedEngine
 from meswitch_cli.engine.version import check_transformers
+from meswitch_kernels.dispatch import reads_planes
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.batching import Manager, Processor
@@ -59,11 +60,13 @@ class TransformersEngine(SlottedEngine["Processor"]):
         dtype = served_dtype(self._checkpoint, settings)
         prove(self._checkpoint.config, str(self._checkpoint.source.path), settings.torch_device, dtype)
         self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
+        messages = reads_planes(base.device.type)
         opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
         slots = settings.slots or max(1, len(settings.experts))
-        layout = bank_layout(base, [model.artifact.manifest for model in experts if model.artifact])
+        manifests = [model.artifact.manifest for model in experts if model.artifact]
+        layout = bank_layout(base, manifests, messages=messages)
         banks = Banks(base, layout, slots)
         banks.install()
         self._copies = HostCopies(settings.copies_nbytes, self._checkpoint)

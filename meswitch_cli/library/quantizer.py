@@ -69,16 +69,20 @@ class MeswitchQuantizer(HfQuantizer):  # type: ignore[misc]
         if not isinstance(base, str):
             raise ArtifactError(f"{self._artifact.path}: config.json names no base; give {BASE_ENTRY}=BASE")
         weights = expert_weights(base, self._artifact)
-        places = dict(model.named_parameters())
-        for name, parameter in weights.architecture.parameters.items():
-            if parameter.tied_to is not None:
-                continue
+        places = dict(model.named_parameters()) | dict(model.named_buffers())
+        described = weights.architecture
+        tied = {name for name, parameter in described.parameters.items() if parameter.tied_to is not None}
+        held = [name for name in described.held if name not in tied]
+        for name in held:
             if name not in places or places[name].is_meta:
                 raise ArtifactError(
                     f"{self._artifact.path}: {name!r} has no place in this model: load it with AutoModelForCausalLM, "
                     "without offloading or tensor parallelism"
                 )
-            places[name].copy_(parameter.to_stored(weights.read(name)))
+        for name, value in weights.buffers.items():
+            places[name].copy_(value)
+        for name, value in described.values(held, weights.read):
+            places[name].copy_(value)
         for name in (BASE_ENTRY, "transformers_weights"):
             if hasattr(model.config, name):
                 delattr(model.config, name)

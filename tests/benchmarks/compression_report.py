@@ -25,6 +25,7 @@ _PLOTTED = {
     "low-rank:bits=2": "low rank",
     "d-qrelo": "D-QRELO",
     "d-qrelo:order=svd-first": "D-QRELO, SVD first",
+    "delta-come:bits=0.9,embedding=1": "Delta-CoMe, less",
     "delta-come:bits=1.2": "Delta-CoMe",
     "delta-come:bits=1.85": "Delta-CoMe, more",
     "dare": "DARE",

@@ -42,6 +42,7 @@ ROWS = (
     "low-rank:bits=2",
     "d-qrelo",
     "d-qrelo:order=svd-first",
+    "delta-come:bits=0.9,embedding=1",
     "delta-come:bits=1.2",
     "delta-come:bits=1.85",
     "dare",
@@ -50,7 +51,7 @@ ROWS = (
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
-#: What is measured of the other kinds of fine-tune, and on the other base.
+#: What is measured of the other kinds of fine-tune.
 KIND_ROWS = (
     BASE,
     EXPERT,
@@ -62,9 +63,22 @@ KIND_ROWS = (
     "rtn:bits=2,group=128",
     "low-rank:bits=2",
     "d-qrelo",
+    "delta-come:bits=0.9,embedding=1",
     "delta-come:bits=1.2",
 )
-ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": KIND_ROWS}
+#: And of the larger base, on which a row takes ten minutes of a core.
+CODER_ROWS = (
+    BASE,
+    EXPERT,
+    f"{ONE},rank=16",
+    f"meswitch:bits=2,salient=8,{OURS}",
+    f"{TRELLIS},bits=0.25,rank=16,embedding=1",
+    "bitdelta:embedding=2",
+    "rtn:bits=2,group=128",
+    "d-qrelo",
+    "delta-come:bits=1.2",
+)
+ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": CODER_ROWS}
 
 
 def label(row: str) -> str:

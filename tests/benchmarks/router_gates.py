@@ -74,7 +74,7 @@ def gates(known: Known, classes: int) -> dict[str, Scores]:
         "energy of the experts' scores": opinions["energy"],
         "highest probability": opinions["softmax"],
         "two nearest, an expert's alone": lambda features: -_sides(plain, features)[0],
-        "two nearest, an expert's beside another field's (until now)": plain.distances,
+        "two nearest, an expert's beside another field's (format version 2)": plain.distances,
         "the same, each beside its neighbour's own density": lambda features: _by_density(plain, features),
         "two nearest, directions divided by the root of their strength": near.distances,
         "null class": opinions["null"],

@@ -2,185 +2,230 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meswitch_cli.router.train.report import interval, percent
+from meswitch_cli.router.train.report import interval, percent, rewording
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-NAMES = {"probe": "probe", "encoder": "encoder (MiniLM)", "tfidf": "TF-IDF", "lm": "lm (SmolLM2-135M)"}
 #: docs/results/scale.md: a Mistral-7B-shaped model and its 2-bit artifact, bytes.
 MISTRAL, MISTRAL_DELTA = 14_480_000_000, 1_839_000_000
+METHODS = {
+    "before": "head of own prompts, Mahalanobis distance, line from own prompts (format version 1)",
+    "mahalanobis": "head with adopted prompts, Mahalanobis distance, line from general prompts",
+    "without adoption": "no field adopted",
+    "neighbours": "the two nearest prompts alone, a tenth of other fields passes (format version 2)",
+    "product": "**the whole method, one layer chosen in training**",
+}
 
 
-def write_report(figures: Mapping[str, Any]) -> None:
-    """Write the page; stages that were not run leave their part out."""
+def write_report(figures: Mapping[str, Any], machines: Sequence[str]) -> None:
+    """Write the page from the figures by stage; what was not measured is left out."""
     intro = (Path(__file__).parent / "router_intro.md").read_text()
-    lines = [intro, *_main_table(figures), "", *_other_sources(figures), ""]
-    for stage, part in (("latency", _latency), ("fourth", _fourth), ("downstream", _downstream)):
-        if stage in figures:
-            lines += [*part(figures[stage]), ""]
-    lines += [*_bytes(figures), "", *_confusion(figures), "", *_machines(figures)]
+    product = figures["product"]
+    parts = [
+        _methods(figures["methods"]),
+        _gates(figures["gates"]) if "gates" in figures else [],
+        _modes(product["modes"]),
+        ["## By length, characters", "", *HEAD, *(_row(name, item) for name, item in product["bands"].items())],
+        ["## In other words", "", *rewording(product["rewording"])] if "rewording" in product else [],
+        _by_set(product["by_set"]),
+        _curve(figures["curve"]) if "curve" in figures else [],
+        _domains(figures["more_domains"]) if "more_domains" in figures else [],
+        _choice(product["choice"]),
+        _costs(figures["timing"]) if "timing" in figures else [],
+        _lm(figures["lm"], product["sets"]) if "lm" in figures else [],
+        _bytes(figures),
+        ["## Machine", "", *(f"- {machine}" for machine in machines)],
+    ]
+    for name, value in _headline(figures["methods"]["product"]["report"]).items():
+        intro = intro.replace(f"@{name}@", value)
+    lines = [intro.rstrip(), ""]
+    for part in filter(None, parts):
+        lines += [*part, ""]
     (RESULTS / "router.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
-def _backends(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((name, figures[name]) for name in NAMES if name in figures)
+def _headline(item: Mapping[str, Any]) -> dict[str, str]:
+    """What the introduction's table says of the product."""
+    gates, outside = item["at_the_gates"], item["out_of_domain"]
+    shares = {"accuracy": item["accuracy"], "routed": gates["coverage"], "right": gates["precision"]}
+    shares |= {"refused": outside["refused"]}
+    numbers = {"auroc": outside["auroc"], "ece": item["after_calibration"]["ece"]}
+    return {name: interval(share) for name, share in shares.items()} | {
+        name: f"{number:.3f}" for name, number in numbers.items()
+    }
 
 
-def _main_table(figures: Mapping[str, Any]) -> list[str]:
+def _row(name: str, item: Mapping[str, Any]) -> str:
+    gates, outside = item["at_the_gates"], item.get("out_of_domain")
+    cells = [name, interval(item["accuracy"]), interval(gates["coverage"]), interval(gates["precision"])]
+    cells += [interval(outside["refused"]), f"{outside['auroc']:.3f}"] if outside else ["", ""]
+    cells += [f"{item['after_calibration']['ece']:.3f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = [
+    "| | accuracy before the gates, % | routed, % | right of those, % | null refused, % | AUROC | ECE |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def _methods(methods: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key, title in (
+        ("report", "## Other people's prompts that nothing was chosen by"),
+        ("development", "## The sets that gate and lines were chosen on"),
+        ("chosen_on", "## The sets that the rest of the method was chosen on"),
+    ):
+        lines += ["", title, "", *HEAD]
+        for name, item in methods.items():
+            shown = METHODS[name]
+            layers = ", ".join(map(str, item["layers"]))
+            lines.append(_row(f"{shown} ({layers})" if name in ("before", "product") else shown, item[key]))
+    lines += ["", "## Held-out prompts like those trained on", "", *HEAD]
+    lines += [_row(METHODS[name], methods[name]["siblings"]) for name in ("before", "product")]
+    return lines[1:]
+
+
+def _curve(curve: Mapping[str, Any]) -> list[str]:
+    rows = [_row(f"{count} prompts", item) for count, item in curve.items()]
+    return ["## Training prompts of each expert", "", *HEAD, *rows]
+
+
+def _gates(gates: Mapping[str, Any]) -> list[str]:
     lines = [
-        "## Held-out prompts of the three domains, and of other fields",
+        "## Gates compared, on the sets that they were chosen on",
         "",
-        "| router | accuracy, % | macro-F1 | ECE before, after | Brier | NLL | OOD AUROC | FPR at 95 % TPR "
-        "| null refused, % "
-        "| coverage at 95 % precision, % | routed at the gates, % | right of those, % | trained in, s |",
-        "|---" * 13 + "|",
+        "At the layer that training chose, without any line: AUROC, and other fields' prompts that pass where 95 and "
+        "90 % of the experts' do.",
+        "",
+        "| the distance | development: AUROC | passed at 95 % | at 90 % | earlier sets: AUROC | passed at 95 % |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, stage in _backends(figures):
-        test = stage["test"]
-        outside, gates, after = test["out_of_domain"], test["at_the_gates"], test["after_calibration"]
-        cells = [
-            NAMES[name],
-            interval(test["accuracy"]),
-            f"{test['macro_f1']:.3f}",
-            f"{test['before_calibration']['ece']:.4f}, {after['ece']:.4f}",
-            f"{after['brier']:.4f}",
-            f"{after['nll']:.4f}",
-            f"{outside['auroc']:.4f}",
-            percent(outside["fpr_at_95_tpr"]),
-            interval(outside["refused"]),
-            f"{100 * test['coverage_at_target']:.1f}",
-            interval(gates["coverage"]),
-            interval(gates["precision"]),
-            f"{stage['seconds']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    missing = [title for name, title in NAMES.items() if name not in figures]
-    if missing:
-        lines += ["", f"Not measured yet: {', '.join(missing)}."]
-    if "untrained" in figures:
-        item = figures["untrained"]
-        share = 100 * item["right"] / item["prompts"]
-        lines += [
-            "",
-            f"The letters of SmolLM2-135M before fine-tuning: {share:.1f} % of {item['prompts']} prompts right.",
-        ]
+    for name, item in gates.items():
+        new, old = item["development"], item["chosen_on"]
+        cells = [name, f"{new['auroc']:.3f}", *(percent(share) for share in new["passed"]), f"{old['auroc']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, percent(old['passed'][0])])} |")
     return lines
 
 
-def _other_sources(figures: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "## The same domains from other sources",
-        "",
-        "| router | accuracy before the gates, % | maths | code | logic | ECE before, after "
-        "| routed at the gates, % | right of those, % |",
-        "|---" * 8 + "|",
-    ]
-    for name, stage in _backends(figures):
-        test = stage["other_sources"]
-        recalls = [percent(test["per_domain"][label]["recall"]) for label in ("maths", "code", "logic")]
-        gates = test["at_the_gates"]
-        cells = [NAMES[name], interval(test["accuracy"]), *recalls]
-        cells += [", ".join(f"{test[f'{when}_calibration']['ece']:.3f}" for when in ("before", "after"))]
-        cells += [interval(gates["coverage"]), interval(gates["precision"])]
-        lines.append(f"| {' | '.join(cells)} |")
+def _modes(modes: Mapping[str, Any]) -> list[str]:
+    lines = ["## The gate's modes", "", "| `--gate` | routed | right of those | null refused |", "|---|---|---|---|"]
+    for mode, item in modes.items():
+        lines.append(f"| {mode} | {percent(item['routed'])} | {percent(item['right'])} | {percent(item['refused'])} |")
     return lines
 
 
-def _latency(stage: Mapping[str, Any]) -> list[str]:
+def _choice(choice: Mapping[str, Any]) -> list[str]:
     lines = [
-        "## Latency",
+        "## Which layer",
         "",
-        f"One decision on a prompt of about {stage['tokens']} tokens beside the base's own prefill of it "
-        f"({stage['dtype'].removeprefix('torch.')}), taking turns; the share is the median of the pairs' ratios.",
-        "",
-        "| | median, ms | least, ms | share of prefill |",
-        "|---|---|---|---|",
-    ]
-    for name, median in stage["median_ms"].items():
-        share = stage["share_of_prefill"].get(name)
-        shown = "" if share is None else f"{share:.3f}"
-        lines.append(f"| {NAMES.get(name, 'prefill')} | {median:.1f} | {stage['least_ms'][name]:.1f} | {shown} |")
-    return lines
-
-
-def _fourth(stage: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "## Adding a fourth expert to the probe",
-        "",
-        f"`{stage['name']}` (radio amateurs' examination questions), {stage['prompts']} prompts, "
-        f"{stage['held_out']} held out. Their features took {stage['feature_seconds']:.1f} s, the refit "
-        f"{stage['refit_seconds']:.2f} s. Share of held-out prompts whose highest score is their own expert's:",
-        "",
-        "| expert | before | after |",
+        "| layer | errors on general prompts left out, of answers and of the gate | Fisher ratio of own prompts |",
         "|---|---|---|",
     ]
-    for label, after in stage["after"].items():
-        before = stage["before"].get(label)
-        lines.append(f"| {label} | {'' if before is None else percent(before)} | {percent(after)} |")
+    return lines + [f"| {layer} | {item['badness']:.3f} | {item['fisher']:.3f} |" for layer, item in choice.items()]
+
+
+def _by_set(sets: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## By question set",
+        "",
+        "| set | domain | prompts | likeliest is right, % | routed, % |",
+        "|---|---|---|---|---|",
+    ]
+    for name, item in sets.items():
+        count = item["prompts"]
+        right = "" if item["domain"] is None else f"{100 * item['right'] / count:.0f}"
+        lines.append(
+            f"| {name} | {item['domain'] or 'none'} | {count} | {right} | {100 * item['routed'] / count:.0f} |"
+        )
     return lines
 
 
-def _downstream(stage: Mapping[str, Any]) -> list[str]:
+def _domains(figures: Mapping[str, Any]) -> list[str]:
+    item = figures["held_out"]
+    columns = list(next(iter(item["confusion"].values())))
     lines = [
-        "## What routing is worth",
+        "## Eight domains",
         "",
-        f"Loss of the chosen expert (full precision) on {stage['items']} held-out responses, nats a token.",
+        f"80 prompts each to learn from; held out 40 each: {interval(item['accuracy'])} % have their own expert as the "
+        "likeliest. Of other people's maths, code and logic prompts it is "
+        f"{interval(figures['others']['accuracy'])} %. After the gates:",
         "",
-        "| chosen by | loss |",
-        "|---|---|",
+        f"| truth | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    return lines + [f"| {name} | {value:.4f} |" for name, value in stage["loss"].items()]
+    return lines + [
+        f"| {label} | {' | '.join(str(row[column]) for column in columns)} |"
+        for label, row in item["confusion"].items()
+    ]
+
+
+def _costs(item: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{name} {size:,}" for name, size in item["bytes"].items())
+    return [
+        "## What it costs",
+        "",
+        f"Without the hidden states, a fit takes {item['fit_seconds']:.1f} s of one processor (five layers tried) and "
+        f"a judgement "
+        f"{item['judge_ms']:.2f} ms. Bytes: {sum(item['bytes'].values()):,} ({sizes}).",
+    ]
+
+
+def _share(item: Mapping[str, Any]) -> str:
+    return f"{100 * item['right'] / item['prompts']:.1f} % of {item['prompts']}"
+
+
+def _lm(item: Mapping[str, Any], sets: Mapping[str, Any]) -> list[str]:
+    course, latency = item["course"], item["latency"]
+    losses = ", ".join(f"{loss:.4f} after {step}" for step, loss in course["validation"].items())
+    ended = "it could fall no further" if course["converged"] else "the steps were over"
+    names = [name for name in sets if name in item["sets"]["report"]["by_domain"]]
+    lines = [
+        "## The paper's own router",
+        "",
+        "SmolLM2-135M is asked which domain a prompt is of, as a question with lettered options, and trained on the "
+        f"same prompts ({item['prompts']} of them; the rest are validation), cut to 64 tokens. Its validation loss, "
+        f"nats: {losses} steps of 8 prompts; then training ended, because {ended}. Before training "
+        f"{_share(item['untrained'])} of other people's prompts were answered rightly. Without any gate; the likeliest "
+        "expert is right:",
+        "",
+        f"| router | prompts like those trained on | other people's | {' | '.join(names)} | ECE there | bytes |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    report = item["sets"]["report"]
+    cells = ["lm", _share(item["sets"]["siblings"]), _share(report)]
+    cells += [_share(report["by_domain"][name]) for name in names]
+    cells += [f"{report['ece']:.3f}", f"{item['bytes']:,}"]
+    lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"A decision beside the base's own prefill of the same {latency['tokens']} tokens, taking turns in one "
+        f"process ({latency['dtype']}; the machine did other work, medians of ratios): the probe "
+        f"{latency['share_of_prefill']['probe']:.2f} of a prefill (layer {latency['layer']} of {latency['layers']}), "
+        f"the language model {latency['share_of_prefill']['lm']:.2f}. Least milliseconds: prefill "
+        f"{latency['least_ms']['prefill']:.0f}, probe {latency['least_ms']['probe']:.0f}, language model "
+        f"{latency['least_ms']['lm']:.0f}.",
+    ]
+    return lines
 
 
 def _bytes(figures: Mapping[str, Any]) -> list[str]:
-    full = 3 * MISTRAL
-    ours = MISTRAL + 3 * MISTRAL_DELTA
+    """What three Mistral-7B experts come to with a router beside them."""
+    if "timing" not in figures or "lm" not in figures:
+        return []
+    rows = {"probe": sum(figures["timing"]["bytes"].values()), "language model": figures["lm"]["bytes"]}
     lines = [
         "## Bytes",
         "",
-        "What routing needs on disk, and what three Mistral-7B experts with 2-bit deltas "
-        f"([{full / ours:.3f} times smaller](scale.md) than three full models) come to with that router beside them. "
-        "The paper's ratio falls from 2.04 to 1.74 with its router of 1.8 B parameters.",
+        "Three Mistral-7B experts with 2-bit deltas ([2.172 times smaller](scale.md) than three full models) and a "
+        "router. The paper's ratio falls from 2.04 to 1.74 with its router of 1.8 B parameters.",
         "",
         "| router | bytes | ratio with it |",
         "|---|---|---|",
     ]
-    for name, stage in _backends(figures):
-        lines.append(f"| {NAMES[name]} | {stage['bytes']:,} | {full / (ours + stage['bytes']):.3f} |")
-    if "probe" in figures:
-        probe = figures["probe"]
-        hidden = 4096 / probe["settings"]["size"]
-        wide = round(probe["bytes"] * hidden)
-        ratio = full / (ours + wide)
-        lines.append(f"| probe at Mistral's width of 4096, in proportion | {wide:,} | {ratio:.3f} |")
-    return lines
-
-
-def _confusion(figures: Mapping[str, Any]) -> list[str]:
-    if "probe" not in figures:
-        return []
-    rows = figures["probe"]["test"]["confusion"]
-    columns = list(next(iter(rows.values())))
-    lines = ["## Where the probe sends prompts", "", f"| truth | {' | '.join(columns)} |", "|---" * 5 + "|"]
-    for label, row in rows.items():
-        lines.append(f"| {label} | {' | '.join(str(row[column]) for column in columns)} |")
-    notes = figures["probe"]["notes"]
-    tried = ", ".join(f"{layer}: {value:.3f}" for layer, value in notes["badness_by_layer"].items())
-    layer = figures["probe"]["settings"]["layer"]
-    return [
-        *lines,
-        "",
-        f"It reads layer {layer} of {notes['layers']}; errors of head and gate in training: {tried}.",
-    ]
-
-
-def _machines(figures: Mapping[str, Any]) -> list[str]:
-    stages = {name: item["machine"] for name, item in figures.items() if isinstance(item, dict) and "machine" in item}
-    lines = ["## Machine", ""]
-    for machine in dict.fromkeys(stages.values()):
-        names = ", ".join(name for name, found in stages.items() if found == machine)
-        lines.append(f"- {machine}: {names}")
+    for name, size in rows.items():
+        lines.append(f"| {name} | {size:,} | {3 * MISTRAL / (MISTRAL + 3 * MISTRAL_DELTA + size):.3f} |")
     return lines

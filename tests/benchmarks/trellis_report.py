@@ -125,7 +125,10 @@ def _served() -> str:
         base = Checkpoint.describe(folder)
         for name, options in (("0.25", {"bits": 0.25}), ("1", {"bits": 1}), ("2", {"bits": 2})):
             settings = CompressionSettings.with_defaults(**options).by_kind()
-            plans = [plan_memory(base, settings, device_nbytes=80 * 10**9, experts=count) for count in (16, 48, 128)]
+            plans = [
+                plan_memory(base, settings, device_nbytes=80 * 10**9, experts=count, messages=True)
+                for count in (16, 48, 128)
+            ]
             told = " | ".join(
                 f"{plan.requests:,}" if plan.requests else f"{plan.most_slots} in slots, the others wait"
                 for plan in plans
@@ -140,9 +143,9 @@ def _sizes() -> str:
         "## Mistral-7B's shape\n",
         "Bytes of an expert whose tensors all differ from the base's, computed from the shapes: 8 salient channels, "
         "rank 16, embedding and head at 1 bit beside trellis codes, else 2. *In a slot* are the codes of the linears "
-        "on the device, *whole* what all of it takes on disk; the full expert has 14.48 GB. *Three experts*: how many "
-        "times smaller than three full models one base, three such experts and a router of a megabyte are (1.74 in the "
-        "paper).\n",
+        "on a CPU, which decodes them once (a GPU holds them as they are), *whole* what all of it takes on disk; the "
+        "full expert has 14.48 GB. *Three experts*: how many times smaller than three full models one base, three such "
+        "experts and a router of a megabyte are (1.74 in the paper).\n",
         "| linears | codes, GB | in a slot, GB | steps, channels, directions, GB | embedding, head, GB | whole, GB "
         "| three experts |",
         "|---|---|---|---|---|---|---|",

@@ -30,6 +30,8 @@ from zoo.cache import folder_at
 PACKED_TERNARY = 1.6
 THRESHOLDS = torch.linspace(0.05, 1.6, 32)
 LLOYD_ROUNDS = 40
+#: Rows of a tensor by which thresholds and levels are chosen.
+FITTED_ROWS = 64
 
 
 def rows_of(zoo: Path, expert: str, tensors: int, rows: int) -> list[torch.Tensor]:
@@ -45,11 +47,15 @@ def rows_of(zoo: Path, expert: str, tensors: int, rows: int) -> list[torch.Tenso
     return found
 
 
+def unbiased_values(levels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Levels times the steps that make them unbiased, <d, d> / <q, d> a row; 0 where nothing is coded."""
+    steps = rows.square().sum(1, keepdim=True) / (levels * rows).sum(1, keepdim=True)
+    return levels * torch.nan_to_num(steps, posinf=0.0)
+
+
 def unbiased_noise(levels: torch.Tensor, rows: torch.Tensor) -> float:
     """Noise of the rows' codes with unbiased steps, over the rows' energy."""
-    projection, own, energy = (levels * rows).sum(1), levels.square().sum(1), rows.square().sum(1)
-    steps = torch.nan_to_num(energy / projection, posinf=0.0)
-    return float((steps.square() * own - energy).sum() / energy.sum())
+    return float((unbiased_values(levels, rows) - rows).square().sum() / rows.square().sum())
 
 
 def entropy(levels: torch.Tensor) -> float:
@@ -57,24 +63,33 @@ def entropy(levels: torch.Tensor) -> float:
     return float(-(shares * shares.log2()).sum())
 
 
-def ternary(rows: torch.Tensor) -> tuple[float, float]:
-    """Noise and entropy of the best ternary code of rows."""
+def ternary_levels(rows: torch.Tensor) -> torch.Tensor:
+    """The best ternary code of rows."""
     size = rows / rows.square().mean(1, keepdim=True).sqrt()
-    codes = [size.sign() * (size.abs() > threshold) for threshold in THRESHOLDS]
-    noises = [unbiased_noise(code, rows) for code in codes]
-    best = min(range(len(codes)), key=noises.__getitem__)
-    return noises[best], entropy(codes[best])
+    some, their = size[:: _stride(rows)], rows[:: _stride(rows)]
+    best = min(THRESHOLDS, key=lambda least: unbiased_noise(some.sign() * (some.abs() > least), their))
+    return size.sign() * (size.abs() > best)
 
 
-def dead_zone(rows: torch.Tensor) -> float:
-    """Noise of four levels of which one is zero."""
+def dead_zone_levels(rows: torch.Tensor) -> torch.Tensor:
+    """Four levels of which one is zero."""
     size = rows / rows.square().mean(1, keepdim=True).sqrt()
+    some = size[:: _stride(rows)]
     levels = torch.tensor([-1.2, 0.0, 0.9, 2.0])
     for _ in range(LLOYD_ROUNDS):
-        nearest = (size[..., None] - levels).abs().argmin(-1)
-        means = [float(size[nearest == place].mean()) if (nearest == place).any() else 0.0 for place in range(4)]
+        nearest = _nearest(some, levels)
+        means = [float(some[nearest == place].mean()) if (nearest == place).any() else 0.0 for place in range(4)]
         levels = torch.tensor([means[0], 0.0, means[2], means[3]])
-    return unbiased_noise(levels[nearest], rows)
+    return levels[_nearest(size, levels)]
+
+
+def _nearest(size: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Places of the nearest of ascending levels."""
+    return torch.bucketize(size, (levels[1:] + levels[:-1]) / 2)
+
+
+def _stride(rows: torch.Tensor) -> int:
+    return max(1, len(rows) // FITTED_ROWS)
 
 
 def of_settings(rows: torch.Tensor, bits: float, code: str) -> float:
@@ -102,8 +117,10 @@ def measure(zoo: Path, expert: str, tensors: int, rows: int) -> dict[str, Any]:
         energy = float(delta.square().sum())
         found = {f"trellis {bits}": of_settings(delta, bits, "trellis") for bits in TRELLIS_CODES}
         found |= {f"scalar {bits}": of_settings(delta, bits, "scalar") for bits in (1, 2)}
-        found["ternary"], found["entropy"] = ternary(delta)
-        found |= {"dead zone": dead_zone(delta), "zeros": float((delta == 0).float().mean())}
+        levels = ternary_levels(delta)
+        found |= {"ternary": unbiased_noise(levels, delta), "entropy": entropy(levels)}
+        found["dead zone"] = unbiased_noise(dead_zone_levels(delta), delta)
+        found["zeros"] = float((delta == 0).float().mean())
         points = [(bits, found[f"trellis {bits}"]) for bits in sorted(TRELLIS_CODES)] + [(2, found["scalar 2"])]
         found["trellis at packed ternary"] = between(points, PACKED_TERNARY)
         found["trellis at entropy"] = between(points, found["entropy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,16 +73,38 @@ def test_plan_of_artifacts_is_what_is_allocated(options: dict[str, Any], tmp_pat
         compress(prepare(str(base), str(expert), tmp_path / name, settings, None))
         artifacts.append(Artifact.open(tmp_path / name).manifest)
     loaded = load_base(Checkpoint.open(str(base)), torch.device("cpu"), torch.bfloat16)
-    for like in (artifacts[:1], artifacts):
+    for like, messages in itertools.product((artifacts[:1], artifacts), (False, True)):
         plan = plan_memory(
             Checkpoint.open(str(base)),
             CompressionSettings().by_kind(),
             device_nbytes=10**8,
             experts=3,
             like=like,
+            messages=messages,
         )
-        assert plan.slots_nbytes == Banks(loaded, bank_layout(loaded, like), 3).nbytes
-        assert plan.width == max(entry.width for item in like for entry in item.tensors if entry.kind == "linear")
+        assert plan.slots_nbytes == Banks(loaded, bank_layout(loaded, like, messages=messages), 3).nbytes
+        linears = [entry for item in like for entry in item.tensors if entry.kind == "linear"]
+        assert plan.bits == max(entry.bits if messages else entry.width for entry in linears)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(0.125, 1 / 8), (0.25, 1 / 4), (0.5, 1 / 2), (1, 1 / 2)])
+def test_a_slot_of_a_gpu_holds_a_trellis_code_as_it_is_stored(bits: float, share: float, tmp_path: Path) -> None:
+    """Of what it decodes to the share, and the same delta to the last bit; the CPU's slots hold the decoded codes."""
+    base, expert = make_pair(tmp_path, "llama", relative_delta=0.1, hidden_size=256, intermediate_size=256)
+    settings = CompressionSettings.with_defaults(bits=bits, code="trellis")
+    compress(prepare(str(base), str(expert), tmp_path / "artifact", settings, None), keep_weak=True)
+    artifact = Artifact.open(tmp_path / "artifact")
+    loaded = load_base(Checkpoint.open(str(base)), torch.device("cpu"), torch.bfloat16)
+    decoded, short = (
+        Banks(loaded, bank_layout(loaded, [artifact.manifest], messages=messages), 2) for messages in (False, True)
+    )
+    for banks in (decoded, short):
+        banks.load(1, artifact.manifest, artifact.read_all())
+    name = "model.layers.0.self_attn.q_proj"
+    sizes = [banks.banks[name].tensors.codes.nbytes for banks in (short, decoded)]
+    assert sizes[0] == share * sizes[1]
+    for module, bank in short.banks.items():
+        assert torch.equal(bank.dequantize(1), decoded.banks[module].dequantize(1))
 
 
 @pytest.mark.parametrize("slots", [1, 5])
@@ -209,15 +232,20 @@ def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
     assert said == (with_16 if usual else without)
 
 
-def test_slots_hold_what_trellis_codes_decode_to(tmp_path: Path) -> None:
-    """A quarter of a bit on disk is a bit on the device, four levels at a bit are two."""
+def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) -> None:
+    """A quarter of a bit on disk is one on the device, beside parts that are the same at all rates."""
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
 
     def slot(*options: str) -> int:
         return plan_of(tmp_path, config, *options, "--rank", "16")[1]["slot_bytes"]
 
-    assert slot("--bits", "0.125") == slot("--bits", "0.25") == slot("--bits", "0.5") == slot("--bits", "1")
-    assert slot("--bits", "1", "--code", "trellis") == slot("--bits", "2")
+    linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    trellis = {bits: slot("--bits", bits, "--code", "trellis") for bits in ("0.125", "0.25", "0.5", "1")}
+    for bits, own in trellis.items():
+        assert own - trellis["0.125"] == (float(bits) - 0.125) * linears / 8
+    ends = ("--embedding-bits", "2")
+    assert slot("--bits", "1", "--code", "trellis", *ends) == slot("--bits", "1", *ends)
+    assert 128 * trellis["0.25"] < 80e9 - 2 * linears - 4 * 32000 * 4096
 
 
 def test_command(family: Family) -> None:

@@ -115,10 +115,11 @@ def test_mistral_on_a_card_that_was_never_measured(tmp_path: Path, monkeypatch: 
     assert {b["expected_seconds"] for b in told["batches"]} == {None}
     # 14.2 GB of base, 1.81 GB an expert and 16 caches of 1,024 tokens over 3.35 TB/s.
     assert told["batches"][2]["floor_seconds"] == pytest.approx((14.22 + 16 * 1.815 + 16 * 0.134) / 3350, rel=0.01)
-    # A trellis code lies in a slot as the sign code that it decodes to.
+    # A trellis code lies in a slot as it is stored: 0.36 GB an expert without an embedding of its own.
     quarter = plan_of(tmp_path, config, "--card", "H100 80", "--context", "2048", "--bits", "0.25")[1]["speed"]
     floors = [batch["floor_seconds"] for batch in quarter["batches"]]
     assert floors[0] == told["batches"][0]["floor_seconds"] and floors[2] < told["batches"][2]["floor_seconds"]
+    assert floors[2] == pytest.approx((14.22 + 16 * 0.355 + 16 * 0.134) / 3350, rel=0.01)
     arguments = ["plan", "--base", str(tmp_path), "--experts", "16", "--device-memory", "80GB", "--card", "H200"]
     said = CliRunner().invoke(build_app(arguments), arguments)
     assert said.exit_code == 0 and "meswitch was never measured on this card" in said.stdout

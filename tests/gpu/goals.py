@@ -48,7 +48,7 @@ def first(rows: Iterator[Row]) -> Row:
     raise LookupError("no such figure")
 
 
-def decoder_ratio(bits: int, experts: int, tokens: int) -> Callable[[Sequence[Row]], float]:
+def decoder_ratio(bits: float, experts: int, tokens: int) -> Callable[[Sequence[Row]], float]:
     def measure(figures: Sequence[Row]) -> float:
         row = first(rows_of(figures, "decoder", bits=bits, experts=experts, tokens=tokens))
         return float(row["times_base"])
@@ -91,6 +91,7 @@ def loading_gap(figures: Sequence[Row]) -> float:
 GOALS = (
     Goal("decoder: 16 experts of 2 bits, times the base's step", 3.5, True, decoder_ratio(2, 16, 16)),
     Goal("decoder: 16 experts of 1 bit and rank 16, times the base's step", 2.5, True, decoder_ratio(1, 16, 16)),
+    Goal("decoder: 16 experts of 1/4 bit and rank 16, times the base's step", 1.5, True, decoder_ratio(0.25, 16, 16)),
     Goal("decoder: one expert of 2 bits, times the base's step", 1.2, True, decoder_ratio(2, 1, 1)),
     Goal("decoder: one expert of 1 bit and rank 16, times the base's step", 1.2, True, decoder_ratio(1, 1, 1)),
     Goal("engine: 16 experts of 2 bits, times the base alone", 3.5, True, engine_ratio("2", 16, 16)),

@@ -7,7 +7,7 @@ import torch
 
 from meswitch_kernels import tuning
 from meswitch_kernels.groups import group_tokens
-from meswitch_kernels.prefill_plan import plan_prefill
+from meswitch_kernels.prefill_plan import DECODE_TOKENS, plan_prefill
 from meswitch_kernels.testing import ERROR_BOUND, random_call, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,6 +125,19 @@ def test_a_step_through_all_kernels(dtype, merge, triton, monkeypatch):
     made = check(call, runs, triton, monkeypatch, merge)
     assert [slot for slot, _ in made.merged] == ([2, 3] if merge == 66 else [3])
     assert len(made.parts) == 1
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["grouped-once", "by-itself"])
+def test_slots_that_the_host_does_not_know(ready, triton):
+    """As in a captured graph: all tokens go through decode, in parts, whose answers lie where they belong."""
+    call = random_call(2 * DECODE_TOKENS + 3, 96, 40, bits=(2, 1, 4), bias=True, rank=(4, 0), device=DEVICE)
+    groups = triton.group_tokens(call.slot_of_token, call.bank.slots)
+    assert not groups.plan.merged
+    assert [part.rows.stop - part.rows.start for part in groups.plan.parts] == [DECODE_TOKENS, DECODE_TOKENS, 3]
+    groups = groups if ready else group_tokens(call.slot_of_token, call.bank.slots)
+    y = triton.expert_linear(call.x, call.weight, call.bias, call.bank.tensors, call.slot_of_token, groups)
+    assert relative_error(y, call.truth()) < ERROR_BOUND[call.x.dtype]
+    assert triton.group_tokens(call.slot_of_token[:DECODE_TOKENS], call.bank.slots).plan is None
 
 
 def test_a_token_of_an_empty_slot_is_answered_with_nan(triton, monkeypatch):

@@ -93,6 +93,13 @@ def test_it_ends_when_validation_stops_falling(base: Path, monkeypatch: pytest.M
     assert len(course.losses) == 15 and course.converged and course.best_step == 9
 
 
+def test_it_ends_when_validation_cannot_fall_any_more(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 0.0005])
+    monkeypatch.setattr(lm_training, "_validation_loss", lambda *_: next(values))
+    course, _ = trained(base, 30)
+    assert len(course.losses) == 6 and course.converged and course.best_step == 6
+
+
 def test_without_validation_every_step_is_taken(base: Path) -> None:
     course, _ = trained(base, 4, validation=[])
     assert course.best_step == 4 and not course.validation and not course.converged

@@ -13,9 +13,11 @@ from meswitch_cli.router.decide.gates import (
     fit_distances,
     risk_coverage,
 )
-from meswitch_cli.router.decide.head import Scaling, choose_head, cross_entropy, fit_head
+from meswitch_cli.router.decide.head import PENALTIES, Scaling, cross_entropy, fit_head
 from meswitch_cli.router.decide.temperature import fit_temperature
+from meswitch_cli.router.store.features import PARTS, FeatureStore
 from meswitch_cli.router.train import measures
+from meswitch_cli.router.train.generalising import Known, fit_generalising
 
 
 def test_calibration_figures_by_hand() -> None:
@@ -89,13 +91,19 @@ def test_penalty_is_chosen_on_validation() -> None:
     features, labels = blobs(60, 0)
     validation, validation_labels = blobs(300, 1)
     targets, validation_targets = torch.eye(3)[labels], torch.eye(3)[validation_labels]
-    head, penalty, loss = choose_head(features, targets, validation, validation_targets)
+    every = torch.cat([labels, validation_labels])
+    parts = torch.tensor([PARTS.index("train")] * 60 + [PARTS.index("validation")] * 300, dtype=torch.uint8)
+    rest = [torch.arange(360), torch.ones(360), torch.full((360,), -1), torch.full((360,), -1)]
+    points, wanted = torch.cat([features, validation]), torch.cat([targets, validation_targets])
+    store = FeatureStore(points, wanted, every, parts, *rest)
+    head = fit_generalising(Known.of(store, 3), 3).head
+    loss = float(cross_entropy(head(validation), validation_targets))
     others = {
         value: float(cross_entropy(fit_head(features, targets, value)(validation), validation_targets))
-        for value in (1e-1, 3e-4)
+        for value in PENALTIES
     }
-    assert loss <= min(others.values()) and float(cross_entropy(head(validation), validation_targets)) == loss
-    assert penalty > 3e-4  # 36 parameters on 60 overlapping points need one
+    assert loss == pytest.approx(min(others.values()), abs=1e-4)
+    assert loss < others[3e-4] - 0.01  # 36 parameters on 60 overlapping points need a penalty
 
 
 def test_scalings() -> None:

@@ -67,6 +67,14 @@ def test_a_routed_answer_says_who_and_how_sure(page: Any) -> None:
     playwright.expect(page.locator("#summary")).to_have_text("3 experts on base")
 
 
+def test_a_prompt_of_no_field_shows_no_probabilities(page: Any) -> None:
+    """They are among the experts: "no expert's field" above "green 99 %" would say two things."""
+    answer = ask(page, "Which river is longer, the Nile or the Amazon?")
+    playwright.expect(answer.locator(".who")).to_have_text("baseno expert's field, so the router's fallback answers")
+    playwright.expect(answer.locator(".bars")).to_have_count(0)
+    assert "%" not in answer.locator(".who").inner_text()
+
+
 def test_an_expert_is_pinned_with_the_keyboard_alone(page: Any) -> None:
     button = page.locator("#experts .expert", has_text="blue")
     button.focus()

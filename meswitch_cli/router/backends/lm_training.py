@@ -19,7 +19,7 @@ WARMUP_STEPS = 5
 BATCH = 8
 #: Validation is asked after so many steps, and its prompts thinned to so many, evenly.
 JUDGED_EVERY, MOST_JUDGED = 20, 96
-#: Training ends when validation has not fallen by so much (nats) in so many judgements in a row.
+#: Training ends when validation has not fallen by so much (nats) in so many judgements in a row, or cannot any more.
 LEAST_FALL, PATIENCE = 1e-3, 3
 
 #: Prompts with their labels.
@@ -104,7 +104,10 @@ def _rate(step: int, steps: int) -> float:
 
 def _has_stopped(validation: dict[int, float]) -> bool:
     values = list(validation.values())
-    return len(values) > PATIENCE and min(values[-PATIENCE:]) > min(values[:-PATIENCE]) - LEAST_FALL
+    # What is below the least fall already cannot fall by so much.
+    return min(values, default=LEAST_FALL) < LEAST_FALL or (
+        len(values) > PATIENCE and min(values[-PATIENCE:]) > min(values[:-PATIENCE]) - LEAST_FALL
+    )
 
 
 def _batches(train: Pairs, seed: int) -> Iterator[Pairs]:

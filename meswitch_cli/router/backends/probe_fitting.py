@@ -12,7 +12,7 @@ DEPTHS = (1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2)
 #: A deeper layer must be better by this much: its decisions are slower.
 LEAST_GAIN = 0.005
 #: Of layers that err alike a deeper one must hold the domains apart by this share more. On the zoo the ratio is highest
-#: at the layer that errs least on other people's prompts (docs/results/router_others.md).
+#: at the layer that errs least on other people's prompts (docs/results/router.md).
 LEAST_SEPARATION_GAIN = 0.05
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,25 +73,6 @@ def fit_head(features: torch.Tensor, targets: torch.Tensor, penalty: float, star
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     return Head(weight.detach(), bias.detach())
-
-
-def choose_head(
-    train: torch.Tensor,
-    train_targets: torch.Tensor,
-    validation: torch.Tensor,
-    validation_targets: torch.Tensor,
-    penalties: Sequence[float] = PENALTIES,
-) -> tuple[Head, float, float]:
-    """The head whose penalty does best on validation, with that penalty and its cross-entropy there (nats)."""
-    best: tuple[float, float, Head] | None = None
-    for penalty in penalties:
-        head = fit_head(train, train_targets, penalty)
-        value = float(cross_entropy(head(validation), validation_targets))
-        if best is None or value < best[0] - 1e-6:
-            best = value, penalty, head
-    if best is None:
-        raise ValueError("no penalty to choose from")
-    return best[2], best[1], best[0]
 
 
 def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

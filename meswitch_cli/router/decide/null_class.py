@@ -16,7 +16,7 @@ class NullClassGate(NeighbourGate):
     """Two opinions that err on different prompts: of the nearest known prompts, and of a linear head on everything.
 
     Each is divided by its usual deviation and both count alike. Weights fitted on the general prompts favour the head,
-    which has learnt those prompts' own style, and do worse on other people's (docs/results/router_others.md).
+    which has learnt those prompts' own style, and do worse on other people's (docs/results/router.md).
 
     Attributes:
         null: scores of every expert's field and, last, of any other, `[labels + 1, d]`.

@@ -18,7 +18,7 @@ SLACK = 0.01
 LEAST_KEPT = 0.95
 #: Of prompts of other fields, those that a gate may let through at most. At 3 % the line lies where an expert's field
 #: and others are as near, whatever the layer; of other people's prompts several times as many pass as of the general
-#: ones (docs/results/router_others.md).
+#: ones (docs/results/router.md).
 NORMAL_PASSED, STRICT_PASSED = 0.03, 0.01
 _LEAST_DEVIATION = 1e-3
 

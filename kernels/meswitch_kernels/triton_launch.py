@@ -1,0 +1,307 @@
+"""Launches of the decode kernel: what each is made of, x as the kernel wants it, one linear or siblings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .bank import BankTensors
+from .groups import DECODE_TILES, TokenGroups
+from .messages import FIRST_NUMBER
+from .packing import PLANE_WORDS, codes_per_word
+from .triton_decode import decode
+from .triton_low_rank import prepare
+from .triton_merge_blocks import block_channels
+from .triton_messages import message_channels
+from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings
+from .tuning import LaunchSettings, launch_settings, token_bucket
+
+_PREPARE_CHANNELS = 512
+"""Input channels that one program of x·Rᵀ takes at least; not measured on a card yet."""
+PREPARE_SPLITS = 8
+"""The most programs that share the input channels of one tile."""
+PREPARE_BLOCK = 128
+"""Input channels that a program of x·Rᵀ multiplies at once."""
+PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+_ASM = not triton.knobs.runtime.interpret
+
+
+def rows_are_whole(in_features: int, formats: Sequence[int]) -> bool:
+    """Whether rows of codes of any of these numbers end with a whole block of words."""
+    return all(in_features % max(decoded_together(number), block_channels(number)) == 0 for number in formats)
+
+
+def decoded_together(number: int) -> int:
+    """The most channels of codes of a number that decode takes at once."""
+    if number > FIRST_NUMBER:
+        return int(message_channels(number, DECODE_TILES[-1][1]))
+    return PLANE_WORDS * codes_per_word(number)
+
+
+def reordered(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> tuple[int, ...]:
+    """The messages among some formats that want x in another order: those that become planes."""
+    if grouped or dtype == torch.float32:
+        return ()
+    return tuple(number for number in formats if number > FIRST_NUMBER)
+
+
+def reordered_width(in_features: int, messages: Sequence[int]) -> int:
+    """Channels of a row of x in the order that some messages want, with zeros after the last."""
+    blocks = map(decoded_together, messages)
+    return max((triton.cdiv(in_features, block) * block for block in blocks), default=in_features)
+
+
+def rank_block(max_rank: int) -> int:
+    """Rows of R, and columns of L, that a program multiplies at once."""
+    return 16 if max_rank <= 16 else 32
+
+
+def _prepare_splits(width: int) -> tuple[int, int]:
+    """Programs that share the input channels of x·Rᵀ, and channels of each."""
+    share = triton.cdiv(triton.cdiv(width, PREPARE_SPLITS), PREPARE_BLOCK) * PREPARE_BLOCK
+    per_split = max(_PREPARE_CHANNELS, share)
+    return triton.cdiv(width, per_split), per_split
+
+
+def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, Tensor, int]:
+    """x as codes want it, z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`.
+
+    That is times channel scales, and in another order, where the bank has what wants it; 0 splits, and no z, without a
+    low-rank part.
+    """
+    (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
+    messages = reordered(bank.formats, x.dtype, grouped=bank.group_size > 0)
+    if not max_rank and not bank.scaled and not messages:
+        return x, bank.steps, 0
+    width = reordered_width(in_features, messages)
+    splits, per_split = _prepare_splits(width)
+    scaled = x.new_empty(tokens, width) if bank.scaled or messages else x
+    z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
+    prepare[(groups.tile_slot.shape[0], max(1, triton.cdiv(max_rank, rank_block(max_rank))), splits)](
+        x,
+        bank.channel_scale,
+        bank.right,
+        scaled,
+        z,
+        bank.slot_bits,
+        bank.slot_rank,
+        groups.order,
+        groups.tile_slot,
+        groups.tile_start,
+        groups.tile_count,
+        tokens,
+        bank.slot_bits.shape[0],
+        in_features,
+        max_rank,
+        x.stride(0),
+        scaled.stride(0),
+        per_split,
+        SCALED=bank.scaled,
+        MESSAGES=messages,
+        RANKED=max_rank > 0,
+        TILE_TOKENS=groups.tile_size,
+        BLOCK_RANK=rank_block(max_rank),
+        BLOCK_K=PREPARE_BLOCK,
+        **PREPARE_OPTIONS,
+    )
+    return scaled, z, splits if max_rank else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What a decode launch is made of, apart from tensors."""
+
+    settings: LaunchSettings
+    base_tiles: int
+    tiles: int
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        groups: TokenGroups,
+        out_features: int,
+        formats: tuple[int, ...],
+        max_rank: int,
+        *,
+        grouped: bool,
+        biased: bool,
+    ) -> _Shape:
+        tokens, in_features = x.shape
+        settings = launch_settings(out_features, in_features, tokens, x.dtype, x.device, grouped)
+        base_tokens, tiles = token_bucket(tokens), groups.tile_slot.shape[0]
+        constants = {
+            "NUMBERS": formats,
+            "GROUPED": grouped,
+            "EVEN": rows_are_whole(in_features, formats),
+            "HAS_BIAS": biased,
+            "BASE_TOKENS": base_tokens,
+            "TILE_TOKENS": groups.tile_size,
+            # The same for batches of most sizes, since each value is a kernel of its own to compile.
+            "MOST_TILES": max(64, triton.next_power_of_2(tiles)),
+            "MOST_SPLITS": max(4, triton.next_power_of_2(settings.splits + settings.delta_splits)),
+            "BLOCK_OUT": settings.block_out,
+            "BLOCK_K": settings.block_k,
+            "BLOCK_RANK": rank_block(max_rank),
+            "ASM": _ASM,
+            "num_warps": settings.num_warps,
+            "num_stages": settings.num_stages,
+        }
+        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, constants)
+
+    @property
+    def delta_programs(self) -> int:
+        """Programs that share the tiles of tokens, for each split."""
+        return min(self.tiles, self.settings.delta_programs)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a block of rows."""
+        return self.base_tiles * self.settings.splits + self.delta_programs * self.settings.delta_splits
+
+    @property
+    def sums(self) -> int:
+        """Partial sums of an output."""
+        return self.settings.splits + self.settings.delta_splits
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The kernel's numbers from `tiles` on."""
+        settings = self.settings
+        return self.tiles, self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
+
+
+def launch_decode(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankTensors,
+    slot_of_token: Tensor,
+    groups: TokenGroups,
+) -> None:
+    tokens, (out_features, in_features) = x.shape[0], weight.shape
+    shape = _Shape.of(
+        x, groups, out_features, bank.formats, bank.left.shape[2], grouped=bank.group_size > 0, biased=bias is not None
+    )
+    scaled, z, z_splits = _prepare(x, bank, groups)
+    partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
+    decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs)](
+        x,
+        scaled,
+        weight,
+        x if bias is None else bias,
+        y,
+        partials,
+        bank.tickets,
+        bank.codes,
+        bank.steps,
+        bank.bias_delta,
+        bank.salient_index,
+        bank.salient_value,
+        z,
+        bank.left,
+        bank.slot_bits,
+        bank.slot_group,
+        bank.slot_rank,
+        slot_of_token,
+        groups.order,
+        groups.tile_slot,
+        groups.tile_start,
+        groups.tile_count,
+        tokens,
+        *shape.counts,
+        bank.slot_bits.shape[0],
+        in_features,
+        out_features,
+        x.stride(0),
+        scaled.stride(0),
+        weight.stride(0),
+        bank.codes.stride(0),
+        bank.steps.stride(0),
+        bank.salient_index.shape[1],
+        bank.left.shape[2],
+        Z_SPLITS=z_splits,
+        **shape.constants,
+    )
+
+
+def launch_siblings(
+    x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot_of_token: Tensor, groups: TokenGroups
+) -> list[Tensor]:
+    (tokens, in_features), slots = x.shape, groups.slots
+    shape = _Shape.of(
+        x,
+        groups,
+        siblings.total,
+        siblings.formats,
+        siblings.most_rank,
+        grouped=siblings.grouped,
+        biased=operands[0][1] is not None,
+    )
+    parts, like = len(siblings.outs), operands[0][2].left
+    tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
+    splits, scaled, z = 0, x, x
+    messages = reordered(siblings.formats, x.dtype, grouped=siblings.grouped)
+    copied = siblings.scaled or len(messages) > 0
+    if siblings.most_rank or copied:
+        width = reordered_width(in_features, messages)
+        splits, per_split = _prepare_splits(width)
+        z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
+        if copied:
+            scaled = x.new_empty(parts * tokens, width)
+        block = rank_block(siblings.most_rank)
+        prepare_siblings[(tiles[1].shape[0], max(1, triton.cdiv(siblings.most_rank, block)), parts * splits)](
+            siblings.table,
+            like,
+            x,
+            scaled,
+            z,
+            *tiles,
+            tokens,
+            slots,
+            in_features,
+            siblings.most_rank,
+            x.stride(0),
+            scaled.stride(0),
+            per_split,
+            SPLITS=splits,
+            SCALED=siblings.scaled,
+            MESSAGES=messages,
+            RANKED=siblings.most_rank > 0,
+            TILE_TOKENS=groups.tile_size,
+            BLOCK_RANK=block,
+            BLOCK_K=PREPARE_BLOCK,
+            **PREPARE_OPTIONS,
+        )
+    partials = torch.empty(shape.sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
+    decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs, parts)](
+        siblings.table,
+        like,
+        x,
+        scaled,
+        y,
+        partials,
+        z,
+        slot_of_token,
+        *tiles,
+        tokens,
+        *shape.counts,
+        slots,
+        in_features,
+        x.stride(0),
+        scaled.stride(0),
+        siblings.most_rank,
+        COPIED=copied,
+        Z_SPLITS=splits if siblings.most_rank else 0,
+        **shape.constants,
+    )
+    each = torch.split(y, [tokens * out for out in siblings.outs])
+    return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]
