@@ -35,7 +35,7 @@ def test_an_ordinary_delta(make_artifact: Any, pair: Pair) -> None:
     assert re.match(r"weight error [\d.]+ % of the delta: usual at 2 bits \(up to 24 %\)", only)
     usual, expected = verdict(with_errors(manifest, 0.179, **DEFAULT))
     assert usual.startswith("weight error 18 % of the delta: usual at 2 bits")
-    assert "0.0015 to 0.03 % of the base's" in expected
+    assert "0.000029 to 0.03 % of the base's" in expected
     assert len(verdict(with_errors(manifest, 0.179, **DEFAULT | {"steps": "least-squares"}))) == 1
     (beyond,) = verdict(with_errors(manifest, 0.8, **DEFAULT))
     assert "weight error 80 % of the delta: more than usual at 2 bits (up to 24 %)" in beyond
@@ -73,30 +73,32 @@ def test_figures_are_those_of_the_pages() -> None:
     assert {float(rate) for rate in RATES} == {bits for _, bits in noise}
     assert noise.keys() == NORMAL_ERROR.keys()
     assert all(noise[key] == pytest.approx(value, rel=0.02) for key, value in NORMAL_ERROR.items())
-    weak = (RESULTS / "compression.md").read_text()
-    titles = {
-        ("scalar", 2, False): "2 bits, output-unbiased, 8 salient, random tokens",
-        ("scalar", 2, True): "2 bits, output-unbiased, 8 salient, rank 16, random tokens",
-        ("scalar", 1, False): "1 bit, output-unbiased, 8 salient, channel scale, random tokens",
-        (
-            "scalar",
-            1,
-            True,
-        ): "1 bit, output-unbiased, 8 salient, channel scale, rank 16, random tokens (the default at 1 bit)",
+    fidelity = (RESULTS / "compression.md").read_text()
+    sections = re.split(r"^## ", fidelity, flags=re.M)
+    strong = "".join(section for section in sections if section.startswith(("strong: ", "coder: ")))
+    (weaker,) = [section for section in sections if section.startswith("Weaker fine-tunes")]
+    options = {
+        ("scalar", 2, False): ["`--bits 2`"],
+        ("scalar", 2, True): ["`--bits 2 --rank 16`"],
+        ("scalar", 1, False): ["`--bits 1 --rank 0`"],
+        ("scalar", 1, True): ["`--bits 1`"],
+        ("trellis", 1, True): ["`--bits 1 --code trellis --embedding-bits 2`"],
+        ("trellis", 0.25, True): ["`--bits 0.25`", "`--bits 0.25 --embedding-bits 2`"],
     }
-    answers = trellis.split("## code")[1].split("## Mistral")[0]
-    strong = {
-        ("scalar", 2, False): "2 bits, scalar",
-        ("scalar", 1, True): "1 bit, scalar",
-        ("trellis", 1, True): "1 bit, trellis",
-        ("trellis", 0.25, True): "0.25 bit",
+    of_weaker = {
+        ("scalar", 2, False): "2 bits, output-unbiased, 8 salient: `--bits 2`",
+        ("scalar", 2, True): "2 bits, output-unbiased, 8 salient, 16 directions",
+        ("scalar", 1, False): "1 bit, output-unbiased, 8 salient, channel scale",
+        ("scalar", 1, True): "1 bit, output-unbiased, 8 salient, channel scale, 16 directions: `--bits 1`",
     }
+    assert MEASURED_KL.keys() == options.keys()
     for key, (low, high) in MEASURED_KL.items():
-        found = [
-            float(kl) for kl in re.findall(rf"^\| {re.escape(titles.get(key, '-'))} \| \S+ \| ([\d.]+) \[", weak, re.M)
-        ]
-        row = rf"^\| {re.escape(strong.get(key, '-'))} \|(?: [\d.]+ \|){{4}} ([\d.e-]+) \|"
-        found += [float(kl) for kl in re.findall(row, answers, re.M)]
+        found = []
+        for name in options[key]:
+            row = rf"^\| {re.escape(name)} \| [\d.]+ \| \S+ \| ([\d.e-]+) \|"
+            found += [float(kl) for kl in re.findall(row, strong, re.M)]
+        for line in re.findall(rf"^\| {re.escape(of_weaker.get(key, '-'))} \|(.*)\|$", weaker, re.M):
+            found += [float(kl) for kl in line.split("|")[1:]]
         assert found, key
         assert min(found) / 100 == pytest.approx(low, rel=0.2), (key, found)
         assert max(found) / 100 == pytest.approx(high, rel=0.2), (key, found)

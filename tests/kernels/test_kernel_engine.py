@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -77,12 +78,13 @@ def test_every_kind_of_linear_is_compiled_at_every_size(triton: object, monkeypa
 def test_batches_of_all_sizes_meet_kernels_that_are_compiled(slots: int, triton: object) -> None:
     """A kernel that is compiled while requests wait costs them seconds."""
     compiling = pytest.importorskip("meswitch_cli.engine.compiling")
+    launch = importlib.import_module("meswitch_kernels.triton_launch")
 
     def constants(tokens: int) -> str:
         slot_of_token = torch.full((tokens,), -1, dtype=torch.int32, device=DEVICE)
         groups = triton.group_tokens(slot_of_token, slots)  # type: ignore[attr-defined]
         x = torch.zeros(tokens, 4096, dtype=torch.bfloat16, device=DEVICE)
-        return str(triton._Shape.of(x, groups, 4096, 2, 0, grouped=False, biased=False).constants)  # type: ignore[attr-defined]
+        return str(launch._Shape.of(x, groups, 4096, (2,), 0, grouped=False, biased=False).constants)
 
     prepared = {constants(size) for size in compiling.SIZES}
     assert {constants(size) for size in (1, 2, 3, 5, 8, 15, 17, 31, 33, 48, 63, 65, 100, 127)} <= prepared

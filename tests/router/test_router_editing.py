@@ -43,7 +43,10 @@ def test_add_then_remove(probe_folder: Path, load_probe: LoadProbe) -> None:
     assert written.manifest.split["added law"]["train"]["prompts"] == 88
     router = load_probe(probe_folder)
     law = [router.route(text) for seed in range(1, 7) for text in sentences("law", 30, seed=seed)]
-    assert sum(item.expert == "law" for item in law) >= 150
+    assert sum(max(item.probabilities, key=item.probabilities.__getitem__) == "law" for item in law) >= 150
+    # Random weights tell general prompts from fields badly, so much confidence is asked for.
+    assert {item.expert for item in law} == {"law", "base"}
+    assert sum(item.expert == "law" for item in law) >= 90
 
     back = remove_expert(written, "law")
     assert back.manifest.labels == ("code", "maths")

@@ -61,7 +61,11 @@ def worker_config(layout: Layout) -> dict[str, Any]:
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
     """The layout that `worker_config` wrote down."""
-    capacities = {name: Capacity(**capacity) for name, capacity in config["capacities"].items()}
+    # JSON has made lists of tuples.
+    capacities = {
+        name: Capacity(**capacity | {"messages": tuple(capacity["messages"])})
+        for name, capacity in config["capacities"].items()
+    }
     return Layout(capacities, frozenset(config["norms"]))
 
 

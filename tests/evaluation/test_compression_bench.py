@@ -1,11 +1,12 @@
-"""The page of the bench of strong experts, from figures made by hand; its rows are methods that there are."""
+"""The page of compressed fine-tunes, from figures made by hand; its rows are methods that there are."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.strong import BASE, COLUMNS, DEFAULTS, EXPERT, KIND_ROWS, ROWS, page, table
+from benchmarks.compression_report import COLUMNS, page, table
+from benchmarks.compression_rows import BASE, CODER_ROWS, DEFAULTS, EXPERT, KIND_ROWS, ROWS
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.evaluation.baselines import parse_method
 from zoo.finetunes import KINDS
@@ -45,19 +46,20 @@ def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     delta = {"relative_delta": 0.0123, "unchanged": 0.25, "leading_energy": 0.5}
     figures.write_text(json.dumps({"recipe": asdict(KINDS["lora16"]), "delta": delta}))
     text = page(tmp_path, tmp_path)
+    measured = text[text.index("## strong: code") : text.index("## Weaker fine-tunes")]
     assert "## strong: code" in text and "## kinds: lora16\n\nSkill queries, method lora" in text
     assert (
         "1.2 % of the weights' norm, 25 % of the weights" in text
-        and text.count("| base |") == 2
-        and text.count(f"| {DEFAULTS[OURS]} |") == 1
+        and text.count("\n| base |") == 2
+        and measured.count(f"| {DEFAULTS[OURS]} |") == 1
         and "a machine" in text
     )
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    widths = {line.count("|") for line in measured.splitlines() if line.startswith("|")}
     assert widths == {len(COLUMNS) + 1}
 
 
 def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
-    assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(KIND_ROWS) < set(ROWS)
+    assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(KIND_ROWS) < set(ROWS) > set(CODER_ROWS)
     methods = {name: parse_method(name) for name in ROWS if name not in (BASE, EXPERT)}
     for bits, name in zip((1, 2, 4), DEFAULTS, strict=True):
         settings = CompressionSettings.with_defaults(bits=bits)
