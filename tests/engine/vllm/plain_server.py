@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
+    # Our own engine turns it off for processes that it starts, and tests read the log.
+    "VLLM_CONFIGURE_LOGGING": "1",
 }
 
 
