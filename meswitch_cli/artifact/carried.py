@@ -68,7 +68,7 @@ class Carried:
         """Buffers whose values differ from the base's."""
         return sorted(self.own.keys() & set(self._told["buffers"]))
 
-    @property
+    @cached_property
     def own(self) -> dict[str, TensorInfo]:
         """What is stored, by name."""
         return {} if self.path is None else read_header(self.path)

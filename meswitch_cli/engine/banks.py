@@ -16,6 +16,7 @@ from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
+from meswitch_kernels.dispatch import reads_planes
 from meswitch_kernels.messages import Message, find_message
 
 #: What is stored of an expert, by parameter name.
@@ -143,6 +144,11 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bo
     if embedding and head:
         capacities[base.head_name] = head.joined(embedding)
     return Layout(capacities, frozenset(norms), frozenset(whole))
+
+
+def device_layout(base: Layers, manifests: Iterable[Manifest]) -> Layout:
+    """The banks that hold any of these experts on the base's own device. Raises as `bank_layout`."""
+    return bank_layout(base, manifests, messages=reads_planes(base.device.type))
 
 
 class Banks:

@@ -14,14 +14,13 @@ import torch
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.engine.banks import Banks, Layout, Stored, bank_layout
+from meswitch_cli.engine.banks import Banks, Stored, device_layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.residency import Load
 from meswitch_cli.engine.staging import StagedCopy
 from meswitch_cli.errors import MeswitchError
-from meswitch_kernels.dispatch import reads_planes
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +87,7 @@ class SlotLoader:
         Raises:
             EngineError: one changes a parameter that no layer serves.
         """
-        return self.banks.layout.holds(self._layout(manifests))
-
-    def _layout(self, manifests: Sequence[Manifest]) -> Layout:
-        base = self.banks.base
-        return bank_layout(base, manifests, messages=reads_planes(base.device.type))
+        return self.banks.layout.holds(device_layout(self.banks.base, manifests))
 
     def make_room(self, manifests: Sequence[Manifest], resident: Mapping[int, ServedModel]) -> None:
         """Make banks that hold any of these experts too, and put those in slots into the same slots there.
@@ -103,7 +98,7 @@ class SlotLoader:
             EngineError: the device has no room for them beside the old ones; these are kept.
         """
         old = self.banks
-        layout = self._layout(manifests).joined(old.layout)
+        layout = device_layout(old.base, manifests).joined(old.layout)
         # The loop runs in inference mode, whose tensors the loader's thread could not write to.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             try:

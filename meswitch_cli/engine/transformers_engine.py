@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.banks import Banks, device_layout
 from meswitch_cli.engine.base_model import BaseModel, load_base, served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base
@@ -22,7 +22,6 @@ from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import SlottedEngine
 from meswitch_cli.engine.version import check_transformers
-from meswitch_kernels.dispatch import reads_planes
 
 if TYPE_CHECKING:
     from meswitch_cli.engine.batching import Manager, Processor
@@ -60,14 +59,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
         dtype = served_dtype(self._checkpoint, settings)
         prove(self._checkpoint.config, str(self._checkpoint.source.path), settings.torch_device, dtype)
         self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
-        messages = reads_planes(base.device.type)
-        opened = self._open_experts(lambda model: model.artifact and bank_layout(base, [model.artifact.manifest]))
+        opened = self._open_experts(lambda model: model.artifact and device_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
         slots = settings.slots or max(1, len(settings.experts))
         manifests = [model.artifact.manifest for model in experts if model.artifact]
-        layout = bank_layout(base, manifests, messages=messages)
-        banks = Banks(base, layout, slots)
+        banks = Banks(base, device_layout(base, manifests), slots)
         banks.install()
         self._copies = HostCopies(settings.copies_nbytes, self._checkpoint)
         self._loader = SlotLoader(banks, self._copies, self._on_loaded)

@@ -20,7 +20,10 @@ from meswitch_cli.artifact.restore import restore
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
+from meswitch_cli.engine.exact import SLOT_CODE
+from zoo.adapter import merged_weights
 from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
 
@@ -183,3 +186,26 @@ def copy_artifact(artifact: Path, to: Path) -> Path:
 
 def tokenizer_of(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
+
+
+def merged_model(base: Path, adapter: Path) -> Any:
+    """The base with an adapter merged into it, fp32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in merged_weights(base, adapter).items():
+            parameters[name].copy_(value)
+    return model.eval()
+
+
+def coded_model(base: Path, expert: Path) -> Any:
+    """The expert with the codes of a slot, fp32: what is stored bit for bit is coded when it is loaded."""
+    plain, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, expert))
+    of_base = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.dim() == 2:
+                found = quantize(of_base[name].detach(), value.detach(), SLOT_CODE)
+                assert found is not None
+                value.copy_(of_base[name] + dequantize(found[0]))
+    return model.eval()

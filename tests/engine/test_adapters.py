@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import in_process
-from engine.family import EXPERTS, Family, make_family, requests
+from engine.family import EXPERTS, Family, make_family, merged_model, requests
 from transformers import AutoModelForCausalLM
 
 from meswitch_cli.artifact.artifact import Artifact
@@ -22,7 +22,7 @@ from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.memory import plan_memory
-from zoo.adapter import make_adapter, merged_weights
+from zoo.adapter import make_adapter
 
 Start = Callable[..., TransformersEngine]
 
@@ -56,15 +56,6 @@ def with_restored(family: Family, folder: Path) -> Family:
         )
         family.references[name] = AutoModelForCausalLM.from_pretrained(plain, dtype=family.dtype).eval()
     return family
-
-
-def merged_model(base: Path, adapter: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in merged_weights(base, adapter).items():
-            parameters[name].copy_(value)
-    return model.eval()
 
 
 @pytest.mark.parametrize("slots", [2, 6])

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from engine.family import EXPERTS, Family, make_family, requests
-from transformers import AutoModelForCausalLM
+from engine.family import EXPERTS, Family, coded_model, make_family, requests
 
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
-from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.engine import TransformersEngine, generate
-from meswitch_cli.engine.exact import SLOT_CODE
 
 
 def test_tokens_are_those_of_the_code(tmp_path: Path, start: Callable[..., TransformersEngine]) -> None:
@@ -21,18 +17,7 @@ def test_tokens_are_those_of_the_code(tmp_path: Path, start: Callable[..., Trans
     settings = CompressionSettings.with_defaults(exact=True)
     artifact = tmp_path / "exact"
     compress(prepare(str(own.base), str(tmp_path / "alpha-full"), artifact, settings, None))
-    base, expert = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for folder in (own.base, tmp_path / "alpha-full")
-    )
-    plain = dict(base.named_parameters())
-    with torch.no_grad():
-        for name, value in expert.named_parameters():
-            if value.dim() == 2:
-                found = quantize(plain[name].detach(), value.detach(), SLOT_CODE)
-                assert found is not None
-                value.copy_(plain[name] + dequantize(found[0]))
-    references = own.references | {"exact": expert.eval()}
+    references = own.references | {"exact": coded_model(own.base, tmp_path / "alpha-full")}
     own = Family(own.base, own.artifacts | {"exact": artifact}, own.dtype)
     vars(own)["references"] = references
     for slots in (1, 2):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
-from engine.family import Family, Kind, make_family, requests
+from engine.family import Family, Kind, coded_model, make_family, merged_model, requests
 from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM
 from engine.vllm.plain_server import PlainServer
-from transformers import AutoModelForCausalLM
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
-from meswitch_cli.delta.quantize import dequantize, quantize
-from meswitch_cli.engine.exact import SLOT_CODE
-from zoo.adapter import make_adapter, merged_weights
+from zoo.adapter import make_adapter
 
 pytestmark = NEEDS_VLLM
 
@@ -44,32 +39,11 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Family:
     made = Family(own.base, own.artifacts | paths | {"lora": adapter}, own.dtype)
     restored = Family(own.base, {"compressed": folder / "compressed"}, own.dtype).references
     vars(made)["references"] = (
-        own.references | restored | {"exact": coded(own.base, folder / "two-full"), "lora": merged(own.base, adapter)}
+        own.references
+        | restored
+        | {"exact": coded_model(own.base, folder / "two-full"), "lora": merged_model(own.base, adapter)}
     )
     return made
-
-
-def coded(base: Path, expert: Path) -> torch.nn.Module:
-    """The expert with the codes of a slot: what is stored bit for bit is coded when it is loaded."""
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32)
-    of_base = dict(plain.named_parameters())
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.dim() == 2:
-                found = quantize(of_base[name].detach(), value.detach(), SLOT_CODE)
-                assert found is not None
-                value.copy_(of_base[name] + dequantize(found[0]))
-    return model.eval()
-
-
-def merged(base: Path, adapter: Path) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in merged_weights(base, adapter).items():
-            parameters[name].copy_(value)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
