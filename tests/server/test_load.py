@@ -80,7 +80,8 @@ def test_a_role_sent_ahead_is_no_first_token() -> None:
     )
     assert outcome.error is None and outcome.completion_tokens == 2
     assert outcome.first_token is not None and 0.3 <= outcome.first_token < outcome.seconds
-    assert len(outcome.gaps) == 1 and outcome.gaps[0] >= 0.1
+    # The reader may be late for the first token, never early for the second.
+    assert len(outcome.gaps) == 1 and outcome.first_token + outcome.gaps[0] >= 0.4
 
 
 def test_an_answer_without_text_has_an_end() -> None:
