@@ -48,6 +48,7 @@ ROWS = (
     "dare",
     "dare:choice=magnitude,rescale=projection",
     "d-qrelo:rounding=gptq",
+    "delta-come:bits=0.9,embedding=1,rounding=gptq",
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
