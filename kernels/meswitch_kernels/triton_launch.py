@@ -11,13 +11,10 @@ import triton
 from torch import Tensor
 
 from .bank import BankTensors
-from .groups import DECODE_TILES, TokenGroups
-from .messages import FIRST_NUMBER
-from .packing import PLANE_WORDS, codes_per_word
+from .groups import TokenGroups
 from .triton_decode import decode
+from .triton_formats import families, family_constants, prepared, reordered, reordered_width
 from .triton_low_rank import prepare
-from .triton_merge_blocks import block_channels
-from .triton_messages import message_channels
 from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings
 from .tuning import LaunchSettings, launch_settings, token_bucket
 
@@ -29,31 +26,6 @@ PREPARE_BLOCK = 128
 """Input channels that a program of x·Rᵀ multiplies at once."""
 PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 _ASM = not triton.knobs.runtime.interpret
-
-
-def rows_are_whole(in_features: int, formats: Sequence[int]) -> bool:
-    """Whether rows of codes of any of these numbers end with a whole block of words."""
-    return all(in_features % max(decoded_together(number), block_channels(number)) == 0 for number in formats)
-
-
-def decoded_together(number: int) -> int:
-    """The most channels of codes of a number that decode takes at once."""
-    if number > FIRST_NUMBER:
-        return int(message_channels(number, DECODE_TILES[-1][1]))
-    return PLANE_WORDS * codes_per_word(number)
-
-
-def reordered(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> tuple[int, ...]:
-    """The messages among some formats that want x in another order: those that become planes."""
-    if grouped or dtype == torch.float32:
-        return ()
-    return tuple(number for number in formats if number > FIRST_NUMBER)
-
-
-def reordered_width(in_features: int, messages: Sequence[int]) -> int:
-    """Channels of a row of x in the order that some messages want, with zeros after the last."""
-    blocks = map(decoded_together, messages)
-    return max((triton.cdiv(in_features, block) * block for block in blocks), default=in_features)
 
 
 def rank_block(max_rank: int) -> int:
@@ -75,7 +47,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
     low-rank part.
     """
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
-    messages = reordered(bank.formats, x.dtype, grouped=bank.group_size > 0)
+    messages = reordered(bank.formats, x.dtype)
     if not max_rank and not bank.scaled and not messages:
         return x, bank.steps, 0
     width = reordered_width(in_features, messages)
@@ -102,7 +74,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         scaled.stride(0),
         per_split,
         SCALED=bank.scaled,
-        MESSAGES=messages,
+        MESSAGES=prepared(messages),
         RANKED=max_rank > 0,
         TILE_TOKENS=groups.tile_size,
         BLOCK_RANK=rank_block(max_rank),
@@ -119,6 +91,7 @@ class _Shape:
     settings: LaunchSettings
     base_tiles: int
     tiles: int
+    families: tuple[dict[str, Any], ...]
     constants: dict[str, Any]
 
     @classmethod
@@ -137,9 +110,6 @@ class _Shape:
         settings = launch_settings(out_features, in_features, tokens, x.dtype, x.device, grouped)
         base_tokens, tiles = token_bucket(tokens), groups.tile_slot.shape[0]
         constants = {
-            "NUMBERS": formats,
-            "GROUPED": grouped,
-            "EVEN": rows_are_whole(in_features, formats),
             "HAS_BIAS": biased,
             "BASE_TOKENS": base_tokens,
             "TILE_TOKENS": groups.tile_size,
@@ -153,28 +123,29 @@ class _Shape:
             "num_warps": settings.num_warps,
             "num_stages": settings.num_stages,
         }
-        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, constants)
+        served = tuple(family_constants(each, in_features, grouped=grouped) for each in families(formats))
+        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, served, constants)
 
     @property
     def delta_programs(self) -> int:
         """Programs that share the tiles of tokens, for each split."""
         return min(self.tiles, self.settings.delta_programs)
 
-    @property
-    def programs(self) -> int:
-        """Programs of a block of rows."""
-        return self.base_tiles * self.settings.splits + self.delta_programs * self.settings.delta_splits
+    def programs(self, launch: int) -> int:
+        """Programs of a block of rows in one launch; the first has those of the base."""
+        of_base = 0 if launch else self.base_tiles * self.settings.splits
+        return of_base + self.delta_programs * self.settings.delta_splits
 
     @property
     def sums(self) -> int:
         """Partial sums of an output."""
         return self.settings.splits + self.settings.delta_splits
 
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The kernel's numbers from `tiles` on."""
+    def counts(self, launch: int) -> tuple[int, ...]:
+        """The kernel's numbers from `tiles` to `launches`."""
         settings = self.settings
-        return self.tiles, self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
+        programs = self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
+        return self.tiles, *programs, launch, len(self.families)
 
 
 def launch_decode(
@@ -192,44 +163,46 @@ def launch_decode(
     )
     scaled, z, z_splits = _prepare(x, bank, groups)
     partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
-    decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs)](
-        x,
-        scaled,
-        weight,
-        x if bias is None else bias,
-        y,
-        partials,
-        bank.tickets,
-        bank.codes,
-        bank.steps,
-        bank.bias_delta,
-        bank.salient_index,
-        bank.salient_value,
-        z,
-        bank.left,
-        bank.slot_bits,
-        bank.slot_group,
-        bank.slot_rank,
-        slot_of_token,
-        groups.order,
-        groups.tile_slot,
-        groups.tile_start,
-        groups.tile_count,
-        tokens,
-        *shape.counts,
-        bank.slot_bits.shape[0],
-        in_features,
-        out_features,
-        x.stride(0),
-        scaled.stride(0),
-        weight.stride(0),
-        bank.codes.stride(0),
-        bank.steps.stride(0),
-        bank.salient_index.shape[1],
-        bank.left.shape[2],
-        Z_SPLITS=z_splits,
-        **shape.constants,
-    )
+    for launch, family in enumerate(shape.families):
+        decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs(launch))](
+            x,
+            scaled,
+            weight,
+            x if bias is None else bias,
+            y,
+            partials,
+            bank.tickets,
+            bank.codes,
+            bank.steps,
+            bank.bias_delta,
+            bank.salient_index,
+            bank.salient_value,
+            z,
+            bank.left,
+            bank.slot_bits,
+            bank.slot_group,
+            bank.slot_rank,
+            slot_of_token,
+            groups.order,
+            groups.tile_slot,
+            groups.tile_start,
+            groups.tile_count,
+            tokens,
+            *shape.counts(launch),
+            bank.slot_bits.shape[0],
+            in_features,
+            out_features,
+            x.stride(0),
+            scaled.stride(0),
+            weight.stride(0),
+            bank.codes.stride(0),
+            bank.steps.stride(0),
+            bank.salient_index.shape[1],
+            bank.left.shape[2],
+            Z_SPLITS=z_splits,
+            **family,
+            **shape.constants,
+        )
 
 
 def launch_siblings(
@@ -248,7 +221,7 @@ def launch_siblings(
     parts, like = len(siblings.outs), operands[0][2].left
     tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
     splits, scaled, z = 0, x, x
-    messages = reordered(siblings.formats, x.dtype, grouped=siblings.grouped)
+    messages = reordered(siblings.formats, x.dtype)
     copied = siblings.scaled or len(messages) > 0
     if siblings.most_rank or copied:
         width = reordered_width(in_features, messages)
@@ -273,7 +246,7 @@ def launch_siblings(
             per_split,
             SPLITS=splits,
             SCALED=siblings.scaled,
-            MESSAGES=messages,
+            MESSAGES=prepared(messages),
             RANKED=siblings.most_rank > 0,
             TILE_TOKENS=groups.tile_size,
             BLOCK_RANK=block,
@@ -282,26 +255,28 @@ def launch_siblings(
         )
     partials = torch.empty(shape.sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
-    decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs, parts)](
-        siblings.table,
-        like,
-        x,
-        scaled,
-        y,
-        partials,
-        z,
-        slot_of_token,
-        *tiles,
-        tokens,
-        *shape.counts,
-        slots,
-        in_features,
-        x.stride(0),
-        scaled.stride(0),
-        siblings.most_rank,
-        COPIED=copied,
-        Z_SPLITS=splits if siblings.most_rank else 0,
-        **shape.constants,
-    )
+    for launch, family in enumerate(shape.families):
+        decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs(launch), parts)](
+            siblings.table,
+            like,
+            x,
+            scaled,
+            y,
+            partials,
+            z,
+            slot_of_token,
+            *tiles,
+            tokens,
+            *shape.counts(launch),
+            slots,
+            in_features,
+            x.stride(0),
+            scaled.stride(0),
+            siblings.most_rank,
+            COPIED=copied,
+            Z_SPLITS=splits if siblings.most_rank else 0,
+            **family,
+            **shape.constants,
+        )
     each = torch.split(y, [tokens * out for out in siblings.outs])
     return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]

@@ -20,7 +20,8 @@ from .triton_attention import paged_attention as paged_attention
 from .triton_device import on_its_device
 from .triton_elementwise import rotate as rotate
 from .triton_elementwise import silu_product as silu_product
-from .triton_launch import launch_decode, launch_siblings, rows_are_whole
+from .triton_formats import rows_are_whole
+from .triton_launch import launch_decode, launch_siblings
 from .triton_merge import merged_at_once, merged_linear, merged_linears
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
