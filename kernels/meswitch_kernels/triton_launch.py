@@ -10,12 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .bank import BankTensors
+from .bank import BankTensors, joined_formats
 from .groups import TokenGroups
+from .messages import FIRST_NUMBER
 from .triton_decode import decode
 from .triton_formats import families, family_constants, prepared, reordered, reordered_width
 from .triton_low_rank import prepare
-from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings
+from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings, sibling_table
 from .tuning import LaunchSettings, launch_settings, token_bucket
 
 _PREPARE_CHANNELS = 512
@@ -33,11 +34,14 @@ def rank_block(max_rank: int) -> int:
     return 16 if max_rank <= 16 else 32
 
 
-def _prepare_splits(width: int) -> tuple[int, int]:
-    """Programs that share the input channels of x·Rᵀ, and channels of each."""
-    share = triton.cdiv(triton.cdiv(width, PREPARE_SPLITS), PREPARE_BLOCK) * PREPARE_BLOCK
-    per_split = max(_PREPARE_CHANNELS, share)
-    return triton.cdiv(width, per_split), per_split
+def _prepare_splits(in_features: int, width: int) -> tuple[int, int]:
+    """Programs that share the channels of x·Rᵀ, and channels of each; `width` is that of x as codes want it.
+
+    How many there are does not depend on the codes: decode is compiled for their number.
+    """
+    share = triton.cdiv(triton.cdiv(in_features, PREPARE_SPLITS), PREPARE_BLOCK) * PREPARE_BLOCK
+    splits = triton.cdiv(in_features, max(_PREPARE_CHANNELS, share))
+    return splits, triton.cdiv(triton.cdiv(width, splits), PREPARE_BLOCK) * PREPARE_BLOCK
 
 
 def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, Tensor, int]:
@@ -51,7 +55,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
     if not max_rank and not bank.scaled and not messages:
         return x, bank.steps, 0
     width = reordered_width(in_features, messages)
-    splits, per_split = _prepare_splits(width)
+    splits, per_split = _prepare_splits(in_features, width)
     scaled = x.new_empty(tokens, width) if bank.scaled or messages else x
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
     prepare[(groups.tile_slot.shape[0], max(1, triton.cdiv(max_rank, rank_block(max_rank))), splits)](
@@ -148,6 +152,36 @@ class _Shape:
         return self.tiles, *programs, launch, len(self.families)
 
 
+def separate_products(
+    x: Tensor, operands: Sequence[Operand], groups: TokenGroups
+) -> dict[tuple[object, ...], list[Operand]]:
+    """Products of the same x with banks of one family of codes alone, by what their kernels are compiled for.
+
+    Each is one launch of decode, the very one that the operands' own product has for that family.
+    """
+    formats = joined_formats([bank for _, _, bank in operands])
+    found = {}
+    for family in families(formats):
+        bits = max((number for number in family if number < FIRST_NUMBER), default=0)
+        messages = [number for number in family if number > FIRST_NUMBER]
+        own = [
+            (weight, bias, BankTensors._make(bank._replace(bits=bits, messages=messages)))
+            for weight, bias, bank in operands
+        ]
+        table = sibling_table(own) if len(own) > 1 else None
+        for each in [own] if table else [[alone] for alone in own]:
+            banks = [bank for _, _, bank in each]
+            rank = max(bank.left.shape[2] for bank in banks)
+            grouped = any(bank.group_size for bank in banks)
+            biased = each[0][1] is not None
+            out_features = table.total if table else each[0][0].shape[0]
+            shape = _Shape.of(x, groups, out_features, family, rank, grouped=grouped, biased=biased)
+            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank else 0
+            constants = tuple(sorted((shape.constants | shape.families[0]).items()))
+            found[(table is not None, splits, x.dtype, banks[0].left.dtype, *constants)] = each
+    return found
+
+
 def launch_decode(
     y: Tensor,
     x: Tensor,
@@ -225,7 +259,7 @@ def launch_siblings(
     copied = siblings.scaled or len(messages) > 0
     if siblings.most_rank or copied:
         width = reordered_width(in_features, messages)
-        splits, per_split = _prepare_splits(width)
+        splits, per_split = _prepare_splits(in_features, width)
         z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
         if copied:
             scaled = x.new_empty(parts * tokens, width)
@@ -272,8 +306,8 @@ def launch_siblings(
             in_features,
             x.stride(0),
             scaled.stride(0),
+            tokens if copied else 0,
             siblings.most_rank,
-            COPIED=copied,
             Z_SPLITS=splits if siblings.most_rank else 0,
             **family,
             **shape.constants,

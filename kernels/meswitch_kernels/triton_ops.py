@@ -21,6 +21,7 @@ from .triton_device import on_its_device
 from .triton_elementwise import rotate as rotate
 from .triton_elementwise import silu_product as silu_product
 from .triton_launch import launch_decode, launch_siblings
+from .triton_launch import separate_products as separate_products
 from .triton_merge import merged_at_once, merged_linear, merged_linears
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
