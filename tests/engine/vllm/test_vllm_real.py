@@ -108,18 +108,21 @@ def _requests(name: str) -> list[GenerationRequest]:
     return made
 
 
-@pytest.fixture(scope="module", params=["compiled", "with-lora"])
+@pytest.fixture(scope="module", params=["compiled", "pipeline", "with-lora"])
 def served(
     request: pytest.FixtureRequest, experts: Experts, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[PlainServer, Experts]]:
-    """All of them over fewer slots: without LoRAs, compiled by Inductor; and beside the LoRA as it was trained."""
+    """All of them over fewer slots: compiled by Inductor, in one worker or two; and beside the LoRA as it was trained,
+    where vLLM compiles nothing on a CPU."""
     folder = tmp_path_factory.mktemp("served")
     options = ["--max-loras", str(SLOTS), "--max-lora-rank", "16", "--enable-prefix-caching"]
     adapters = dict(experts.adapters)
-    environment = {"VLLM_CACHE_ROOT": str(folder / "cache")}
-    if request.param == "compiled":
+    environment = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_CPU_CI_ENV": "0"}
+    if request.param != "with-lora":
         del adapters["lora"]
         options += ["--additional-config", '{"meswitch": {"loras": false}}']
+    if request.param == "pipeline":
+        options += ["--pipeline-parallel-size", "2"]
     wanted = [(asked, tokens) for asked, tokens in experts.wanted if asked.expert in (BASE, *adapters)]
     with PlainServer(STRONG.base, adapters, folder, *options, environment=environment) as server:
         yield server, Experts(adapters, wanted)
