@@ -165,7 +165,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         else:
             raise EngineError(
                 f"{where}: {described.model_type} keeps {name}.{next(iter(own))} in a {type(module).__name__}, "
-                "which the embedded engine does not serve"
+                "which is not served in batches"
             )
     for name, module in replaced.items():
         parent, _, leaf = name.rpartition(".")
@@ -234,7 +234,7 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
         return 1.0
     if torch.allclose(one, 2 * zero, rtol=1e-2, atol=1e-2) and torch.allclose(two, 3 * zero, rtol=1e-2, atol=1e-2):
         return 0.0
-    raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
+    raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way that is not served in batches")
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool, o
         try:
             described = architecture(small, "config.json")
             if paged and described.experts:
-                return "it is a mixture of experts, which is served on a CPU only"
+                return "it is a mixture of experts, which is served in batches on a CPU only"
             if one_by_one:
                 served: _Served = _ServedOneByOne.of(plain, described, small, device, dtype, paged)
             else:

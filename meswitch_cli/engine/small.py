@@ -82,7 +82,7 @@ def _check_size(model: torch.nn.Module, classes: set[type[torch.nn.Module]]) -> 
 
 def _working_model(config: Config, dtype: torch.dtype) -> Any:
     """A small model that gives logits. ValueError: it gives none."""
-    model = _random_model(config, dtype)
+    model = random_model(config, dtype)
     tokens = torch.arange(16)[None] % len(model.get_input_embeddings().weight)
     logits = model(tokens, use_cache=False).logits
     if not torch.isfinite(logits).all() or not float(logits.std()):
@@ -94,7 +94,7 @@ def _classes(model: torch.nn.Module) -> set[type[torch.nn.Module]]:
     return {type(module) for module in model.modules()}
 
 
-def _random_model(config: Config, dtype: torch.dtype) -> Any:
+def random_model(config: Config, dtype: torch.dtype) -> Any:
     """A model in fp32 under whose weights every part of it shows in the logits."""
     model = build_random(config)
     generator = torch.Generator().manual_seed(_SEED)

@@ -140,7 +140,9 @@ def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
 
 def test_mixtures_are_for_a_cpu() -> None:
     """No card is needed to be refused one."""
-    with pytest.raises(EngineError, match=r"^base: .* qwen3_moe: it is a mixture of experts, which is served on a CPU"):
+    with pytest.raises(
+        EngineError, match=r"^base: .* qwen3_moe: it is a mixture of experts, which is served in batches on a CPU only"
+    ):
         prove(config_of("qwen3_moe", **MOE), "base", torch.device("cuda"), torch.float32)
 
 
