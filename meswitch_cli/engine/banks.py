@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.artifact.served import slot_entries
 from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
-from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
 from meswitch_kernels.dispatch import reads_planes
 from meswitch_kernels.messages import Message, find_message
@@ -52,6 +52,10 @@ class Layers(LayerNames, Protocol):
         """What has the parameters of `whole`: each has its `base`, and is handed `tables`."""
 
     @property
+    def own_parameters(self) -> Any:
+        """What holds the parameters of `whole` in place of tables, where a forward pass is of one slot; else None."""
+
+    @property
     def embedding(self) -> Any: ...
     @property
     def head(self) -> Any: ...
@@ -87,7 +91,6 @@ class Layout:
 
 def capacity_of(entry: TensorEntry, *, messages: bool = False) -> Capacity:
     """What a bank must hold for what an entry tells of; `messages` where kernels decode a trellis code's themselves."""
-    entry = slot_entry(entry)
     if not entry.bits:
         return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     message = _message_of(entry.trellis) if messages else None
@@ -104,7 +107,7 @@ def capacity_of(entry: TensorEntry, *, messages: bool = False) -> Capacity:
 
 def slot_bits(entry: TensorEntry, *, messages: bool = False) -> float:
     """Bits of a weight's codes in a slot; `messages` as of `capacity_of`."""
-    return entry.bits if messages and _message_of(entry.trellis) else slot_entry(entry).width
+    return entry.bits if messages and _message_of(entry.trellis) else entry.width
 
 
 def _message_of(code: TrellisCode | None) -> Message | None:
@@ -118,13 +121,14 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bo
     Where base and all experts tie the head, the embedding's bank is the head's too.
 
     Raises:
+        ArtifactError: an expert that is stored bit for bit names a code that there is not.
         EngineError: an expert changes a parameter that no layer here serves.
     """
     capacities: dict[str, Capacity] = {}
     norms: set[str] = set()
     whole: set[str] = set()
     for manifest in manifests:
-        for entry in manifest.tensors:
+        for entry in slot_entries(manifest):
             module, _, leaf = entry.name.rpartition(".")
             if module in base.norms:
                 norms.add(module)
@@ -177,7 +181,8 @@ class Banks:
                 self.shifts[name] = GainBank(slots, norm.base.bias.to(dtype))
         #: `[slots + 1, ...]`, the base's first.
         self.tables = {
-            name: torch.stack([self._base_value(name)] * (slots + 1)).contiguous() for name in sorted(layout.whole)
+            name: torch.stack([self._base_value(name)] * (slots + 1)).contiguous()
+            for name in (sorted(layout.whole) if base.own_parameters is None else ())
         }
 
     def install(self) -> None:
@@ -200,7 +205,8 @@ class Banks:
     def nbytes(self) -> int:
         gains = (*self.gains.values(), *self.shifts.values())
         tables = [*self.tables.values(), *([] if self.added_bias is None else [self.added_bias])]
-        nbytes = sum(bank.nbytes for bank in self.banks.values())
+        own = self.base.own_parameters
+        nbytes = sum(bank.nbytes for bank in self.banks.values()) + (own.nbytes if own is not None else 0)
         return nbytes + sum(item.nbytes for item in gains) + sum(table.nbytes for table in tables)
 
     @property
@@ -241,6 +247,8 @@ class Banks:
         for name, table in self.tables.items():
             table[slot + 1] = _value(stored, name, table[0])
             moved += table[0].nbytes
+        if self.base.own_parameters is not None:
+            moved += self.base.own_parameters.load(slot, stored)
         if self.base.device.type == "cuda":
             torch.cuda.current_stream(self.base.device).synchronize()
         return moved
@@ -252,6 +260,8 @@ class Banks:
             gains.clear(slot)
         for table in self.tables.values():
             table[slot + 1] = table[0]
+        if self.base.own_parameters is not None:
+            self.base.own_parameters.clear(slot)
 
     def _base_value(self, name: str) -> Tensor:
         """The base's own value of a parameter of which slots hold copies."""
