@@ -52,7 +52,7 @@ def run(
         typer.Option(
             min=0,
             help="Leading singular directions a tensor keeps beside its codes.",
-            show_default="16 up to 1 bit, else 0",
+            show_default="16",
         ),
     ] = None,
     adapter_rank: Annotated[
