@@ -20,7 +20,7 @@ from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import read_json
 from meswitch_cli.checkpoint.tensorfile import PIECE_BYTES, new_buffer
 from meswitch_cli.delta.exact import decode
-from meswitch_cli.delta.quantize import dequantize
+from meswitch_cli.delta.quantize import expert_value
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.errors import ArtifactError
 
@@ -156,12 +156,7 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
     if stored.exact is not None:
         own = decode(stored.exact, base if entry.shape == entry.base_shape else base[: entry.rows])
         return own if stored.added_rows is None else torch.cat([own, stored.added_rows])
-    value = base[: entry.rows].to(torch.float32, copy=True)
-    factors = stored.factors()
-    if stored.bits:
-        value += dequantize(stored)
-    elif factors is not None:
-        value.addmm_(*factors)
+    value = expert_value(stored, base[: entry.rows])
     if stored.added_rows is not None:
         value = torch.cat([value, stored.added_rows.float()])
     return value

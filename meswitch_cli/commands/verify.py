@@ -48,8 +48,7 @@ def run(
         if opened_base:
             found = CheckpointWeights(opened_base).take_fingerprint(advance)
             refuse_other_base(manifest, found, opened_base.source.path)
-        if opened_base and full:
-            _prove(opened, opened_base)
+        why = _prove(opened, opened_base) if opened_base and full else None
     result = {
         "artifact": str(artifact),
         "files": files,
@@ -57,6 +56,7 @@ def run(
         "bytes": manifest.nbytes,
         "base_checked": opened_base is not None,
         "engine_proven": full,
+        "one_request_at_a_time": why,
     }
     if as_json:
         typer.echo(json.dumps(result))
@@ -64,18 +64,19 @@ def run(
     typer.echo(f"ok: {files} files, {len(manifest.tensors)} tensors, {manifest.nbytes:,} bytes")
     typer.echo(f"ok: {base} is its base" if base else f"base not checked (give --base; it was {manifest.base.id})")
     if full:
-        typer.echo("ok: the embedded engine computes its family as transformers does")
+        way = "" if why is None else f", one request at a time; not in batches: {why}"
+        typer.echo(f"ok: the embedded engine computes its family as transformers does{way}")
 
 
-def _prove(artifact: Artifact, base: Checkpoint) -> None:
-    """Try what `serve` tries when it starts."""
+def _prove(artifact: Artifact, base: Checkpoint) -> str | None:
+    """Try what `serve` tries when it starts; return why it would compute one request at a time, if it would."""
     from meswitch_cli.engine.base_model import served_dtype
     from meswitch_cli.engine.expert import refuse_other_computation
-    from meswitch_cli.engine.proof import prove
+    from meswitch_cli.engine.proof import why_one_by_one
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.version import check_transformers
 
     check_transformers()
     refuse_other_computation(artifact, base)
     settings = EngineSettings(str(base.source.path))
-    prove(base.config, str(base.source.path), settings.torch_device, served_dtype(base, settings))
+    return why_one_by_one(base.config, str(base.source.path), settings.torch_device, served_dtype(base, settings))

@@ -126,6 +126,17 @@ def dequantize(delta: StoredDelta) -> torch.Tensor:
     return values
 
 
+def expert_value(delta: StoredDelta, base: torch.Tensor) -> torch.Tensor:
+    """The weight fp32 `[out, in]` of an expert whose base's is `base` of as many rows, rows that it added apart."""
+    value = base.to(torch.float32, copy=True)
+    factors = delta.factors()
+    if delta.bits:
+        value += dequantize(delta)
+    elif factors is not None:
+        value.addmm_(*factors)
+    return value
+
+
 def _channel_scale(blocks: RowBlocks) -> torch.Tensor:
     """RMS of each column over the mean RMS, as fp16: the steps carry the size, so that fp16 has range to spare."""
     rms = blocks.column_sum(column_energy).sqrt()

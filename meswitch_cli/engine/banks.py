@@ -52,6 +52,10 @@ class Layers(LayerNames, Protocol):
         """What has the parameters of `whole`: each has its `base`, and is handed `tables`."""
 
     @property
+    def own_parameters(self) -> Any:
+        """What holds the parameters of `whole` in place of tables, where a forward pass is of one slot; else None."""
+
+    @property
     def embedding(self) -> Any: ...
     @property
     def head(self) -> Any: ...
@@ -177,7 +181,8 @@ class Banks:
                 self.shifts[name] = GainBank(slots, norm.base.bias.to(dtype))
         #: `[slots + 1, ...]`, the base's first.
         self.tables = {
-            name: torch.stack([self._base_value(name)] * (slots + 1)).contiguous() for name in sorted(layout.whole)
+            name: torch.stack([self._base_value(name)] * (slots + 1)).contiguous()
+            for name in (sorted(layout.whole) if base.own_parameters is None else ())
         }
 
     def install(self) -> None:
@@ -200,7 +205,8 @@ class Banks:
     def nbytes(self) -> int:
         gains = (*self.gains.values(), *self.shifts.values())
         tables = [*self.tables.values(), *([] if self.added_bias is None else [self.added_bias])]
-        nbytes = sum(bank.nbytes for bank in self.banks.values())
+        own = self.base.own_parameters
+        nbytes = sum(bank.nbytes for bank in self.banks.values()) + (own.nbytes if own is not None else 0)
         return nbytes + sum(item.nbytes for item in gains) + sum(table.nbytes for table in tables)
 
     @property
@@ -241,6 +247,8 @@ class Banks:
         for name, table in self.tables.items():
             table[slot + 1] = _value(stored, name, table[0])
             moved += table[0].nbytes
+        if self.base.own_parameters is not None:
+            moved += self.base.own_parameters.load(slot, stored)
         if self.base.device.type == "cuda":
             torch.cuda.current_stream(self.base.device).synchronize()
         return moved
@@ -252,6 +260,8 @@ class Banks:
             gains.clear(slot)
         for table in self.tables.values():
             table[slot + 1] = table[0]
+        if self.base.own_parameters is not None:
+            self.base.own_parameters.clear(slot)
 
     def _base_value(self, name: str) -> Tensor:
         """The base's own value of a parameter of which slots hold copies."""

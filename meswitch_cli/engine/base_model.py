@@ -17,12 +17,13 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.joined import find_siblings, join_layers
 from meswitch_cli.engine.mixture import ExpertRouter, find_routers, serve_mixtures
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
+from meswitch_cli.engine.own_parameters import OwnParameters
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import MeswitchError, reason_of
 from meswitch_cli.model.architecture import Architecture
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.dtype import model_dtype
-from meswitch_cli.model.weights import CheckpointWeights, Weights
+from meswitch_cli.model.weights import CheckpointWeights
 
 #: What the families call the epsilon of a norm.
 EPSILONS = ("variance_epsilon", "eps")
@@ -33,6 +34,9 @@ class BaseModel:
     """The model on its device, and its replaced layers by module name.
 
     The matrices of a mixture's networks are linears too, by the names that checkpoints have; no module is called so.
+
+    Attributes:
+        own_parameters: of a base that computes one request at a time, what slots hold beside their banks.
     """
 
     model: Any
@@ -46,6 +50,7 @@ class BaseModel:
     embedding_name: str
     head_name: str
     tied: bool
+    own_parameters: OwnParameters | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +68,9 @@ class BaseModel:
 
     @property
     def whole(self) -> frozenset[str]:
-        """Parameters of which every slot holds a copy: routers'."""
+        """Parameters of which every slot holds a copy: routers', or what is in no bank."""
+        if self.own_parameters is not None:
+            return self.own_parameters.names
         return frozenset(
             f"{name}.{leaf}" for name, router in self.routers.items() for leaf, _ in router.base.named_parameters()
         )
@@ -88,25 +95,28 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         EngineError: the family computes in a way this engine does not serve.
     """
     weights = CheckpointWeights(checkpoint)
+    model = load_plain(weights, device, dtype)
+    model.set_attn_implementation(attention.register())
+    return replace_layers(model, weights.architecture, weights.name)
+
+
+def load_plain(weights: CheckpointWeights, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' model, built without weights and filled tensor by tensor.
+
+    Loading by transformers itself would need accelerate for any device but the CPU, and host memory for the whole.
+
+    Raises:
+        CheckpointError, EngineError: as `load_base`.
+    """
     weights.stored  # noqa: B018 (raises before anything is built)
     try:
-        model = load_plain(weights, device, dtype)
+        model = build_model(weights, device, dtype)
     except MeswitchError:
         raise
     except Exception as error:  # many kinds, for a family that cannot be built here
-        raise EngineError(f"{checkpoint.source.path}: cannot be served: {reason_of(error)}") from error
+        raise EngineError(f"{weights.name}: cannot be served: {reason_of(error)}") from error
     model.requires_grad_(False)
     _keep_own_head(model, weights.architecture)
-    return replace_layers(model, weights.architecture, str(checkpoint.source.path))
-
-
-def load_plain(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' model with the engine's attention, built without weights and filled tensor by tensor.
-
-    Loading by transformers itself would need accelerate for any device but the CPU, and host memory for the whole.
-    """
-    model = build_model(weights, device, dtype)
-    model.set_attn_implementation(attention.register())
     return model
 
 
@@ -127,14 +137,8 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         EngineError: a parameter sits in a layer of unknown kind.
     """
     current, backend = CurrentBatch(), kernels(model.device, model.dtype)
-    embedding_module, head_module = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding_module, head_module = ends_of(model, described, where)
     names = {id(module): name for name, module in model.named_modules()}
-    for what, module in (("embedding", embedding_module), ("head", head_module)):
-        if getattr(module, "weight", None) is None:
-            raise EngineError(
-                f"{where}: {described.model_type} keeps its {what} in a {type(module).__name__}, which the embedded "
-                "engine does not serve"
-            )
     tied = head_module.weight is embedding_module.weight
     linears: dict[str, ExpertLinear] = {}
     norms: dict[str, ExpertNorm] = {}
@@ -161,7 +165,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
         else:
             raise EngineError(
                 f"{where}: {described.model_type} keeps {name}.{next(iter(own))} in a {type(module).__name__}, "
-                "which the embedded engine does not serve"
+                "which is not served in batches"
             )
     for name, module in replaced.items():
         parent, _, leaf = name.rpartition(".")
@@ -184,6 +188,18 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     join_layers(model, backend)
     find_siblings(model, linears.values(), backend)
     return base
+
+
+def ends_of(model: Any, described: Architecture, where: str) -> tuple[Any, Any]:
+    """Embedding and head. EngineError: there is none, or it has no weight."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    for what, module in zip(("embedding", "head"), ends, strict=True):
+        if getattr(module, "weight", None) is None:
+            raise EngineError(
+                f"{where}: {described.model_type} keeps its {what} in a {type(module).__name__}, which the embedded "
+                "engine does not serve"
+            )
+    return ends
 
 
 def without_gain(norm: Any, where: str) -> Any:
@@ -218,7 +234,7 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
         return 1.0
     if torch.allclose(one, 2 * zero, rtol=1e-2, atol=1e-2) and torch.allclose(two, 3 * zero, rtol=1e-2, atol=1e-2):
         return 0.0
-    raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way the embedded engine does not serve")
+    raise EngineError(f"{where}: {type(norm).__name__} uses its weight in a way that is not served in batches")
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -79,6 +80,30 @@ class Batch:
         """Slots and groups for a layer that is given these tokens, by their places in the batch."""
         slots = self.slot_of_token[tokens]
         return slots, self._backend.group_tokens(slots, self._slots)
+
+
+class OneSlotBatch(Batch):
+    """A forward pass of tokens of one slot: its layers may be given any number of rows, whatever they are."""
+
+    __slots__ = ("_device", "_found", "_slot")
+
+    def __init__(self, slot: int, slots: int, backend: ModuleType, device: torch.device) -> None:
+        self._slot, self._slots, self._backend, self._device = slot, slots, backend, device
+        self._found: dict[int, tuple[Tensor, Any]] = {}
+        self.held = None
+
+    def of_tokens(self, rows: int) -> tuple[Tensor, Any]:
+        """Slots and groups for a layer that is given so many rows."""
+        if rows not in self._found:
+            slots = torch.full((rows,), self._slot, dtype=torch.int32, device=self._device)
+            self._found[rows] = slots, self._backend.group_tokens(slots, self._slots, [(self._slot, rows)])
+        return self._found[rows]
+
+    def of_rows(self, rows: int) -> tuple[Tensor, Any]:
+        return self.of_tokens(rows)
+
+    def of_some(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        return self.of_tokens(tokens.shape[0])
 
 
 class CurrentBatch(threading.local):

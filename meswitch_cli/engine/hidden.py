@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.contract import EngineError, InvalidRequestError
+from meswitch_cli.engine.own_parameters import BASE_SLOT
 
 
 class HiddenStateReader:
@@ -33,9 +35,11 @@ class HiddenStateReader:
         model = self._model(layer)
         device = self._base.device
         rows = []
+        own = self._base.own_parameters
         for tokens in token_ids:
             ids = torch.tensor([list(tokens)], device=device)
-            rows.append(model(input_ids=ids, use_cache=False).last_hidden_state[0].float().mean(0))
+            with nullcontext() if own is None else own.placed(BASE_SLOT):
+                rows.append(model(input_ids=ids, use_cache=False).last_hidden_state[0].float().mean(0))
         return torch.stack(rows).cpu() if rows else torch.empty(0, self._base.embedding.weight.shape[1])
 
     def _model(self, layer: int) -> Any:
@@ -71,6 +75,14 @@ def _cut(base: BaseModel, layer: int) -> Any:
     cut._modules[path] = nn.ModuleList(list(getattr(whole, path))[:layer])
     # The last norm is the one norm that hangs in the decoder itself.
     last = [name.removeprefix(prefix) for name in base.norms if "." not in name.removeprefix(prefix)]
+    if base.own_parameters is not None:
+        last = [name for name, module in whole.named_children() if _is_norm(module)]
     for name in last:
         cut._modules[name] = nn.Identity()
     return cut
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has a gain, and perhaps a shift, and nothing else."""
+    own = dict(module.named_parameters())
+    return {"weight"} <= set(own) <= {"weight", "bias"} and all(value.dim() == 1 for value in own.values())

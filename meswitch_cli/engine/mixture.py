@@ -126,8 +126,8 @@ def serve_mixtures(
         own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
         if not plain or not simple or own != set(names) or own != set(stacks):
             raise EngineError(
-                f"{where}: {described.model_type} keeps {owner}.{min(own)} in a {type(module).__name__}, which the "
-                "embedded engine does not serve"
+                f"{where}: {described.model_type} keeps {owner}.{min(own)} in a {type(module).__name__}, which "
+                "is not served in batches"
             )
         made = [_linears(module.get_parameter(name), stacks[name], current, backend) for name in names]
         linears |= {name: linear for stack in made for network in stack for name, linear in network.items()}

@@ -22,12 +22,15 @@ from meswitch_cli.engine.attention import NAME, register
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import BaseModel, replace_layers
 from meswitch_cli.engine.contract import BASE, Chunk, EngineError, GenerationRequest, Sampling
+from meswitch_cli.engine.decoding import Decoding
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.generation import Generation
+from meswitch_cli.engine.one_by_one import OneByOne
+from meswitch_cli.engine.plain_layers import replace_linears
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.small import build_random, small_model, special_ids
-from meswitch_cli.engine.synthetic import SyntheticExpert, synthetic_expert
+from meswitch_cli.engine.synthetic import SyntheticExpert, held_value, synthetic_expert
 from meswitch_cli.errors import CheckpointError, MeswitchError, reason_of
 from meswitch_cli.model.architecture import architecture
 
@@ -56,27 +59,52 @@ def prove(
         EngineError: the family comes out otherwise, or cannot be run.
         CheckpointError: transformers cannot build the model, or it has weights of an unknown kind.
     """
-    entries = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    place = device if on_device else torch.device("cpu")
-    computed = torch.float32 if place.type == "cpu" else dtype
-    try:
-        problem = _problem(json.dumps(entries, sort_keys=True), place, computed, device.type != "cpu")
-    except MeswitchError as error:
-        raise type(error)(f"{where}: {error}") from error
+    problem = _problem_of(config, where, device, dtype, "batches" if not on_device else "batches on device")
     if problem is not None:
         raise EngineError(f"{where}: the embedded engine does not serve {config.get('model_type')}: {problem}")
 
 
+def why_one_by_one(config: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a base's family is computed one request at a time; None where it is in batches. As `prove`, for either.
+
+    Raises:
+        EngineError: the family comes out otherwise in both ways.
+        CheckpointError: as `prove`.
+    """
+    problem = _problem_of(config, where, device, dtype, "batches")
+    if problem is not None and (other := _problem_of(config, where, device, dtype, "one by one")) is not None:
+        raise EngineError(
+            f"{where}: the embedded engine does not serve {config.get('model_type')}: {problem}; nor one request at a "
+            f"time: {other}"
+        )
+    return problem
+
+
+def _problem_of(config: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype, way: str) -> str | None:
+    entries = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    place = device if way == "batches on device" else torch.device("cpu")
+    computed = torch.float32 if place.type == "cpu" else dtype
+    one_by_one = way == "one by one"
+    try:
+        paged = device.type != "cpu" and not one_by_one
+        return _problem(json.dumps(entries, sort_keys=True), place, computed, paged, one_by_one)
+    except MeswitchError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
 @functools.lru_cache(maxsize=64)
-def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -> str | None:
+def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool, one_by_one: bool) -> str | None:
     """What is wrong with a family in this engine; None where nothing is."""
     with _undisturbed():
         small, plain = small_model(json.loads(text), dtype)
         try:
             described = architecture(small, "config.json")
             if paged and described.experts:
-                return "it is a mixture of experts, which is served on a CPU only"
-            served = _Served.of(plain, described, small, device, dtype, paged)
+                return "it is a mixture of experts, which is served in batches on a CPU only"
+            if one_by_one:
+                served: _Served = _ServedOneByOne.of(plain, described, small, device, dtype, paged)
+            else:
+                served = _Served.of(plain, described, small, device, dtype, paged)
             requests = _requests(served.base.vocabulary, special_ids(small))
             together = served.answers(requests)
         except CheckpointError:
@@ -88,7 +116,7 @@ def _problem(text: str, device: torch.device, dtype: torch.dtype, paged: bool) -
                 return "its attention is of its own kind, in whose place transformers takes no other"
             return _unforeseen(error)
         plains = {BASE: plain.to(device), EXPERT: _with_values(plain, served.expert).to(device)}
-        expected = [_expected(plains[item.request.expert], item) for item in together]
+        expected = [(_stepwise if one_by_one else _expected)(plains[item.request.expert], item) for item in together]
         differences = [_difference(item, own) for item, own in zip(together, expected, strict=True)]
         worst = max(range(len(differences)), key=differences.__getitem__)
         if differences[worst] <= TOLERANCE[dtype]:
@@ -182,22 +210,23 @@ class _Served:
     def of(
         cls, plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype, paged: bool
     ) -> _Served:
-        model = build_random(config, register())
-        model.load_state_dict(plain.state_dict())
-        model.to(device)
-        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32, as in any model
-            parameter.data = parameter.data.to(dtype)
-        base = replace_layers(model, described, "config.json")
+        base = cls._base(plain, described, config, device, dtype)
         expert = synthetic_expert(plain, described, base, dtype, torch.Generator().manual_seed(_SEED + 1))
         banks = Banks(base, bank_layout(base, [expert.manifest]), SLOTS)
         banks.load(SLOT, expert.manifest, expert.stored)
         banks.install()
         return cls(base, expert, paged)
 
+    @staticmethod
+    def _base(
+        plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> BaseModel:
+        return replace_layers(_copied(plain, config, device, dtype, register()), described, "config.json")
+
     def answers(self, requests: Sequence[GenerationRequest]) -> list[_Answer]:
         """What the engine generates, prompts split over several batches, some beside others' continuations."""
-        from meswitch_cli.engine.batching import make_manager
-
+        answers = [_Answer(request) for request in requests]
+        generations = [_generation(answer, self.base.vocabulary) for answer in answers]
         longest = 8 * PAGE_SIZE
         settings = EngineSettings(
             base="",
@@ -207,19 +236,56 @@ class _Served:
             max_batch_tokens=4 * PAGE_SIZE,
             max_running=len(PROMPT_PAGES),
         )
+        with torch.inference_mode():
+            self._generate(generations, settings, longest)
+        return answers
+
+    def _generate(self, generations: Sequence[Generation], settings: EngineSettings, longest: int) -> None:
+        from meswitch_cli.engine.batching import make_manager
+
         manager = make_manager(self.base, settings, SLOTS, longest, _Unheard(), SLOT, self.paged or None)
         processor: Any = manager.batch_processor
-        answers = [_Answer(request) for request in requests]
-        generations = [_generation(answer, self.base.vocabulary) for answer in answers]
-        with torch.inference_mode():
-            for generation in generations:
-                processor.admit(generation)
-            while not all(generation.finished for generation in generations):
-                if not processor.prepare_next_batch():
-                    raise EngineError("requests are left that no batch takes")
-                processor._generation_step(self.base.model)
-                processor.update_batch()
-        return answers
+        for generation in generations:
+            processor.admit(generation)
+        while not all(generation.finished for generation in generations):
+            if not processor.prepare_next_batch():
+                raise EngineError("requests are left that no batch takes")
+            processor._generation_step(self.base.model)
+            processor.update_batch()
+
+
+class _ServedOneByOne(_Served):
+    """The same, in transformers' own layers but for the linears, with a cache for each request."""
+
+    @staticmethod
+    def _base(
+        plain: Any, described: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> BaseModel:
+        def read(name: str) -> torch.Tensor:
+            item = described.parameters[name]
+            value: torch.Tensor = item.from_stored(held_value(plain, item))
+            return value
+
+        return replace_linears(_copied(plain, config, device, dtype), described, "config.json", read)
+
+    def _generate(self, generations: Sequence[Generation], settings: EngineSettings, longest: int) -> None:
+        loop = OneByOne(self.base, settings, SLOTS, longest, _Unheard())
+        for generation in generations:
+            loop.admit(generation)
+        while loop.turn():
+            pass
+
+
+def _copied(
+    plain: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype, attention: str | None = None
+) -> Any:
+    """The same model, on a device and in a type, with `attention` by transformers' name."""
+    model = build_random(config, attention)
+    model.load_state_dict(plain.state_dict())
+    model.to(device)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32, as in any model
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _generation(answer: _Answer, vocabulary: int) -> Generation:
@@ -256,6 +322,17 @@ def _expected(plain: Any, answer: _Answer) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *answer.tokens[:-1]]], device=plain.device)
     logits = plain(ids, use_cache=False).logits[0, len(prompt) - 1 :]
     return torch.log_softmax(logits.float(), 1).cpu()
+
+
+def _stepwise(plain: Any, answer: _Answer) -> torch.Tensor:
+    """As `_expected`, by plain transformers with its own cache, a token at a time: some families differ by that."""
+    prompt = answer.request.prompt_tokens
+    decoding = Decoding(plain, prompt, len(prompt) + DECODED)
+    rows = []
+    for token in answer.tokens:
+        rows.append(decoding.forward()[-1])
+        decoding.push(token)
+    return torch.log_softmax(torch.stack(rows).float(), 1).cpu()
 
 
 def _difference(answer: _Answer, expected: torch.Tensor, tokens: int | None = None) -> float:

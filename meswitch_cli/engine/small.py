@@ -33,6 +33,8 @@ _EXPERTS, EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 _PART_LAYERS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
 #: How many layers come before those with a mixture of experts.
 _DENSE_FIRST = "first_k_dense_replace"
+#: How many of the last layers read keys and values of others before them, of their own kind.
+_SHARING = "num_kv_shared_layers"
 #: What differs in single layers, by their index.
 _OWN_ENTRIES = "per_layer_config"
 #: A model that cannot be made smaller than this is not proven: it would take seconds, and gigabytes.
@@ -80,7 +82,7 @@ def _check_size(model: torch.nn.Module, classes: set[type[torch.nn.Module]]) -> 
 
 def _working_model(config: Config, dtype: torch.dtype) -> Any:
     """A small model that gives logits. ValueError: it gives none."""
-    model = _random_model(config, dtype)
+    model = random_model(config, dtype)
     tokens = torch.arange(16)[None] % len(model.get_input_embeddings().weight)
     logits = model(tokens, use_cache=False).logits
     if not torch.isfinite(logits).all() or not float(logits.std()):
@@ -92,7 +94,7 @@ def _classes(model: torch.nn.Module) -> set[type[torch.nn.Module]]:
     return {type(module) for module in model.modules()}
 
 
-def _random_model(config: Config, dtype: torch.dtype) -> Any:
+def random_model(config: Config, dtype: torch.dtype) -> Any:
     """A model in fp32 under whose weights every part of it shows in the logits."""
     model = build_random(config)
     generator = torch.Generator().manual_seed(_SEED)
@@ -230,13 +232,17 @@ def _take_layers(config: Config, name: str, count: int) -> None:
         return
     own = {int(index): entries for index, entries in (config.get(_OWN_ENTRIES) or {}).items()}
     kinds: dict[str, int] = {}
+    first_sharing = count - (config.get(_SHARING) or 0)
     for index in range(count):
-        kinds.setdefault(json.dumps([*(value[index] for value in lists.values()), own.get(index)]), index)
+        kind = [*(value[index] for value in lists.values()), own.get(index), index >= first_sharing]
+        kinds.setdefault(json.dumps(kind), index)
     kept = sorted({*kinds.values(), *range(LEAST_LAYERS - len(kinds) + 1)})
     config |= {key: [value[index] for index in kept] for key, value in lists.items()}
     config[name] = len(kept)
     if own:
         config[_OWN_ENTRIES] = {str(place): own[index] for place, index in enumerate(kept) if index in own}
+    if config.get(_SHARING):
+        config[_SHARING] = sum(index >= first_sharing for index in kept)
     if isinstance(config.get(_DENSE_FIRST), int):
         config[_DENSE_FIRST] = min(config[_DENSE_FIRST], 1)
 

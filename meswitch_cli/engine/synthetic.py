@@ -40,12 +40,30 @@ class SyntheticExpert:
 
 
 def held_value(model: Any, item: Parameter) -> torch.Tensor:
-    """Where a module tree holds a parameter: of the matrices of a mixture, a part of a stack."""
+    """Where a module tree holds a parameter: of the matrices of a mixture, a part of a stack.
+
+    Raises:
+        AttributeError: nowhere, as transformers makes something else of what checkpoints hold.
+    """
     if not item.stacked:
-        return cast(torch.Tensor, model.get_parameter(item.name)).detach()
-    assert item.piece is not None and item.piece.place is not None
+        return _tensor(model, item.name)
+    if item.piece is None or item.piece.place is None:
+        raise AttributeError(f"{item.name} is no part of a parameter")
     stack, index, row = item.piece.place
-    return cast(torch.Tensor, model.get_parameter(stack)).detach()[index, row : row + item.stored_shape[0]]
+    return _tensor(model, stack)[index, row : row + item.stored_shape[0]]
+
+
+def _tensor(model: Any, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return cast(torch.Tensor, getattr(model.get_submodule(path), leaf)).detach()
+
+
+def is_held(model: Any, item: Parameter) -> bool:
+    """Whether `held_value` finds it, in a floating type."""
+    try:
+        return held_value(model, item).is_floating_point()
+    except AttributeError:
+        return False
 
 
 def synthetic_expert(
@@ -57,7 +75,7 @@ def synthetic_expert(
     stored: dict[str, StoredDelta] = {}
     values: dict[str, torch.Tensor] = {}
     for name, item in described.parameters.items():
-        if item.tied_to or not _is_served(name, item, layers):
+        if item.tied_to or not _is_served(name, item, layers) or not is_held(plain, item):
             continue
         old = item.from_stored(held_value(plain, item).float())
         noise = torch.randn(old.shape, generator=generator)
@@ -95,7 +113,9 @@ def synthetic_expert(
 
 def _is_served(name: str, item: Parameter, layers: LayerNames) -> bool:
     module, _, leaf = name.rpartition(".")
+    if name in layers.whole:
+        return True
     if item.kind == "dense":
-        own = module in layers.norms or name in layers.whole
+        own = module in layers.norms
         return own or (leaf == "bias" and (module in layers.linears or module == layers.head_name))
     return module in layers.linears or module in (layers.head_name, layers.embedding_name)

@@ -1,7 +1,8 @@
-"""The embedded engine: transformers' continuous batching over a base and its experts."""
+"""The embedded engine: transformers' continuous batching over a base and its experts, or its plain forward pass."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStateReader
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.loader import SlotLoader
-from meswitch_cli.engine.proof import prove
+from meswitch_cli.engine.one_by_one import OneByOne
+from meswitch_cli.engine.plain_layers import load_plain_base
+from meswitch_cli.engine.proof import why_one_by_one
 from meswitch_cli.engine.residency import Load, SlotTable
 from meswitch_cli.engine.sampler import Sampler
 from meswitch_cli.engine.settings import EngineSettings
@@ -26,9 +29,17 @@ from meswitch_cli.engine.version import check_transformers
 if TYPE_CHECKING:
     from meswitch_cli.engine.batching import Manager, Processor
 
+    Loop = Processor | OneByOne
 
-class TransformersEngine(SlottedEngine["Processor"]):
-    """Implements `contract.Engine`."""
+logger = logging.getLogger(__name__)
+
+
+class TransformersEngine(SlottedEngine["Loop"]):
+    """Implements `contract.Engine`.
+
+    Attributes:
+        one_by_one: why requests are computed one at a time; None where they are in batches.
+    """
 
     def __init__(self, settings: EngineSettings) -> None:
         """Read the base's headers; nothing is loaded yet.
@@ -41,9 +52,10 @@ class TransformersEngine(SlottedEngine["Processor"]):
         if settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel > 1:
             raise EngineError("one model over several devices needs --engine vllm")
         super().__init__(settings)
+        self.one_by_one: str | None = None
         self._grammars = Grammars()
         self._base: BaseModel | None = None
-        self._manager: Manager | None = None
+        self._manager: Manager | OneByOne | None = None
 
     def start(self) -> None:
         """As the contract says.
@@ -57,8 +69,11 @@ class TransformersEngine(SlottedEngine["Processor"]):
             raise EngineError("the engine has been started already")
         settings = self.settings
         dtype = served_dtype(self._checkpoint, settings)
-        prove(self._checkpoint.config, str(self._checkpoint.source.path), settings.torch_device, dtype)
-        self._base = base = load_base(self._checkpoint, settings.torch_device, dtype)
+        where, device = str(self._checkpoint.source.path), settings.torch_device
+        self.one_by_one = why_one_by_one(self._checkpoint.config, where, device, dtype)
+        if self.one_by_one is not None:
+            logger.warning("%s: requests are computed one at a time, not in batches: %s", where, self.one_by_one)
+        self._base = base = (load_plain_base if self.one_by_one else load_base)(self._checkpoint, device, dtype)
         opened = self._open_experts(lambda model: model.artifact and device_layout(base, [model.artifact.manifest]))
         models = [open_base(self._checkpoint, base.vocabulary), *opened]
         experts = [model for model in models if model.artifact]
@@ -75,7 +90,10 @@ class TransformersEngine(SlottedEngine["Processor"]):
         with torch.no_grad():
             for index, model in enumerate(experts[:slots]):
                 self._fill(model, index)
-        self._manager = make_manager(base, settings, slots, self.max_model_len, self)
+        if self.one_by_one is None:
+            self._manager = make_manager(base, settings, slots, self.max_model_len, self)
+        else:
+            self._manager = OneByOne(base, settings, slots, self.max_model_len, self)
         self._loader.start()
         self._manager.start()
         self._closed = None
@@ -95,12 +113,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
         with self._lock:
             if self._manager is None:
                 raise ShuttingDownError("the engine has not been started")
-            processor = self._manager.batch_processor
+            blocks, used = _cache_blocks(self._manager)
             return self._statistics(
                 load_seconds=self._loader.seconds,
                 load_bytes=self._loader.nbytes,
-                cache_blocks=processor.cache.num_blocks if processor else 0,
-                cache_blocks_used=processor.blocks_used if processor else 0,
+                cache_blocks=blocks,
+                cache_blocks_used=used,
             )
 
     def stop(self) -> None:
@@ -108,7 +126,9 @@ class TransformersEngine(SlottedEngine["Processor"]):
         if manager is None:
             return
         self._cancel_all()
-        if manager.is_running():
+        if isinstance(manager, OneByOne):
+            manager.stop()
+        elif manager.is_running():
             manager.stop(block=True, hard_stop=True)
         self._loader.stop()
         with self._lock:
@@ -122,13 +142,13 @@ class TransformersEngine(SlottedEngine["Processor"]):
             seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(62)
         return Sampler(request, model, seed, grammar)
 
-    def _begin(self, loop: Processor, generation: Generation) -> None:
+    def _begin(self, loop: Loop, generation: Generation) -> None:
         loop.admit(generation)
 
-    def _abort(self, loop: Processor, generation: Generation) -> None:
+    def _abort(self, loop: Loop, generation: Generation) -> None:
         loop.cancel(generation.id)
 
-    def _start_load(self, loop: Processor, load: Load, model: ServedModel) -> None:
+    def _start_load(self, loop: Loop, load: Load, model: ServedModel) -> None:
         self._loader.load(load, model)
 
     def _prefetch(self, model: ServedModel) -> None:
@@ -141,7 +161,7 @@ class TransformersEngine(SlottedEngine["Processor"]):
             self._loader.copy(model, load.slot)
         self._table.finish_load(load)
 
-    def _admit_expert(self, loop: Processor, model: ServedModel) -> None:
+    def _admit_expert(self, loop: Loop, model: ServedModel) -> None:
         with self._lock:
             self._refuse_if_served(model.name)
             resident = [item for item in self._table.experts.values() if item.slot is not None]
@@ -149,11 +169,12 @@ class TransformersEngine(SlottedEngine["Processor"]):
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
         if not self._loader.has_room(everyone):
             self._loader.make_room(everyone, {item.slot: item.model for item in resident if item.slot is not None})
-            loop.model_runner.forget_graphs()
+            if not isinstance(loop, OneByOne):
+                loop.model_runner.forget_graphs()
         with self._lock:
             self._table.add(model)
 
-    def _drop_expert(self, loop: Processor, name: str) -> None:
+    def _drop_expert(self, loop: Loop, name: str) -> None:
         with self._lock:
             item = self._table.experts[name]
             slot = self._table.remove(name)
@@ -161,7 +182,8 @@ class TransformersEngine(SlottedEngine["Processor"]):
             self._grammars.forget(item.model)
         if slot is not None:
             self._loader.clear(slot)
-        loop.cache.evict_cached_blocks()
+        if not isinstance(loop, OneByOne):
+            loop.cache.evict_cached_blocks()
 
     def _on_host(self) -> Collection[str]:
         if self._base is None:
@@ -175,3 +197,11 @@ class TransformersEngine(SlottedEngine["Processor"]):
     def _wake(self) -> None:
         if self._manager is not None:
             self._manager.wake()
+
+
+def _cache_blocks(manager: Manager | OneByOne) -> tuple[int, int]:
+    """Blocks of the cache, and those in use; of caches of requests' own a block is a token."""
+    if isinstance(manager, OneByOne):
+        return manager.cache_tokens, manager.tokens_reserved
+    processor: Processor | None = manager.batch_processor
+    return (processor.cache.num_blocks, processor.blocks_used) if processor else (0, 0)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.activations import StoredActivations
 from benchmarks.compression_report import page, plot, table
-from benchmarks.compression_rows import BASE, EXPERT, KIND_ROWS, ROWS_OF, label
+from benchmarks.compression_rows import BASE, EXPERT, KIND_ROWS, ROWS, ROWS_OF, label
 from benchmarks.machine import describe
 from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--group", choices=list(ROWS_OF), default="strong")
     parser.add_argument("--experts", help="names, with commas between them; all of the group")
     parser.add_argument("--rows", type=int, help="measure only so many of the first rows")
+    parser.add_argument("--row", action="append", choices=ROWS, help="measure only this row, and others so named")
     parser.add_argument("--short", action="store_true", help="the ten rows of the other kinds, for a strong expert too")
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--answers", type=int, default=200)
@@ -135,7 +136,7 @@ def main() -> None:
             print(f"{name}: not built; python tests zoo build --group {of} --expert {name}", flush=True)
             continue
         bench = Bench(of, name, arguments.items, arguments.answers, arguments.measured)
-        for row in (KIND_ROWS if arguments.short else ROWS_OF[of])[: arguments.rows]:
+        for row in arguments.row or (KIND_ROWS if arguments.short else ROWS_OF[of])[: arguments.rows]:
             if row not in bench.rows:
                 bench.measure(row)
             shown = {key: bench.rows[key] for key in (BASE, EXPERT, row) if key in bench.rows}

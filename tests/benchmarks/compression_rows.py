@@ -50,6 +50,7 @@ ROWS = (
     "dare",
     "dare:choice=magnitude,rescale=projection",
     "d-qrelo:rounding=gptq",
+    "delta-come:bits=0.9,embedding=1,rounding=gptq",
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
@@ -80,6 +81,19 @@ CODER_ROWS = (
     "d-qrelo",
     "delta-come:bits=1.2",
 )
+#: What an overview shows of each group, and by which name.
+OVERVIEW = {
+    f"{ONE},rank=16": "`--bits 1`",
+    f"{TRELLIS},bits=0.25,rank=16": "`--bits 0.25 --embedding-bits 2`",
+    f"{TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25`",
+    "delta-come:bits=1.2": "Delta-CoMe, 1.2 bits",
+    "delta-come:bits=0.9,embedding=1": "Delta-CoMe, 0.9 bits",
+    "low-rank:bits=2": "low rank",
+    "rtn:bits=2,group=128": "2 bits in groups",
+    "d-qrelo": "D-QRELO",
+    "bitdelta:masks=2": "BitDelta, 2 masks",
+    "bitdelta:embedding=2": "BitDelta",
+}
 ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": CODER_ROWS}
 
 

@@ -1,9 +1,10 @@
 """Which of transformers' families compress, restore and are served: writes docs/families.md.
 
-    python tests bench families [FAMILY ...]
+    python tests bench families [--vllm] [FAMILY ...]
 
 A family is tried as a tiny model of its default configuration; `OVERRIDES` has what the defaults lack. Of families
-named on the command line the page's rows are written anew, and the others stay as they are.
+named on the command line the page's rows are written anew, and the others stay as they are. With `--vllm`, in an
+environment that has vLLM, the columns about vLLM are: of the families named, or of those where they are empty.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,8 +39,8 @@ from meswitch_cli.checkpoint.skeleton import auto_class
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
-from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
-from meswitch_cli.engine.proof import prove
+from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
+from meswitch_cli.engine.proof import prove, why_one_by_one
 from meswitch_cli.engine.small import small_model
 from meswitch_cli.errors import CalibrationError, MeswitchError, reason_of
 from meswitch_cli.model.build import build_model
@@ -57,20 +59,30 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 #: A family that takes longer is given up.
 MOST_SECONDS = 240
-COLUMNS = "| family | compressed | restored | served | why not |"
+COLUMNS = "| family | compressed | restored | served | vLLM | why not in batches, or not at all | why not by vLLM |"
+IN_BATCHES, ONE_BY_ONE, EQUAL = "in batches", "one by one", "equal"
 LENGTHS = (5, 13, 21, 34)
 NEW_TOKENS = 8
 RELATIVE_DELTA = 0.01
 
 
 class Row(NamedTuple):
-    """One family: what came out, or why nobody can tell."""
+    """One family: what came out, or why nobody can tell.
+
+    Attributes:
+        served: by the embedded engine: `in batches` or `one by one` with tokens equal to transformers', or how not.
+        vllm: as `served`, by the engine over vLLM; empty where that was not tried.
+        reason: why it is not served in batches, or not at all.
+        vllm_reason: why not by vLLM.
+    """
 
     family: str
     compressed: str
     restored: str
     served: str
-    reason: str
+    vllm: str = ""
+    reason: str = ""
+    vllm_reason: str = ""
 
 
 def try_family(family: str, folder: Path) -> Row:
@@ -79,26 +91,25 @@ def try_family(family: str, folder: Path) -> Row:
         config = json.loads(described.to_json_string(use_diff=False))
         _, plain = small_model(config, torch.float32)
     except MeswitchError as error:
-        return Row(family, "no" if "cannot be compressed" in str(error) else "not tried", "", "refused", _plain(error))
+        compressed = "no" if "cannot be compressed" in str(error) else "not tried"
+        return Row(family, compressed, "", "refused", reason=plain_reason(error))
     except Exception as error:
-        return Row(family, "not tried", "", "refused", f"no default configuration: {reason_of(error)}")
+        return Row(family, "not tried", "", "refused", reason=f"no default configuration: {reason_of(error)}")
     try:
         compressed, restored = _compressed(plain, folder)
     except MeswitchError as error:
-        return Row(family, "no", "", "refused", _plain(error))
+        return Row(family, "no", "", "refused", reason=plain_reason(error))
     try:
-        prove(config, "base", CPU, torch.float32)
-        return Row(family, compressed, restored, _served_alike(plain, folder / "served"), "")
+        why = why_one_by_one(config, "base", CPU, torch.float32)
+        served = _served_alike(plain, folder / "served")
+        return Row(family, compressed, restored, served, reason="" if why is None else plain_reason(EngineError(why)))
     except MeswitchError as error:
-        return Row(family, compressed, restored, "refused", _plain(error))
+        return Row(family, compressed, restored, "refused", reason=plain_reason(error))
 
 
 @torch.no_grad()
-def _compressed(plain: Any, folder: Path) -> tuple[str, str]:
-    """How an expert made up for a model compresses, and whether it comes back as base + dequantised delta, bit for bit.
-
-    transformers loads what is restored; what it loads is compared with the sums.
-    """
+def made_up_expert(plain: Any, folder: Path) -> str:
+    """Save a model as `folder/base`, make an expert of it up, and compress that to `folder/artifact`; return how."""
     generator = torch.Generator().manual_seed(2)
     before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
     for name in ("base", "expert"):
@@ -109,12 +120,21 @@ def _compressed(plain: Any, folder: Path) -> tuple[str, str]:
             parameter += noise * (RELATIVE_DELTA * parameter.norm() / noise.norm().clamp(min=1e-9))
     for name, parameter in plain.named_parameters():
         parameter.copy_(before[name])
-    how = "yes"
     try:
         _compress(folder, RANDOM)
     except CalibrationError:
-        how = "uncalibrated"
         _compress(folder, None)
+        return "uncalibrated"
+    return "yes"
+
+
+@torch.no_grad()
+def _compressed(plain: Any, folder: Path) -> tuple[str, str]:
+    """How an expert made up for a model compresses, and whether it comes back as base + dequantised delta, bit for bit.
+
+    transformers loads what is restored; what it loads is compared with the sums.
+    """
+    how = made_up_expert(plain, folder)
     artifact, base = Artifact.open(folder / "artifact"), CheckpointWeights(Checkpoint.open(str(folder / "base")))
     for _ in artifact.verify():
         pass
@@ -162,10 +182,12 @@ def _served_alike(plain: Any, folder: Path) -> str:
     finally:
         engine.stop()
     differing = [name for name, found in (("alone", alone), ("in a batch", together)) if found != expected]
-    return "not equal, " + ", ".join(differing) if differing else "equal"
+    if differing:
+        return "not equal, " + ", ".join(differing)
+    return IN_BATCHES if engine.one_by_one is None else ONE_BY_ONE
 
 
-def _plain(error: Exception) -> str:
+def plain_reason(error: Exception) -> str:
     """A message without what comes before the reason."""
     message = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", str(error))
     for word in ("base: ", "config.json: ", "artifact: ", "does not serve "):
@@ -183,7 +205,7 @@ def _rows_of_page() -> dict[str, Row]:
 
 
 def _page(rows: list[Row], known: int, machine: str) -> str:
-    compressed = Counter(row.compressed for row in rows)
+    compressed, served = Counter(row.compressed for row in rows), Counter(row.served for row in rows)
     lines = [
         INTRO.read_text().format(version=transformers.__version__),
         "| families | |",
@@ -193,12 +215,15 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
         f"| compressed and verified | {compressed['yes'] + compressed['uncalibrated']} |",
         f"| of these, without calibration alone | {compressed['uncalibrated']} |",
         f"| of these, restored exactly | {sum(row.restored == 'exact' for row in rows)} |",
-        f"| served by the embedded engine, tokens equal | {sum(row.served == 'equal' for row in rows)} |\n",
+        f"| served by the embedded engine, tokens equal | {served[IN_BATCHES] + served[ONE_BY_ONE]} |",
+        f"| of these, in batches | {served[IN_BATCHES]} |",
+        f"| of these, one request at a time | {served[ONE_BY_ONE]} |",
+        f"| served by the engine over vLLM, tokens equal | {sum(row.vllm == 'equal' for row in rows)} |\n",
         COLUMNS,
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (f"`{row.family}`", *row[1:-1], row.reason.replace("|", "\\|"))
+        cells = (f"`{row.family}`", *(cell.replace("|", "\\|") for cell in row[1:]))
         lines.append(f"| {' | '.join(cells)} |")
     if len(rows) < known:
         lines.append(f"\n{known - len(rows)} families have not been run since the columns changed.")
@@ -224,7 +249,21 @@ def _row(family: str, attempt: Callable[[str, Path], Row]) -> Row:
         with tempfile.TemporaryDirectory() as folder, _given_up_after(MOST_SECONDS):
             return attempt(family, Path(folder))
     except Exception as error:
-        return Row(family, "not tried", "", "refused", f"{type(error).__name__}: {reason_of(error)}")
+        return Row(family, "not tried", "", "refused", reason=f"{type(error).__name__}: {reason_of(error)}")
+
+
+def _over_vllm(family: str) -> Row:
+    """What vLLM does with a family, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).parents[1]), "bench", "families_vllm", family]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Row(family, "", "", "", "not tried", vllm_reason=f"not decided within {MOST_SECONDS} s")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return Row(family, "", "", "", "not tried", vllm_reason=f"the process ended with {done.returncode}")
+    found = json.loads(lines[-1])
+    return Row(family, "", "", "", found["served"], vllm_reason=found["reason"])
 
 
 def main() -> None:
@@ -232,12 +271,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    prove(transformers.AutoConfig.for_model("llama").to_dict(), "llama", CPU, torch.float32)  # compiles the kernels
-    machine, started, rows = describe(), time.perf_counter(), _rows_of_page()
+    if "--vllm" not in sys.argv:  # compiles the kernels
+        prove(transformers.AutoConfig.for_model("llama").to_dict(), "llama", CPU, torch.float32)
+    machine, started = describe(), time.perf_counter()
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
-    for family in sys.argv[1:] or every:
-        rows[family] = _row(family, try_family)
-        print(f"{time.perf_counter() - started:6.1f} s  {' | '.join(rows[family])}", file=sys.stderr, flush=True)
+    over_vllm, named = "--vllm" in sys.argv, [word for word in sys.argv[1:] if word != "--vllm"]
+    untried = [name for name, row in _rows_of_page().items() if row.compressed == "yes" and not row.vllm]
+    for family in named or (untried if over_vllm else every):
+        found = _over_vllm(family) if over_vllm else _row(family, try_family)
+        rows = _rows_of_page()  # as another run may have left it meanwhile
+        old = rows.get(family, Row(family, "", "", ""))
+        kept, new = (old, found) if over_vllm else (found, old)
+        rows[family] = kept._replace(vllm=new.vllm, vllm_reason=new.vllm_reason)
+        print(f"{time.perf_counter() - started:6.1f} s  {' | '.join(found)}", file=sys.stderr, flush=True)
         shown = [rows[name] for name in every if name in rows]
         PAGE.write_text(_page(shown, len(every), machine))
 

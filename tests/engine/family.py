@@ -71,14 +71,18 @@ class Family:
         return found
 
     def greedy(self, request: GenerationRequest) -> tuple[int, ...]:
-        """What plain transformers generates, end tokens not heeded."""
-        model = self.references[request.expert]
-        prompt = torch.tensor([request.prompt_tokens])
-        with torch.inference_mode():
-            out = model.generate(
-                prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-        return tuple(out[0, prompt.shape[1] :].tolist())
+        """As `greedy_tokens` of the request's expert."""
+        return greedy_tokens(self.references[request.expert], request)
+
+
+def greedy_tokens(model: Any, request: GenerationRequest) -> tuple[int, ...]:
+    """What plain transformers generates, end tokens not heeded."""
+    prompt = torch.tensor([request.prompt_tokens])
+    with torch.inference_mode():
+        out = model.generate(
+            prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return tuple(out[0, prompt.shape[1] :].tolist())
 
 
 def make_family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +15,25 @@ import transformers
 from command_line import fails, in_process
 from engine.family import Family
 
-from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate, proof, transformers_engine
+from meswitch_cli.engine import (
+    EngineSettings,
+    TransformersEngine,
+    attention,
+    generate,
+    plain_layers,
+    proof,
+    transformers_engine,
+)
 from meswitch_cli.engine.batch import Batch
-from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
+from meswitch_cli.engine.decoding import Decoding
 from meswitch_cli.engine.mixture import ExpertRouter
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm, kernels
-from meswitch_cli.engine.proof import prove
+from meswitch_cli.engine.own_parameters import OwnParameters
+from meswitch_cli.engine.proof import prove, why_one_by_one
+from meswitch_cli.engine.runner import Runner
 from meswitch_cli.engine.small import VOCABULARY, as_wide, narrowed, small_config, special_ids, with_short_mlps
 from meswitch_cli.errors import CheckpointError
-from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -46,6 +56,7 @@ GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+ELECTRA = UNGROUPED | {"embedding_size": 32, "is_decoder": True}
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 268}
 #: A Llama of 70 billion parameters.
 LARGE = {
@@ -129,7 +140,9 @@ def test_families_that_are_refused(config: dict[str, Any], reason: str) -> None:
 
 def test_mixtures_are_for_a_cpu() -> None:
     """No card is needed to be refused one."""
-    with pytest.raises(EngineError, match=r"^base: .* qwen3_moe: it is a mixture of experts, which is served on a CPU"):
+    with pytest.raises(
+        EngineError, match=r"^base: .* qwen3_moe: it is a mixture of experts, which is served in batches on a CPU only"
+    ):
         prove(config_of("qwen3_moe", **MOE), "base", torch.device("cuda"), torch.float32)
 
 
@@ -137,11 +150,91 @@ def test_what_is_not_served_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mo
     def load(*arguments: Any) -> None:
         raise AssertionError("the base is loaded")
 
-    monkeypatch.setattr(transformers_engine, "load_base", load)
-    base, _ = make_pair(tmp_path, "gpt_oss")
+    for way in ("load_base", "load_plain_base"):
+        monkeypatch.setattr(transformers_engine, way, load)
+    base = save(tmp_path / "base", "electra", **ELECTRA)
     engine = TransformersEngine(EngineSettings(base=str(base)))
-    with pytest.raises(EngineError, match=r"does not serve gpt_oss: gpt_oss keeps .* in a GptOssExperts"):
+    refused = "does not serve electra: its ElectraGeneratorPredictions .*; nor one request at a time: logits of"
+    with pytest.raises(EngineError, match=refused):
         engine.start()
+
+
+def why(config: dict[str, Any]) -> str | None:
+    return why_one_by_one(config, "base", CPU, torch.float32)
+
+
+ONE_BY_ONE = {
+    "bloom": {"model_type": "bloom", **BLOOM},
+    "gptj": {"model_type": "gptj", **GPTJ},
+    "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2},
+    "gpt_oss": config_of("gpt_oss", num_local_experts=4, head_dim=16),
+    "granitemoe": config_of("granitemoe", num_local_experts=4),
+    "jetmoe": {"model_type": "jetmoe", **UNGROUPED},
+    "qwen3_5_text": config_of("qwen3_5_text", layer_types=["linear_attention", "full_attention"]),
+    "falcon_h1": config_of("falcon_h1"),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_families_that_are_served_one_request_at_a_time(kind: str) -> None:
+    """Among them linears whose weights are read by others (Mamba), stacks of matrices (gpt-oss), convolutions."""
+    reason = why(ONE_BY_ONE[kind])
+    assert reason is not None
+    with pytest.raises(EngineError, match=re.escape(reason)):
+        check(ONE_BY_ONE[kind])
+
+
+def test_a_family_that_batches_take_is_served_in_batches() -> None:
+    assert why(config_of("llama")) is None
+
+
+def never_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnParameters, "_put", lambda self, slot: None)
+
+
+def always_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = OwnParameters._put
+    monkeypatch.setattr(OwnParameters, "_put", lambda self, slot: put(self, proof.SLOT))
+
+
+def one_cache_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    init = Decoding.__init__
+
+    def shared(self: Decoding, *arguments: Any) -> None:
+        init(self, *arguments)
+        self._kept = self._kept | {"past_key_values": kept.setdefault("cache", self._kept["past_key_values"])}
+
+    monkeypatch.setattr(Decoding, "__init__", shared)
+
+
+def unchanged_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    unchanged(ExpertLinear)(monkeypatch)
+
+
+def with_their_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_layers, "_read_directly", lambda model: [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("qwen3_5_text", never_placed, "logits of an expert differ"),
+        ("qwen3_5_text", always_placed, "differ"),
+        ("gptj", one_cache_for_all, "differ"),
+        ("mamba", with_their_weights_read, "logits of an expert differ"),
+        ("gptj", unchanged_linears, "logits of an expert differ"),
+    ],
+    ids=["never-placed", "always-placed", "cache", "weights-read", "linears"],
+)
+def test_a_wrong_engine_is_seen_one_request_at_a_time(
+    kind: str, change: Callable[[pytest.MonkeyPatch], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why(ONE_BY_ONE[kind])
+    proof._problem.cache_clear()
+    change(monkeypatch)
+    with pytest.raises(EngineError, match=f"nor one request at a time: .*{reason}"):
+        why(ONE_BY_ONE[kind])
 
 
 @pytest.mark.parametrize(
@@ -411,9 +504,9 @@ def test_layers_that_drop_the_cache_are_served(kind: str, entries: dict[str, Any
 
 
 def test_serve_and_chat_refuse_in_a_sentence(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", "gptj", **GPTJ)
+    base = save(tmp_path / "base", "electra", **ELECTRA)
     for command in (("serve", "--base", base, "--port", 0), ("chat", "--base", base)):
-        fails(in_process(*command), 1, "does not serve gptj", "attention")
+        fails(in_process(*command), 1, "does not serve electra", "ElectraGeneratorPredictions", "one request at a time")
 
 
 def test_verify_proves_the_family(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,15 +514,21 @@ def test_verify_proves_the_family(family: Family, monkeypatch: pytest.MonkeyPatc
     proven = in_process("verify", artifact, "--base", family.base, "--full")
     assert proven.returncode == 0 and proven.stdout.count("ok:") == 3
     fails(in_process("verify", artifact, "--full"), 2, "--base")
+    assert "one request at a time" not in proven.stdout
     proof._problem.cache_clear()
     without_gains(monkeypatch)
+    result = in_process("verify", artifact, "--base", family.base, "--full")
+    assert result.returncode == 0
+    assert re.search("one request at a time; not in batches: .*logits of an expert differ", result.stdout)
+    proof._problem.cache_clear()
+    never_placed(monkeypatch)
     result = in_process("verify", artifact, "--base", family.base, "--full")
     assert result.returncode == 1 and "logits of an expert differ" in result.stderr
 
 
 def test_kernels_are_given_a_row_for_each_token() -> None:
     """Electra's head is computed of the tokens that predict alone, by layers that are not the head."""
-    config = UNGROUPED | {"model_type": "electra", "embedding_size": 32, "is_decoder": True}
+    config = {"model_type": "electra", **ELECTRA}
     with pytest.raises(
         EngineError,
         match=r"ElectraGeneratorPredictions computes in a way .* \(ValueError: a layer is given 4 rows for 32 tok",

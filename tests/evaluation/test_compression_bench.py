@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compression_report import COLUMNS, page, table
+from benchmarks.compression_report import COLUMNS, overview, page, table
 from benchmarks.compression_rows import BASE, CODER_ROWS, DEFAULTS, EXPERT, KIND_ROWS, ROWS
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.evaluation.baselines import parse_method
@@ -35,6 +35,14 @@ def test_a_row_by_hand() -> None:
     assert (ours["right"], ours["same answer, %"], ours["lost, gained"]) == ("2 of 4", "50.0", "−1 +0")
     assert ours["difference, points"].startswith("-25.0 [") and ours["loss"] == "0.5000"
     assert lines[EXPERT]["same answer, %"] == "100.0" and lines[BASE]["lost, gained"] == "−3 +0"
+
+
+def test_an_overview_by_hand() -> None:
+    rival = {"delta-come:bits=1.2": row(0.4, [1, 1, 1, 0], "abcd", 1_000_000)}
+    head, _, ours, theirs = overview({"code": MEASURED, "logic": MEASURED | rival}).splitlines()
+    assert head == "| KL, % of the base's; same answer, % | MB | code | logic |"
+    assert ours == f"| {DEFAULTS[OURS]} | 2.0 | 0.10; 50.0 | 0.10; 50.0 |"
+    assert theirs == "| Delta-CoMe, 1.2 bits | 1.0 |  | 20; 100.0 |"
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:

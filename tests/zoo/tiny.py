@@ -67,6 +67,56 @@ FAMILIES: Mapping[str, _Family] = {
         "gpt_oss",
         {"head_dim": 24, "sliding_window": 64, "rope_parameters": _PLAIN_ROPE, **_EXPERTS},
     ),
+    "granitemoe": ("granitemoe", _EXPERTS),
+    # Keys and values made of a few numbers for all heads, and not of one width.
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 40,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+    ),
+    # Layers that keep a state in place of keys and values, between layers of attention.
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "head_dim": 24,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    # Layers of convolutions.
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None}),
+    # Heads of several widths, and keys and values that layers share.
+    "gemma4": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 16,
+            "vocab_size_per_layer_input": 268,
+            "hidden_size_per_layer_input": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Linears kept the other way round, positions in a table.
+    "gpt2": ("gpt2", {"n_inner": 72}),
 }
 
 

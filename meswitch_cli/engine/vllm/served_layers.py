@@ -68,6 +68,7 @@ class ServedLayers:
     #: What only mixtures have, which this engine does not serve.
     whole: frozenset[str] = frozenset()
     routers: Mapping[str, Any] = field(default_factory=dict)
+    own_parameters: None = None
 
     def layer(self, name: str) -> Rows:
         if name == self.embedding_name:
