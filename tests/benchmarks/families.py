@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +232,7 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
 
 
 @contextmanager
-def _given_up_after(seconds: int) -> Iterator[None]:
+def given_up_after(seconds: int) -> Iterator[None]:
     def give_up(*_: Any) -> None:
         raise TimeoutError(f"not decided within {seconds} s")
 
@@ -246,24 +246,26 @@ def _given_up_after(seconds: int) -> Iterator[None]:
 
 def _row(family: str, attempt: Callable[[str, Path], Row]) -> Row:
     try:
-        with tempfile.TemporaryDirectory() as folder, _given_up_after(MOST_SECONDS):
+        with tempfile.TemporaryDirectory() as folder, given_up_after(MOST_SECONDS):
             return attempt(family, Path(folder))
     except Exception as error:
         return Row(family, "not tried", "", "refused", reason=f"{type(error).__name__}: {reason_of(error)}")
 
 
-def _over_vllm(family: str) -> Row:
-    """What vLLM does with a family, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).parents[1]), "bench", "families_vllm", family]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Row(family, "", "", "", "not tried", vllm_reason=f"not decided within {MOST_SECONDS} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return Row(family, "", "", "", "not tried", vllm_reason=f"the process ended with {done.returncode}")
-    found = json.loads(lines[-1])
-    return Row(family, "", "", "", found["served"], vllm_reason=found["reason"])
+def _over_vllm(families: Sequence[str]) -> Iterator[Row]:
+    """What vLLM does with families, one after the other in a process of its own, and another where that ends."""
+    left = list(families)
+    while left:
+        command = [sys.executable, str(Path(__file__).parents[1]), "bench", "families_vllm", *left]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"family"'):
+                    found = json.loads(line)
+                    left.remove(found["family"])
+                    yield Row(found["family"], "", "", "", found["served"], vllm_reason=found["reason"])
+        if left and process.returncode:
+            yield Row(left.pop(0), "", "", "", "not tried", vllm_reason=f"the process ended with {process.returncode}")
 
 
 def main() -> None:
@@ -277,8 +279,9 @@ def main() -> None:
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
     over_vllm, named = "--vllm" in sys.argv, [word for word in sys.argv[1:] if word != "--vllm"]
     untried = [name for name, row in _rows_of_page().items() if row.compressed == "yes" and not row.vllm]
-    for family in named or (untried if over_vllm else every):
-        found = _over_vllm(family) if over_vllm else _row(family, try_family)
+    chosen = named or (untried if over_vllm else every)
+    for found in _over_vllm(chosen) if over_vllm else (_row(name, try_family) for name in chosen):
+        family = found.family
         rows = _rows_of_page()  # as another run may have left it meanwhile
         old = rows.get(family, Row(family, "", "", ""))
         kept, new = (old, found) if over_vllm else (found, old)
