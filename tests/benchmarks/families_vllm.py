@@ -2,7 +2,7 @@
 
     python tests bench families_vllm FAMILY ...
 
-`python tests bench families --vllm` runs it, and again with the rest where the process does not survive a family.
+`python tests bench families --vllm PYTHON` runs it, and again with the rest where a family ends the process.
 """
 
 from __future__ import annotations
