@@ -83,11 +83,14 @@ CODER_ROWS = (
 )
 #: What an overview shows of each group, and by which name.
 OVERVIEW = {
-    f"{ONE},rank=16": "`--bits 1`",
+    next(iter(DEFAULTS)): "`--bits 1`",
+    list(DEFAULTS)[1]: "`--bits 2`",
     f"{TRELLIS},bits=0.25,rank=16": "`--bits 0.25 --embedding-bits 2`",
     f"{TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25`",
     "delta-come:bits=1.2": "Delta-CoMe, 1.2 bits",
+    "delta-come:bits=1.2,rounding=gptq": "..., calibrated",
     "delta-come:bits=0.9,embedding=1": "Delta-CoMe, 0.9 bits",
+    "delta-come:bits=0.9,embedding=1,rounding=gptq": "..., calibrated",
     "low-rank:bits=2": "low rank",
     "rtn:bits=2,group=128": "2 bits in groups",
     "d-qrelo": "D-QRELO",
