@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from meswitch_kernels import triton_groups, triton_launch, triton_merge, triton_norm
+from meswitch_kernels import triton_formats, triton_groups, triton_launch, triton_merge, triton_norm
 from meswitch_kernels.bank import bank_formats
 from meswitch_kernels.groups import tile_size_for
 from meswitch_kernels.messages import FIRST_NUMBER, MESSAGES
@@ -166,14 +166,13 @@ def launches(quick: bool) -> Iterator[Launch]:
     """Every launch that the default settings can make."""
     scalar = [("bf16", 2)] if quick else [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp32", 2)]
     formats = [(dtype, bits, bank_formats(bits, ())) for dtype, bits in scalar]
-    # Messages alone, each; and a bank that holds all of them beside scalar codes.
+    # A bank of several codes has a launch for the scalar ones and for each message.
     short = [next(reversed(MESSAGES))] if quick else list(MESSAGES)
-    formats += [("bf16", 1 / (number - FIRST_NUMBER), (number,)) for number in short]
-    formats += [(dtype, 2, bank_formats(2, list(MESSAGES))) for dtype in ([] if quick else ["bf16", "fp16", "fp32"])]
+    each = product(["bf16"] if quick else TYPES, triton_formats.families(short))
+    formats += [(dtype, 1 / (family[0] - FIRST_NUMBER), family) for dtype, family in each]
     for arch, (dtype, bits, numbers), grouped, rank in product([80, 90], formats, [False, True], [0, RANK]):
-        if grouped and len(numbers) == 1 and numbers[0] > FIRST_NUMBER:
+        if grouped and numbers[0] > FIRST_NUMBER:
             continue
-        messages = triton_launch.reordered(numbers, TYPES[dtype], grouped=grouped)
         card = Card(f"sm_{arch}", 108 if arch == 80 else 132, arch == 90)
         common = {
             "NUMBERS": numbers, "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_launch.rank_block(rank),
@@ -188,9 +187,8 @@ def launches(quick: bool) -> Iterator[Launch]:
             }  # fmt: skip
             options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
             yield Launch("triton_decode.decode", arch, dtype, constants, options, **kind, tokens=tokens)
-            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False) and not messages:
+            if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False):
                 # Decode's own code but for the pointers: one for each card will do.
-                constants = {**constants, "COPIED": True}
                 yield Launch("triton_siblings.decode_siblings", arch, dtype, constants, options, **kind, tokens=tokens)
         options = triton_merge.merge_launch(TYPES[dtype], rank)
         constants = {

@@ -16,14 +16,17 @@ from .cpu_vector import (
     I32,
     I64,
     LANES,
+    TABLE_LANES,
     V16F,
-    V16I,
     V32H,
     bf16_bits,
     broadcast,
     constants,
     declare,
+    dot_halves,
+    dot_pairs,
     load,
+    looked_up,
     read_i32,
     splat,
 )
@@ -41,25 +44,27 @@ def code_at(codes, channel, bits):
 
 
 def code_pairs(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
-    """The values of codes s and s + 16 // bits of each of 16 words, as bfloat16 pairs (32 x i16).
+    """The values of codes s and s + 16 // bits of each of 16 words, for `add_pairs`.
 
-    One is from either half of a word, so that 16-bit shifts do.
+    They are bfloat16 pairs (32 x i16) where the machine multiplies such, else the float32 of either code.
     """
+    if not HAS_BF16:
+        return code_values(builder, words, bits, s), code_values(builder, words, bits, s + 16 // bits)
+    # One is from either half of a word, so that 16-bit shifts do.
     halves = builder.bitcast(words, V32H)
-    per_lookup = 4 // bits if HAS_BF16 else 1
+    per_lookup = 4 // bits
     shifted = builder.lshr(halves, splat(s // per_lookup * per_lookup * bits, I16, 32))
-    if HAS_BF16:
-        # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
-        place = s % per_lookup * bits
-        table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
-        name = "llvm.x86.avx512.permvar.hi.512"
-        function = declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
-        return builder.call(function, [constants(table, I16), shifted])
-    codes = builder.and_(shifted, splat(2**bits - 1, I16, 32))
-    wide = builder.uitofp(codes, ir.VectorType(F32, 32))
-    exact = builder.fsub(wide, splat((2**bits - 1) / 2, F32, 32))
-    as_bits = builder.bitcast(exact, ir.VectorType(I32, 32))
-    return builder.trunc(builder.lshr(as_bits, splat(16, I32, 32)), V32H)
+    # vpermw reads the low five bits: enough for `per_lookup` codes, one of which the table heeds.
+    place = s % per_lookup * bits
+    table = [bf16_bits((i >> place) % 2**bits - (2**bits - 1) / 2) for i in range(32)]
+    name = "llvm.x86.avx512.permvar.hi.512"
+    function = declare(builder, name, ir.FunctionType(V32H, [V32H, V32H]))
+    return builder.call(function, [constants(table, I16), shifted])
+
+
+def add_pairs(builder: ir.IRBuilder, total: Any, given: Any, values: Any) -> Any:
+    """total + the products of 16 pairs of bfloat16 (32 x i16) with what `code_pairs` made."""
+    return dot_pairs(builder, total, given, values) if HAS_BF16 else dot_halves(builder, total, given, values)
 
 
 def code_values(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
@@ -70,11 +75,8 @@ def code_values(builder: ir.IRBuilder, words: Any, bits: int, s: int) -> Any:
 def code_lanes(builder: ir.IRBuilder, shifted: Any, bits: int) -> Any:
     """The float32 values of codes that lie in the low bits of 16 lanes of i32, whatever is above them."""
     middle = (2**bits - 1) / 2
-    if HAS_BF16:
-        # vpermps reads the low four bits; the table heeds those that are the code.
-        table = constants([i % 2**bits - middle for i in range(LANES)], F32)
-        name = "llvm.x86.avx512.permvar.sf.512"
-        return builder.call(declare(builder, name, ir.FunctionType(V16F, [V16F, V16I])), [table, shifted])
+    if 2**bits <= TABLE_LANES:
+        return looked_up(builder, [i - middle for i in range(2**bits)], shifted)
     codes = builder.and_(shifted, splat(2**bits - 1, I32))
     return builder.fsub(builder.sitofp(codes, V16F), splat(middle, F32))
 

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from .cpu_codes import code_pairs, code_values, values_of_channels, word_of
+from .cpu_codes import add_pairs, code_pairs, code_values, values_of_channels, word_of
 from .cpu_vector import (
     F32,
     I16,
@@ -123,7 +123,7 @@ def _add_codes(
     # One block is 16 words: a lane works on one word, so any group of 32 channels or more is whole lanes.
     per_word = codes_per_word(bits)
     block_bytes = LANES * per_word * (2 if bf16 else 4)
-    unpack, multiply = (code_pairs, dot_pairs) if bf16 else (code_values, _fma_last)
+    unpack, multiply = (code_pairs, add_pairs) if bf16 else (code_values, _fma_last)
     codes, codes_stride, x, x_stride, words, steps, steps_stride, word_group = args
     rows = _rows(builder, codes, codes_stride, valid)
     row_steps = _rows(builder, steps, steps_stride, valid)

@@ -3,7 +3,8 @@
 
 Everything here is emitted through Numba at run time, so no compiler is needed. A machine with AVX-512 BF16
 multiplies bfloat16 pairs directly (`vdpbf16ps`) and turns codes into values by a register lookup (`vpermw`);
-any other machine gets the same results from shifts and float32 multiply-adds.
+any other machine gets the same results from shifts and float32 multiply-adds, with AVX2 or AVX-512 and up to 2 or 4
+bits from a register lookup (`vpermps`) too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ LANES = 16
 I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V16F, V16I, V32H = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, 2 * LANES)
 
-_FEATURES = {} if config.CPU_NAME else dict(llvm.get_host_cpu_features())
+_FEATURES = dict(llvm.get_host_cpu_features())
+if config.CPU_NAME:  # numba is told to compile for another processor (docs/kernels.md)
+    _FEATURES = {"avx2": config.CPU_NAME in ("haswell", "x86-64-v3")}
 HAS_BF16 = bool(_FEATURES.get("avx512bf16") and _FEATURES.get("avx512bw"))
+TABLE_LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 0
+"""Float32 values that one instruction looks up by lane, and lanes it does that for; 0 where there is none."""
 ROWS = 4 if _FEATURES.get("avx512f") else 2
 """Weight rows a kernel works on at once: as many as the accumulators leave registers for."""
 
@@ -216,15 +221,41 @@ def narrow_bf16(builder: ir.IRBuilder, floats: Any) -> Any:
 
 def dot_pairs(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     """total + the products of 16 pairs of bfloat16, each pair summed into its lane. `a`, `b` as 32 x i16."""
-    a, b = builder.bitcast(a, V16I), builder.bitcast(b, V16I)
     if HAS_BF16:
+        a, b = builder.bitcast(a, V16I), builder.bitcast(b, V16I)
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         function = declare(builder, name, ir.FunctionType(V16F, [V16F, V16I, V16I]))
         return builder.call(function, [total, a, b])
-    low, high = splat(16, I32), splat(0xFFFF0000, I32)
-    for part in (lambda v: builder.shl(v, low), lambda v: builder.and_(v, high)):
-        total = fma(builder, builder.bitcast(part(a), V16F), builder.bitcast(part(b), V16F), total)
+    return dot_halves(builder, total, a, bf16_halves(builder, b))
+
+
+def dot_halves(builder: ir.IRBuilder, total: Any, a: Any, b: tuple[Any, Any]) -> Any:
+    """As `dot_pairs`, with the float32 values of b's lower and upper halves."""
+    for own, other in zip(bf16_halves(builder, a), b, strict=True):
+        total = fma(builder, own, other, total)
     return total
+
+
+def bf16_halves(builder: ir.IRBuilder, pairs: Any) -> tuple[Any, Any]:
+    """The lower and the upper bfloat16 of 16 pairs (32 x i16), as float32."""
+    words = builder.bitcast(pairs, V16I)
+    low, high = builder.shl(words, splat(16, I32)), builder.and_(words, splat(0xFFFF0000, I32))
+    return builder.bitcast(low, V16F), builder.bitcast(high, V16F)
+
+
+def looked_up(builder: ir.IRBuilder, table: Sequence[float], index: Any) -> Any:
+    """16 float32 of a table, by the low bits of 16 lanes of i32: as many bits as `TABLE_LANES` has places."""
+    repeated = constants([table[i % len(table)] for i in range(TABLE_LANES)], F32)
+    if TABLE_LANES == LANES:
+        name = "llvm.x86.avx512.permvar.sf.512"
+        return builder.call(declare(builder, name, ir.FunctionType(V16F, [V16F, V16I])), [repeated, index])
+    kind = ir.FunctionType(repeated.type, [repeated.type, ir.VectorType(I32, TABLE_LANES)])
+    function = declare(builder, "llvm.x86.avx2.permps", kind)
+    parts = []
+    for first in (0, TABLE_LANES):
+        lanes = builder.shuffle_vector(index, index, constants(range(first, first + TABLE_LANES), I32))
+        parts.append(builder.call(function, [repeated, lanes]))
+    return builder.shuffle_vector(*parts, constants(range(LANES), I32))
 
 
 def gather_floats(builder: ir.IRBuilder, base: Any, index: Any, mask: Any) -> Any:

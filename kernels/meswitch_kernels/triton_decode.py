@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .triton_delta import add_salient, delta_messages, delta_planes, delta_values
 from .triton_low_rank import add_low_rank
-from .triton_messages import is_message, row_words
+from .triton_messages import is_among, is_message, row_words
 from .triton_tiles import slot_rows
 
 
@@ -119,6 +119,8 @@ def decode_rows(
     base_splits,
     delta_splits,
     delta_programs,
+    launch,
+    launches,
     slots,
     in_features,
     out_features,
@@ -149,7 +151,8 @@ def decode_rows(
     row_mask = rows < out_features - row
     rows = tl.minimum(rows, out_features - row - 1)
     partials += row
-    base_programs = base_tiles * base_splits
+    all_base_programs = base_tiles * base_splits
+    base_programs = tl.where(launch == 0, all_base_programs, 0)
     is_base = program < base_programs
     tile = tl.where(is_base, 0, program - base_programs) // delta_splits
     if is_base or tl.load(tile_count + tile) > 0:
@@ -167,15 +170,18 @@ def decode_rows(
             split = (program - base_programs) % delta_splits
             for own in range(tile, tiles, delta_programs):
                 count, slot = tl.load(tile_count + own), tl.load(tile_slot + own)
+                number = 0
                 if (count > 0) & (slot >= 0) & (slot < slots):
+                    number = tl.load(slot_bits + slot)
+                if is_among(number, NUMBERS):
                     within = tl.arange(0, TILE_TOKENS)
                     token_mask = within < count
                     token = tl.load(order + tl.load(tile_start + own) + within, mask=token_mask, other=0)
-                    number, group_size = tl.load(slot_bits + slot), tl.load(slot_group + slot)
+                    group_size = tl.load(slot_group + slot)
                     slot_codes = codes + slot_rows(slot, codes_stride, row, row_words(in_features, number))
                     groups = tl.where(group_size > 0, tl.cdiv(in_features, tl.maximum(group_size, 1)), 1)
                     slot_steps = steps + slot_rows(slot, steps_stride, row, groups)
-                    # Each kind of code a slot may have is compiled with its own shifts; a bank knows which.
+                    # Each kind of code that a launch serves is compiled with its own shifts.
                     acc = tl.zeros((BLOCK_OUT, TILE_TOKENS), dtype=tl.float32)
                     for i in tl.static_range(len(NUMBERS)):
                         if number == NUMBERS[i]:
@@ -214,7 +220,7 @@ def decode_rows(
                     tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
         every = tl.arange(0, MOST_TILES)
         used = tl.sum((tl.load(tile_count + every, mask=every < tiles, other=0) > 0).to(tl.int32), 0)
-        expected = base_programs + tl.minimum(used, delta_programs) * delta_splits
+        expected = all_base_programs + launches * tl.minimum(used, delta_programs) * delta_splits
         # What all threads have written must lie in memory before one of them takes the ticket.
         tl.debug_barrier()
         if tl.atomic_add(tickets + row_block, 1, sem="acq_rel") == expected - 1:
@@ -226,7 +232,9 @@ def decode_rows(
             tl.atomic_xchg(tickets + row_block, 0)
 
 
-UNSPECIALIZED = ["tokens", "tiles", "base_tiles", "base_splits", "delta_splits", "delta_programs"]
+UNSPECIALIZED = [
+    "tokens", "tiles", "base_tiles", "base_splits", "delta_splits", "delta_programs", "launch", "launches",
+]  # fmt: skip
 """Numbers by which no launch is compiled again."""
 
 
@@ -260,6 +268,8 @@ def decode(
     base_splits,
     delta_splits,
     delta_programs,
+    launch,
+    launches,
     slots,
     in_features,
     out_features,
@@ -289,12 +299,15 @@ def decode(
     The first axis of the grid is the block of rows; the second holds the base's tiles and splits, then
     `delta_programs` times `delta_splits` programs, which share the tiles that are in use. `scaled` is x as its
     slot's codes want it (`prepare`), or x itself. `tickets`, one for each block of rows, are zero before and after.
+
+    A launch serves the slots whose codes have one of NUMBERS. Where a bank holds others, there are `launches` of one
+    product, which share partial sums and tickets: the first, 0, multiplies the base, the last program of all adds up.
     """
     decode_rows(
         tl.program_id(0), tl.program_id(1), x, scaled, weight, bias, y, partials, tickets, codes, steps, bias_delta,
         salient_index, salient_value, z, left, slot_bits, slot_group, slot_rank, slot_of_token, order, tile_slot,
-        tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs, slots,
-        in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride, steps_stride, max_salient,
-        max_rank, NUMBERS, GROUPED, EVEN, HAS_BIAS, BASE_TOKENS, TILE_TOKENS, MOST_TILES, MOST_SPLITS, BLOCK_OUT,
-        BLOCK_K, Z_SPLITS, BLOCK_RANK, ASM,
+        tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs, launch, launches,
+        slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride, steps_stride,
+        max_salient, max_rank, NUMBERS, GROUPED, EVEN, HAS_BIAS, BASE_TOKENS, TILE_TOKENS, MOST_TILES, MOST_SPLITS,
+        BLOCK_OUT, BLOCK_K, Z_SPLITS, BLOCK_RANK, ASM,
     )  # fmt: skip

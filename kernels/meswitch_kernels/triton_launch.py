@@ -10,15 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .bank import BankTensors
-from .groups import DECODE_TILES, TokenGroups
+from .bank import BankTensors, joined_formats
+from .groups import TokenGroups
 from .messages import FIRST_NUMBER
-from .packing import PLANE_WORDS, codes_per_word
 from .triton_decode import decode
+from .triton_formats import families, family_constants, prepared, reordered, reordered_width
 from .triton_low_rank import prepare
-from .triton_merge_blocks import block_channels
-from .triton_messages import message_channels
-from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings
+from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings, sibling_table
 from .tuning import LaunchSettings, launch_settings, token_bucket
 
 _PREPARE_CHANNELS = 512
@@ -31,41 +29,19 @@ PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 _ASM = not triton.knobs.runtime.interpret
 
 
-def rows_are_whole(in_features: int, formats: Sequence[int]) -> bool:
-    """Whether rows of codes of any of these numbers end with a whole block of words."""
-    return all(in_features % max(decoded_together(number), block_channels(number)) == 0 for number in formats)
-
-
-def decoded_together(number: int) -> int:
-    """The most channels of codes of a number that decode takes at once."""
-    if number > FIRST_NUMBER:
-        return int(message_channels(number, DECODE_TILES[-1][1]))
-    return PLANE_WORDS * codes_per_word(number)
-
-
-def reordered(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> tuple[int, ...]:
-    """The messages among some formats that want x in another order: those that become planes."""
-    if grouped or dtype == torch.float32:
-        return ()
-    return tuple(number for number in formats if number > FIRST_NUMBER)
-
-
-def reordered_width(in_features: int, messages: Sequence[int]) -> int:
-    """Channels of a row of x in the order that some messages want, with zeros after the last."""
-    blocks = map(decoded_together, messages)
-    return max((triton.cdiv(in_features, block) * block for block in blocks), default=in_features)
-
-
 def rank_block(max_rank: int) -> int:
     """Rows of R, and columns of L, that a program multiplies at once."""
     return 16 if max_rank <= 16 else 32
 
 
-def _prepare_splits(width: int) -> tuple[int, int]:
-    """Programs that share the input channels of x·Rᵀ, and channels of each."""
-    share = triton.cdiv(triton.cdiv(width, PREPARE_SPLITS), PREPARE_BLOCK) * PREPARE_BLOCK
-    per_split = max(_PREPARE_CHANNELS, share)
-    return triton.cdiv(width, per_split), per_split
+def _prepare_splits(in_features: int, width: int) -> tuple[int, int]:
+    """Programs that share the channels of x·Rᵀ, and channels of each; `width` is that of x as codes want it.
+
+    How many there are does not depend on the codes: decode is compiled for their number.
+    """
+    share = triton.cdiv(triton.cdiv(in_features, PREPARE_SPLITS), PREPARE_BLOCK) * PREPARE_BLOCK
+    splits = triton.cdiv(in_features, max(_PREPARE_CHANNELS, share))
+    return splits, triton.cdiv(triton.cdiv(width, splits), PREPARE_BLOCK) * PREPARE_BLOCK
 
 
 def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, Tensor, int]:
@@ -75,11 +51,11 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
     low-rank part.
     """
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
-    messages = reordered(bank.formats, x.dtype, grouped=bank.group_size > 0)
+    messages = reordered(bank.formats, x.dtype)
     if not max_rank and not bank.scaled and not messages:
         return x, bank.steps, 0
     width = reordered_width(in_features, messages)
-    splits, per_split = _prepare_splits(width)
+    splits, per_split = _prepare_splits(in_features, width)
     scaled = x.new_empty(tokens, width) if bank.scaled or messages else x
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
     prepare[(groups.tile_slot.shape[0], max(1, triton.cdiv(max_rank, rank_block(max_rank))), splits)](
@@ -102,7 +78,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         scaled.stride(0),
         per_split,
         SCALED=bank.scaled,
-        MESSAGES=messages,
+        MESSAGES=prepared(messages),
         RANKED=max_rank > 0,
         TILE_TOKENS=groups.tile_size,
         BLOCK_RANK=rank_block(max_rank),
@@ -119,6 +95,7 @@ class _Shape:
     settings: LaunchSettings
     base_tiles: int
     tiles: int
+    families: tuple[dict[str, Any], ...]
     constants: dict[str, Any]
 
     @classmethod
@@ -137,9 +114,6 @@ class _Shape:
         settings = launch_settings(out_features, in_features, tokens, x.dtype, x.device, grouped)
         base_tokens, tiles = token_bucket(tokens), groups.tile_slot.shape[0]
         constants = {
-            "NUMBERS": formats,
-            "GROUPED": grouped,
-            "EVEN": rows_are_whole(in_features, formats),
             "HAS_BIAS": biased,
             "BASE_TOKENS": base_tokens,
             "TILE_TOKENS": groups.tile_size,
@@ -153,28 +127,59 @@ class _Shape:
             "num_warps": settings.num_warps,
             "num_stages": settings.num_stages,
         }
-        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, constants)
+        served = tuple(family_constants(each, in_features, grouped=grouped) for each in families(formats))
+        return cls(settings, triton.cdiv(tokens, base_tokens), tiles, served, constants)
 
     @property
     def delta_programs(self) -> int:
         """Programs that share the tiles of tokens, for each split."""
         return min(self.tiles, self.settings.delta_programs)
 
-    @property
-    def programs(self) -> int:
-        """Programs of a block of rows."""
-        return self.base_tiles * self.settings.splits + self.delta_programs * self.settings.delta_splits
+    def programs(self, launch: int) -> int:
+        """Programs of a block of rows in one launch; the first has those of the base."""
+        of_base = 0 if launch else self.base_tiles * self.settings.splits
+        return of_base + self.delta_programs * self.settings.delta_splits
 
     @property
     def sums(self) -> int:
         """Partial sums of an output."""
         return self.settings.splits + self.settings.delta_splits
 
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The kernel's numbers from `tiles` on."""
+    def counts(self, launch: int) -> tuple[int, ...]:
+        """The kernel's numbers from `tiles` to `launches`."""
         settings = self.settings
-        return self.tiles, self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
+        programs = self.base_tiles, settings.splits, settings.delta_splits, self.delta_programs
+        return self.tiles, *programs, launch, len(self.families)
+
+
+def separate_products(
+    x: Tensor, operands: Sequence[Operand], groups: TokenGroups
+) -> dict[tuple[object, ...], list[Operand]]:
+    """Products of the same x with banks of one family of codes alone, by what their kernels are compiled for.
+
+    Each is one launch of decode, the very one that the operands' own product has for that family.
+    """
+    formats = joined_formats([bank for _, _, bank in operands])
+    found = {}
+    for family in families(formats):
+        bits = max((number for number in family if number < FIRST_NUMBER), default=0)
+        messages = [number for number in family if number > FIRST_NUMBER]
+        own = [
+            (weight, bias, BankTensors._make(bank._replace(bits=bits, messages=messages)))
+            for weight, bias, bank in operands
+        ]
+        table = sibling_table(own) if len(own) > 1 else None
+        for each in [own] if table else [[alone] for alone in own]:
+            banks = [bank for _, _, bank in each]
+            rank = max(bank.left.shape[2] for bank in banks)
+            grouped = any(bank.group_size for bank in banks)
+            biased = each[0][1] is not None
+            out_features = table.total if table else each[0][0].shape[0]
+            shape = _Shape.of(x, groups, out_features, family, rank, grouped=grouped, biased=biased)
+            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank else 0
+            constants = tuple(sorted((shape.constants | shape.families[0]).items()))
+            found[(table is not None, splits, x.dtype, banks[0].left.dtype, *constants)] = each
+    return found
 
 
 def launch_decode(
@@ -192,44 +197,46 @@ def launch_decode(
     )
     scaled, z, z_splits = _prepare(x, bank, groups)
     partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
-    decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs)](
-        x,
-        scaled,
-        weight,
-        x if bias is None else bias,
-        y,
-        partials,
-        bank.tickets,
-        bank.codes,
-        bank.steps,
-        bank.bias_delta,
-        bank.salient_index,
-        bank.salient_value,
-        z,
-        bank.left,
-        bank.slot_bits,
-        bank.slot_group,
-        bank.slot_rank,
-        slot_of_token,
-        groups.order,
-        groups.tile_slot,
-        groups.tile_start,
-        groups.tile_count,
-        tokens,
-        *shape.counts,
-        bank.slot_bits.shape[0],
-        in_features,
-        out_features,
-        x.stride(0),
-        scaled.stride(0),
-        weight.stride(0),
-        bank.codes.stride(0),
-        bank.steps.stride(0),
-        bank.salient_index.shape[1],
-        bank.left.shape[2],
-        Z_SPLITS=z_splits,
-        **shape.constants,
-    )
+    for launch, family in enumerate(shape.families):
+        decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs(launch))](
+            x,
+            scaled,
+            weight,
+            x if bias is None else bias,
+            y,
+            partials,
+            bank.tickets,
+            bank.codes,
+            bank.steps,
+            bank.bias_delta,
+            bank.salient_index,
+            bank.salient_value,
+            z,
+            bank.left,
+            bank.slot_bits,
+            bank.slot_group,
+            bank.slot_rank,
+            slot_of_token,
+            groups.order,
+            groups.tile_slot,
+            groups.tile_start,
+            groups.tile_count,
+            tokens,
+            *shape.counts(launch),
+            bank.slot_bits.shape[0],
+            in_features,
+            out_features,
+            x.stride(0),
+            scaled.stride(0),
+            weight.stride(0),
+            bank.codes.stride(0),
+            bank.steps.stride(0),
+            bank.salient_index.shape[1],
+            bank.left.shape[2],
+            Z_SPLITS=z_splits,
+            **family,
+            **shape.constants,
+        )
 
 
 def launch_siblings(
@@ -248,11 +255,11 @@ def launch_siblings(
     parts, like = len(siblings.outs), operands[0][2].left
     tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
     splits, scaled, z = 0, x, x
-    messages = reordered(siblings.formats, x.dtype, grouped=siblings.grouped)
+    messages = reordered(siblings.formats, x.dtype)
     copied = siblings.scaled or len(messages) > 0
     if siblings.most_rank or copied:
         width = reordered_width(in_features, messages)
-        splits, per_split = _prepare_splits(width)
+        splits, per_split = _prepare_splits(in_features, width)
         z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
         if copied:
             scaled = x.new_empty(parts * tokens, width)
@@ -273,7 +280,7 @@ def launch_siblings(
             per_split,
             SPLITS=splits,
             SCALED=siblings.scaled,
-            MESSAGES=messages,
+            MESSAGES=prepared(messages),
             RANKED=siblings.most_rank > 0,
             TILE_TOKENS=groups.tile_size,
             BLOCK_RANK=block,
@@ -282,26 +289,28 @@ def launch_siblings(
         )
     partials = torch.empty(shape.sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
-    decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs, parts)](
-        siblings.table,
-        like,
-        x,
-        scaled,
-        y,
-        partials,
-        z,
-        slot_of_token,
-        *tiles,
-        tokens,
-        *shape.counts,
-        slots,
-        in_features,
-        x.stride(0),
-        scaled.stride(0),
-        siblings.most_rank,
-        COPIED=copied,
-        Z_SPLITS=splits if siblings.most_rank else 0,
-        **shape.constants,
-    )
+    for launch, family in enumerate(shape.families):
+        decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs(launch), parts)](
+            siblings.table,
+            like,
+            x,
+            scaled,
+            y,
+            partials,
+            z,
+            slot_of_token,
+            *tiles,
+            tokens,
+            *shape.counts(launch),
+            slots,
+            in_features,
+            x.stride(0),
+            scaled.stride(0),
+            tokens if copied else 0,
+            siblings.most_rank,
+            Z_SPLITS=splits if siblings.most_rank else 0,
+            **family,
+            **shape.constants,
+        )
     each = torch.split(y, [tokens * out for out in siblings.outs])
     return [part.view(tokens, out) for part, out in zip(each, siblings.outs, strict=True)]

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank import BankTensors
+from .triton_formats import families, family_constants
 from .triton_merge_blocks import block_channels, block_words, merge_block, merge_channel
-from .triton_messages import FIRST_NUMBER, row_words
+from .triton_messages import FIRST_NUMBER, is_among, row_words
 from .triton_siblings import (
     BEFORE,
     BIAS,
@@ -84,8 +85,8 @@ def merge_rows(
 ):
     """`merged` `[rows, in]` = W + Δ̂ of a slot's rows from `first_row` to `last_row`, and `shift` `[rows]` its bias.
 
-    A program takes some rows of one block of words. All is rounded to the type of W, once. The shift of an empty slot
-    is NaN, and with it every answer.
+    A program takes some rows of one block of words. All is rounded to the type of W, once. A slot whose codes have none
+    of NUMBERS is another launch's. The shift of an empty slot is NaN, and with it every answer.
     """
     row = first_row + tl.program_id(0) * BLOCK_OUT
     rows = tl.arange(0, BLOCK_OUT)
@@ -104,7 +105,8 @@ def merge_rows(
         rank = tl.load(slot_rank + slot)
         left += slot_rows(slot, out_features * max_rank, row, max_rank)
         right += slot.to(tl.int64) * max_rank * in_features
-    if block == 0:
+    served = is_among(number, NUMBERS)
+    if (block == 0) & (served | (number == 0)):
         own_shift = tl.load(bias_delta + slot_rows(slot, out_features, row, 1) + rows)
         if HAS_BIAS:
             own_shift += tl.load(bias + row + rows).to(tl.float32)
@@ -128,7 +130,7 @@ def merge_rows(
                     words_of_row, in_features, group_size, groups, rank, max_rank,
                     NUMBERS[i], GROUPED, SCALED, LOW_RANK, BLOCK_RANK, False,
                 )  # fmt: skip
-    if number > 0:
+    if served:
         tl.debug_barrier()  # salient channels are written again
         channels = PLANE_WORDS * 32 // tl.where(number > FIRST_NUMBER, 1, number)
         index, values = (
@@ -221,13 +223,8 @@ def merge_launch(dtype: torch.dtype, max_rank: int) -> dict[str, int]:
     }
 
 
-def merged_linear(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int, even: bool
-) -> None:
-    """y `[tokens, out]` = x·(W + Δ̂)ᵀ + biases for tokens of one slot; of the base, slot -1, x·Wᵀ + bias.
-
-    `even` says that rows of codes end with a whole block of planes.
-    """
+def merged_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, bank: BankTensors, slot: int) -> None:
+    """y `[tokens, out]` = x·(W + Δ̂)ᵀ + biases for tokens of one slot; of the base, slot -1, x·Wᵀ + bias."""
     if slot < 0:
         _multiply(y, x, weight, bias)
         return
@@ -235,71 +232,72 @@ def merged_linear(
     launch = merge_launch(x.dtype, bank.left.shape[2])
     most = min(out_features, max(launch["BLOCK_OUT"], MERGE_BYTES // (in_features * x.element_size())))
     merged, shift = x.new_empty(most, in_features), x.new_empty(most)
-    # As many as the widest codes need; those of fewer bits have fewer blocks, and programs to spare.
-    blocks = triton.cdiv(in_features, block_channels(bank.formats[0]))
     for first in range(0, out_features, most):
         last = min(first + most, out_features)
-        merge_rows[(triton.cdiv(last - first, launch["BLOCK_OUT"]), blocks)](
-            weight,
-            weight if bias is None else bias,
-            merged,
-            shift,
-            bank.codes,
-            bank.steps,
-            bank.channel_scale,
-            bank.bias_delta,
-            bank.salient_index,
-            bank.salient_value,
-            bank.left,
-            bank.right,
-            bank.slot_bits,
-            bank.slot_group,
-            bank.slot_rank,
-            slot,
-            first,
-            last,
-            in_features,
-            out_features,
-            weight.stride(0),
-            bank.codes.stride(0),
-            bank.steps.stride(0),
-            bank.salient_index.shape[1],
-            bank.left.shape[2],
-            NUMBERS=bank.formats,
-            GROUPED=bank.group_size > 0,
-            SCALED=bank.scaled,
-            EVEN=even,
-            HAS_BIAS=bias is not None,
-            LOW_RANK=bank.left.shape[2] > 0,
-            **launch,
-        )
+        for family in families(bank.formats):
+            merge_rows[(triton.cdiv(last - first, launch["BLOCK_OUT"]), _blocks(in_features, family))](
+                weight,
+                weight if bias is None else bias,
+                merged,
+                shift,
+                bank.codes,
+                bank.steps,
+                bank.channel_scale,
+                bank.bias_delta,
+                bank.salient_index,
+                bank.salient_value,
+                bank.left,
+                bank.right,
+                bank.slot_bits,
+                bank.slot_group,
+                bank.slot_rank,
+                slot,
+                first,
+                last,
+                in_features,
+                out_features,
+                weight.stride(0),
+                bank.codes.stride(0),
+                bank.steps.stride(0),
+                bank.salient_index.shape[1],
+                bank.left.shape[2],
+                SCALED=bank.scaled,
+                HAS_BIAS=bias is not None,
+                LOW_RANK=bank.left.shape[2] > 0,
+                **family_constants(family, in_features, grouped=bank.group_size > 0),
+                **launch,
+            )
         _multiply(y[:, first:last], x, merged[: last - first], shift[: last - first])
 
 
 def merged_linears(
-    ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot: int, even: bool
+    ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], siblings: SiblingTable, slot: int
 ) -> None:
     """`merged_linear` of several linears of one x, their weights merged in one launch."""
     in_features, launch = x.shape[1], merge_launch(x.dtype, siblings.most_rank)
     merged, shift = x.new_empty(siblings.total, in_features), x.new_empty(siblings.total)
-    blocks = triton.cdiv(in_features, block_channels(siblings.formats[0]))
-    merge_siblings[(triton.cdiv(max(siblings.outs), launch["BLOCK_OUT"]), blocks, len(siblings.outs))](
-        siblings.table,
-        operands[0][2].left,
-        merged,
-        shift,
-        slot,
-        in_features,
-        NUMBERS=siblings.formats,
-        GROUPED=siblings.grouped,
-        SCALED=siblings.scaled,
-        EVEN=even,
-        HAS_BIAS=operands[0][1] is not None,
-        LOW_RANK=siblings.most_rank > 0,
-        **launch,
-    )
+    row_blocks = triton.cdiv(max(siblings.outs), launch["BLOCK_OUT"])
+    for family in families(siblings.formats):
+        merge_siblings[(row_blocks, _blocks(in_features, family), len(siblings.outs))](
+            siblings.table,
+            operands[0][2].left,
+            merged,
+            shift,
+            slot,
+            in_features,
+            SCALED=siblings.scaled,
+            HAS_BIAS=operands[0][1] is not None,
+            LOW_RANK=siblings.most_rank > 0,
+            **family_constants(family, in_features, grouped=siblings.grouped),
+            **launch,
+        )
     for y, weight, bias in zip(ys, merged.split(siblings.outs), shift.split(siblings.outs), strict=True):
         _multiply(y, x, weight, bias)
+
+
+def _blocks(in_features: int, family: Sequence[int]) -> int:
+    """As many as the widest codes need; those of fewer bits have fewer blocks, and programs to spare."""
+    return int(triton.cdiv(in_features, block_channels(family[0])))
 
 
 def merged_at_once(siblings: SiblingTable, x: Tensor) -> bool:

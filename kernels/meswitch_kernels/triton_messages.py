@@ -52,6 +52,15 @@ def row_words(in_features, number):
 
 
 @triton.jit
+def is_among(number, NUMBERS: tl.constexpr):
+    """Whether a number is one of NUMBERS."""
+    found = number == NUMBERS[0]
+    for i in tl.static_range(1, len(NUMBERS)):
+        found |= number == NUMBERS[i]
+    return found
+
+
+@triton.jit
 def width_of(number, NUMBERS: tl.constexpr):
     """Bits of the code that codes of this number, one of NUMBERS, are computed with."""
     width = number

@@ -20,7 +20,8 @@ from .triton_attention import paged_attention as paged_attention
 from .triton_device import on_its_device
 from .triton_elementwise import rotate as rotate
 from .triton_elementwise import silu_product as silu_product
-from .triton_launch import launch_decode, launch_siblings, rows_are_whole
+from .triton_launch import launch_decode, launch_siblings
+from .triton_launch import separate_products as separate_products
 from .triton_merge import merged_at_once, merged_linear, merged_linears
 from .triton_norm import base_norm as base_norm
 from .triton_norm import rms_norm as rms_norm
@@ -98,11 +99,11 @@ def _by_plan(ys: Sequence[Tensor], x: Tensor, operands: Sequence[Operand], plan:
         if siblings and slot >= 0 and merged_at_once(siblings, x):
             with contextlib.ExitStack() as stack:
                 targets = [stack.enter_context(_target(y, rows)) for y in ys]
-                merged_linears(targets, given, operands, siblings, slot, rows_are_whole(x.shape[1], siblings.formats))
+                merged_linears(targets, given, operands, siblings, slot)
             continue
         for y, (weight, bias, bank) in zip(ys, operands, strict=True):
             with _target(y, rows) as target:
-                merged_linear(target, given, weight, bias, bank, slot, rows_are_whole(x.shape[1], bank.formats))
+                merged_linear(target, given, weight, bias, bank, slot)
     for part in plan.parts:
         given, slots = x[part.rows], part.groups.slot_of_token
         if len(ys) > 1:

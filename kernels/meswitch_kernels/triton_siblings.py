@@ -42,7 +42,7 @@ def table_multiple(entry, FIELD: tl.constexpr):
     return tl.multiple_of(tl.load(entry + FIELD).to(tl.int32), 16)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "scaled_rows"])
 def decode_siblings(
     linears,
     like,
@@ -62,14 +62,16 @@ def decode_siblings(
     base_splits,
     delta_splits,
     delta_programs,
+    launch,
+    launches,
     slots,
     in_features,
     x_stride,
     scaled_stride,
+    scaled_rows,
     most_rank,
     NUMBERS: tl.constexpr,
     GROUPED: tl.constexpr,
-    COPIED: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TOKENS: tl.constexpr,
@@ -84,14 +86,13 @@ def decode_siblings(
 ):
     """`decode` of each linear: y `[tokens, out]`, and partial sums, one linear's after the other's.
 
-    COPIED says that `scaled` has rows for each linear; else it is x.
+    `scaled` has `scaled_rows` for each linear, or is x, and has none.
     """
     part = tl.program_id(2)
     entry = linears + part * FIELDS
     out_features = table_multiple(entry, OUT)
     before = tl.load(entry + BEFORE) * tokens
-    if COPIED:
-        scaled += part * tokens * scaled_stride
+    scaled += part * scaled_rows * scaled_stride
     if tl.program_id(0) * BLOCK_OUT < out_features:
         decode_rows(
             tl.program_id(0),
@@ -124,6 +125,8 @@ def decode_siblings(
             base_splits,
             delta_splits,
             delta_programs,
+            launch,
+            launches,
             slots,
             in_features,
             out_features,

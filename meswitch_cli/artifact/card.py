@@ -142,6 +142,8 @@ def model_card(manifest: Manifest, expert_card: Card, expert_nbytes: int, form: 
         "weight error, part of the delta's energy": _share(errors["weight_error"]),
         "output error, part of the delta's output": _share(errors["output_error"]),
     }
+    told = {key: value for key, value in manifest.settings.items() if value is not None and not isinstance(value, dict)}
+    settings = {key.replace("_", " "): value for key, value in told.items()}
     base, expert = (_named(item) for item in (manifest.base, manifest.expert))
     body = f"""
 # {manifest.expert.id}, as {form} against {manifest.base.id}
@@ -153,7 +155,7 @@ needs that base to run.
 
 {_table("figure", figures)}
 
-{_table("setting", {key.replace("_", " "): value for key, value in manifest.settings.items() if value is not None})}
+{_table("setting", settings)}
 """
     return Card(front, body).text.encode()
 

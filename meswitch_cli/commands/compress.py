@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -69,17 +69,25 @@ def run(
         int | None,
         typer.Option(
             min=0,
-            help="Leading singular directions of a tensor kept beside its codes, at 4 bits.",
-            show_default="16 up to 1 bit, else 0",
+            help="Leading singular directions of a tensor kept beside its codes.",
+            show_default="16",
         ),
     ] = None,
     factor_bits: Annotated[
         Factors | None,
-        typer.Option(help="Of an adapter: bits of a number of its factors.", show_default="16"),
+        typer.Option(
+            help="Bits of a number of an adapter's factors, or the directions'.",
+            show_default="16; directions 4, 8 from 2 bits on",
+        ),
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Store the expert bit for bit: small where an update leaves most weights alone."),
+        typer.Option(
+            "--exact",
+            help="Store the expert bit for bit, as is done by itself where that is smaller than the default code. "
+            "--bits and the like then say what code an engine makes of it.",
+            show_default="where smaller",
+        ),
     ] = False,
     group_size: Annotated[
         int, typer.Option(min=0, help="Input channels that share a step, a multiple of 32; 0: a whole row shares one.")
@@ -150,6 +158,7 @@ def run(
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.commands.verdict import verdict
+    from meswitch_cli.compression.form import in_smaller_form, leaves_form_open
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -160,28 +169,33 @@ def run(
     share_one_arena()
     chosen = choose_device(device)
     data, recorded = calibration_asked(calibration)
-    settings = CompressionSettings.with_defaults(
-        bits=rate(bits) if bits else None,
-        code=code,
-        salient=salient,
-        rank=rank,
-        group_size=group_size,
-        channel_scale=channel_scale,
-        rounding=rounding,
-        steps=steps,
-        embedding_bits=rate(embedding_bits) if embedding_bits else None,
-        factor_bits=int(factor_bits) if factor_bits else None,
-        exact=exact,
-        calibration=recorded,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        size=parse_bytes(size) if size else None,
-        target_bits=target_bits,
-    )
-    job = prepare(base, expert, out, settings, data)
+    options: dict[str, Any] = {
+        "bits": rate(bits) if bits else None,
+        "code": code,
+        "salient": salient,
+        "rank": rank,
+        "group_size": group_size,
+        "channel_scale": channel_scale,
+        "rounding": rounding,
+        "steps": steps,
+        "embedding_bits": rate(embedding_bits) if embedding_bits else None,
+        "factor_bits": int(factor_bits) if factor_bits else None,
+        "exact": exact,
+        "calibration": recorded,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "size": parse_bytes(size) if size else None,
+        "target_bits": target_bits,
+    }
+    job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
+    sizes = None
+    if leaves_form_open(options):
+        job, sizes = in_smaller_form(job)
     if not as_json:
         report.print_plan(job)
+        if job.settings.exact and sizes:
+            report.print_exact_is_smaller(sizes)
     notes = job.notes()
     print_notes(notes)
     weak: list[str] = []
@@ -195,7 +209,8 @@ def run(
     print_notes(weak)
     if as_json:
         figures = report.summary(manifest, job.expert.nbytes)
-        typer.echo(json.dumps({"artifact": str(out)} | figures | {"warnings": [*notes, *weak]}))
+        chosen_by = {"expected_bytes": {"exact": sizes.exact, "code": sizes.code}} if sizes else {}
+        typer.echo(json.dumps({"artifact": str(out)} | figures | chosen_by | {"warnings": [*notes, *weak]}))
     else:
         report.print_summary(manifest, job.expert.nbytes)
         report.print_worst_layers(manifest)

@@ -63,7 +63,7 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands import report
     from meswitch_cli.commands.notes import print_notes
-    from meswitch_cli.compression.fine_tune import WHAT, WORTH_EXACT, describe_fine_tune
+    from meswitch_cli.compression.fine_tune import WHAT, describe_fine_tune
     from meswitch_cli.model.adapted import open_expert
 
     opened = Checkpoint.open(base)
@@ -74,5 +74,5 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
         return
     report.print_fine_tune(expert, base, found)
     typer.echo(f"looks like {WHAT[found.kind]}")
-    if found.kind != "none" and found.exact_bits is not None and found.exact_bits <= WORTH_EXACT:
-        typer.echo(f"compress --exact keeps it bit for bit in {found.exact_bits:.2f} bits a weight")
+    if found.sizes and found.sizes.exact_is_smaller:
+        typer.echo("compress keeps it bit for bit by itself, as that takes no more than its code")

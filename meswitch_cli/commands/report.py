@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from meswitch_cli.artifact.manifest import Manifest, mean_errors
+from meswitch_cli.artifact.served import served_code, slot_entries
 from meswitch_cli.commands.console import console, counted, table
 from meswitch_cli.delta.stored import TensorEntry
 
 if TYPE_CHECKING:
     from meswitch_cli.compression.fine_tune import FineTune
+    from meswitch_cli.compression.form import FormSizes
     from meswitch_cli.compression.plan import Job
 
 WORST_LAYERS = 5
@@ -65,6 +67,16 @@ def print_plan(job: Job) -> None:
     out.print(f"expected size {at_most}{megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
 
 
+def print_exact_is_smaller(sizes: FormSizes) -> None:
+    """Why an expert is stored bit for bit without being asked; on stderr."""
+    out = console(stderr=True)
+    out.print(
+        f"bit for bit, since that takes about {megabytes(sizes.exact)} and the default code {megabytes(sizes.code)}; "
+        "--bits 1 stores the code",
+        soft_wrap=True,
+    )
+
+
 def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     """What a delta is like, before it is compressed."""
 
@@ -79,6 +91,9 @@ def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     shown.add_row(f"energy that rounding to {found.expert_dtype} leaves", percent(found.rounding))
     exact = "-" if found.exact_bits is None else f"{found.exact_bits:.2f} bits a weight"
     shown.add_row("bit for bit (--exact)", exact)
+    if found.sizes:
+        told = f"{megabytes(found.sizes.exact)}, {megabytes(found.sizes.code)}"
+        shown.add_row("all tensors bit for bit, in the default code", told)
     shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
     shown.add_row("added tokens", str(found.added_tokens))
     shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")
@@ -155,6 +170,8 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
     if expert_nbytes is not None:
         line += f", {figures['ratio']:.2f} times smaller than the expert's {megabytes(expert_nbytes)}"
     out.print(line)
+    if exact:
+        out.print(_served(manifest))
     if isinstance(expected, dict) and _is_number(expected.get("kl")) and _is_number(expected.get("least_kl")):
         above = expected["kl"] / expected["least_kl"] - 1 if expected["least_kl"] > 0 else 0.0
         out.print(
@@ -170,6 +187,16 @@ def print_summary(manifest: Manifest, expert_nbytes: int | None = None) -> None:
         )
     if manifest.unchanged:
         out.print(f"as the base's, without room of their own: {counted(len(manifest.unchanged), 'tensor')}")
+
+
+def _served(manifest: Manifest) -> str:
+    """What an engine makes of an artifact that is bit for bit."""
+    code, held = served_code(manifest), slot_entries(manifest)
+    linears, embedding = code["linear"], code["embedding"]
+    parts = [f"{linears.bits} bits" + (f" in groups of {linears.group_size}" if linears.group_size else "")]
+    parts += [f"{linears.rank} directions"] * bool(linears.rank)
+    nbytes = sum(entry.expected_nbytes(2) for entry in held)
+    return f"coded when it is loaded: {' and '.join(parts)}, embedding {embedding.bits} bits, {megabytes(nbytes)}"
 
 
 def form_of(entry: TensorEntry) -> str:

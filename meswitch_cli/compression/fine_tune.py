@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.form import FormSizes, form_sizes
+from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.exact import encode
 from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.dtype import dtype_name, stored_dtype
@@ -39,9 +41,6 @@ MOST_ROUNDING = 0.35
 #: from which the base is in doubt. Neither was measured on such a pair; weights that have nothing in common give 1.4.
 LONG, DOUBTFUL = 0.03, 0.15
 
-#: Bits a weight up to which the expert bit for bit takes about what the default code takes, low-rank part counted.
-WORTH_EXACT = 1.25
-
 WHAT: dict[FineTuneKind, str] = {
     "none": "every weight is the base's: there is nothing to compress",
     "sparse": "a sparse update, as reinforcement learning or a low learning rate leaves it",
@@ -62,6 +61,8 @@ class FineTune:
             sampled linears; None where the delta is zero.
         rounding: energy that rounding to the expert's file type leaves, over the delta's, of the same linears.
         exact_bits: bits a weight that they take bit for bit (`--exact`).
+        sizes: bytes of the whole model bit for bit and in the default code, by a sample; None of an expert that is not
+            stored as the weights that it has.
         sampled: how many those are.
         base_dtype, expert_dtype: of the files.
         added_tokens: embedding rows that the base has not.
@@ -76,6 +77,7 @@ class FineTune:
     lora_energy: float | None
     rounding: float | None
     exact_bits: float | None
+    sizes: FormSizes | None
     sampled: int
     base_dtype: str
     expert_dtype: str
@@ -130,6 +132,7 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
         lora_energy=lora,
         rounding=rounding,
         exact_bits=8 * exact_nbytes / exact_weights if exact_weights else None,
+        sizes=form_sizes(base, expert, plan, CompressionSettings.with_defaults()) if same < count else None,
         sampled=len(spectra),
         base_dtype=dtype_name(types[0]),
         expert_dtype=dtype_name(types[1]),

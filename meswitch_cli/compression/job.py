@@ -16,6 +16,7 @@ from meswitch_cli.artifact.carried import carried_file
 from meswitch_cli.artifact.manifest import FileEntry, Manifest, ModelReference, shard_name
 from meswitch_cli.artifact.pack import MAX_SHARD_BYTES, first_shard
 from meswitch_cli.artifact.quantization import for_transformers
+from meswitch_cli.artifact.served import settings_of
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE, expert_files
 from meswitch_cli.artifact.workspace import Inputs, UnitRecord, Workspace, workspace
 from meswitch_cli.calibration.data import CalibrationFile
@@ -51,7 +52,7 @@ def prepare(
 
     Raises:
         CheckpointError: one of them cannot be used, or they do not belong together.
-        UsageError: more salient channels asked for than a layer has inputs.
+        UsageError: more salient channels asked for than a layer has inputs, or a width of factors that there are not.
     """
     opened_base = Checkpoint.open(base)
     opened_expert = open_expert(expert, opened_base)
@@ -60,8 +61,8 @@ def prepare(
         settings = settings.for_exact()
     if isinstance(opened_expert, AdaptedCheckpoint):
         settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
-    elif settings.factor_bits is not None:
-        raise UsageError(f"--factor-bits: of an adapter's factors; {opened_expert.source.path} is no adapter")
+    elif settings.factor_bits is not None and not settings.rank:
+        raise UsageError(f"--factor-bits: there are no factors; {opened_expert.source.path} is no adapter, give --rank")
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
@@ -286,7 +287,9 @@ def _finish(job: Job, records: list[UnitRecord], max_shard_bytes: int) -> tuple[
         model_type=job.plan.architecture.model_type,
         num_layers=job.plan.architecture.num_layers,
         dtype=dtype_name(stored_dtype(job.expert)),
-        settings=job.settings.to_dict() | ({"expected": dict(job.choice.expected)} if job.choice else {}),
+        settings=job.settings.to_dict()
+        | ({"expected": dict(job.choice.expected)} if job.choice else {})
+        | (settings_of(job.settings.by_kind()) if job.settings.exact else {}),
         tensors=tuple(entry for record in records for entry in record.tensors),
         unchanged=tuple(name for record in records for name in record.unchanged),
         shards=shards,

@@ -13,6 +13,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.config import config_differences
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.model.adapted import AdaptedCheckpoint
 from meswitch_cli.model.matching import Plan, PlannedTensor
 from meswitch_cli.model.tokenizer import tokenizer_folder, tokenizer_note
 
@@ -80,8 +81,9 @@ class Job:
             return "an exact delta"
         if self.settings.has_budget:
             return "a delta"
-        factors = self.settings.factor_bits
-        return f"a low-rank delta of {factors} bits" if factors else f"a {self.settings.bits}-bit delta"
+        if isinstance(self.expert, AdaptedCheckpoint):
+            return f"a low-rank delta of {self.settings.factor_bits} bits"
+        return f"a {self.settings.bits}-bit delta"
 
     def config_differences(self) -> dict[str, tuple[Any, Any]]:
         return config_differences(self.base.config, self.expert.config)

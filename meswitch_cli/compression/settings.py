@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from meswitch_cli.artifact.served import UNRELATED_BITS
 from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, TrellisCode, default_code, listed
-from meswitch_cli.delta.low_rank import FACTOR_WIDTHS
+from meswitch_cli.delta.low_rank import FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
-#: Code width of a delta that may be as large as the weight itself: it leaves 1 % of its energy as error, not 12 %.
-UNRELATED_BITS = 4
 #: What a budget chooses tensor by tensor.
 CHOSEN_BY_BUDGET = ("bits", "code", "salient", "rank", "embedding_bits")
 _TOLD_IF_GIVEN = ("code", "factor_bits", "exact", "size", "target_bits")
@@ -42,9 +41,16 @@ def default_embedding_bits(bits: float, code: CodeName) -> float:
     return 1 if code == "trellis" else max(2, bits)
 
 
-def default_rank(bits: float) -> int:
-    """Up to 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
-    return 16 if bits <= 1 else 0
+#: Directions cut KL to a tenth at 1 bit, to a sixteenth at 2 (docs/results/compression.md).
+DEFAULT_RANK = 16
+#: What a slot's code of an expert that is stored bit for bit has, where the user says nothing: docs/results/sparse.md.
+#: Factors lie in a slot in 16 bits anyway, and rounded to 4 they are what limits such a code.
+SERVED_BITS, SERVED_FACTOR_BITS = 2, HALF_BITS
+
+
+def default_factor_bits(bits: float) -> int:
+    """From 2 bits on it is the rounding of factors to 4 bits that limits the code: docs/results/sparse.md."""
+    return 8 if bits >= 2 else FACTOR_BITS
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class CompressionSettings:
             are, too, if there is one.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
-        factor_bits: width of an adapter's factors; None of any other fine-tune.
-        exact: whether the expert is stored bit for bit; nothing is coded then.
+        factor_bits: width of the factors' numbers; None is 16 of an adapter's, of others as `default_factor_bits`.
+        exact: whether the expert is stored bit for bit; bits and the like are those of the code that an engine makes
+            of it at loading.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
         size: bytes that the artifact's tensors may take; or
         target_bits: those bytes in bits a weight of the model. With either, `CHOSEN_BY_BUDGET` are chosen tensor by
@@ -93,14 +100,14 @@ class CompressionSettings:
             self._check_budget()
         if self.steps not in get_args(StepMethod):
             raise UsageError(f"--steps must be one of {', '.join(get_args(StepMethod))}, not {self.steps!r}")
+        if self.factor_bits not in (None, *FACTOR_WIDTHS):
+            raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         try:
             linears = self.linears()
         except ValueError as error:
             raise UsageError(str(error)) from error
         if self.embedding_bits not in RATES:
             raise UsageError(f"--embedding-bits must be {listed(RATES)}, not {self.embedding_bits}")
-        if self.factor_bits not in (None, *FACTOR_WIDTHS):
-            raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -154,13 +161,19 @@ class CompressionSettings:
                     option = f"--{name.replace('_', '-')}"
                     raise UsageError(f"{option}: a size or target bits choose that; give either {option} or a budget")
             return cls(steps=rule, channel_scale=channel_scale or "none", calibration=calibration, **others)
+        if others.get("exact"):
+            if steps not in (None, "unbiased", "least-squares") or calibration not in (None, RANDOM):
+                raise UsageError("--exact: its code is made when it is loaded, without calibration or training")
+            rule, calibration, salient = steps or "unbiased", None, salient or 0
+            bits = SERVED_BITS if bits is None else bits
+            others["factor_bits"] = others.get("factor_bits") or (None if rank == 0 else SERVED_FACTOR_BITS)
         bits, salient = (DEFAULT_BITS if bits is None else bits), (8 if salient is None else salient)
         chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
         return cls(
             bits=bits,
             salient=salient,
-            rank=default_rank(bits) if rank is None else rank,
+            rank=DEFAULT_RANK if rank is None else rank,
             channel_scale=channel_scale or default_channel_scale(bits, chosen),
             steps=rule,
             embedding_bits=embedding_bits or default_embedding_bits(bits, chosen),
@@ -179,14 +192,23 @@ class CompressionSettings:
         )
 
     def for_exact(self) -> CompressionSettings:
-        """Of an expert that is stored bit for bit: nothing is calibrated or fitted."""
-        return replace(self, calibration=None, steps="unbiased", rounding="nearest")
+        """Of an expert that is stored bit for bit: an engine makes its code of the weights alone."""
+        rule = self.steps if self.steps == "least-squares" else "unbiased"
+        return replace(self, calibration=None, steps=rule, rounding="nearest")
 
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
         rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
         return QuantizerSettings(
-            self.bits, self.salient, self.group_size, self.channel_scale, self.rounding, rule, self.rank, self.code
+            bits=self.bits,
+            salient=self.salient,
+            group_size=self.group_size,
+            channel_scale=self.channel_scale,
+            rounding=self.rounding,
+            steps=rule,
+            rank=self.rank,
+            factor_bits=self.factor_bits or (FACTOR_BITS if self.has_budget else default_factor_bits(self.bits)),
+            code=self.code,
         )
 
     @property

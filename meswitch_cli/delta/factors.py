@@ -12,15 +12,9 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.delta.codes import WORD_BITS
-from meswitch_cli.delta.low_rank import FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS, rounded
+from meswitch_cli.delta.low_rank import FACTOR_WIDTHS, HALF_BITS, rounded
 from meswitch_cli.delta.quantize import DeltaError
-from meswitch_cli.delta.steps import dots, step_ratio
 from meswitch_cli.delta.stored import StoredDelta
-
-#: The exponent of a stored vector's largest value, and below: fp16 ends at 2^16.
-_LARGEST_EXPONENT = 14
-_BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -56,30 +50,11 @@ def store_factors(factors: Factors, bits: int) -> tuple[StoredDelta, DeltaError]
         left, right, scale = *_singular(left, right, scale), 1.0
     parts: dict[str, Any] = {}
     for side, vectors, times in (("left", left, scale), ("right", right, 1.0)):
-        stored, steps = _stored(vectors, bits)
+        stored, steps, _ = rounded(vectors, bits)
         parts[f"{side}_{'values' if bits == HALF_BITS else 'codes'}"] = stored
         parts[f"{side}_steps"] = steps * times
     delta = StoredDelta(in_features=right.shape[1], out_features=left.shape[1], factor_bits=bits, **parts)
     return delta, _error(factors, delta)
-
-
-def _stored(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is stored of vectors `[rank, length]`, and their steps `[rank, 1]`."""
-    if bits == FACTOR_BITS:
-        codes, steps, _ = rounded(vectors)
-        return codes, steps
-    largest = vectors.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    if bits == HALF_BITS:
-        # Not the exponent of float32's own range: a step below its normal numbers would be rounded itself.
-        exponent = torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT
-        steps = torch.exp2(exponent.clamp(min=-126))
-        return (vectors / steps).half(), steps
-    steps = largest / ((1 << bits) / 2)
-    limit = (1 << bits) / 2 - 0.5
-    multiples = (vectors / steps).floor_().add_(0.5).clamp_(-limit, limit)
-    codes = (multiples + limit).to(torch.uint8)
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (WORD_BITS // _BYTE_BITS)))
-    return padded.contiguous().view(torch.int32), step_ratio(dots(vectors, vectors, 0), dots(multiples, vectors, 0))
 
 
 def _singular(left: torch.Tensor, right: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

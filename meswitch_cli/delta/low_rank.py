@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from meswitch_cli.delta.codes import pack, unpack
+from meswitch_cli.delta.codes import WORD_BITS, pack, unpack
 from meswitch_cli.delta.steps import (
     FIT_ROUNDS,
     codes_of,
@@ -32,6 +32,9 @@ FACTOR_BITS = 4
 #: Widths that the factors of a low-rank part that stands alone may have, as an adapter's does; at 16 they are no codes.
 FACTOR_WIDTHS = (4, 8, 16)
 HALF_BITS = 16
+#: The exponent of a stored vector's largest value, and below: fp16 ends at 2^16.
+_LARGEST_EXPONENT = 14
+_BYTE_BITS = 8
 #: Of the artifact's format, the first whose readers know such parts.
 ALONE_VERSION = 4
 #: More directions than asked for are looked at, and how often the delta is applied to them (Halko, Martinsson and
@@ -49,9 +52,10 @@ def vectors_of(stored: torch.Tensor, steps: torch.Tensor, length: int, bits: int
 
 
 class Rounded(NamedTuple):
-    """Vectors in codes `[rank, ceil(length * 4 / 32)]` int32, their steps `[rank, 1]` and values `[rank, length]`."""
+    """Vectors as they are stored, codes `[rank, ceil(length * bits / 32)]` int32 or at 16 bits fp16 `[rank, length]`;
+    their steps `[rank, 1]` and values `[rank, length]`."""
 
-    codes: torch.Tensor
+    stored: torch.Tensor
     steps: torch.Tensor
     values: torch.Tensor
 
@@ -73,8 +77,12 @@ class Sweep(Protocol):
     def __call__(self, work: Callable[[torch.Tensor, slice], _Result]) -> Iterator[_Result]: ...
 
 
-def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: torch.device | str) -> Directions:
+def leading_directions(
+    sweep: Sweep, shape: tuple[int, int], rank: int, device: torch.device | str, bits: int = FACTOR_BITS
+) -> Directions:
     """Randomised singular value decomposition of a delta `[out, in]` that is only seen block by block.
+
+    `bits` are those of a factor's numbers.
 
     Raises:
         FloatingPointError: a weight is NaN or infinite.
@@ -94,7 +102,8 @@ def leading_directions(sweep: Sweep, shape: tuple[int, int], rank: int, device: 
         basis = orthonormal(torch.cat(list(sweep(lambda block, _, across=across: block @ across))))  # type: ignore[misc]
     seen = _applied_across(sweep, basis)
     turn = torch.linalg.eigh((seen @ seen.T).double()).eigenvectors.flip(1)[:, :rank].float()
-    return Directions(rounded((basis @ turn).T.contiguous()).values.T, rounded(turn.T @ seen).values, energy)
+    left, right = rounded((basis @ turn).T.contiguous(), bits), rounded(turn.T @ seen, bits)
+    return Directions(left.values.T, right.values, energy)
 
 
 class FactorFit(NamedTuple):
@@ -107,15 +116,18 @@ class FactorFit(NamedTuple):
     energy: torch.Tensor
 
 
-def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: tuple[int, int]) -> FactorFit:
+def fit_factors(
+    sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: tuple[int, int], bits: int = FACTOR_BITS
+) -> FactorFit:
     """The factors of what a sweep shows, `[out, in]`.
 
     Args:
         images: `[out, rank]`, its products with vectors near its right directions.
         exact: `[k]`, columns that need no approximation; their energy is as if they had none.
+        bits: of a factor's numbers.
     """
     basis = orthonormal(images).T.contiguous()
-    left = rounded(basis)
+    left = rounded(basis, bits)
     both = torch.cat([basis, left.values])
 
     def products_of(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,17 +141,37 @@ def fit_factors(sweep: Sweep, images: torch.Tensor, exact: torch.Tensor, shape: 
         energy += part
         channels.append(some)
     wanted, seen = products.chunk(2)
-    right = rounded(wanted.index_fill(1, exact, 0.0))
+    right = rounded(wanted.index_fill(1, exact, 0.0), bits)
     energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
     left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
     return FactorFit(left, right, left_over, energy.clamp_(min=0))
 
 
-def rounded(vectors: torch.Tensor) -> Rounded:
-    """Quantise vectors `[rank, length]` with unbiased steps.
+def rounded(vectors: torch.Tensor, bits: int = FACTOR_BITS) -> Rounded:
+    """Round vectors `[rank, length]` to what factors of so many bits store; codes have unbiased steps.
 
     Not least squares, here above all: its shrinkage, 1 % at 4 bits, is a hundredth of the largest directions' effect.
+    At 16 bits each vector is stored times a power of two that fills fp16's range: one in bf16 or fp16 loses nothing.
     """
+    if bits == FACTOR_BITS:
+        return _fitted(vectors)
+    largest = vectors.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    if bits == HALF_BITS:
+        # Not the exponent of float32's own range: a step below its normal numbers would be rounded itself.
+        steps = torch.exp2((torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT).clamp(min=-126))
+        stored = (vectors / steps).half()
+        return Rounded(stored, steps, stored.float() * steps)
+    steps = largest / ((1 << bits) / 2)
+    limit = (1 << bits) / 2 - 0.5
+    multiples = (vectors / steps).floor_().add_(0.5).clamp_(-limit, limit)
+    codes = (multiples + limit).to(torch.uint8)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (WORD_BITS // _BYTE_BITS)))
+    steps = step_ratio(dots(vectors, vectors, 0), dots(multiples, vectors, 0))
+    return Rounded(padded.contiguous().view(torch.int32), steps, multiples * steps)
+
+
+def _fitted(vectors: torch.Tensor) -> Rounded:
+    """At 4 bits, the steps fitted in turns with the codes."""
     energy = dots(vectors, vectors, 0)
     steps = initial_steps(energy, FACTOR_BITS, torch.full_like(energy, vectors.shape[1]))
     for _ in range(FIT_ROUNDS):

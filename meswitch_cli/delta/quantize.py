@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.feedback import inverse_factor
-from meswitch_cli.delta.low_rank import Directions, fit_factors, leading_directions
+from meswitch_cli.delta.low_rank import HALF_BITS, Directions, fit_factors, leading_directions
 from meswitch_cli.delta.rounding import FP16_MAX, Rounder, sixteen_bit
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
@@ -88,7 +88,7 @@ def quantize(
     directions = None
     if settings.rank:
         left, right, _ = directions = leading_directions(
-            whole.tall, whole.shape, min(settings.rank, *whole.shape), device
+            whole.tall, whole.shape, min(settings.rank, *whole.shape), device, settings.factor_bits
         )
         coded = whole.less(lambda block, place: block.addmm_(left[place], right, alpha=-1))
     scale = _channel_scale(coded) if settings.channel_scale == "rms" else None
@@ -233,16 +233,15 @@ def _quantized_beside(
         own = coded.mapped(lambda part: part[place].to(whole.device))
         block.sub_(rounder.values(own.multiples(), own.coded[1].float()))
 
-    fit = fit_factors(whole.less(take_codes_off).tall, torch.cat(images), salient, whole.shape)
+    bits = rounder.settings.factor_bits
+    fit = fit_factors(whole.less(take_codes_off).tall, torch.cat(images), salient, whole.shape, bits)
     residual = sixteen_bit(fit.left_over)
     fit.energy[salient] = column_energy(fit.left_over - residual.float()).double()
-    delta = replace(
-        _with_salient(coded, salient, residual),
-        left_codes=fit.left.codes.cpu(),
-        left_steps=fit.left.steps.cpu(),
-        right_codes=fit.right.codes.cpu(),
-        right_steps=fit.right.steps.cpu(),
-    )
+    form = "values" if bits == HALF_BITS else "codes"
+    factors: dict[str, Any] = {"factor_bits": bits}
+    for side, vectors in (("left", fit.left), ("right", fit.right)):
+        factors |= {f"{side}_{form}": vectors.stored.cpu(), f"{side}_steps": vectors.steps.cpu()}
+    delta = replace(_with_salient(coded, salient, residual), **factors)
     return delta, Energies(directions.energy, fit.energy)
 
 

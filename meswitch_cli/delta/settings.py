@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from meswitch_cli.delta.codes import Code, CodeName, TrellisCode, find_code
+from meswitch_cli.delta.codes import Code, CodeName, TrellisCode, find_code, listed
+from meswitch_cli.delta.low_rank import FACTOR_BITS, FACTOR_WIDTHS
 
 ChannelScale = Literal["none", "rms"]
 Rounding = Literal["nearest", "feedback"]
@@ -29,6 +30,7 @@ class QuantizerSettings:
             of its outputs on calibration inputs, `layerwise` fits the outputs.
         rank: leading directions of a tensor that are kept beside the codes.
         code: `scalar` or `trellis`; None is scalar where a scalar code has these bits.
+        factor_bits: bits of a number of the directions' factors.
 
     Raises:
         ValueError: a value is outside what is listed here.
@@ -42,6 +44,7 @@ class QuantizerSettings:
     steps: StepRule = "unbiased"
     rank: int = 0
     code: CodeName | None = None
+    factor_bits: int = FACTOR_BITS
 
     def __post_init__(self) -> None:
         code = find_code(self.bits, self.code)
@@ -49,6 +52,8 @@ class QuantizerSettings:
             raise ValueError(f"salient must lie between 0 and {MAX_SALIENT}, not {self.salient}")
         if not 0 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank must lie between 0 and {MAX_RANK}, not {self.rank}")
+        if self.factor_bits not in FACTOR_WIDTHS:
+            raise ValueError(f"factor bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
         for name, allowed in (("channel_scale", ChannelScale), ("rounding", Rounding), ("steps", StepRule)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")

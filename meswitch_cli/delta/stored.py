@@ -183,6 +183,7 @@ def expected_entry(
         group_size=settings.group_size,
         channel_scale=settings.channel_scale != "none",
         rank=min(settings.rank, *shape, *base_shape),
+        factor_bits=settings.factor_bits if settings.rank else FACTOR_BITS,
         added_rows=max(0, shape[0] - base_shape[0]),
     )
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.artifact.served import slot_entries
 from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
 from meswitch_cli.engine.base_model import effective_gain
 from meswitch_cli.engine.contract import EngineError
-from meswitch_cli.engine.exact import slot_entry
 from meswitch_kernels import Capacity, ExpertBank, ExpertDelta, GainBank
 from meswitch_kernels.dispatch import reads_planes
 from meswitch_kernels.messages import Message, find_message
@@ -91,7 +91,6 @@ class Layout:
 
 def capacity_of(entry: TensorEntry, *, messages: bool = False) -> Capacity:
     """What a bank must hold for what an entry tells of; `messages` where kernels decode a trellis code's themselves."""
-    entry = slot_entry(entry)
     if not entry.bits:
         return Capacity(added_rows=entry.added_rows, rank=entry.rank)
     message = _message_of(entry.trellis) if messages else None
@@ -108,7 +107,7 @@ def capacity_of(entry: TensorEntry, *, messages: bool = False) -> Capacity:
 
 def slot_bits(entry: TensorEntry, *, messages: bool = False) -> float:
     """Bits of a weight's codes in a slot; `messages` as of `capacity_of`."""
-    return entry.bits if messages and _message_of(entry.trellis) else slot_entry(entry).width
+    return entry.bits if messages and _message_of(entry.trellis) else entry.width
 
 
 def _message_of(code: TrellisCode | None) -> Message | None:
@@ -122,13 +121,14 @@ def bank_layout(base: LayerNames, manifests: Iterable[Manifest], *, messages: bo
     Where base and all experts tie the head, the embedding's bank is the head's too.
 
     Raises:
+        ArtifactError: an expert that is stored bit for bit names a code that there is not.
         EngineError: an expert changes a parameter that no layer here serves.
     """
     capacities: dict[str, Capacity] = {}
     norms: set[str] = set()
     whole: set[str] = set()
     for manifest in manifests:
-        for entry in manifest.tensors:
+        for entry in slot_entries(manifest):
             module, _, leaf = entry.name.rpartition(".")
             if module in base.norms:
                 norms.add(module)

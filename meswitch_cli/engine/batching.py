@@ -1,4 +1,4 @@
-"""transformers' continuous batching with our sampler, our cache keys, and a hook before every batch.
+"""transformers' continuous batching with our scheduler, runner and cache keys, and a hook before every batch.
 
 The scheduler, the paged cache, the batch tensors and the loop are transformers' own. What is overridden was read in
 transformers 5.23; `version.py` refuses others.
@@ -6,12 +6,8 @@ transformers 5.23; `version.py` refuses others.
 
 from __future__ import annotations
 
-import gc
-import itertools
-import logging
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,32 +15,22 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
-from transformers.generation.continuous_batching.model_runner import ModelRunner
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
-from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
-from meswitch_cli.engine import attention
 from meswitch_cli.engine.base_model import BaseModel
-from meswitch_cli.engine.batch import Batch, CurrentBatch
+from meswitch_cli.engine.batch import CurrentBatch
 from meswitch_cli.engine.compiling import compile_products
-from meswitch_cli.engine.contract import EngineError, TokenLogprob
+from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.inputs import BatchInputs
 from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
-from meswitch_cli.engine.prompt_scores import ScoredRun, keep_scores, places, scored_runs
-from meswitch_cli.engine.sampler import Sampler, choose
+from meswitch_cli.engine.runner import Runner
+from meswitch_cli.engine.scheduling import GenerationState, SlotOrderScheduler
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_kernels.dispatch import default_backend
-
-logger = logging.getLogger(__name__)
-
-
-#: Prompts of fewer tokens are read by kernels that larger ones have compiled.
-WARM_UP_TOKENS = 16
 
 
 class Hooks(Protocol):
@@ -54,260 +40,6 @@ class Hooks(Protocol):
     def on_end(self, generation: Generation) -> None: ...
     def on_failure(self, generation: Generation, error: Exception) -> None: ...
     def on_stop(self, error: Exception | None) -> None: ...
-
-
-class GenerationState(RequestState):  # type: ignore[misc]
-    """A request as transformers schedules it, whose end our `Generation` decides."""
-
-    generation: Generation
-    chosen: TokenLogprob | None = None
-    #: Whether what a token completes is told while the device computes the next batch.
-    tells_later = False
-
-    @classmethod
-    def of(cls, generation: Generation, tokens: list[int], tells_later: bool) -> GenerationState:
-        state = cls(request_id=generation.id, initial_tokens=tokens, max_new_tokens=None)
-        state.generation, state.tells_later = generation, tells_later
-        return state
-
-    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
-        if self.status != RequestStatus.DECODING:  # type: ignore[has-type]
-            return False
-        self.generated_tokens.append(token_id)
-        self.tokens_to_process = [token_id]
-        if token_id < 0:
-            self.generation.end("error", "the model gave no token a finite score")
-            over = True
-        else:
-            over = self.generation.accept(token_id, self.chosen, self.tells_later)
-        if over:
-            self.status = RequestStatus.FINISHED
-        return over
-
-    def create_equivalent_initial_request(self) -> GenerationState:
-        """Begin again with what was generated as prompt: how transformers makes room in a full cache."""
-        tokens = self.initial_tokens + self.generated_tokens
-        return GenerationState.of(self.generation, tokens, self.tells_later)
-
-
-class Runner(ModelRunner):  # type: ignore[misc]
-    """Runs the model, under a graph where there is one, and then our sampler, which never is under it.
-
-    Graphs are of batches whose requests have one token each; a batch with a prompt in it is not worth one.
-
-    Attributes:
-        slot_of_token: `[max_batch_tokens]` int32, filled before every batch; at one place, so that a graph may read it.
-    """
-
-    def __init__(self, current: CurrentBatch, slots: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.use_cuda_graph_decode: bool
-        self._current, self._slots = current, slots
-        self._backend = kernels(self.inputs_and_outputs.device, self.cache.dtype)
-        self._logits: dict[tuple[int, ...] | None, torch.Tensor] = {}
-        io = self.inputs_and_outputs
-        self.slot_of_token = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32, device=io.device)
-        self._host_slots = torch.full((self.cache.max_batch_tokens,), -1, dtype=torch.int32)
-        if io.device.type == "cuda":
-            self._host_slots = self._host_slots.pin_memory()
-        self._runs: list[tuple[int, int]] = []
-        self.samples = True
-        self._scored: list[ScoredRun] = []
-        #: Whether the thread waits for a device that computes, and may do something else meanwhile.
-        self.waits = io.device.type != "cpu"
-        self.untold: list[Generation] = []
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the batch has tokens of an expert."""
-        return bool(self.inputs_and_outputs.mixed)
-
-    @mixed.setter
-    def mixed(self, mixed: bool) -> None:
-        self.inputs_and_outputs.mixed = mixed
-
-    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
-        self.pad_inputs = self.use_cuda_graph_decode and use_decode_fast_path
-        padded: tuple[int, int] = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
-        return padded
-
-    def set_slots(self, batch: list[FutureRequestState]) -> None:
-        """Note the slot of every token of the batch. A batch of the base alone has plain layers."""
-        runs = [(item.state.generation.slot, item.query_length) for item in batch]
-        padding = self.inputs_and_outputs.num_q_tokens - sum(length for _, length in runs)
-        self._runs = [*runs, (-1, padding)]
-        slots = [slot for slot, length in self._runs for _ in range(length)]
-        self.mixed = max(slots, default=-1) >= 0
-        self._host_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
-        with stream_context(self.inputs_and_outputs.compute_stream):
-            self.slot_of_token[: len(slots)].copy_(self._host_slots[: len(slots)], non_blocking=True)
-
-    def warm_up(self, model: nn.Module, slot: int) -> None:
-        """Have the kernels for prompts compiled, of each size for which they differ, and capture a graph of each number
-        of requests: of the base alone and with the expert in `slot`."""
-        if not self.use_cuda_graph_decode:
-            return
-        self.samples = False
-        gc.collect()
-        gc.freeze()  # every capture collects garbage, and would look at all that has been imported
-        prompts, requests = [self.cache.max_batch_tokens], [self.cb_config.max_requests_per_batch]
-        while prompts[-1] >= 2 * WARM_UP_TOKENS:
-            prompts.append(prompts[-1] // 2)
-        while requests[-1] > 1:
-            requests.append(1 << (requests[-1] - 1).bit_length() - 1)
-        try:
-            for tokens, used in itertools.product(prompts, (slot, -1)):
-                self._try(model, used, [tokens])
-            for count, used in itertools.product(requests, (slot, -1)):
-                self._try(model, used, [1] * count)
-                if self.inputs_and_outputs.get_graph() is None:  # the reason has been logged
-                    logger.warning("no graph of %d requests could be captured: the engine does without", count)
-                    self.use_cuda_graph_decode = False
-                    break
-        finally:
-            gc.unfreeze()
-            self.samples = True
-            self.cache.reset()
-
-    def _try(self, model: nn.Module, slot: int, lengths: list[int]) -> None:
-        """Compute a made-up batch of requests of so many new tokens."""
-        tokens = self.inputs_and_outputs.num_q_tokens = sum(lengths)
-        generation: Any = SimpleNamespace(generation=SimpleNamespace(slot=slot))
-        self.set_slots([FutureRequestState(generation, True, {}, length) for length in lengths])
-        self.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=0 if len(lengths) < tokens else None)
-
-    def forget_graphs(self) -> None:
-        """Have every graph captured again when it is needed: the layers read from other memory now."""
-        self.inputs_and_outputs.graphs = CudaGraphBuffer()
-        self._logits.clear()
-
-    def _capture_graph(self, forward: Callable[..., None], stream: Any, *arguments: Any) -> None:
-        super()._capture_graph(forward, stream, *arguments)
-        # A capture computes nothing, and what the forward pass before it computed lies elsewhere.
-        with stream_context(stream):
-            self.inputs_and_outputs.get_graph().replay()
-
-    def _forward_process_and_sample(
-        self,
-        model: nn.Module,
-        batch_data: dict[str, Any],
-        carry_over_ids: torch.Tensor,
-        prev_output_ids: torch.Tensor,
-        output_ids: torch.Tensor,
-    ) -> None:
-        io = self.inputs_and_outputs
-        slots = self.slot_of_token[: batch_data["input_ids"].shape[1]]
-        batch_data = dict(batch_data)
-        indices = batch_data["logits_indices"]
-        if io.use_block_table:  # every token is a row, in their order; the sampler finds those that it needs
-            batch_data.pop("logits_to_keep", None)
-            indices = None
-        if self._scored and indices is not None:
-            more = torch.tensor(places(self._scored), dtype=indices.dtype, device=indices.device)
-            indices = torch.cat([indices, more])
-            if "logits_to_keep" in batch_data:
-                batch_data["logits_to_keep"] = indices
-        if self.mixed:
-            rows = slots if indices is None else slots[indices.long()]
-            runs = None if io.use_block_table else self._runs  # a graph is replayed with other slots
-            self._current.batch = Batch(slots, rows, self._slots, self._backend, runs)
-        try:
-            with attention.attending(batch_data, io.layout):
-                logits: torch.Tensor = model(**batch_data).logits
-        finally:
-            self._current.batch = None
-        if indices is not None and "logits_to_keep" not in batch_data:
-            logits = logits[:, indices, :]
-        self._logits[self._key()] = logits[0]
-
-    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        io = self.inputs_and_outputs
-        self._scored = scored_runs(io.requests_in_batch) if self.samples else []
-        super().compute_batch(model, batch_data)
-        if not self.samples:
-            return
-        self.tell()
-        key = self._key()
-        with stream_context(io.compute_stream):
-            logits = self._logits[key] if key else self._logits.pop(None)
-            if scored := places(self._scored):
-                keep_scores(self._scored, logits[scored] if io.use_block_table else logits[-len(scored) :])
-            rows = [row for row, item in enumerate(io.requests_in_batch) if item.has_new_token]
-            states = [io.requests_in_batch[row].state for row in rows]
-            if io.use_block_table and len(rows) < len(io.requests_in_batch):
-                logits = logits[rows]
-            io.new_tokens = self._chosen(logits[: len(rows)], states) if rows else []
-
-    def tell(self) -> None:
-        """Tell what the last batch's tokens complete."""
-        untold, self.untold = self.untold, []
-        for generation in untold:
-            generation.tell()
-
-    @staticmethod
-    def _chosen(logits: torch.Tensor, states: list[GenerationState]) -> list[int]:
-        """The next token of each request, -1 where none has a finite score."""
-        samplers = [cast(Sampler, state.generation.sampler) for state in states]
-        chosen = choose(logits.to(torch.float32, copy=True), samplers)
-        for state, choice in zip(states, chosen, strict=True):
-            state.chosen = choice.logprob
-        return [-1 if choice.token is None else choice.token for choice in chosen]
-
-    def _key(self) -> tuple[int, ...] | None:
-        """The graph that the logits belong to: each keeps its own, and a replay writes them again."""
-        io = self.inputs_and_outputs
-        return io._get_graph_key() if self.use_cuda_graph_decode and io.use_block_table else None
-
-
-class SlotOrderScheduler(FIFOScheduler):  # type: ignore[misc]
-    """transformers' first in, first out, but that requests of one expert are taken together.
-
-    An expert whose prompts are read costs a merge of its weights in every batch, however many prompts there are, so
-    those who wait for the same slot as the one who has waited longest go with it. The one who has waited longest
-    goes first in any case. Within a batch tokens of a slot lie together: their product reads and writes in place.
-    """
-
-    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
-        batch = self._continued(token_budget)
-        if batch is not None:
-            return batch, True, len(batch), 0
-        batch, *rest = super().schedule_batch(token_budget, cache_budget)
-        if batch:
-            batch.sort(key=_slot_of)
-        return (batch, *rest)
-
-    def _continued(self, token_budget: int) -> list[FutureRequestState] | None:
-        """The next token of every request, where nothing waits and all have room; what transformers would schedule too,
-        after looking at each request anew. None where it has to."""
-        states = self.active_requests.values()
-        if self.waiting_requests or not 0 < len(states) <= min(token_budget, self.max_requests_per_batch):
-            return None
-        longest, page = self.cache.max_decode_fast_path_length, self.cache.smallest_page
-        batch = []
-        for state in states:
-            place = state.position_offset
-            if state.status != RequestStatus.DECODING or place >= longest or len(state.tokens_to_process) != 1:
-                return None
-            complete: dict[str, int] = {}
-            if place % page in (0, page - 1):  # it begins a page, or ends one
-                if not self.cache.can_store_request_tokens(state, 1):
-                    return None
-                complete = self.cache.count_new_complete_blocks(state, 1)
-            batch.append(FutureRequestState(state, not state.remaining_prefill_tokens, complete, 1))
-        self.starved_requests: list[tuple[RequestState, int]] = []
-        return sorted(batch, key=_slot_of)
-
-    def _get_waiting_candidates(self) -> list[GenerationState]:
-        waiting: list[GenerationState] = super()._get_waiting_candidates()
-        turns: dict[int, int] = {}
-        for state in waiting:
-            turns.setdefault(state.generation.slot, len(turns))
-        return sorted(waiting, key=lambda state: turns[state.generation.slot])
-
-
-def _slot_of(item: FutureRequestState) -> int:
-    slot: int = item.state.generation.slot
-    return slot
 
 
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]

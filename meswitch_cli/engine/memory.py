@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from meswitch_cli.artifact.manifest import Manifest
+from meswitch_cli.artifact.served import slot_entries
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.delta.settings import QuantizerSettings
@@ -143,7 +144,9 @@ def plan_memory(
         multiplied=multiplied,
         base_read_nbytes=multiplied * chosen.itemsize,
         slot_read_nbytes=_slots_nbytes(model, read, 2, chosen) - _slots_nbytes(model, read, 1, chosen),
-        bits=max((slot_bits(e, messages=messages) for m in like for e in m.tensors if e.kind == "linear"), default=0),
+        bits=max(
+            (slot_bits(e, messages=messages) for m in like for e in slot_entries(m) if e.kind == "linear"), default=0
+        ),
     )
 
 

@@ -35,20 +35,24 @@ def compress(
         device: auto, cpu, cuda or cuda:N.
         force: replace the artifact there.
         keep_weak: write an artifact that is farther from the expert than the base is.
-        settings: the command's other options by name, `bits=1` or `rank=16`; those left out have its defaults.
+        settings: the command's other options by name, `bits=1` or `rank=16`; those left out have its defaults. Without
+            any the expert is stored bit for bit where that takes no more bytes than the default code.
 
     Raises:
         MeswitchError: the message says what was wrong, where, and what to do.
     """
     from meswitch_cli.compression import job
+    from meswitch_cli.compression.form import in_smaller_form, leaves_form_open
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
     from meswitch_cli.model.device import choose_device
     from meswitch_cli.paths import user_path
 
     data, recorded = calibration_asked(str(calibration))
-    chosen = CompressionSettings.with_defaults(calibration=recorded, **settings)
-    prepared = job.prepare(str(base), str(expert), user_path(out), chosen, data)
+    options = {"calibration": recorded, **settings}
+    prepared = job.prepare(str(base), str(expert), user_path(out), CompressionSettings.with_defaults(**options), data)
+    if leaves_form_open(options):
+        prepared, _ = in_smaller_form(prepared)
     job.compress(prepared, device=choose_device(device), force=force, keep_weak=keep_weak)
     return Artifact.open(prepared.out)
 

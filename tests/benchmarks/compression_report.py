@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compression_rows import BASE, DEFAULTS, EXPERT, ROWS, ROWS_OF, TRELLIS, label
+from benchmarks.compression_rows import BASE, DEFAULTS, EXPERT, OVERVIEW, ROWS, ROWS_OF, TRELLIS, label
 from meswitch_cli.evaluation.paired import compare_paired
 from zoo import group
 
@@ -100,24 +101,55 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             lines.append([*line, "", "", "", ""])
             continue
         found = compare_paired(row["right"], full["right"])
-        same = sum(ours == theirs for ours, theirs in zip(row["answers"], full["answers"], strict=True))
         change = found.difference
         value, low, high = (100 * part for part in (change.value, change.low, change.high))
-        line += [f"{100 * same / len(row['answers']):.1f}", f"−{found.lost} +{found.gained}"]
+        line += [f"{_same(row, full):.1f}", f"−{found.lost} +{found.gained}"]
         lines.append([*line, f"{value:.1f} [{low:.1f}, {high:.1f}]", f"{100 * found.minimum_detectable_effect:.1f}"])
     return lines
 
 
 def page(folder: Path, cache: Path | None = None) -> str:
     """The page of what `folder` has of the groups' experts, each with what its delta is."""
-    parts = [INTRODUCTION.read_text()]
+    introduction, sections = INTRODUCTION.read_text(), []
     for of in ROWS_OF:
-        for name in group.GROUPS[of]:
-            file, figures = folder / f"{name}.json", group.group_at(of, cache).figures_file(name)
-            if file.exists():
-                described = _described(json.loads(figures.read_text())) if figures.exists() else ""
-                parts.append(_section(f"{of}: {name}", json.loads(file.read_text()), described))
-    return "".join([*parts, WEAKER.read_text()])
+        files = {name: folder / f"{name}.json" for name in group.GROUPS[of]}
+        stored = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        introduction = introduction.replace(f"@{of}@", overview({name: item["rows"] for name, item in stored.items()}))
+        for name, item in stored.items():
+            figures = group.group_at(of, cache).figures_file(name)
+            described = _described(json.loads(figures.read_text())) if figures.exists() else ""
+            sections.append(_section(f"{of}: {name}", item, described))
+    return "".join([introduction, *sections, WEAKER.read_text()])
+
+
+def overview(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """KL, in % of the base's, and share of same answers of the methods of `OVERVIEW`, one column an expert."""
+    lines = [
+        f"| KL, % of the base's; same answer, % | MB | {' | '.join(measured)} |",
+        "|---" * (len(measured) + 2) + "|",
+    ]
+    for name, called in OVERVIEW.items():
+        found = [rows.get(name) for rows in measured.values()]
+        sizes = sorted(row["nbytes"] / 1e6 for row in found if row is not None)
+        if not sizes:
+            continue
+        span = f"{sizes[0]:.1f}" if sizes[-1] - sizes[0] < 0.1 else f"{sizes[0]:.1f} to {sizes[-1]:.1f}"
+        cells = ["" if row is None else _near(row, rows) for row, rows in zip(found, measured.values(), strict=True)]
+        lines.append(f"| {called} | {span} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _near(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """KL in % of the base's, and the share of answers that are the full expert's."""
+    share = 100 * sum(row["sums"]["kl"]) / sum(rows[BASE]["sums"]["kl"])
+    places = 1 - math.floor(math.log10(share)) if share > 0 else 0
+    return f"{share:.{max(0, places)}f}; {_same(row, rows[EXPERT]):.1f}"
+
+
+def _same(row: Mapping[str, Any], full: Mapping[str, Any]) -> float:
+    """Answers that are the full expert's to the letter, in %."""
+    pairs = list(zip(row["answers"], full["answers"], strict=True))
+    return 100 * sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
 def _section(title: str, stored: Mapping[str, Any], described: str) -> str:

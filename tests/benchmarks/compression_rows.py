@@ -9,8 +9,8 @@ TRELLIS = f"meswitch:code=trellis,salient=8,{OURS}"
 #: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
 DEFAULTS = {
     f"{ONE},rank=16": "`--bits 1`",
-    f"meswitch:bits=2,salient=8,{OURS}": "`--bits 2`",
-    f"meswitch:bits=4,salient=8,{OURS},embedding=4": "`--bits 4`",
+    f"meswitch:bits=2,salient=8,{OURS},rank=16,factor_bits=8": "`--bits 2`",
+    f"meswitch:bits=4,salient=8,{OURS},rank=16,factor_bits=8,embedding=4": "`--bits 4`",
 }
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
@@ -27,7 +27,9 @@ OPTIONS = {
     f"meswitch:bits=1,salient=0,channel_scale=rms,{OURS},rank=16,embedding=1": (
         "`--bits 1 --salient 0 --embedding-bits 1`"
     ),
-    f"meswitch:bits=2,salient=8,{OURS},rank=16": "`--bits 2 --rank 16`",
+    f"meswitch:bits=2,salient=8,{OURS},rank=16": "`--bits 2 --factor-bits 4`",
+    f"meswitch:bits=2,salient=8,{OURS}": "`--bits 2 --rank 0`",
+    f"meswitch:bits=4,salient=8,{OURS},embedding=4": "`--bits 4 --rank 0`",
 }
 #: Fixed before any was measured; those that need data last, so that a run without it has the rest.
 ROWS = (
@@ -48,6 +50,7 @@ ROWS = (
     "dare",
     "dare:choice=magnitude,rescale=projection",
     "d-qrelo:rounding=gptq",
+    "delta-come:bits=0.9,embedding=1,rounding=gptq",
     "delta-come:bits=1.2,rounding=gptq",
     "delta-come:bits=1.85,rounding=gptq",
 )
@@ -78,6 +81,19 @@ CODER_ROWS = (
     "d-qrelo",
     "delta-come:bits=1.2",
 )
+#: What an overview shows of each group, and by which name.
+OVERVIEW = {
+    f"{ONE},rank=16": "`--bits 1`",
+    f"{TRELLIS},bits=0.25,rank=16": "`--bits 0.25 --embedding-bits 2`",
+    f"{TRELLIS},bits=0.25,rank=16,embedding=1": "`--bits 0.25`",
+    "delta-come:bits=1.2": "Delta-CoMe, 1.2 bits",
+    "delta-come:bits=0.9,embedding=1": "Delta-CoMe, 0.9 bits",
+    "low-rank:bits=2": "low rank",
+    "rtn:bits=2,group=128": "2 bits in groups",
+    "d-qrelo": "D-QRELO",
+    "bitdelta:masks=2": "BitDelta, 2 masks",
+    "bitdelta:embedding=2": "BitDelta",
+}
 ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": CODER_ROWS}
 
 

@@ -267,10 +267,14 @@ def test_another_name_for_the_base_is_told(bases: Callable[..., Path], tmp_path:
     assert any("somebody/other-model" in note for note in job.notes())
 
 
-def test_factor_bits_are_of_adapters(bases: Callable[..., Path], tmp_path: Path) -> None:
+def test_factor_bits_are_of_factors(bases: Callable[..., Path], tmp_path: Path) -> None:
     pair = make_pair(tmp_path / "pair")
     with pytest.raises(UsageError, match="no adapter"):
-        compressed(pair[0], pair[1], tmp_path / "artifact", factor_bits=8)
+        compressed(pair[0], pair[1], tmp_path / "artifact", factor_bits=8, rank=0)
+    artifact = compressed(pair[0], pair[1], tmp_path / "directions", factor_bits=8, rank=2)
+    linears = [entry for entry in artifact.manifest.tensors if entry.kind == "linear"]
+    assert {(entry.bits, entry.rank, entry.factor_bits, entry.version) for entry in linears} == {(1, 2, 8, 4)}
+    list(artifact.verify())
     with pytest.raises(UsageError, match="--factor-bits must be 4, 8 or 16"):
         CompressionSettings(factor_bits=3)
 

@@ -8,6 +8,7 @@ from meswitch_cli.delta.low_rank import leading_directions, rounded, vectors_of
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
+from meswitch_cli.delta.stored import expected_entry
 
 
 def _delta(rows: int = 60, columns: int = 96, strong: int = 3, loud: int = 0) -> torch.Tensor:
@@ -41,6 +42,23 @@ def test_reported_error_is_the_error_of_what_is_stored(bits, salient, group_size
     assert error.weight_error == pytest.approx(float(difference.square().sum() / delta.square().sum()), rel=1e-3)
     expected = float((difference.square() * energy).sum() / (delta.square() * energy).sum())
     assert error.output_error == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor_bits", [8, 16])
+def test_finer_factors_are_stored_and_lose_less(factor_bits: int) -> None:
+    """Beside fine codes, whose own errors are small, factors of 4 bits are what is lost."""
+    delta = _delta()
+    coarse, finer = (
+        quantize(torch.zeros_like(delta), delta, QuantizerSettings(4, rank=5, factor_bits=bits))
+        for bits in (4, factor_bits)
+    )
+    difference = delta - dequantize(finer[0])
+    assert finer[1].weight_error == pytest.approx(float(difference.square().sum() / delta.square().sum()), rel=1e-3)
+    assert finer[1].weight_error < 0.5 * coarse[1].weight_error
+    entry = expected_entry(QuantizerSettings(4, rank=5, factor_bits=factor_bits), tuple(delta.shape))
+    assert (entry.version, entry.problem()) == (4, None)
+    assert finer[0].factor_bits == entry.factor_bits == factor_bits
+    assert entry.expected_nbytes(2) == finer[0].nbytes
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

@@ -22,7 +22,6 @@ from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
-from meswitch_cli.engine.exact import SLOT_CODE
 from zoo.adapter import merged_weights
 from zoo.tiny import make_pair
 from zoo.tiny_tokenizer import tiny_tokenizer
@@ -72,14 +71,18 @@ class Family:
         return found
 
     def greedy(self, request: GenerationRequest) -> tuple[int, ...]:
-        """What plain transformers generates, end tokens not heeded."""
-        model = self.references[request.expert]
-        prompt = torch.tensor([request.prompt_tokens])
-        with torch.inference_mode():
-            out = model.generate(
-                prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-        return tuple(out[0, prompt.shape[1] :].tolist())
+        """As `greedy_tokens` of the request's expert."""
+        return greedy_tokens(self.references[request.expert], request)
+
+
+def greedy_tokens(model: Any, request: GenerationRequest) -> tuple[int, ...]:
+    """What plain transformers generates, end tokens not heeded."""
+    prompt = torch.tensor([request.prompt_tokens])
+    with torch.inference_mode():
+        out = model.generate(
+            prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return tuple(out[0, prompt.shape[1] :].tolist())
 
 
 def make_family(
@@ -198,14 +201,16 @@ def merged_model(base: Path, adapter: Path) -> Any:
     return model.eval()
 
 
-def coded_model(base: Path, expert: Path) -> Any:
+def coded_model(base: Path, expert: Path, **settings: Any) -> Any:
     """The expert with the codes of a slot, fp32: what is stored bit for bit is coded when it is loaded."""
     plain, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, expert))
     of_base = dict(plain.named_parameters())
+    code = CompressionSettings.with_defaults(exact=True, **settings).by_kind()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.dim() == 2:
-                found = quantize(of_base[name].detach(), value.detach(), SLOT_CODE)
+                kind = "embedding" if "embed" in name else "head" if "lm_head" in name else "linear"
+                found = quantize(of_base[name].detach(), value.detach(), code[kind])
                 assert found is not None
                 value.copy_(of_base[name] + dequantize(found[0]))
     return model.eval()

@@ -11,8 +11,8 @@ from engine.family import Family, make_family, requests
 from engine.graphs import Recorded, stand_in
 
 from meswitch_cli.engine import TransformersEngine, generate, proof
-from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE
+from meswitch_cli.engine.runner import Runner
 
 Start = Callable[..., TransformersEngine]
 
@@ -45,7 +45,7 @@ def test_the_first_batch_of_a_graph_is_right(
     family: Family, start: Start, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs captured under way: what a capture leaves behind is not sampled from."""
-    monkeypatch.setattr("meswitch_cli.engine.batching.Runner.warm_up", lambda self, model, slot: None)
+    monkeypatch.setattr("meswitch_cli.engine.runner.Runner.warm_up", lambda self, model, slot: None)
     engine = start(family, max_running=6)
     before = len(recorded.captures)
     check(engine, family, 12, seed=3)

@@ -25,13 +25,13 @@ from meswitch_cli.engine import (
     transformers_engine,
 )
 from meswitch_cli.engine.batch import Batch
-from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.decoding import Decoding
 from meswitch_cli.engine.mixture import ExpertRouter
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, GainedNorm, kernels
 from meswitch_cli.engine.own_parameters import OwnParameters
 from meswitch_cli.engine.proof import prove, why_one_by_one
+from meswitch_cli.engine.runner import Runner
 from meswitch_cli.engine.small import VOCABULARY, as_wide, narrowed, small_config, special_ids, with_short_mlps
 from meswitch_cli.errors import CheckpointError
 from zoo.tiny_tokenizer import tiny_tokenizer

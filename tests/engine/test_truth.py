@@ -14,8 +14,8 @@ import torch
 from engine.family import Family, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
-from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import Chunk, GenerationRequest
+from meswitch_cli.engine.runner import Runner
 
 Start = Callable[..., TransformersEngine]
 

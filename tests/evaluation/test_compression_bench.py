@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compression_report import COLUMNS, page, table
+from benchmarks.compression_report import COLUMNS, overview, page, table
 from benchmarks.compression_rows import BASE, CODER_ROWS, DEFAULTS, EXPERT, KIND_ROWS, ROWS
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.evaluation.baselines import parse_method
@@ -37,6 +37,14 @@ def test_a_row_by_hand() -> None:
     assert lines[EXPERT]["same answer, %"] == "100.0" and lines[BASE]["lost, gained"] == "−3 +0"
 
 
+def test_an_overview_by_hand() -> None:
+    rival = {"delta-come:bits=1.2": row(0.4, [1, 1, 1, 0], "abcd", 1_000_000)}
+    head, _, ours, theirs = overview({"code": MEASURED, "logic": MEASURED | rival}).splitlines()
+    assert head == "| KL, % of the base's; same answer, % | MB | code | logic |"
+    assert ours == f"| {DEFAULTS[OURS]} | 2.0 | 0.10; 50.0 | 0.10; 50.0 |"
+    assert theirs == "| Delta-CoMe, 1.2 bits | 1.0 |  | 20; 100.0 |"
+
+
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     stored = {"key": {"items": 2, "answers": 4}, "machine": "a machine", "rows": MEASURED}
     (tmp_path / "code.json").write_text(json.dumps(stored))
@@ -66,6 +74,7 @@ def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
         options, quantizer = methods[name].options, settings.of("linear", unrelated=False)
         assert quantizer is not None
         assert (options["bits"], options["salient"], options["rank"]) == (bits, quantizer.salient, quantizer.rank)
+        assert options["factor_bits"] == quantizer.factor_bits
         assert (options["channel_scale"], options["steps"]) == (quantizer.channel_scale, quantizer.steps)
         embedding = settings.of("embedding", unrelated=False)
         assert embedding is not None and options["embedding"] == embedding.bits

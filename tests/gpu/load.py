@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from meswitch_cli.engine import TransformersEngine
-from meswitch_cli.engine.batching import Runner
 from meswitch_cli.engine.contract import Chunk, GenerationRequest, Sampling
+from meswitch_cli.engine.runner import Runner
 
 _numbers = itertools.count()
 

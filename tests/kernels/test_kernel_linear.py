@@ -296,10 +296,11 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-def test_a_machine_without_bf16_vectors_gets_the_same_answers():
+@pytest.mark.parametrize("processor", ["generic", "haswell"])  # SSE2; AVX2
+def test_a_machine_without_bf16_vectors_gets_the_same_answers(processor):
     """Numba told to forget what this processor can do takes the portable instructions."""
     skip_if_unavailable("cpu")
-    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    environment = {**os.environ, "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
     subprocess.run([sys.executable, "-c", PORTABLE], env=environment, check=True)
 
 

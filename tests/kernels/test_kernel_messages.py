@@ -68,6 +68,21 @@ def test_a_bank_of_groups_holds_messages_too(dtype, triton):
     assert relative_error(answer(triton, call), call.truth()) < ERROR_BOUND[dtype]
 
 
+def test_launches_of_a_mixed_bank_share_tickets(triton):
+    """One product of three launches leaves none behind: the next one, and another batch's, come out as before."""
+    call = random_call(7, 256, 70, bits=(NUMBERS[1], 2, NUMBERS[3], 1), pattern="different", device=DEVICE, planes=True)
+    first = answer(triton, call)
+    assert not call.bank.tensors.tickets.any()
+    of_one_kind = call.with_tokens(call.x, torch.full_like(call.slot_of_token, 2))
+    assert relative_error(answer(triton, of_one_kind), of_one_kind.truth()) < ERROR_BOUND[call.x.dtype]
+    assert torch.equal(answer(triton, call), first)
+    call.bank.clear(2)
+    slots = torch.tensor([0, 2, -1, 1, 3, 0, 0], dtype=torch.int32, device=DEVICE)
+    groups = triton.group_tokens(slots, call.bank.slots)
+    y = triton.expert_linear(call.x, call.weight, None, call.bank.tensors, slots, groups)
+    assert y[1].isnan().all() and not y[[0, 2, 3, 4, 5, 6]].isnan().any()
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_blocks_of_messages_are_shared_among_programs(splits, triton, monkeypatch):
     from meswitch_kernels import triton_launch

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 if TYPE_CHECKING:
@@ -51,3 +54,33 @@ def merge(model: PreTrainedModel) -> None:
             if isinstance(child, Adapted):
                 setattr(parent, name, child.merged())
     model.requires_grad_(True)
+
+
+def save_adapter(checkpoint: Path, base: Path, folder: Path) -> Path:
+    """The adapters of a trained checkpoint in PEFT's format, fp32."""
+    weights = {
+        name.removeprefix("weight/"): value
+        for name, value in load_file(checkpoint).items()
+        if name.startswith("weight/")
+    }
+    parts = {"down": "lora_A", "up": "lora_B"}
+    tensors = {}
+    for name, value in weights.items():
+        module, _, part = name.rpartition(".")
+        tensors[f"base_model.model.{module}.{parts[part]}.weight"] = value
+    rank = min(next(iter(weights.values())).shape)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": Adapted.scale * rank,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted({name.split(".")[-2] for name in weights}),
+        "bias": "none",
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder

@@ -79,6 +79,8 @@ class WorkerConfig:
         loras: whether vLLM's own LoRAs are served beside experts.
         checked: whether a server of ours has checked each expert, whose name then ends with `@` and its digest.
         fingerprint: the base's, where it has not.
+        max_wait: seconds that an adapter may wait for a slot before one in use must let go of its own; None: for as
+            long as vLLM has it wait, or until a table of ours says that it may run.
     """
 
     layout: Layout
@@ -86,6 +88,7 @@ class WorkerConfig:
     loras: bool = False
     checked: bool = True
     fingerprint: str = ""
+    max_wait: float | None = None
 
     @classmethod
     def of(cls, additional_config: Mapping[str, Any]) -> WorkerConfig:

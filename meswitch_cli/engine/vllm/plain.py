@@ -16,6 +16,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Layout, bank_layout
 from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.vllm.arguments import loading_arguments
 from meswitch_cli.engine.vllm.artifacts import Files, check_artifact, is_artifact
 from meswitch_cli.engine.vllm.names import CONFIG_KEY, WorkerConfig, base_names
@@ -62,6 +63,7 @@ def serve_artifacts() -> None:
         prepare(arguments, getattr(arguments, "meswitch_paths", []))
         config = create_engine_config(arguments, *rest, **options)
         compile_on_cpu(config, arguments.enforce_eager)
+        take_turns(config)
         return config
 
     @functools.wraps(build_chat_params)
@@ -106,8 +108,9 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     """Have vLLM's `EngineArgs` make slots for artifacts, where adapters are served and some are or may be artifacts.
 
     They may be where `paths` has one, where adapters may be loaded at any time, or where `--additional-config` has the
-    key `meswitch`. Its value may hold `experts`, a list of further paths; `host_bytes`; and `loras`: false has vLLM's
-    layers serve artifacts alone, without what its LoRAs would cost.
+    key `meswitch`. Its value may hold `experts`, a list of further paths; `host_bytes`; `loras`: false has vLLM's
+    layers serve artifacts alone, without what its LoRAs would cost; and `max_wait`, as `EngineSettings` has it, null
+    for vLLM's own order.
 
     Raises:
         MeswitchError: an artifact among `paths` cannot be served, or vLLM's other arguments do not go with experts.
@@ -145,10 +148,25 @@ def compile_on_cpu(config: Any, eager: bool) -> None:
     compilation.backend = "eager" if envs.VLLM_CPU_CI_ENV else "inductor"
 
 
+def take_turns(config: Any) -> None:
+    """Bound the wait for a slot, unless users bring a scheduler of their own or want vLLM's."""
+    asked = (config.additional_config or {}).get(CONFIG_KEY)
+    scheduler = config.scheduler_config
+    if asked is None or asked["max_wait"] is None or scheduler.scheduler_cls is not None:
+        return
+    name = "AsyncTurnsScheduler" if scheduler.async_scheduling else "TurnsScheduler"
+    scheduler.scheduler_cls = f"meswitch_cli.engine.vllm.scheduler.{name}"
+
+
 def _prepare(arguments: Any, paths: Iterable[Path], asked: Mapping[str, Any]) -> None:
-    unknown = asked.keys() - {"experts", "host_bytes", "loras"}
+    unknown = asked.keys() - {"experts", "host_bytes", "loras", "max_wait"}
     if unknown:
-        raise EngineError(f"--additional-config: meswitch has no {min(unknown)!r}, only experts, host_bytes and loras")
+        raise EngineError(
+            f"--additional-config: meswitch has no {min(unknown)!r}, only experts, host_bytes, loras and max_wait"
+        )
+    max_wait = asked.get("max_wait", EngineSettings.max_wait)
+    if max_wait is not None and (isinstance(max_wait, bool) or not isinstance(max_wait, int | float) or max_wait < 0):
+        raise EngineError(f"--additional-config: max_wait must be seconds, 0 or more, or null, not {max_wait!r}")
     if arguments.load_format not in LOAD_FORMATS or arguments.quantization is not None:
         raise EngineError("experts need a base that vLLM loads from safetensors, without quantisation")
     base = Checkpoint.open(arguments.model)
@@ -166,6 +184,7 @@ def _prepare(arguments: Any, paths: Iterable[Path], asked: Mapping[str, Any]) ->
         loras=bool(asked.get("loras", True)),
         checked=False,
         fingerprint=fingerprint,
+        max_wait=max_wait,
     )
     arguments.additional_config = {**(arguments.additional_config or {}), **config.additional_config()}
     loading = loading_arguments(base, described, names, names.vocabulary)

@@ -26,6 +26,9 @@ SYMBOLS = (
     ("vllm.v1.engine.input_processor", "InputProcessor", ("process_inputs",)),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("add_lora", "pin_lora", "remove_lora", "collective_rpc", "errored")),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", ("_model_forward",)),
+    ("vllm.config.scheduler", "SchedulerConfig", ("scheduler_cls", "async_scheduling")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", ("schedule", "_handle_blocked_waiting_request")),
+    ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", ("schedule", "_handle_blocked_waiting_request")),
     ("vllm.forward_context", "ForwardContext", ("skip_compiled",)),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", ("load_lora_model",)),
     (

@@ -25,7 +25,7 @@ Start = Callable[..., TransformersEngine]
 @pytest.fixture(autouse=True)
 def _small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt's padding and a few captures are enough: the tests start many engines."""
-    monkeypatch.setattr("meswitch_cli.engine.batching.WARM_UP_TOKENS", 128)
+    monkeypatch.setattr("meswitch_cli.engine.runner.WARM_UP_TOKENS", 128)
 
 
 def wrong(engine: TransformersEngine, family: Family, batch: list[GenerationRequest]) -> list[GenerationRequest]:

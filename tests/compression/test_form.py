@@ -1,0 +1,100 @@
+"""Codes or bit for bit, where a user leaves it open: the smaller of the two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import in_process
+from compression.test_exact import exactly, sparse_pair
+
+import meswitch_cli as meswitch
+from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.compression.form import form_sizes, in_smaller_form, leaves_form_open
+from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.settings import CompressionSettings
+from zoo.adapter import make_adapter
+from zoo.tiny import Pair, make_pair
+
+#: Weights enough that streams weigh more than their headers.
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return sparse_pair(tmp_path_factory.mktemp("sparse"), share=0.05, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A fine-tune that moves every weight, in fp32."""
+    return make_pair(tmp_path_factory.mktemp("dense"), dtype=torch.float32, **SHAPE)
+
+
+def compressed(pair: Pair, out: Path, *options: object) -> Artifact:
+    run = in_process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--keep-weak", *options)
+    assert run.returncode == 0, run.stderr
+    return Artifact.open(out)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3], ids=["few", "many"])
+def test_sizes_are_those_of_artifacts(share: float, tmp_path: Path) -> None:
+    pair = sparse_pair(tmp_path / "pair", share=share, tie_word_embeddings=True, **SHAPE)
+    job = prepare(str(pair[0]), str(pair[1]), tmp_path / "coded", CompressionSettings.with_defaults(), None)
+    sizes = form_sizes(job.base, job.expert, job.plan, job.settings)
+    assert sizes is not None
+    compress(job, keep_weak=True)
+    for found, artifact in ((sizes.code, Artifact.open(job.out)), (sizes.exact, exactly(pair, tmp_path / "exact"))):
+        assert found == pytest.approx(sum(entry.nbytes for entry in artifact.manifest.tensors), rel=0.05)
+
+
+def test_the_smaller_form_is_taken(sparse: Pair, dense: Pair, tmp_path: Path) -> None:
+    artifact = compressed(sparse, tmp_path / "sparse")
+    assert artifact.manifest.exact and all(entry.exact for entry in artifact.manifest.tensors)
+    assert artifact.manifest.nbytes < compressed(sparse, tmp_path / "one", "--bits", 1).manifest.nbytes
+    assert not compressed(dense, tmp_path / "dense").manifest.exact
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--bits", 1), ("--rank", 0), ("--salient", 0), ("--embedding-bits", 2), ("--size", "1MB"), ("--group-size", 32)],
+    ids=lambda options: options[0].removeprefix("--"),
+)
+def test_an_option_of_the_code_keeps_it(options: tuple[object, ...], sparse: Pair, tmp_path: Path) -> None:
+    assert not compressed(sparse, tmp_path / "artifact", *options).manifest.exact
+
+
+def test_what_is_said(sparse: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    run = in_process("compress", "--base", sparse[0], "--expert", sparse[1], "--out", out)
+    said = next(line for line in run.stderr.splitlines() if "--bits 1" in line)
+    assert "bit for bit" in said
+    figures = json.loads(
+        in_process("compress", "--base", sparse[0], "--expert", sparse[1], "--out", out, "--force", "--json").stdout
+    )
+    expected = figures["expected_bytes"]
+    assert figures["settings"]["exact"] and expected["exact"] < expected["code"]
+    looked = json.loads(in_process("inspect", "--base", sparse[0], "--expert", sparse[1], "--json").stdout)
+    assert looked["sizes"] == expected
+    assert "by itself" in in_process("inspect", "--base", sparse[0], "--expert", sparse[1]).stdout
+    assert "coded when it is loaded: 2 bits" in in_process("inspect", out).stdout
+
+
+def test_a_program_gets_the_same(sparse: Pair, tmp_path: Path) -> None:
+    made = meswitch.compress(sparse[0], sparse[1], tmp_path / "open")
+    assert made.manifest.settings == compressed(sparse, tmp_path / "told").manifest.settings
+    assert not meswitch.compress(sparse[0], sparse[1], tmp_path / "one", bits=1, keep_weak=True).manifest.exact
+
+
+def test_what_has_no_weights_of_its_own_has_no_choice(sparse: Pair, tmp_path: Path) -> None:
+    adapter = make_adapter(sparse[0], tmp_path / "adapter")
+    job = prepare(str(sparse[0]), str(adapter), tmp_path / "out", CompressionSettings.with_defaults(), None)
+    assert in_smaller_form(job) == (job, None)
+
+
+def test_which_options_leave_it_open() -> None:
+    assert leaves_form_open({"bits": None, "exact": False, "seed": 3, "samples": 9, "calibration": "random"})
+    for option in ({"rank": 0}, {"exact": True}, {"calibration": "0" * 64}, {"steps": "unbiased"}, {"size": 9}):
+        assert not leaves_form_open(option), option
