@@ -4,7 +4,7 @@
 
 A family is tried as a tiny model of its default configuration; `OVERRIDES` has what the defaults lack. Of families
 named on the command line the page's rows are written anew, and the others stay as they are. With `--serving` what the
-page says of compressing and restoring stays; without names, those are tried that the page says are refused. With
+page says of compressing and restoring stays; without names, those are tried that are `not rerun`. With
 `--vllm` the columns about vLLM are, by the Python of an environment that has it: of the families named, or of those
 where they are empty.
 """
@@ -63,6 +63,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 MOST_SECONDS = 240
 COLUMNS = "| family | compressed | restored | served | vLLM | why not in batches, or not at all | why not by vLLM |"
 IN_BATCHES, ONE_BY_ONE, EQUAL = "in batches", "one by one", "equal"
+#: Of a family that batches do not take, and that has not been tried one request at a time.
+UNTRIED = "not rerun"
 LENGTHS = (5, 13, 21, 34)
 NEW_TOKENS = 8
 RELATIVE_DELTA = 0.01
@@ -126,7 +128,7 @@ def made_up_expert(plain: Any, folder: Path) -> str:
     try:
         _compress(folder, RANDOM)
     except CalibrationError:
-        _compress(folder, None)
+        _compress(folder, None, force=True)
         return "uncalibrated"
     return "yes"
 
@@ -151,9 +153,10 @@ def _compressed(plain: Any, folder: Path) -> tuple[str, str]:
     return how, f"no, {differing[0]}" if differing else "exact"
 
 
-def _compress(folder: Path, calibration: str | None) -> None:
+def _compress(folder: Path, calibration: str | None, *, force: bool = False) -> None:
     settings = CompressionSettings.with_defaults(calibration=calibration, salient=4)
-    compress(prepare(str(folder / "base"), str(folder / "expert"), folder / "artifact", settings, None), keep_weak=True)
+    job = prepare(str(folder / "base"), str(folder / "expert"), folder / "artifact", settings, None)
+    compress(job, force=force, keep_weak=True)
 
 
 @torch.no_grad()
@@ -230,21 +233,28 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if len(rows) < known:
         lines.append(f"\n{known - len(rows)} families have not been run since the columns changed.")
+    if served[UNTRIED]:
+        lines.append(
+            f"\n{served[UNTRIED]} families that batches do not take have not been tried one request at a time."
+        )
     lines.append(f"\nBy `python tests bench families`, last on {machine}.")
     return "\n".join(lines) + "\n"
 
 
 @contextmanager
-def given_up_after(seconds: int) -> Iterator[None]:
+def given_up_after(seconds: int, timer: int = signal.ITIMER_PROF) -> Iterator[None]:
+    """Seconds of this process's own computing, whatever else the machine does; of a clock with `ITIMER_REAL`."""
+
     def give_up(*_: Any) -> None:
         raise TimeoutError(f"not decided within {seconds} s")
 
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
+    sent = signal.SIGPROF if timer == signal.ITIMER_PROF else signal.SIGALRM
+    signal.signal(sent, give_up)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(timer, 0)
 
 
 def _row(family: str, before: Row | None) -> Row:
@@ -284,9 +294,9 @@ def main() -> None:
     machine, started = describe(), time.perf_counter()
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
     compressed = {name: row for name, row in _rows_of_page().items() if row.compressed == "yes"}
-    refused = [name for name, row in compressed.items() if row.served == "refused"]
+    unserved = [name for name, row in compressed.items() if row.served == UNTRIED]
     untried = [name for name, row in compressed.items() if not row.vllm]
-    chosen = named or (untried if python else refused if serving else every)
+    chosen = named or (untried if python else unserved if serving else every)
     attempts = (_row(name, compressed.get(name) if serving else None) for name in chosen)
     for found in _over_vllm(python, chosen) if python else attempts:
         family = found.family

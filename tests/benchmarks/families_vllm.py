@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -116,7 +117,7 @@ def main() -> None:
     fork_engines()
     for family in sys.argv[1:]:
         try:
-            with tempfile.TemporaryDirectory() as folder, given_up_after(MOST_SECONDS):
+            with tempfile.TemporaryDirectory() as folder, given_up_after(MOST_SECONDS, signal.ITIMER_REAL):
                 served, reason = serve(family, Path(folder)), ""
         except MeswitchError as error:
             served, reason = "refused", plain_reason(error)

@@ -38,7 +38,7 @@ def base_names(architecture: Architecture) -> BaseNames:
     if stacked is not None:
         raise EngineError(
             f"{architecture.model_type} is a mixture of experts, such as {stacked}, which --engine vllm does not "
-            "serve; --engine transformers serves those that transformers computes as two products"
+            "serve; use --engine transformers"
         )
     modules: dict[str, set[str]] = {"linear": set(), "embedding": set(), "head": set(), "dense": set()}
     vocabulary = 0

