@@ -94,7 +94,7 @@ def trade_off(
     if not float(energy.sum()):
         return None
     stride = 1 if every_row else max(1, whole.shape[0] // MEASURED_ROWS)
-    rows = _Rows(
+    rows = _MeasuredRows(
         options, template, sensitivity, RowBlocks(base[::stride], expert[::stride], device), stride, left, right
     )
     if worth_measuring is None:
@@ -108,7 +108,7 @@ def trade_off(
     return [float(cost) for cost in costs.flatten()]
 
 
-def _worth(rows: _Rows, worth_measuring: Callable[[list[float]], list[bool]]) -> torch.Tensor:
+def _worth(rows: _MeasuredRows, worth_measuring: Callable[[list[float]], list[bool]]) -> torch.Tensor:
     """Costs `[ranks, codes, salient]` of settings that are worth measuring, infinity for the others."""
     known, rank, middle = torch.zeros_like(rows.asked), len(rows.options.ranks) // 2, rows.middle
     known[rank, :, [0, middle]] = True
@@ -127,7 +127,7 @@ def _worth(rows: _Rows, worth_measuring: Callable[[list[float]], list[bool]]) ->
         costs = torch.minimum(costs, rows.costs(wanted))
 
 
-class _Rows:
+class _MeasuredRows:
     """The rows of a tensor that are measured, with the directions `[out, rank]`, `[rank, in]` of the whole."""
 
     def __init__(
