@@ -7,6 +7,7 @@ Gersho 1988 for bits of quantisers); what any choice could still gain is at most
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,20 @@ def lower_hull(points: Sequence[Point]) -> list[int]:
             hull.pop()
         hull.append(index)
     return hull
+
+
+def near_hull(points: Sequence[Point], margin: float) -> list[bool]:
+    """Which points cost at most `margin` times what the lower convex hull does at their bytes."""
+    hull = [points[index] for index in lower_hull(points)]
+
+    def hull_cost(nbytes: int) -> float:
+        place = bisect.bisect([point.nbytes for point in hull], nbytes)
+        if place == len(hull):
+            return hull[-1].cost
+        now, then = hull[place - 1], hull[place]
+        return now.cost + (then.cost - now.cost) * (nbytes - now.nbytes) / (then.nbytes - now.nbytes)
+
+    return [point.cost <= margin * hull_cost(point.nbytes) for point in points]
 
 
 def _cost(items: Sequence[Sequence[Point]], hulls: Sequence[Sequence[int]], places: Sequence[int]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from meswitch_cli.artifact.workspace import Workspace
 from meswitch_cli.calibration.data import random_window
 from meswitch_cli.calibration.sensitivity import Sensitivities, drawn_windows, stream_sensitivities
 from meswitch_cli.calibration.stream import calibration_dtype
-from meswitch_cli.compression.budget import Allocation, Point, allocate, least_nbytes
+from meswitch_cli.compression.budget import Allocation, Point, allocate, least_nbytes, near_hull
 from meswitch_cli.compression.plan import Job, OnProgress, SizeChoice
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.compression.windows import calibration_windows
@@ -42,12 +44,17 @@ OPTIONS = {
 }
 #: Windows whose predictions are asked, and tokens of each; random windows have their own length.
 WINDOWS, WINDOW_TOKENS = 4, 128
+#: What a linear's setting costs by reckoning, over the lower convex hull of all of them, up to which it is measured.
+MARGIN = 1.2
+#: Weights of a tensor from which settings are left out so. On short rows noise depends on more than a code's own.
+LEAST_WEIGHTS = 1 << 16
 _CHOICE = "choice"
 #: What is kept of chosen settings.
 _MEMBERS = ("bits", "code", "rank", "salient")
 
-#: What was measured of a unit: costs by tensor, in the order of its options; None for one that equals the base's.
-_Costs = dict[str, list[float] | None]
+#: What was measured of a unit: costs by tensor, in the order of its options, None of those that were not worth it; None
+#: for a tensor that equals the base's.
+_Costs = dict[str, list[float | None] | None]
 
 
 def with_choice(job: Job, space: Workspace, device: torch.device | str, on_progress: OnProgress) -> Job:
@@ -118,23 +125,35 @@ def _windows(job: Job) -> torch.Tensor:
     return torch.cat([random_window(vocabulary, job.settings.seed + index) for index in range(WINDOWS)])
 
 
-def _costs_of(job: Job, item: PlannedTensor, found: Sensitivities, device: torch.device | str) -> list[float] | None:
+def _costs_of(
+    job: Job, item: PlannedTensor, found: Sensitivities, device: torch.device | str
+) -> list[float | None] | None:
     """Costs of a tensor's options; of one that has none, no numbers."""
     rows = item.shared_rows
     base, expert = item.base.read(job.base), item.expert.read(job.expert)
     if not _is_chosen(item):
         same = item.shape == item.base_shape and torch.equal(base.float(), expert.float())
         return None if same else []
+    options, template = OPTIONS[item.kind].within(item.shape), _template(job, item)
+    # An embedding's or a head's rates are few, and every one of them on the hull.
+    some = item.kind == "linear" and math.prod(item.shape) >= LEAST_WEIGHTS
+
+    def worth_measuring(reckoned: list[float]) -> list[bool]:
+        sizes = _sizes(job, item, options.settings(template))
+        return near_hull([Point(*both) for both in zip(sizes, reckoned, strict=True)], MARGIN)
+
     try:
-        return trade_off(
+        costs = trade_off(
             base[:rows],
             expert[:rows],
-            OPTIONS[item.kind].within(item.shape),
-            _template(job, item),
+            options,
+            template,
             _sensitivity(job, item, found),
             device,
+            worth_measuring=worth_measuring if some else None,
             every_row=item.kind != "linear",
         )
+        return None if costs is None else [cost if math.isfinite(cost) else None for cost in costs]
     except FloatingPointError as error:
         raise CheckpointError(f"tensor {item.name!r}: a weight is NaN or infinite: a checkpoint is damaged") from error
 
@@ -155,7 +174,7 @@ def _sensitivity(job: Job, item: PlannedTensor, found: Sensitivities) -> Sensiti
     raise CalibrationError(f"no token reached {item.name}: what its errors cost is not known; give --bits")
 
 
-def _chosen(job: Job, costs: Mapping[str, list[float] | None]) -> dict[str, Any]:
+def _chosen(job: Job, costs: Mapping[str, list[float | None] | None]) -> dict[str, Any]:
     """Settings by tensor, and what they are expected to cost.
 
     Raises:
@@ -163,7 +182,6 @@ def _chosen(job: Job, costs: Mapping[str, list[float] | None]) -> dict[str, Any]
     """
     budget = job.budget
     assert budget is not None
-    digits = len(str(budget))
     fixed = SHARD_NBYTES * len(job.plan.units)
     items: list[PlannedTensor] = []
     settings: list[list[QuantizerSettings]] = []
@@ -172,23 +190,20 @@ def _chosen(job: Job, costs: Mapping[str, list[float] | None]) -> dict[str, Any]
         own = costs[item.name]
         if own is None and item.shape == item.base_shape:
             continue
-        itemsize = item.expert.info(job.expert).dtype.itemsize
         if own:
             choices = OPTIONS[item.kind].within(item.shape).settings(_template(job, item))
-            sizes = [
-                _nbytes(item, expected_entry(choice, item.shape, item.base_shape), itemsize, digits)
-                for choice in choices
-            ]
+            sizes = _sizes(job, item, choices)
+            measured = [place for place, cost in enumerate(own) if cost is not None]
             items.append(item)
-            settings.append(choices)
-            points.append([Point(*both) for both in zip(sizes, own, strict=True)])
+            settings.append([choices[place] for place in measured])
+            points.append([Point(sizes[place], own[place]) for place in measured])  # type: ignore[arg-type]
         else:
             quantizer = job.settings.of(item.kind, unrelated=item.unrelated)
             if own is None or quantizer is None:
                 entry = TensorEntry(name="", kind="dense", shape=item.shape, base="", base_shape=item.base_shape)
             else:
                 entry = expected_entry(quantizer, item.shape, item.base_shape)
-            fixed += _nbytes(item, entry, itemsize, digits)
+            fixed += _nbytes(entry, _itemsize(job, item), _named(item), _digits(job))
     least = fixed + least_nbytes(points)
     if least > budget:
         asked = "--size" if job.settings.size is not None else "--target-bits"
@@ -208,9 +223,35 @@ def _chosen(job: Job, costs: Mapping[str, list[float] | None]) -> dict[str, Any]
     }
 
 
-def _nbytes(item: PlannedTensor, entry: TensorEntry, itemsize: int, digits: int) -> int:
-    named = replace(entry, name=item.name)
+def _sizes(job: Job, item: PlannedTensor, choices: Sequence[QuantizerSettings]) -> list[int]:
+    """Bytes with each of the choices, headers with them."""
+    return list(
+        _sizes_at(tuple(choices), item.shape, item.base_shape, _itemsize(job, item), _named(item), _digits(job))
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # layers are alike, and a thousand headers take as long to write as to be measured
+def _sizes_at(choices: tuple[QuantizerSettings, ...], *of_tensor: Any) -> tuple[int, ...]:
+    shape, base_shape, *rest = of_tensor
+    return tuple(_nbytes(expected_entry(choice, shape, base_shape), *rest) for choice in choices)
+
+
+def _nbytes(entry: TensorEntry, itemsize: int, name: str, digits: int) -> int:
+    named = replace(entry, name=name)
     return named.expected_nbytes(itemsize) + header_nbytes(named, digits)
+
+
+def _named(item: PlannedTensor) -> str:
+    """A name as long as the tensor's in a header."""
+    return "x" * (len(json.dumps(item.name)) - 2)
+
+
+def _itemsize(job: Job, item: PlannedTensor) -> int:
+    return item.expert.info(job.expert).dtype.itemsize
+
+
+def _digits(job: Job) -> int:
+    return len(str(job.budget))
 
 
 def _expected(items: list[PlannedTensor], points: list[list[Point]], found: Allocation) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.engine.banks import Banks, Stored, device_layout
+from meswitch_cli.engine.bank_layout import device_layout
+from meswitch_cli.engine.banks import Banks, Stored
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import ServedModel
 from meswitch_cli.engine.host_copies import HostCopies

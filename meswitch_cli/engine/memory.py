@@ -17,7 +17,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.skeleton import skeleton
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import expected_entry
-from meswitch_cli.engine.banks import bank_layout, capacity_of, slot_bits
+from meswitch_cli.engine.bank_layout import bank_layout, capacity_of, slot_bits
 from meswitch_cli.engine.base_model import BaseModel, gain_weight
 from meswitch_cli.errors import CheckpointError, UsageError
 from meswitch_cli.model.architecture import Architecture, Parameter, architecture

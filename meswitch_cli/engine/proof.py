@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from meswitch_cli.engine.attention import NAME, register
-from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.bank_layout import bank_layout
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.base_model import BaseModel, replace_layers
 from meswitch_cli.engine.contract import BASE, Chunk, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.decoding import Decoding

@@ -11,7 +11,7 @@ from meswitch_cli.artifact.manifest import Manifest, ModelReference
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
-from meswitch_cli.engine.banks import LayerNames
+from meswitch_cli.engine.bank_layout import LayerNames
 from meswitch_cli.model.architecture import Architecture, Parameter
 
 #: Norm of a delta over its weight's: large, so that an expert that is served as the base is seen.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meswitch_cli.engine.banks import Banks, device_layout
+from meswitch_cli.engine.bank_layout import device_layout
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.base_model import BaseModel, load_base, served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base

@@ -11,6 +11,7 @@ from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.artifact.restore import restore
 from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression import choice
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import CompressionSettings
@@ -61,6 +62,34 @@ def test_the_expert_is_restored(chosen: Artifact, pair: Pair, tmp_path: Path) ->
     name = "model.layers.0.self_attn.v_proj.weight"
     own, wanted, old = (checkpoint.read(name).float() for checkpoint in (restored, expert, base))
     assert torch.nn.functional.cosine_similarity((own - old).flatten(), (wanted - old).flatten(), 0) > 0.3
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Of weights that are as many as a small model's."""
+    width = {"hidden_size": 288, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return make_pair(tmp_path_factory.mktemp("larger"), **width)
+
+
+@pytest.mark.parametrize("size", [150_000, 250_000, 400_000])
+def test_what_is_not_measured_would_not_be_chosen(
+    larger: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    measured: dict[str, list[int]] = {}
+    costs = choice._costs_of
+
+    def counted(job: Job, item: Any, *rest: Any) -> Any:
+        found = costs(job, item, *rest)
+        if item.kind == "linear" and found:
+            measured.setdefault(item.name, []).append(sum(cost is not None for cost in found))
+        return found
+
+    monkeypatch.setattr(choice, "_costs_of", counted)
+    for out, margin in (("some", choice.MARGIN), ("every", 1e9)):
+        monkeypatch.setattr(choice, "MARGIN", margin)
+        compress(_job(larger, tmp_path / out, size=size))
+    assert _bytes(tmp_path / "some") == _bytes(tmp_path / "every")
+    assert all(2 * some < every for some, every in measured.values())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -22,7 +22,8 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate
-from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.bank_layout import bank_layout
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.base_model import gain_weight, load_base, load_plain, rms_epsilon, without_gain
 from meswitch_cli.engine.batch import Batch
 from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling

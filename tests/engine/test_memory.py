@@ -22,7 +22,8 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.engine import EngineSettings, TransformersEngine
-from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.bank_layout import bank_layout
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.memory import MemoryPlan, parse_bytes, plan_memory
 from meswitch_cli.errors import CheckpointError, UsageError

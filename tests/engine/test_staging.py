@@ -15,7 +15,8 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.stored import StoredDelta
 from meswitch_cli.engine import staging
-from meswitch_cli.engine.banks import Banks, bank_layout
+from meswitch_cli.engine.bank_layout import bank_layout
+from meswitch_cli.engine.banks import Banks
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.staging import StagedCopy, pinned_buffer

@@ -10,7 +10,7 @@ import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.config import parsed_config
-from meswitch_cli.engine.banks import Layout
+from meswitch_cli.engine.bank_layout import Layout
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, token_bytes
 from meswitch_cli.engine.sampling_ranges import MAX_TOP_LOGPROBS
 from meswitch_cli.engine.settings import EngineSettings

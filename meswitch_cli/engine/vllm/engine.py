@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meswitch_cli.artifact.manifest import Manifest
-from meswitch_cli.engine.banks import bank_layout
+from meswitch_cli.engine.bank_layout import bank_layout
 from meswitch_cli.engine.base_model import served_dtype
 from meswitch_cli.engine.contract import EngineError, EngineStatistics, GenerationRequest, ShuttingDownError
 from meswitch_cli.engine.expert import ServedModel, open_base

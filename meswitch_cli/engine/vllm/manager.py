@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.banks import Layout, bank_layout
+from meswitch_cli.engine.bank_layout import Layout, bank_layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.expert import expert_vocabulary
 from meswitch_cli.engine.host_copies import HostCopies

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from meswitch_cli.engine.banks import Layout
+from meswitch_cli.engine.bank_layout import Layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.model.architecture import Architecture
 from meswitch_kernels import Capacity

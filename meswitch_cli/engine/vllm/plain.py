@@ -14,7 +14,7 @@ from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.banks import Layout, bank_layout
+from meswitch_cli.engine.bank_layout import Layout, bank_layout
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.vllm.arguments import loading_arguments

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine.banks import Layout
+from meswitch_cli.engine.bank_layout import Layout
 from meswitch_cli.engine.base_model import without_gain
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.announced import AnnouncedTokens

@@ -18,7 +18,7 @@ from engine.family import Family
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine import EngineSettings
-from meswitch_cli.engine.banks import Layout, bank_layout
+from meswitch_cli.engine.bank_layout import Layout, bank_layout
 from meswitch_cli.engine.base_model import load_base
 from meswitch_cli.engine.contract import EngineError, InvalidRequestError, Sampling
 from meswitch_cli.engine.expert import ServedModel
