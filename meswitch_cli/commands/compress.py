@@ -69,13 +69,16 @@ def run(
         int | None,
         typer.Option(
             min=0,
-            help="Leading singular directions of a tensor kept beside its codes, at 4 bits.",
-            show_default="16 up to 1 bit, else 0",
+            help="Leading singular directions of a tensor kept beside its codes.",
+            show_default="16",
         ),
     ] = None,
     factor_bits: Annotated[
         Factors | None,
-        typer.Option(help="Bits of a number of an adapter's factors, or the directions'.", show_default="16, or 4"),
+        typer.Option(
+            help="Bits of a number of an adapter's factors, or the directions'.",
+            show_default="16; directions 4, 8 from 2 bits on",
+        ),
     ] = None,
     exact: Annotated[
         bool,

@@ -22,6 +22,7 @@ PANELS = {
         "code",
         "salient",
         "rank",
+        "exact",
         "adapter_rank",
         "group_size",
         "embedding_bits",
@@ -37,22 +38,31 @@ def run(
     experts: Annotated[int, typer.Option(min=1, help="How many experts are to be served.")],
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
     bits: Annotated[
-        Rate,
-        typer.Option(help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU."),
-    ] = "1",
+        Rate | None,
+        typer.Option(
+            help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU.",
+            show_default="1; 2 with --exact",
+        ),
+    ] = None,
     code: Annotated[
         CodeName | None,
         typer.Option(help="As for compress.", show_default="scalar from 1"),
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Experts on the device at once.", show_default="all")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and continuation together.")] = 4096,
-    salient: Annotated[int, typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.")] = 8,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The experts are stored bit for bit, and coded when they are loaded.")
+    ] = False,
+    salient: Annotated[
+        int | None,
+        typer.Option(min=0, help="Input channels a tensor keeps in 16 bit.", show_default="8; 0 with --exact"),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             min=0,
             help="Leading singular directions a tensor keeps beside its codes.",
-            show_default="16 up to 1 bit, else 0",
+            show_default="16",
         ),
     ] = None,
     adapter_rank: Annotated[
@@ -96,7 +106,8 @@ def run(
         raise UsageError("--card: how fast adapters are was not measured; leave it out with --adapter-rank")
     known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
-        bits=rate(bits),
+        bits=rate(bits) if bits else None,
+        exact=exact,
         code=code,
         salient=salient,
         rank=rank,

@@ -41,14 +41,16 @@ def default_embedding_bits(bits: float, code: CodeName) -> float:
     return 1 if code == "trellis" else max(2, bits)
 
 
+#: Directions cut KL to a tenth at 1 bit, to a sixteenth at 2 (docs/results/compression.md).
+DEFAULT_RANK = 16
 #: What a slot's code of an expert that is stored bit for bit has, where the user says nothing: docs/results/sparse.md.
 #: Factors lie in a slot in 16 bits anyway, and rounded to 4 they are what limits such a code.
-SERVED_BITS, SERVED_RANK, SERVED_FACTOR_BITS = 2, 16, HALF_BITS
+SERVED_BITS, SERVED_FACTOR_BITS = 2, HALF_BITS
 
 
-def default_rank(bits: float) -> int:
-    """Up to 1 bit 16 directions cut KL to a tenth (docs/results/compression.md); at 2 there is less to win."""
-    return 16 if bits <= 1 else 0
+def default_factor_bits(bits: float) -> int:
+    """From 2 bits on it is the rounding of factors to 4 bits that limits the code: docs/results/sparse.md."""
+    return 8 if bits >= 2 else FACTOR_BITS
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class CompressionSettings:
             are, too, if there is one.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
-        factor_bits: width of the factors' numbers; None is 16 of an adapter's, 4 of others.
+        factor_bits: width of the factors' numbers; None is 16 of an adapter's, of others as `default_factor_bits`.
         exact: whether the expert is stored bit for bit; bits and the like are those of the code that an engine makes
             of it at loading.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
@@ -163,15 +165,15 @@ class CompressionSettings:
             if steps not in (None, "unbiased", "least-squares") or calibration not in (None, RANDOM):
                 raise UsageError("--exact: its code is made when it is loaded, without calibration or training")
             rule, calibration, salient = steps or "unbiased", None, salient or 0
-            bits, rank = (SERVED_BITS if bits is None else bits), (SERVED_RANK if rank is None else rank)
-            others["factor_bits"] = others.get("factor_bits") or (SERVED_FACTOR_BITS if rank else None)
+            bits = SERVED_BITS if bits is None else bits
+            others["factor_bits"] = others.get("factor_bits") or (None if rank == 0 else SERVED_FACTOR_BITS)
         bits, salient = (DEFAULT_BITS if bits is None else bits), (8 if salient is None else salient)
         chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
         return cls(
             bits=bits,
             salient=salient,
-            rank=default_rank(bits) if rank is None else rank,
+            rank=DEFAULT_RANK if rank is None else rank,
             channel_scale=channel_scale or default_channel_scale(bits, chosen),
             steps=rule,
             embedding_bits=embedding_bits or default_embedding_bits(bits, chosen),
@@ -205,7 +207,7 @@ class CompressionSettings:
             rounding=self.rounding,
             steps=rule,
             rank=self.rank,
-            factor_bits=self.factor_bits or FACTOR_BITS,
+            factor_bits=self.factor_bits or (FACTOR_BITS if self.has_budget else default_factor_bits(self.bits)),
             code=self.code,
         )
 

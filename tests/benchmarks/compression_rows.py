@@ -9,8 +9,8 @@ TRELLIS = f"meswitch:code=trellis,salient=8,{OURS}"
 #: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
 DEFAULTS = {
     f"{ONE},rank=16": "`--bits 1`",
-    f"meswitch:bits=2,salient=8,{OURS}": "`--bits 2`",
-    f"meswitch:bits=4,salient=8,{OURS},embedding=4": "`--bits 4`",
+    f"meswitch:bits=2,salient=8,{OURS},rank=16,factor_bits=8": "`--bits 2`",
+    f"meswitch:bits=4,salient=8,{OURS},rank=16,factor_bits=8,embedding=4": "`--bits 4`",
 }
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
@@ -27,7 +27,9 @@ OPTIONS = {
     f"meswitch:bits=1,salient=0,channel_scale=rms,{OURS},rank=16,embedding=1": (
         "`--bits 1 --salient 0 --embedding-bits 1`"
     ),
-    f"meswitch:bits=2,salient=8,{OURS},rank=16": "`--bits 2 --rank 16`",
+    f"meswitch:bits=2,salient=8,{OURS},rank=16": "`--bits 2 --factor-bits 4`",
+    f"meswitch:bits=2,salient=8,{OURS}": "`--bits 2 --rank 0`",
+    f"meswitch:bits=4,salient=8,{OURS},embedding=4": "`--bits 4 --rank 0`",
 }
 #: Fixed before any was measured; those that need data last, so that a run without it has the rest.
 ROWS = (

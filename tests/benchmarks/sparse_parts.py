@@ -3,7 +3,8 @@
     python tests bench sparse_parts [--expert reinforced] [--set choice] [--only TEXT] [--forms LINEARS+EMBEDDING ...]
 
 A form says how linears and how the embedding are coded: `own` keeps the expert's, else settings as `bits=2,rank=16`.
-Norms are the expert's own, as they are in every artifact. Each row is kept beside the zoo as soon as it is measured.
+Norms are the expert's own, as they are in every artifact. `default` is what `compress` stores without options, and
+`served` what an engine makes of that. Each row is kept beside the zoo as soon as it is measured.
 Prints rows for docs/results/sparse.md; the choice items choose, the report items tell what was chosen.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +26,11 @@ from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
+from meswitch_cli.engine.exact import coded
 from meswitch_cli.evaluation.exact_match import exact_match
 from meswitch_cli.evaluation.prompts import encode_set, read_set
 from meswitch_cli.evaluation.subjects import open_experts
+from meswitch_cli.library.artifacts import compress
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.matching import PlannedTensor, make_plan
 from meswitch_cli.model.tokenizer import end_ids
@@ -38,22 +42,22 @@ from zoo.skills import outcome
 
 CACHE = Path.home() / ".cache" / "meswitch-zoo"
 OWN, BASE = "own", "base"
-#: Settings of linears as `compress --bits` takes them, and of the embedding beside them.
 ONE = "bits=1,rank=16,channel_scale=rms,salient=8"
 FORMS = (
-    f"{BASE}+{BASE}",
-    f"{ONE}+bits=2",
-    f"{ONE}+{OWN}",
     f"{OWN}+bits=2",
-    "bits=2,salient=8+bits=2",
+    f"{ONE}+{OWN}",
+    f"bits=1,rank=16,salient=8+{OWN}",
+    f"bits=1,rank=16,salient=8,factor_bits=16+{OWN}",
+    f"bits=1,code=trellis,rank=16,salient=8+{OWN}",
+    f"bits=0.25,code=trellis,rank=16,salient=8+{OWN}",
     f"bits=2,salient=8+{OWN}",
-    f"bits=2,salient=8,rank=16+{OWN}",
-    "bits=2,salient=8,rank=16+bits=2",
-    "bits=4,salient=8+bits=4",
+    f"bits=2,rank=16,salient=8+{OWN}",
+    f"bits=2,rank=16,salient=8,factor_bits=8+{OWN}",
     f"bits=4,salient=8+{OWN}",
-    f"bits=4,salient=8,rank=16+{OWN}",
-    f"{OWN}+bits=4",
-    "bits=4,group_size=32+bits=4,group_size=32",
+    f"bits=4,group_size=32,steps=unbiased+{OWN}",
+    f"bits=4,rank=16,steps=unbiased+{OWN}",
+    f"bits=4,rank=16,steps=unbiased,factor_bits=16+{OWN}",
+    f"bits=2,rank=16,steps=unbiased,factor_bits=16+{OWN}",
 )
 
 
@@ -94,6 +98,35 @@ class CodedWeights:
         return value
 
 
+class ServedWeights:
+    """What an engine makes of the artifact that `compress` writes without options, or `restore` where `exactly`."""
+
+    def __init__(self, bench: Bench, *, exactly: bool) -> None:
+        self.name, self.config = "served", bench.expert.weights.config
+        self.architecture, self.buffers = bench.expert.weights.architecture, bench.expert.weights.buffers
+        self._base = bench.base
+        with tempfile.TemporaryDirectory() as folder:
+            sources = (bench.base.checkpoint.source.path, bench.expert.weights.checkpoint.source.path)
+            artifact = compress(*sources, Path(folder) / "artifact")
+            print(f"{artifact.manifest.nbytes:,} bytes, settings {dict(artifact.manifest.settings)}", flush=True)
+            self.nbytes = artifact.manifest.nbytes
+            self._entries = {entry.name: entry for entry in artifact.manifest.tensors}
+            self._own = {}
+            if exactly:
+                for name, entry in self._entries.items():
+                    self._own[name] = artifact.expert_tensor(entry, bench.base.read(entry.base))
+                return
+            stored = coded(artifact, artifact.read_all(), bench.base)
+            self.nbytes = sum(delta.nbytes for delta in stored.values())
+        for name, delta in stored.items():
+            value = delta.value
+            self._own[name] = bench.base.read(name).float() + dequantize(delta) if value is None else value
+
+    def read(self, name: str) -> torch.Tensor:
+        name = self.architecture.parameters[name].tied_to or name
+        return self._own[name] if name in self._own else self._base.read(name)
+
+
 class Bench:
     """An expert, what it answers, and what its tensors become."""
 
@@ -118,6 +151,11 @@ class Bench:
         )
         self.items = self.encoded.items[:items]
         self._full: list[torch.Tensor] = []
+
+    def weights(self, form: str) -> CodedWeights | ServedWeights:
+        if form in ("default", "served"):
+            return ServedWeights(self, exactly=form == "default")
+        return CodedWeights(self, form)
 
     def model(self, weights: Any) -> Any:
         return build_model(weights, torch.device("cpu"), torch.float32)
@@ -154,6 +192,18 @@ class Bench:
         return [document.answer for document in run.documents]
 
 
+def known_rows(bench: Bench, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The rows of base and full expert, where `bench compression` measured them on the same items."""
+    file = CACHE / "compression" / f"{options.expert}.json"
+    if options.set != "report" or not file.exists():
+        return {}
+    stored = json.loads(file.read_text())
+    key = {"base": bench.base.fingerprint, "expert": bench.expert.weights.fingerprint}
+    if stored["key"] != key | {"items": options.items, "answers": options.answers}:
+        return {}
+    return {f"{OWN}+{OWN}": stored["rows"]["full expert"], f"{BASE}+{BASE}": stored["rows"]["base"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", default="kinds")
@@ -167,11 +217,14 @@ def main() -> None:
     file: Path = options.measured
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     bench = Bench(options.group, options.expert, options.set, options.items, options.answers)
+    known = known_rows(bench, options)
     prefix = f"{options.expert}/{options.set}/{len(bench.items)}/{len(bench.lines)}/"
     for form in (f"{OWN}+{OWN}", f"{BASE}+{BASE}", *options.forms):
         started = time.monotonic()
+        if form in known:
+            kept.setdefault(prefix + form, known[form])
         if prefix + form not in kept:
-            weights = CodedWeights(bench, form)
+            weights = bench.weights(form)
             kept[prefix + form] = bench.measure(weights) | {"nbytes": weights.nbytes}
             write_atomically(file, json.dumps(kept).encode())
         if form == f"{OWN}+{OWN}":

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import in_process
 from engine.family import Family
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from meswitch_cli.app import build_app
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.served import slot_entries
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
@@ -68,12 +70,17 @@ def test_plan_is_what_is_allocated(
 def test_plan_of_artifacts_is_what_is_allocated(options: dict[str, Any], tmp_path: Path) -> None:
     base, expert = make_pair(tmp_path, "qwen2", relative_delta=0.1, **options)
     artifacts = []
-    for name, chosen in (("size", {"size": 60_000}), ("bits", {"bits": 1, "rank": 3})):
+    kinds: dict[str, dict[str, Any]] = {
+        "size": {"size": 60_000},
+        "bits": {"bits": 1, "rank": 3},
+        "exact": {"exact": True},
+    }
+    for name, chosen in kinds.items():
         settings = CompressionSettings.with_defaults(**chosen)
         compress(prepare(str(base), str(expert), tmp_path / name, settings, None))
         artifacts.append(Artifact.open(tmp_path / name).manifest)
     loaded = load_base(Checkpoint.open(str(base)), torch.device("cpu"), torch.bfloat16)
-    for like, messages in itertools.product((artifacts[:1], artifacts), (False, True)):
+    for like, messages in itertools.product((artifacts[:1], artifacts[2:], artifacts), (False, True)):
         plan = plan_memory(
             Checkpoint.open(str(base)),
             CompressionSettings().by_kind(),
@@ -83,8 +90,21 @@ def test_plan_of_artifacts_is_what_is_allocated(options: dict[str, Any], tmp_pat
             messages=messages,
         )
         assert plan.slots_nbytes == Banks(loaded, bank_layout(loaded, like, messages=messages), 3).nbytes
-        linears = [entry for item in like for entry in item.tensors if entry.kind == "linear"]
+        linears = [entry for item in like for entry in slot_entries(item) if entry.kind == "linear"]
         assert plan.bits == max(entry.bits if messages else entry.width for entry in linears)
+
+
+def test_exact_experts_are_planned_without_an_artifact(tmp_path: Path) -> None:
+    base, expert = make_pair(tmp_path, "qwen2", relative_delta=0.1)
+    settings = CompressionSettings.with_defaults(exact=True, bits=4)
+    compress(prepare(str(base), str(expert), tmp_path / "artifact", settings, None))
+    manifest = Artifact.open(tmp_path / "artifact").manifest
+    told = ["--base", str(base), "--experts", "3", "--device-memory", "1GB", "--json"]
+    by_options, by_artifact = (
+        json.loads(in_process("plan", *told, *more).stdout)["slot_bytes"]
+        for more in (("--exact", "--bits", "4"), ("--artifact", tmp_path / "artifact"))
+    )
+    assert by_options == by_artifact > 0 and manifest.exact
 
 
 @pytest.mark.parametrize(("bits", "share"), [(0.125, 1 / 8), (0.25, 1 / 4), (0.5, 1 / 2), (1, 1 / 2)])
@@ -203,13 +223,13 @@ def plan_of(folder: Path, config: dict[str, Any], *more: str) -> tuple[int, Any]
 )
 def test_a_base_whose_experts_no_layer_serves_is_not_planned(family: str, found: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family, dtype="bfloat16").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{family} compresses but is not served.*{found}"):
+    with pytest.raises(CheckpointError, match=rf"{family} is served one request at a time at most.*{found}"):
         plan_memory(Checkpoint.describe(str(tmp_path)), CompressionSettings().by_kind(), experts=1, device_nbytes=1)
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     """Mistral-7B and the paper's 16 experts on 80 GB."""
-    status, plan = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"}, "--bits", "2")
+    status, plan = plan_of(tmp_path, MISTRAL_7B | {"torch_dtype": "bfloat16"}, "--bits", "2", "--rank", "0")
     assert status == 0 and plan["base_bytes"] == 2 * 7_241_732_096
     assert plan["cache_token_bytes"] == 2 * 32 * 8 * 128 * 2
     # Two bits a weight, and at most a twentieth of it for steps and salient channels.
@@ -221,15 +241,15 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert isinstance(error, UsageError) and "give --dtype" in str(error)
 
 
-@pytest.mark.parametrize(("bits", "usual"), [("0.25", 16), ("1", 16), ("2", 0)])
-def test_rank_is_counted(bits: str, usual: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", ["0.25", "1", "2", "4"])
+def test_rank_is_counted(bits: str, tmp_path: Path) -> None:
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
     said = plan_of(tmp_path, config, "--bits", bits)[1]["slot_bytes"]
     without, with_16 = (plan_of(tmp_path, config, "--bits", bits, "--rank", n)[1]["slot_bytes"] for n in ("0", "16"))
     # Rows and columns of a layer's seven linears, sixteen times in 16 bit; a slot's rank in each bank.
     layer = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
     assert with_16 - without == 32 * layer
-    assert said == (with_16 if usual else without)
+    assert said == with_16
 
 
 def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
         options, quantizer = methods[name].options, settings.of("linear", unrelated=False)
         assert quantizer is not None
         assert (options["bits"], options["salient"], options["rank"]) == (bits, quantizer.salient, quantizer.rank)
+        assert options["factor_bits"] == quantizer.factor_bits
         assert (options["channel_scale"], options["steps"]) == (quantizer.channel_scale, quantizer.steps)
         embedding = settings.of("embedding", unrelated=False)
         assert embedding is not None and options["embedding"] == embedding.bits

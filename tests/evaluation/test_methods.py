@@ -61,7 +61,9 @@ def test_the_meswitch_method_is_what_compress_writes(
     compress(job)
     artifact = Artifact.open(tmp_path / "art")
     weights = made(
-        pair, f"meswitch:bits=2,salient=4,rank={rank},activations={activations}", data.path if data else None
+        pair,
+        f"meswitch:bits=2,salient=4,rank={rank},factor_bits=8,activations={activations}",
+        data.path if data else None,
     )
     ours = read_all(weights)
     theirs = read_all(ArtifactWeights(artifact, weights.base))

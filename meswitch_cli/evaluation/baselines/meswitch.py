@@ -29,6 +29,7 @@ class MeSwitch(Method):
     channel_scale: ChannelScale = "none"
     steps: StepRule = "unbiased"
     rank: int = 0
+    factor_bits: Literal[4, 8, 16] = 4
     code: Literal["auto", "scalar", "trellis"] = "auto"
     saliency: Saliency = "error"
     activations: ActivationSource = "auto"
@@ -48,6 +49,7 @@ class MeSwitch(Method):
             channel_scale=self.channel_scale,
             steps=self.steps,
             rank=self.rank,
+            factor_bits=self.factor_bits,
             code=None if self.code == "auto" else self.code,
         )
 
