@@ -130,8 +130,8 @@ class Running:
             # Processes share the machine, so the load is over when the last of them is.
             "tokens_per_second": sum(item["total_output_tokens"] for item in told)
             / max(item["duration"] for item in told),
-            "ttft_ms": statistics.mean(item["median_ttft_ms"] for item in told),
-            "tpot_ms": statistics.mean(item["median_tpot_ms"] for item in told),
+            "ttft_ms": float(statistics.mean(item["median_ttft_ms"] for item in told)),
+            "tpot_ms": float(statistics.mean(item["median_tpot_ms"] for item in told)),
             "completed": sum(item["completed"] for item in told),
         }
 
