@@ -297,7 +297,7 @@ def merged_linears(
 
 def _blocks(in_features: int, family: Sequence[int]) -> int:
     """As many as the widest codes need; those of fewer bits have fewer blocks, and programs to spare."""
-    return triton.cdiv(in_features, block_channels(family[0]))
+    return int(triton.cdiv(in_features, block_channels(family[0])))
 
 
 def merged_at_once(siblings: SiblingTable, x: Tensor) -> bool:

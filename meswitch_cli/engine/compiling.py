@@ -53,8 +53,9 @@ def compile_products(linears: Iterable[ExpertLinear], backend: ModuleType, slots
             if hasattr(backend, "separate_products"):
                 x, (_, groups) = _zeros(weight, size), _slots(weight, size, backend, slots)
                 for key, own in backend.separate_products(x, operands, groups).items():
-                    alone = (backend.expert_linears, (own,)) if len(own) > 1 else (backend.expert_linear, own[0])
-                    separate.setdefault(key, called(*alone, own[0][0], size))
+                    several = len(own) > 1
+                    function = backend.expert_linears if several else backend.expert_linear
+                    separate.setdefault(key, called(function, (own,) if several else own[0], own[0][0], size))
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "meswitch-compile") as threads:
         _run(threads, list(separate.values()), "kernels")
         _run(threads, every, "products")  # with what comes before them and lies between

@@ -183,8 +183,8 @@ def _refuse_unserved(described: Architecture, where: str) -> None:
     for name, item in described.parameters.items():
         if item.stacked or item.transposed or (item.kind == "dense" and len(item.shape) > 1):
             raise CheckpointError(
-                f"{where}: {described.model_type} compresses but is not served on a card, so there is nothing to "
-                f"plan: {name} is in no layer that serves experts there"
+                f"{where}: {described.model_type} is served one request at a time at most, whose memory cannot be "
+                f"planned: {name} is in no layer that has banks in batches on a card"
             )
 
 

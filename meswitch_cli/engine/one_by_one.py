@@ -33,7 +33,7 @@ PATIENCE = 0.1
 _PROBE_TOKENS = 16
 
 
-class Hooks(Protocol):
+class TurnHooks(Protocol):
     """What the loop tells the engine, always from its own thread."""
 
     def before_batch(self, loop: OneByOne) -> None: ...
@@ -62,7 +62,9 @@ class OneByOne:
         tokens_reserved: those that they may come to hold, for any thread to read.
     """
 
-    def __init__(self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks) -> None:
+    def __init__(
+        self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: TurnHooks
+    ) -> None:
         self._base, self._slots, self._hooks, self._longest = base, slots, hooks, max_model_len
         self._backend = kernels(base.device, base.dtype)
         self._most = settings.max_running

@@ -30,6 +30,7 @@ from meswitch_cli.evaluation.figures import EXACT_MATCH
 from meswitch_cli.evaluation.prompts import EncodedSet, encode_set, read_set
 from meswitch_cli.evaluation.subjects import Expert, open_experts
 from meswitch_cli.model.build import build_model
+from meswitch_cli.model.matching import make_plan
 from meswitch_cli.model.tokenizer import end_ids
 from meswitch_cli.model.weights import CheckpointWeights, context_length
 from zoo import group
@@ -40,6 +41,23 @@ from zoo.skills import outcome
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "compression.md"
 PICTURE = PAGE.parents[1] / "images" / "frontier.svg"
 CACHE = Path.home() / ".cache" / "meswitch-zoo"
+
+
+class BaseWithAddedRows:
+    """The base, and the expert's rows of tokens that the base does not have: what every method stores as they are."""
+
+    def __init__(self, base: CheckpointWeights, expert: Expert) -> None:
+        self.name, self.config = "base", expert.weights.config
+        self.architecture, self.buffers = expert.weights.architecture, expert.weights.buffers
+        self._base, self._expert = base.checkpoint, expert.weights.checkpoint
+        self._planned = {item.name: item for item in make_plan(self._base, self._expert).tensors}
+
+    def read(self, name: str) -> torch.Tensor:
+        item = self._planned[self.architecture.parameters[name].tied_to or name]
+        value = item.base.read(self._base)
+        if item.kind == "dense":
+            return value
+        return torch.cat([value[: item.shared_rows], item.expert.read(self._expert)[item.shared_rows :]])
 
 
 class Bench:
@@ -69,11 +87,8 @@ class Bench:
         """Fill a row and keep it."""
         started = time.monotonic()
         candidate = None if row in (BASE, EXPERT) else self._candidate(row)
-        model = build_model(
-            self.base if row == BASE else candidate.weights if candidate else self.expert.weights,
-            torch.device("cpu"),
-            torch.float32,
-        )
+        whole = BaseWithAddedRows(self.base, self.expert) if row == BASE else self.expert.weights
+        model = build_model(candidate.weights if candidate else whole, torch.device("cpu"), torch.float32)
         if not self._reference:
             full = model if row == EXPERT else build_model(self.expert.weights, torch.device("cpu"), torch.float32)
             self._reference = reference_logits(full, self.items)

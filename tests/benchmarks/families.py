@@ -1,10 +1,12 @@
 """Which of transformers' families compress, restore and are served: writes docs/families.md.
 
-    python tests bench families [--vllm] [FAMILY ...]
+    python tests bench families [--serving | --vllm PYTHON] [FAMILY ...]
 
 A family is tried as a tiny model of its default configuration; `OVERRIDES` has what the defaults lack. Of families
-named on the command line the page's rows are written anew, and the others stay as they are. With `--vllm`, in an
-environment that has vLLM, the columns about vLLM are: of the families named, or of those where they are empty.
+named on the command line the page's rows are written anew, and the others stay as they are. With `--serving` what the
+page says of compressing and restoring stays; without names, those are tried that the page says are refused. With
+`--vllm` the columns about vLLM are, by the Python of an environment that has it: of the families named, or of those
+where they are empty.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +87,8 @@ class Row(NamedTuple):
     vllm_reason: str = ""
 
 
-def try_family(family: str, folder: Path) -> Row:
+def try_family(family: str, folder: Path, before: Row | None = None) -> Row:
+    """A family's row; what `before` says of compressing and restoring stays."""
     try:
         described = transformers.AutoConfig.for_model(family, **OVERRIDES.get(family, {}))
         config = json.loads(described.to_json_string(use_diff=False))
@@ -96,7 +99,7 @@ def try_family(family: str, folder: Path) -> Row:
     except Exception as error:
         return Row(family, "not tried", "", "refused", reason=f"no default configuration: {reason_of(error)}")
     try:
-        compressed, restored = _compressed(plain, folder)
+        compressed, restored = (before.compressed, before.restored) if before else _compressed(plain, folder)
     except MeswitchError as error:
         return Row(family, "no", "", "refused", reason=plain_reason(error))
     try:
@@ -232,7 +235,7 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
 
 
 @contextmanager
-def _given_up_after(seconds: int) -> Iterator[None]:
+def given_up_after(seconds: int) -> Iterator[None]:
     def give_up(*_: Any) -> None:
         raise TimeoutError(f"not decided within {seconds} s")
 
@@ -244,26 +247,28 @@ def _given_up_after(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def _row(family: str, attempt: Callable[[str, Path], Row]) -> Row:
+def _row(family: str, before: Row | None) -> Row:
     try:
-        with tempfile.TemporaryDirectory() as folder, _given_up_after(MOST_SECONDS):
-            return attempt(family, Path(folder))
+        with tempfile.TemporaryDirectory() as folder, given_up_after(MOST_SECONDS):
+            return try_family(family, Path(folder), before)
     except Exception as error:
         return Row(family, "not tried", "", "refused", reason=f"{type(error).__name__}: {reason_of(error)}")
 
 
-def _over_vllm(family: str) -> Row:
-    """What vLLM does with a family, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).parents[1]), "bench", "families_vllm", family]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Row(family, "", "", "", "not tried", vllm_reason=f"not decided within {MOST_SECONDS} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return Row(family, "", "", "", "not tried", vllm_reason=f"the process ended with {done.returncode}")
-    found = json.loads(lines[-1])
-    return Row(family, "", "", "", found["served"], vllm_reason=found["reason"])
+def _over_vllm(python: str, families: Sequence[str]) -> Iterator[Row]:
+    """What vLLM does with families, one after the other in a process of its own, and another where that ends."""
+    left = list(families)
+    while left:
+        command = [python, str(Path(__file__).parents[1]), "bench", "families_vllm", *left]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"family"'):
+                    found = json.loads(line)
+                    left.remove(found["family"])
+                    yield Row(found["family"], "", "", "", found["served"], vllm_reason=found["reason"])
+        if left and process.returncode:
+            yield Row(left.pop(0), "", "", "", "not tried", vllm_reason=f"the process ended with {process.returncode}")
 
 
 def main() -> None:
@@ -271,17 +276,23 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    if "--vllm" not in sys.argv:  # compiles the kernels
+    python, named = (sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["--vllm"] else (None, sys.argv[1:])
+    serving = named[:1] == ["--serving"]
+    named = named[1:] if serving else named
+    if python is None:  # compiles the kernels
         prove(transformers.AutoConfig.for_model("llama").to_dict(), "llama", CPU, torch.float32)
     machine, started = describe(), time.perf_counter()
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
-    over_vllm, named = "--vllm" in sys.argv, [word for word in sys.argv[1:] if word != "--vllm"]
-    untried = [name for name, row in _rows_of_page().items() if row.compressed == "yes" and not row.vllm]
-    for family in named or (untried if over_vllm else every):
-        found = _over_vllm(family) if over_vllm else _row(family, try_family)
+    compressed = {name: row for name, row in _rows_of_page().items() if row.compressed == "yes"}
+    refused = [name for name, row in compressed.items() if row.served == "refused"]
+    untried = [name for name, row in compressed.items() if not row.vllm]
+    chosen = named or (untried if python else refused if serving else every)
+    attempts = (_row(name, compressed.get(name) if serving else None) for name in chosen)
+    for found in _over_vllm(python, chosen) if python else attempts:
+        family = found.family
         rows = _rows_of_page()  # as another run may have left it meanwhile
         old = rows.get(family, Row(family, "", "", ""))
-        kept, new = (old, found) if over_vllm else (found, old)
+        kept, new = (old, found) if python else (found, old)
         rows[family] = kept._replace(vllm=new.vllm, vllm_reason=new.vllm_reason)
         print(f"{time.perf_counter() - started:6.1f} s  {' | '.join(found)}", file=sys.stderr, flush=True)
         shown = [rows[name] for name in every if name in rows]

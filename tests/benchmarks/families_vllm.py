@@ -1,8 +1,8 @@
-"""One of transformers' families over vLLM: prints, as JSON, whether its tokens are plain transformers'.
+"""Some of transformers' families over vLLM: prints, a line of JSON each, whether tokens are plain transformers'.
 
-    python tests bench families_vllm FAMILY
+    python tests bench families_vllm FAMILY ...
 
-`python tests bench families --vllm` runs it for each family in a process of its own.
+`python tests bench families --vllm PYTHON` runs it, and again with the rest where a family ends the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ import torch
 import transformers
 from engine.vllm.processes import fork_engines
 
-from benchmarks.families import CPU, EQUAL, LENGTHS, NEW_TOKENS, OVERRIDES, made_up_expert, plain_reason
+from benchmarks.families import (
+    CPU,
+    EQUAL,
+    LENGTHS,
+    MOST_SECONDS,
+    NEW_TOKENS,
+    OVERRIDES,
+    given_up_after,
+    made_up_expert,
+    plain_reason,
+)
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
@@ -101,15 +111,18 @@ def _greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     fork_engines()
-    with tempfile.TemporaryDirectory() as folder:
+    for family in sys.argv[1:]:
         try:
-            served, reason = serve(sys.argv[1], Path(folder)), ""
+            with tempfile.TemporaryDirectory() as folder, given_up_after(MOST_SECONDS):
+                served, reason = serve(family, Path(folder)), ""
         except MeswitchError as error:
             served, reason = "refused", plain_reason(error)
         except Exception as error:  # what no small model of can be made, or vLLM cannot run
             served, reason = "not tried", f"{type(error).__name__}: {reason_of(error)}"
-    print(json.dumps({"served": served, "reason": reason}), flush=True)
+        print(json.dumps({"family": family, "served": served, "reason": reason}), flush=True)
 
 
 if __name__ == "__main__":

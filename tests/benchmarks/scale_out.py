@@ -1,9 +1,9 @@
 """Mixed traffic of four experts in one vLLM, against four LoRAs in one, and against a process for each model.
 
-python tests bench scale_out --base BASE --expert maths=ARTIFACT --expert code=ARTIFACT ... --out build/scale_out.json
+python tests bench scale_out --base BASE --expert maths=ARTIFACT --expert code=ARTIFACT ... --page docs/results/vllm.md
 
-`vllm bench serve` sends the requests and takes the times. All servers live until the end, so that rounds can take turns
-without starting any anew; those that are not asked wait without computing.
+`vllm bench serve` sends the requests and takes the times. The servers of the two variants of a comparison are started
+together and live through its rounds, in which the variants take turns; those that are not asked compute nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -36,7 +37,12 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 #: Of each variant, whether it is one process or several.
 CACHE_BYTES = 256 << 20
 WARM_UPS = 8
-KINDS = ("experts", "a process each", "experts, eager", "LoRAs, eager")
+COMPARISONS: Mapping[str, tuple[str, str]] = {
+    "compiled": ("experts", "a process for each model"),
+    # vLLM compiles no LoRAs on a CPU.
+    "eager": ("experts, eager", "LoRAs, eager"),
+}
+INTRO = Path(__file__).with_name("scale_out_intro.md")
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def variants(base: Path, experts: Mapping[str, Path], folder: Path, kinds: Seque
 
     made: dict[str, Callable[[], Variant]] = {
         "experts": lambda: Variant([(base, experts)], (*slots, *alone)),
-        "a process each": models,
+        "a process for each model": models,
         "experts, eager": lambda: Variant([(base, experts)], (*slots, *alone, "--enforce-eager")),
         "LoRAs, eager": loras,
     }
@@ -85,21 +91,37 @@ def variants(base: Path, experts: Mapping[str, Path], folder: Path, kinds: Seque
 
 
 class Running:
-    """A variant's servers, started and idle."""
+    """A variant's servers. The first begins to start here; what vLLM compiles for it, the others find."""
 
-    def __init__(self, variant: Variant, folder: Path, threads: int, stack: ExitStack) -> None:
+    def __init__(self, variant: Variant, folder: Path, cache: Path, threads: int) -> None:
+        self._variant, self._folder = variant, folder
         share = len(variant.servers)
-        environment = {
+        self._options = (*variant.options, "--kv-cache-memory-bytes", str(CACHE_BYTES // share))
+        self._environment = {
             "OMP_NUM_THREADS": str(max(1, threads // share)),
-            "VLLM_CACHE_ROOT": str(folder.parent / "cache"),
+            "VLLM_CACHE_ROOT": str(cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         }
-        cache = ("--kv-cache-memory-bytes", str(CACHE_BYTES // share))
-        self._servers = []
-        for number, (model, adapters) in enumerate(variant.servers):
-            own = folder / str(number)
-            own.mkdir(parents=True)
-            server = PlainServer(model, adapters, own, *variant.options, *cache, environment=environment)
-            self._servers.append((stack.enter_context(server), model, adapters))
+        self._servers: list[tuple[PlainServer, Path, Mapping[str, Path]]] = []
+        self._start(*variant.servers[0])
+
+    def wait(self) -> None:
+        """Until all have started."""
+        self._servers[0][0].__enter__()
+        for model, adapters in self._variant.servers[1:]:
+            self._start(model, adapters)
+        for server, *_ in self._servers[1:]:
+            server.__enter__()
+
+    def stop(self) -> None:
+        for server, *_ in self._servers:
+            server.__exit__()
+
+    def _start(self, model: Path, adapters: Mapping[str, Path]) -> None:
+        own = self._folder / str(len(self._servers))
+        own.mkdir(parents=True)
+        server = PlainServer(model, adapters, own, *self._options, environment=self._environment)
+        self._servers.append((server, model, adapters))
 
     def answer(self, load: Load, seed: int) -> dict[str, float]:
         """Send all servers their part of a load at once."""
@@ -164,54 +186,92 @@ def _arguments(
     return parser.parse_args(words)
 
 
-def table(rounds: Mapping[str, Sequence[Mapping[str, float]]], memory: Mapping[str, Mapping[str, float]]) -> str:
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Medians over the rounds, the least and the most in brackets, as Markdown."""
     lines = [
-        "| | tokens/s | first token, ms | each further one, ms | memory, GB | its own, GB |",
+        "| | tokens/s | first token, ms | each further one, ms | memory, GB | not shared, GB |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in rounds.items():
+    for name, figures in found.items():
         cells = []
         for figure, digits in (("tokens_per_second", 1), ("ttft_ms", 0), ("tpot_ms", 0)):
-            values = [item[figure] for item in found]
-            cells.append(f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]")
-        cells += [f"{memory[name][figure]:.1f}" for figure in ("rss_gb", "own_gb")]
+            values = [item[figure] for item in figures["rounds"]]
+            least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+            cells.append(f"{statistics.median(values):.{digits}f} [{least}, {most}]")
+        cells += [f"{figures['memory'][figure]:.1f}" for figure in ("rss_gb", "own_gb")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def page(options: argparse.Namespace, machine: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results' page."""
+    names = [item.partition("=")[0] for item in options.expert]
+    command = " ".join(["python tests bench scale_out --base BASE", *(f"--expert {name}=ARTIFACT" for name in names)])
+    told = (
+        f"The models take turns in {options.requests} requests of {options.input} tokens for {options.output} more "
+        f"each, {options.concurrency} at once; {options.threads} threads for each variant, {options.rounds} rounds: "
+        "the median, the least and the most."
+    )
+    return f"{INTRO.read_text(encoding='utf-8')}\n{told}\n\n{table(found)}\n\n`{command}`; {machine}.\n"
+
+
+def compare(
+    served: Mapping[str, Variant], load: Load, threads: int, rounds: int, folder: Path, cache: Path
+) -> dict[str, dict[str, Any]]:
+    """Figures of each variant's rounds, and the memory that its servers then have."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        running = {}
+        for number, (name, variant) in enumerate(served.items()):
+            running[name] = Running(variant, folder / f"servers-{number}", cache, threads)
+            stack.callback(running[name].stop)
+        for item in running.values():
+            item.wait()
+        _say(f"started {', '.join(running)} in {time.monotonic() - started:.0f} s")
+        found: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in running}
+        for number in range(rounds):
+            # Each is first in its turn.
+            for name in reversed(running) if number % 2 else running:
+                found[name]["rounds"].append(running[name].answer(load, seed=1 + number))
+                _say(f"round {number}, {name}: {found[name]['rounds'][-1]}")
+        for name, item in running.items():
+            found[name]["memory"] = item.memory()
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--expert", action="append", required=True, help="NAME=ARTIFACT; four of them")
-    parser.add_argument("--variant", action="append", choices=KINDS, help="repeatable; all unless given")
+    parser.add_argument("--comparison", action="append", choices=COMPARISONS, help="repeatable; both unless given")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--input", type=int, default=64)
     parser.add_argument("--output", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2, help="of each variant, shared between its servers")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=Path("build/vllm-cache"), help="where compiled code is kept")
     parser.add_argument("--out", type=Path, default=Path("build/scale_out.json"))
+    parser.add_argument("--page", type=Path, help="Markdown that is written with the figures")
     options = parser.parse_args()
     experts = {name: Path(path).resolve() for name, _, path in (item.partition("=") for item in options.expert)}
     load = Load(options.requests, options.input, options.output, options.concurrency)
     report: dict[str, Any] = {"machine": describe(), "load": asdict(load), "threads": options.threads}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
-        served = variants(options.base.resolve(), experts, Path(made), options.variant or KINDS)
-        running = {}
-        for name, variant in served.items():
-            running[name] = Running(variant, Path(made, f"servers-{len(running)}"), options.threads, stack)
-            print("started", name, file=sys.stderr, flush=True)
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in running}
-        for number in range(options.rounds):
-            # Each goes first in its turn.
-            for name in sorted(running, key=lambda item: (list(running).index(item) - number) % len(running)):
-                rounds[name].append(running[name].answer(load, seed=1 + number))
-                print(number, name, rounds[name][-1], file=sys.stderr, flush=True)
-            memory = {name: item.memory() for name, item in running.items()}
-            options.out.write_text(json.dumps(report | {"rounds": rounds, "memory": memory}, indent=1) + "\n")
-    print(table(rounds, memory))
+    cache = options.cache.resolve()
+    found: dict[str, dict[str, Any]] = {}
+    for name in options.comparison or COMPARISONS:
+        with tempfile.TemporaryDirectory() as folder:
+            served = variants(options.base.resolve(), experts, Path(folder), COMPARISONS[name])
+            found |= compare(served, load, options.threads, options.rounds, Path(folder), cache)
+        options.out.write_text(json.dumps(report | {"variants": found}, indent=1) + "\n")
+    print(table(found))
+    if options.page:
+        options.page.write_text(page(options, report["machine"], found), encoding="utf-8")
 
 
 if __name__ == "__main__":

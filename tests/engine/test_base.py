@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.manifest import FileEntry
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
-from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
+from meswitch_cli.engine import EngineSettings, TransformersEngine, attention, generate
 from meswitch_cli.engine.banks import Banks, bank_layout
 from meswitch_cli.engine.base_model import gain_weight, load_base, load_plain, rms_epsilon, without_gain
 from meswitch_cli.engine.batch import Batch
@@ -214,6 +214,7 @@ def test_a_model_filled_by_us_is_the_one_that_transformers_loads(name: str, tmp_
     path, _ = make_pair(tmp_path, name, dtype=torch.bfloat16)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     ours = load_plain(CheckpointWeights(Checkpoint.open(str(path))), torch.device("cpu"), torch.bfloat16)
+    ours.set_attn_implementation(attention.register())
     assert not ours.training
     for (key, theirs), (_, own) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
         assert own.dtype == theirs.dtype and torch.equal(own, theirs), key

@@ -67,9 +67,11 @@ class ExpertLinearMethod(_ExpertMethod):
         parts: Sequence[Rows],
         announced: AnnouncedTokens,
         backend: ModuleType,
+        quantised: bool = False,
     ) -> None:
+        """`quantised`: the parts' weights are zeros, and vLLM's own method computes the base's product."""
         super().__init__(layer.quant_method, announced, backend)
-        self.layer, self.name, self.parts = layer, name, parts
+        self.layer, self.name, self.parts, self.quantised = layer, name, parts, quantised
         announce_layer(name, self)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,12 +83,16 @@ class ExpertLinearMethod(_ExpertMethod):
             y: Tensor = self.plain.apply(self.layer, x, self.layer.bias if biased else None)
             return y
         rows = x.reshape(-1, x.shape[-1])
+        biased_here = biased and not self.quantised
         outputs = [
-            self.multiply(rows, part, part.bias if biased else None, batch.slot_of_token, batch.groups, part.bank)
+            self.multiply(rows, part, part.bias if biased_here else None, batch.slot_of_token, batch.groups, part.bank)
             for part in self.parts
         ]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        return joined.view(*x.shape[:-1], -1)
+        joined = joined.view(*x.shape[:-1], -1)
+        if self.quantised:
+            joined = joined + self.plain.apply(self.layer, x, self.layer.bias if biased else None)
+        return joined
 
     def empty(self, x: Tensor) -> Tensor:
         return x.new_empty(*x.shape[:-1], sum(part.weight.shape[0] for part in self.parts))

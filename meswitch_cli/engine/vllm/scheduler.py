@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Set
 from typing import Any
@@ -32,8 +33,7 @@ class _Turns:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         max_wait = WorkerConfig.of(self.vllm_config.additional_config).max_wait
-        assert max_wait is not None, "these schedulers are chosen where there is a longest wait"
-        self._turns = SlotTurns(self.lora_config.max_loras, max_wait)
+        self._turns = SlotTurns(self.lora_config.max_loras, math.inf if max_wait is None else max_wait)
         self._held: Set[int] = frozenset()
 
     def schedule(self, *arguments: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -17,7 +18,6 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     QKVParallelLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -40,8 +40,10 @@ from meswitch_cli.engine.vllm.layers import (
     VocabularyLimits,
 )
 from meswitch_cli.engine.vllm.names import BaseNames, base_names
+from meswitch_cli.engine.vllm.quantised import SharedZeros, compare_quantised, is_quantised
 from meswitch_cli.engine.vllm.shards import LayerShard
 from meswitch_cli.model.architecture import Parameter, Storage, architecture
+from meswitch_cli.model.weights import CheckpointWeights
 
 #: Where vLLM keeps what runs the families that it has no code for. Its layers see tokens in another dimension.
 TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
@@ -106,12 +108,12 @@ class FoundLayers:
                 "use --engine transformers"
             )
         self.model, self.names = model, base_names(described)
-        names = self.names
+        names, zeros = self.names, SharedZeros()
         self._linears: dict[str, tuple[Any, dict[str, Rows]]] = {}
         self._norms: dict[str, tuple[Any, Any]] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, LinearBase):
-                self._linears[name] = module, _parts(model, name, module, names, described.parameters)
+                self._linears[name] = module, _parts(model, name, module, names, described.parameters, zeros)
             elif name in names.norms and not isinstance(module, PPMissingLayer):
                 self._norms[name] = module, without_gain(module, name)
         self.linears = {part: rows for _, parts in self._linears.values() for part, rows in parts.items()}
@@ -126,6 +128,10 @@ class FoundLayers:
         self.head = _vocabulary_rows(self._head, described.parameters, names)
         self.tied = bool(described.parameters[f"{names.head_name}.weight"].tied_to)
         self._compare(base, described.stored(base))
+        weights = CheckpointWeights(base)
+        for module, parts in self._linears.values():
+            if is_quantised(module):
+                compare_quantised(module, parts, weights, COMPARED_ROWS)
 
     def serve(
         self, announced: AnnouncedTokens, backend: ModuleType, device: torch.device, dtype: torch.dtype
@@ -133,7 +139,8 @@ class FoundLayers:
         """Exchange the arithmetic of every layer."""
         self.model.requires_grad_(False)
         for name, (module, parts) in self._linears.items():
-            module.quant_method = ExpertLinearMethod(module, name, list(parts.values()), announced, backend)
+            quantised = is_quantised(module)
+            module.quant_method = ExpertLinearMethod(module, name, list(parts.values()), announced, backend, quantised)
         norms: dict[str, ExpertResidualNorm] = {}
         for name, (module, plain) in self._norms.items():
             norms[name] = ExpertResidualNorm(module, plain, announced)
@@ -160,7 +167,8 @@ class FoundLayers:
     def _compare(self, base: Checkpoint, stored: Mapping[str, Storage]) -> None:
         """Some families' rows are rearranged as vLLM loads them; a delta would then be added to the wrong ones."""
         vocabulary = {self.names.embedding_name: self.embedding, self.names.head_name: self.head}
-        for name, rows in (self.linears | vocabulary).items():
+        plain = [parts for module, parts in self._linears.values() if not is_quantised(module)]
+        for name, rows in (dict(ChainMap(*plain)) | vocabulary).items():
             if f"{name}.weight" not in stored or not rows.weight.numel():  # a tied head, or another worker's
                 continue
             info = stored[f"{name}.weight"].info(base)
@@ -192,23 +200,36 @@ def limit_vocabulary(model: Any, limits: VocabularyLimits) -> None:
 
 
 def _parts(
-    model: Any, name: str, module: Any, names: BaseNames, parameters: Mapping[str, Parameter]
+    model: Any,
+    name: str,
+    module: Any,
+    names: BaseNames,
+    parameters: Mapping[str, Parameter],
+    zeros: SharedZeros,
 ) -> dict[str, Rows]:
     """The layers of transformers that a linear of vLLM is made of, in the order of its rows."""
     parent, _, leaf = name.rpartition(".")
     own = [f"{parent}.{part}" for part in model.packed_modules_mapping.get(leaf, [leaf])]
     unknown = [part for part in own if part not in names.linears]
-    if unknown or not isinstance(module.quant_method, UnquantizedLinearMethod):
-        what = f"{unknown[0]} is no layer of the checkpoint" if unknown else "its weights are quantised"
-        raise EngineError(f"vLLM's layer {name} cannot serve experts: {what}; use --engine transformers")
+    if unknown:
+        raise EngineError(
+            f"vLLM's layer {name} cannot serve experts: {unknown[0]} is no layer of the checkpoint; use --engine "
+            "transformers"
+        )
     shards = _shards(module, [parameters[f"{part}.weight"].shape for part in own])
     sizes = [shard.own_shape[0] for shard in shards]
-    if any(shard.own_shape[1] != module.weight.shape[1] for shard in shards) or sum(sizes) != module.weight.shape[0]:
-        raise EngineError(f"vLLM's layer {name} is {list(module.weight.shape)}, its parts have {sizes} rows")
+    weights: Sequence[Tensor]
+    if is_quantised(module):
+        weights = [zeros.of(shard.own_shape, module) for shard in shards]
+    else:
+        shape = module.weight.shape
+        if any(shard.own_shape[1] != shape[1] for shard in shards) or sum(sizes) != shape[0]:
+            raise EngineError(f"vLLM's layer {name} is {list(shape)}, its parts have {sizes} rows")
+        weights = module.weight.data.split(sizes)
     bias = getattr(module, "bias", None)
-    weights = module.weight.data.split(sizes)
     biases: Sequence[Tensor | None] = [None] * len(own) if bias is None else bias.data.split(sizes)
-    return {part: Rows(*tensors) for part, *tensors in zip(own, weights, biases, shards, strict=True)}
+    found = zip(own, weights, biases, shards, strict=True)
+    return {part: Rows(weight, part_bias, shard) for part, weight, part_bias, shard in found}
 
 
 def _shards(module: Any, shapes: Sequence[tuple[int, ...]]) -> list[LayerShard]:
@@ -244,7 +265,7 @@ def _outputs(module: Any) -> list[tuple[int, int, int]]:
         return [(total * width, place * own * width, own * width) for total, own, width, place in heads]
     if isinstance(module, ColumnParallelLinear):
         return [(size * module.tp_size, size * module.tp_rank, size) for size in module.output_partition_sizes]
-    return [(module.weight.shape[0], 0, module.weight.shape[0])]
+    return [(module.output_size, 0, module.output_size)]
 
 
 def _is_elsewhere(model: Any, name: str) -> bool:
