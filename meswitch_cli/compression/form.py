@@ -45,7 +45,8 @@ class FormSizes:
 
     @property
     def exact_is_smaller(self) -> bool:
-        return self.exact <= self.code
+        """Whether bit for bit takes no more; of what stores nothing, neither is."""
+        return 0 < self.exact <= self.code
 
 
 def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | None]:

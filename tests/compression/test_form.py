@@ -129,6 +129,11 @@ def test_what_has_no_weights_of_its_own_has_no_choice(sparse: Pair, tmp_path: Pa
     assert in_smaller_form(job) == (job, None)
 
 
+def test_an_expert_that_is_its_base_has_no_smaller_form(sparse: Pair, tmp_path: Path) -> None:
+    job = prepare(str(sparse[0]), str(sparse[0]), tmp_path / "out", CompressionSettings.with_defaults(), None)
+    assert in_smaller_form(job)[0] == job
+
+
 def test_which_options_leave_it_open() -> None:
     assert leaves_form_open({"bits": None, "exact": False, "seed": 3, "samples": 9, "calibration": "random"})
     for option in ({"rank": 0}, {"exact": True}, {"calibration": "0" * 64}, {"steps": "unbiased"}, {"size": 9}):
