@@ -158,7 +158,7 @@ def run(
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.commands.progress import work_progress
     from meswitch_cli.commands.verdict import verdict
-    from meswitch_cli.compression.form import in_smaller_form, leaves_form_open
+    from meswitch_cli.compression.form import choose_form
     from meswitch_cli.compression.job import compress, prepare
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
@@ -189,9 +189,7 @@ def run(
         "target_bits": target_bits,
     }
     job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
-    sizes = None
-    if leaves_form_open(options):
-        job, sizes = in_smaller_form(job)
+    job, sizes = choose_form(job, options)
     if not as_json:
         report.print_plan(job)
         if job.settings.exact and sizes:

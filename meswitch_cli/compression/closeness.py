@@ -16,6 +16,7 @@ from meswitch_cli.artifact.artifact import expert_tensor
 from meswitch_cli.artifact.shard import Shard
 from meswitch_cli.artifact.workspace import UnitRecord, Workspace
 from meswitch_cli.calibration.data import random_window
+from meswitch_cli.compression.form import can_be_exact
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import RANDOM
 from meswitch_cli.compression.windows import calibration_windows
@@ -100,7 +101,10 @@ def advice(job: Job, records: list[UnitRecord]) -> str:
         result = quantize(base, expert, settings)
         if result is not None and result[1].weight_error < HELPFUL_ERROR:
             return f"{found}. With {option} it would be {result[1].weight_error:.0%}"
-    return f"{found}. No code of this version fits it: keep the expert as a checkpoint of its own"
+    instead = (
+        "--exact keeps it bit for bit" if can_be_exact(job.expert) else "keep the expert as a checkpoint of its own"
+    )
+    return f"{found}. No code of this version fits it: {instead}"
 
 
 def _measured(records: list[UnitRecord]) -> list[TensorEntry]:

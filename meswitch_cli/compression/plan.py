@@ -47,6 +47,7 @@ class Job:
     out: Path
     side_files: Mapping[str, bytes]
     choice: SizeChoice | None = None
+    remarks: tuple[str, ...] = ()
 
     def settings_of(self, item: PlannedTensor) -> QuantizerSettings | None:
         """Settings of a tensor, None for one that is stored whole; a budget's must have been chosen."""
@@ -72,7 +73,9 @@ class Job:
     def notes(self) -> list[str]:
         """What is odd about the two checkpoints, and does not keep them from being compressed."""
         tokenizer = tokenizer_note(tokenizer_folder(self.expert.side_folders), self.plan.architecture.vocabulary)
-        return list(dict.fromkeys([*self.base.notes, *self.expert.notes, *([tokenizer] if tokenizer else [])]))
+        return list(
+            dict.fromkeys([*self.base.notes, *self.expert.notes, *([tokenizer] if tokenizer else []), *self.remarks])
+        )
 
     @property
     def form(self) -> str:

@@ -42,7 +42,7 @@ def compress(
         MeswitchError: the message says what was wrong, where, and what to do.
     """
     from meswitch_cli.compression import job
-    from meswitch_cli.compression.form import in_smaller_form, leaves_form_open
+    from meswitch_cli.compression.form import choose_form
     from meswitch_cli.compression.settings import CompressionSettings
     from meswitch_cli.compression.windows import calibration_asked
     from meswitch_cli.model.device import choose_device
@@ -51,8 +51,7 @@ def compress(
     data, recorded = calibration_asked(str(calibration))
     options = {"calibration": recorded, **settings}
     prepared = job.prepare(str(base), str(expert), user_path(out), CompressionSettings.with_defaults(**options), data)
-    if leaves_form_open(options):
-        prepared, _ = in_smaller_form(prepared)
+    prepared, _ = choose_form(prepared, options)
     job.compress(prepared, device=choose_device(device), force=force, keep_weak=keep_weak)
     return Artifact.open(prepared.out)
 

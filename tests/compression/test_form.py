@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from command_line import in_process
-from compression.test_exact import exactly, sparse_pair
+from compression.test_exact import exactly, sparse_pair, tensors_of
 
 import meswitch_cli as meswitch
 from meswitch_cli.artifact.artifact import Artifact
-from meswitch_cli.compression.form import form_sizes, in_smaller_form, leaves_form_open
+from meswitch_cli.artifact.served import served_code
+from meswitch_cli.compression import form
+from meswitch_cli.compression.form import choose_form, form_sizes, in_smaller_form, leaves_form_open
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from zoo.adapter import make_adapter
@@ -31,6 +34,19 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A fine-tune that moves every weight, in fp32."""
     return make_pair(tmp_path_factory.mktemp("dense"), dtype=torch.float32, **SHAPE)
+
+
+def aligned_pair(folder: Path) -> Pair:
+    """A fine-tune that moves a block of each matrix, the same rows in the same columns, by one rounding step."""
+    base, expert = sparse_pair(folder, share=0.0, **SHAPE)
+    moved = {}
+    for name, tensor in tensors_of(base).items():
+        moved[name] = tensor.clone()
+        if tensor.dim() == 2:
+            block = moved[name][: len(tensor) // 4, ::4]
+            block.copy_((block.float() + 2.0**-8 * tensor.float().std()).to(tensor.dtype))
+    safetensors.torch.save_file(moved, expert / "model.safetensors", metadata={"format": "pt"})
+    return base, expert
 
 
 def compressed(pair: Pair, out: Path, *options: object) -> Artifact:
@@ -79,7 +95,26 @@ def test_what_is_said(sparse: Pair, tmp_path: Path) -> None:
     looked = json.loads(in_process("inspect", "--base", sparse[0], "--expert", sparse[1], "--json").stdout)
     assert looked["sizes"] == expected
     assert "by itself" in in_process("inspect", "--base", sparse[0], "--expert", sparse[1]).stdout
-    assert "coded when it is loaded: 2 bits" in in_process("inspect", out).stdout
+    assert "coded when it is loaded: 4 bits in groups of 32" in in_process("inspect", out).stdout
+
+
+def test_updates_at_random_places_are_served_by_finer_codes(tmp_path: Path) -> None:
+    """No direction holds them: two bits would miss more than all of it. One with directions is served by two."""
+    scattered = sparse_pair(tmp_path / "scattered", share=0.02, **SHAPE)
+    alike = aligned_pair(tmp_path / "alike")
+    for pair, bits in ((scattered, 4), (alike, 2)):
+        for asked in ((), ("--exact",)):
+            code = served_code(compressed(pair, tmp_path / f"{bits}{len(asked)}", *asked).manifest)
+            assert code["linear"].bits == bits, pair
+        told = served_code(compressed(pair, tmp_path / f"told-{bits}", "--exact", "--bits", 1).manifest)
+        assert told["linear"].bits == 1
+
+
+def test_what_no_code_serves_is_said(monkeypatch: pytest.MonkeyPatch, sparse: Pair, tmp_path: Path) -> None:
+    monkeypatch.setattr(form, "MOST_ERROR", 0.0)
+    job = prepare(str(sparse[0]), str(sparse[1]), tmp_path, CompressionSettings.with_defaults(exact=True), None)
+    chosen, _ = choose_form(job, {"exact": True})
+    assert any("restore it" in note for note in chosen.notes()) and chosen.settings.bits == 4
 
 
 def test_a_program_gets_the_same(sparse: Pair, tmp_path: Path) -> None:
@@ -92,6 +127,11 @@ def test_what_has_no_weights_of_its_own_has_no_choice(sparse: Pair, tmp_path: Pa
     adapter = make_adapter(sparse[0], tmp_path / "adapter")
     job = prepare(str(sparse[0]), str(adapter), tmp_path / "out", CompressionSettings.with_defaults(), None)
     assert in_smaller_form(job) == (job, None)
+
+
+def test_an_expert_that_is_its_base_has_no_smaller_form(sparse: Pair, tmp_path: Path) -> None:
+    job = prepare(str(sparse[0]), str(sparse[0]), tmp_path / "out", CompressionSettings.with_defaults(), None)
+    assert in_smaller_form(job)[0] == job
 
 
 def test_which_options_leave_it_open() -> None:
