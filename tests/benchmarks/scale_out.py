@@ -36,7 +36,7 @@ LORA_RANK = 16
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Of each variant, whether it is one process or several.
 CACHE_BYTES = 256 << 20
-WARM_UPS = 8
+WARM_UPS = 4
 COMPARISONS: Mapping[str, tuple[str, str]] = {
     "compiled": ("experts", "a process for each model"),
     # vLLM compiles no LoRAs on a CPU.
