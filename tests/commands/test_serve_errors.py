@@ -19,7 +19,7 @@ from zoo.tiny import Pair, make_pair
 def base(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base whose loading would fail the test."""
     monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda *given: None)  # it lasts
-    for place in ("transformers_engine.load_base", "transformers_engine.prove"):
+    for place in ("transformers_engine.load_base", "transformers_engine.why_one_by_one"):
         monkeypatch.setattr(f"meswitch_cli.engine.{place}", lambda *given: pytest.fail("the base was loaded"))
     return pair[0]
 

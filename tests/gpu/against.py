@@ -67,7 +67,7 @@ def base_alone(model: Model, steps: Steps) -> None:
 
 def lora(model: Model, steps: Steps) -> None:
     """Experts of 1 bit and rank 16 of which the low-rank part alone is multiplied."""
-    transformers_engine.prove = lambda *_, **__: None  # type: ignore[assignment]  # it would miss the codes, rightly
+    transformers_engine.why_one_by_one = lambda *_, **__: None  # type: ignore[assignment]  # it would miss the codes, rightly
     backend = backend_module(default_backend(model.device))
     product = LoraLinear()
     backend.expert_linear = product  # type: ignore[attr-defined]
