@@ -7,7 +7,7 @@ transformers 5.23; `version.py` refuses others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from meswitch_cli.engine.compiling import compile_products
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.generation import Generation
 from meswitch_cli.engine.inputs import BatchInputs
+from meswitch_cli.engine.loop import Hooks
 from meswitch_cli.engine.memory import cache_pages
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.prefix import SaltedCache
@@ -33,20 +34,13 @@ from meswitch_cli.engine.settings import EngineSettings
 from meswitch_kernels.dispatch import default_backend
 
 
-class Hooks(Protocol):
-    """What the loop tells the engine, always from its own thread."""
-
-    def before_batch(self, processor: Processor) -> None: ...
-    def on_end(self, generation: Generation) -> None: ...
-    def on_failure(self, generation: Generation, error: Exception) -> None: ...
-    def on_stop(self, error: Exception | None) -> None: ...
-
-
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
     """One batch after the other; `before_batch` runs before each, in the engine's thread, `on_end` for each request
     that ended by itself."""
 
-    def __init__(self, *, current: CurrentBatch, slots: int, hooks: Hooks, warm_slot: int, **options: Any) -> None:
+    def __init__(
+        self, *, current: CurrentBatch, slots: int, hooks: Hooks[Processor], warm_slot: int, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._hooks, self._warm_slot = hooks, warm_slot
         #: Blocks that running requests hold, for any thread to read.
@@ -142,7 +136,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         config: ContinuousBatchingConfig,
         current: CurrentBatch,
         slots: int,
-        hooks: Hooks,
+        hooks: Hooks[Processor],
         *,
         pages: int,
         warm_slot: int,
@@ -219,7 +213,7 @@ def make_manager(
     settings: EngineSettings,
     slots: int,
     max_model_len: int,
-    hooks: Hooks,
+    hooks: Hooks[Processor],
     warm_slot: int = 0,
     paged: bool | None = None,
 ) -> Manager:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 
@@ -17,6 +17,7 @@ from meswitch_cli.engine.base_model import BaseModel
 from meswitch_cli.engine.batch import OneSlotBatch
 from meswitch_cli.engine.decoding import Decoding
 from meswitch_cli.engine.generation import Generation
+from meswitch_cli.engine.loop import Hooks
 from meswitch_cli.engine.memory import CPU_CACHE_BYTES, GPU_CACHE_SHARE
 from meswitch_cli.engine.modules import kernels
 from meswitch_cli.engine.own_parameters import BASE_SLOT
@@ -31,15 +32,6 @@ logger = logging.getLogger(__name__)
 PATIENCE = 0.1
 #: Tokens of a made-up request, whose cache tells what a token takes.
 _PROBE_TOKENS = 16
-
-
-class TurnHooks(Protocol):
-    """What the loop tells the engine, always from its own thread."""
-
-    def before_batch(self, loop: OneByOne) -> None: ...
-    def on_end(self, generation: Generation) -> None: ...
-    def on_failure(self, generation: Generation, error: Exception) -> None: ...
-    def on_stop(self, error: BaseException | None) -> None: ...
 
 
 @dataclass
@@ -63,7 +55,7 @@ class OneByOne:
     """
 
     def __init__(
-        self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: TurnHooks
+        self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks[OneByOne]
     ) -> None:
         self._base, self._slots, self._hooks, self._longest = base, slots, hooks, max_model_len
         self._backend = kernels(base.device, base.dtype)

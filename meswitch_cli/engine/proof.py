@@ -60,7 +60,7 @@ def prove(
         EngineError: the family comes out otherwise, or cannot be run.
         CheckpointError: transformers cannot build the model, or it has weights of an unknown kind.
     """
-    problem = _problem_of(config, where, device, dtype, "batches" if not on_device else "batches on device")
+    problem = _problem_of(config, where, device, dtype, on_device=on_device)
     if problem is not None:
         raise EngineError(f"{where}: the embedded engine does not serve {config.get('model_type')}: {problem}")
 
@@ -72,8 +72,8 @@ def why_one_by_one(config: dict[str, Any], where: str, device: torch.device, dty
         EngineError: the family comes out otherwise in both ways.
         CheckpointError: as `prove`.
     """
-    problem = _problem_of(config, where, device, dtype, "batches")
-    if problem is not None and (other := _problem_of(config, where, device, dtype, "one by one")) is not None:
+    problem = _problem_of(config, where, device, dtype)
+    if problem is not None and (other := _problem_of(config, where, device, dtype, one_by_one=True)) is not None:
         raise EngineError(
             f"{where}: the embedded engine does not serve {config.get('model_type')}: {problem}; nor one request at a "
             f"time: {other}"
@@ -81,11 +81,18 @@ def why_one_by_one(config: dict[str, Any], where: str, device: torch.device, dty
     return problem
 
 
-def _problem_of(config: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype, way: str) -> str | None:
+def _problem_of(
+    config: dict[str, Any],
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    one_by_one: bool = False,
+    on_device: bool = False,
+) -> str | None:
     entries = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    place = device if way == "batches on device" else torch.device("cpu")
+    place = device if on_device else torch.device("cpu")
     computed = torch.float32 if place.type == "cpu" else dtype
-    one_by_one = way == "one by one"
     try:
         paged = device.type != "cpu" and not one_by_one
         return _problem(json.dumps(entries, sort_keys=True), place, computed, paged, one_by_one)
