@@ -34,7 +34,7 @@ from zoo.adapter import make_adapter
 
 LORA_RANK = 16
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: Of each variant, whether it is one process or several.
+#: Of each server's cache of keys and values.
 CACHE_BYTES = 256 << 20
 WARM_UPS = 4
 COMPARISONS: Mapping[str, tuple[str, str]] = {
