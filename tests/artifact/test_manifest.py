@@ -84,7 +84,8 @@ def test_round_trip(valid: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "settings", "version"), [(0, {}, 1), (3, {}, 2), (3, {"bits": 0.25}, 3), (0, {"bits": 0.5}, 3)]
+    ("rank", "settings", "version"),
+    [(0, {}, 1), (3, {"factor_bits": 4}, 2), (3, {}, 4), (3, {"bits": 0.25}, 3), (0, {"bits": 0.5}, 3)],
 )
 def test_written_manifest_is_read_back(
     pair: tuple[Path, Path], make_artifact: Callable[..., Artifact], rank: int, settings: dict[str, Any], version: int

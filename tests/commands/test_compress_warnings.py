@@ -92,9 +92,9 @@ def _sparse(base: Path, folder: Path) -> Path:
 def test_a_worthless_delta_is_an_error_unless_it_is_wanted(tmp_path: Path) -> None:
     base, _ = make_pair(tmp_path, hidden_size=128, intermediate_size=256)
     expert = _sparse(base, tmp_path / "sparse")
-    refused = _compress(base, expert, tmp_path / "art", "--json", "--bits", "2")
+    refused = _compress(base, expert, tmp_path / "art", "--json", "--bits", "2", "--rank", "0")
     assert isinstance(refused.exception, WeakDeltaError) and refused.exception.exit_code == 1
     assert refused.stdout == "" and not (tmp_path / "art").exists()
-    kept: Any = _compress(base, expert, tmp_path / "art", "--json", "--bits", "2", "--keep-weak")
+    kept: Any = _compress(base, expert, tmp_path / "art", "--json", "--bits", "2", "--rank", "0", "--keep-weak")
     assert kept.exit_code == 0 and "no nearer" in kept.stderr
     assert "With --bits 4" in json.loads(kept.stdout)["warnings"][0]

@@ -78,8 +78,8 @@ def test_figures_are_those_of_the_pages() -> None:
     strong = "".join(section for section in sections if section.startswith(("strong: ", "coder: ")))
     (weaker,) = [section for section in sections if section.startswith("Weaker fine-tunes")]
     options = {
-        ("scalar", 2, False): ["`--bits 2`"],
-        ("scalar", 2, True): ["`--bits 2 --rank 16`"],
+        ("scalar", 2, False): ["`--bits 2 --rank 0`"],
+        ("scalar", 2, True): ["`--bits 2`", "`--bits 2 --factor-bits 4`"],
         ("scalar", 1, False): ["`--bits 1 --rank 0`"],
         ("scalar", 1, True): ["`--bits 1`"],
         ("trellis", 1, True): ["`--bits 1 --code trellis --embedding-bits 2`"],
