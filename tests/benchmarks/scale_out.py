@@ -212,7 +212,11 @@ def page(options: argparse.Namespace, machine: str, found: Mapping[str, Mapping[
         f"each, {options.concurrency} at once; {options.threads} threads for each variant, {options.rounds} rounds: "
         "the median, the least and the most."
     )
-    return f"{INTRO.read_text(encoding='utf-8')}\n{told}\n\n{table(found)}\n\n`{command}`; {machine}.\n"
+    command += f" --requests {options.requests} --output {options.output} --rounds {options.rounds}"
+    left = [name for name, variants in COMPARISONS.items() if not found.keys() >= set(variants)]
+    command += "".join(f" --comparison {name}" for name in COMPARISONS if left and name not in left)
+    missing = f" Not measured yet: {', '.join(left)}." if left else ""
+    return f"{INTRO.read_text(encoding='utf-8')}\n{told}{missing}\n\n{table(found)}\n\n`{command}`; {machine}.\n"
 
 
 def compare(
