@@ -50,7 +50,7 @@ KINDS: Mapping[str, FineTune] = {
     ),
     # An update as reinforcement learning leaves it: each weight moves by less than a bf16 step of most weights.
     "reinforced": FineTune("queries", Schedule(steps=80, learning_rate=5e-6, batch_tokens=600, decay_steps=30)),
-    "pretrained": FineTune("programs", Schedule(steps=400, learning_rate=3e-4, batch_tokens=1000), "pretrain"),
+    "pretrained": FineTune("programs", Schedule(steps=120, learning_rate=3e-4, batch_tokens=1000), "pretrain"),
     "tokens": FineTune(
         "queries",
         Schedule(steps=80, learning_rate=1e-4, batch_tokens=600, decay_steps=30),
