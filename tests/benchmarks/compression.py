@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from meswitch_cli.evaluation.baselines.model import baseline_candidate
 from meswitch_cli.evaluation.exact_match import exact_match
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.figures import EXACT_MATCH
-from meswitch_cli.evaluation.prompts import EncodedSet, encode_set, read_set
+from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.subjects import Expert, open_experts
+from meswitch_cli.evaluation.tasks import TaskRun
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.matching import make_plan
 from meswitch_cli.model.tokenizer import end_ids
@@ -70,7 +71,7 @@ class Bench:
         (self.expert,) = open_experts([f"{name}={zoo.experts[name]}"], self.base)
         self.lines = read_items(zoo.items_file(name, "report"))[:answers]
         self.data = read_set(zoo.items_file(name, "report"))
-        self.encoded = _encoded(self.data, self.expert, answers)
+        self.encoded = encoded(self.data, self.expert, answers)
         self.items: Sequence[EncodedItem] = self.encoded.items[:items]
         key = {"base": self.base.fingerprint, "expert": self.expert.weights.fingerprint}
         self.key = key | {"items": items, "answers": answers}
@@ -93,16 +94,7 @@ class Bench:
             full = model if row == EXPERT else build_model(self.expert.weights, torch.device("cpu"), torch.float32)
             self._reference = reference_logits(full, self.items)
         sums = sums_by_item(compare(self._reference, model, self.items))
-        run = exact_match(
-            model,
-            self.expert.tokenizer,
-            self.data,
-            self.encoded,
-            ends=end_ids(self.expert.weights.checkpoint.source.path, self.expert.tokenizer),
-            most=group.MAX_NEW_TOKENS,
-            context=context_length(self.expert.weights),
-            answer_of=lambda number, text: outcome(self.lines[number], text),
-        )
+        run = answered(model, self.expert, self.data, self.encoded, self.lines)
         self.rows[row] = {
             "nbytes": candidate.nbytes() if candidate else 0 if row == BASE else self.expert.weights.checkpoint.nbytes,
             "sums": sums,
@@ -117,7 +109,23 @@ class Bench:
         return baseline_candidate(row, self.base, self.expert, self.activations, several=False)
 
 
-def _encoded(data: Any, expert: Expert, answers: int) -> EncodedSet:
+def answered(
+    model: Any, expert: Expert, data: EvaluationSet, items: EncodedSet, lines: Sequence[Mapping[str, str]]
+) -> TaskRun:
+    """A model's greedy answers to an expert's items, of which `lines` are the same as they are stored."""
+    return exact_match(
+        model,
+        expert.tokenizer,
+        data,
+        items,
+        ends=end_ids(expert.weights.checkpoint.source.path, expert.tokenizer),
+        most=group.MAX_NEW_TOKENS,
+        context=context_length(expert.weights),
+        answer_of=lambda number, text: outcome(lines[number], text),
+    )
+
+
+def encoded(data: EvaluationSet, expert: Expert, answers: int) -> EncodedSet:
     return encode_set(
         data,
         expert.tokenizer,

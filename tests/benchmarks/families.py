@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from engine.family import greedy_tokens
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -41,7 +42,7 @@ from meswitch_cli.checkpoint.skeleton import auto_class
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.engine import EngineSettings, TransformersEngine, generate
-from meswitch_cli.engine.contract import BASE, EngineError, GenerationRequest, Sampling
+from meswitch_cli.engine.contract import BASE, Engine, EngineError, GenerationRequest, Sampling
 from meswitch_cli.engine.proof import prove, why_one_by_one
 from meswitch_cli.engine.small import small_model
 from meswitch_cli.errors import CalibrationError, MeswitchError, reason_of
@@ -168,29 +169,26 @@ def _served_alike(plain: Any, folder: Path) -> str:
     loaded = auto_class(checkpoint.config).from_pretrained(checkpoint.source.path).eval()
     generator = torch.Generator().manual_seed(1)
     prompts = [tuple((8 + torch.randint(70, (length,), generator=generator)).tolist()) for length in LENGTHS]
-    expected = [
-        tuple(
-            loaded.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-            )[0, len(prompt) :].tolist()
-        )
-        for prompt in prompts
-    ]
     sampling = Sampling(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = [GenerationRequest(f"{index}", BASE, prompt, sampling) for index, prompt in enumerate(prompts)]
+    expected = [greedy_tokens(loaded, request) for request in requests]
     engine = TransformersEngine(
         EngineSettings(base=str(folder), dtype="float32", max_model_len=64, cache_tokens=512, page_size=8)
     )
+    if differing := differing_ways(engine, requests, expected):
+        return f"not equal, {differing}"
+    return IN_BATCHES if engine.one_by_one is None else ONE_BY_ONE
+
+
+def differing_ways(engine: Engine, requests: Sequence[GenerationRequest], expected: Sequence[tuple[int, ...]]) -> str:
+    """In which ways of asking an engine, which is started and stopped here, its tokens are others; empty for none."""
     try:
         engine.start()
         alone = [generate(engine, [request])[0].tokens for request in requests]
         together = [completion.tokens for completion in generate(engine, requests)]
     finally:
         engine.stop()
-    differing = [name for name, found in (("alone", alone), ("in a batch", together)) if found != expected]
-    if differing:
-        return "not equal, " + ", ".join(differing)
-    return IN_BATCHES if engine.one_by_one is None else ONE_BY_ONE
+    return ", ".join(name for name, found in (("alone", alone), ("in a batch", together)) if found != expected)
 
 
 def plain_reason(error: Exception) -> str:

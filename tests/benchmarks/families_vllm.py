@@ -12,10 +12,10 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from engine.family import greedy_tokens
 from engine.vllm.processes import fork_engines
 
 from benchmarks.families import (
@@ -25,6 +25,7 @@ from benchmarks.families import (
     MOST_SECONDS,
     NEW_TOKENS,
     OVERRIDES,
+    differing_ways,
     given_up_after,
     made_up_expert,
     plain_reason,
@@ -33,7 +34,7 @@ from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.checkpoint.skeleton import auto_class
-from meswitch_cli.engine import EngineSettings, generate
+from meswitch_cli.engine import EngineSettings
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 from meswitch_cli.engine.small import Config, random_model, small_config
 from meswitch_cli.engine.vllm.engine import VllmEngine
@@ -83,7 +84,7 @@ def serve(family: str, folder: Path) -> str:
         )
         for index, length in enumerate(LENGTHS)
     ]
-    expected = [_greedy(expert if item.expert == EXPERT else plain, item.prompt_tokens) for item in requests]
+    expected = [greedy_tokens(expert if item.expert == EXPERT else plain, item) for item in requests]
     settings = EngineSettings(
         base=str(folder / "base"),
         experts={EXPERT: folder / "artifact"},
@@ -93,21 +94,8 @@ def serve(family: str, folder: Path) -> str:
         page_size=PAGE_SIZE,
         strict=True,
     )
-    engine = VllmEngine(settings)
-    try:
-        engine.start()
-        alone = [generate(engine, [request])[0].tokens for request in requests]
-        together = [completion.tokens for completion in generate(engine, requests)]
-    finally:
-        engine.stop()
-    differing = [name for name, found in (("alone", alone), ("in a batch", together)) if found != expected]
-    return "not equal, " + ", ".join(differing) if differing else EQUAL
-
-
-@torch.inference_mode()
-def _greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return tuple(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+    differing = differing_ways(VllmEngine(settings), requests, expected)
+    return f"not equal, {differing}" if differing else EQUAL
 
 
 def main() -> None:

@@ -21,24 +21,22 @@ from typing import Any
 import torch
 
 from benchmarks.activations import StoredActivations
+from benchmarks.compression import answered, encoded
 from benchmarks.machine import describe
 from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.engine.exact import coded
-from meswitch_cli.evaluation.exact_match import exact_match
-from meswitch_cli.evaluation.prompts import encode_set, read_set
+from meswitch_cli.evaluation.prompts import read_set
 from meswitch_cli.evaluation.subjects import open_experts
 from meswitch_cli.library.artifacts import compress
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.matching import PlannedTensor, make_plan
-from meswitch_cli.model.tokenizer import end_ids
-from meswitch_cli.model.weights import CheckpointWeights, context_length
+from meswitch_cli.model.weights import CheckpointWeights
 from zoo import group
 from zoo.compare import compare, reference_logits, sums_by_item
 from zoo.item import read_items
-from zoo.skills import outcome
 
 CACHE = Path.home() / ".cache" / "meswitch-zoo"
 OWN, BASE = "own", "base"
@@ -142,13 +140,7 @@ class Bench:
         self.statistics = activations.measure("random", gram=False)
         self.lines = read_items(zoo.items_file(name, which))[:answers]
         self.data = read_set(zoo.items_file(name, which))
-        self.encoded = encode_set(
-            self.data,
-            self.expert.tokenizer,
-            vocabulary=self.expert.weights.architecture.vocabulary,
-            context=context_length(self.expert.weights),
-            limit=max(items, answers),
-        )
+        self.encoded = encoded(self.data, self.expert, max(items, answers))
         self.items = self.encoded.items[:items]
         self._full: list[torch.Tensor] = []
 
@@ -179,16 +171,7 @@ class Bench:
         }
 
     def answers(self, model: Any) -> list[str]:
-        run = exact_match(
-            model,
-            self.expert.tokenizer,
-            self.data,
-            self.encoded,
-            ends=end_ids(self.expert.weights.checkpoint.source.path, self.expert.tokenizer),
-            most=group.MAX_NEW_TOKENS,
-            context=context_length(self.expert.weights),
-            answer_of=lambda number, text: outcome(self.lines[number], text),
-        )
+        run = answered(model, self.expert, self.data, self.encoded, self.lines)
         return [document.answer for document in run.documents]
 
 

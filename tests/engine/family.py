@@ -21,6 +21,7 @@ from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.quantize import dequantize, quantize
+from meswitch_cli.engine import Completion
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
 from zoo.adapter import merged_weights
 from zoo.tiny import make_pair
@@ -83,6 +84,28 @@ def greedy_tokens(model: Any, request: GenerationRequest) -> tuple[int, ...]:
             prompt, max_new_tokens=request.sampling.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     return tuple(out[0, prompt.shape[1] :].tolist())
+
+
+def check_near_ties(
+    exact: Family, own: Family, batch: Sequence[GenerationRequest], completions: Sequence[Completion]
+) -> None:
+    """Every chosen token is the best there is by `exact`'s weights, or as near to it as the rounding of a plain model,
+    `own`'s, is wide: in the logits before it, given what the engine itself has generated so far."""
+    chosen, best = 0, 0
+    for request, completion in zip(batch, completions, strict=True):
+        assert completion.error is None and len(completion.tokens) == request.sampling.max_tokens
+        tokens = torch.tensor([[*request.prompt_tokens, *completion.tokens]])
+        with torch.inference_mode():
+            truth, rounded = (
+                side.references[request.expert](tokens).logits[0, len(request.prompt_tokens) - 1 : -1].float()
+                for side in (exact, own)
+            )
+        behind = truth.amax(-1) - truth.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        rounding = (rounded - truth).abs().amax(-1)
+        assert (behind <= 3 * rounding).all(), (request, behind / rounding)
+        chosen += len(behind)
+        best += int((behind == 0).sum())
+    assert best > 0.9 * chosen
 
 
 def make_family(

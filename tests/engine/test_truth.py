@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.family import Family, make_family, requests
+from engine.family import Family, check_near_ties, make_family, requests
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import Chunk, GenerationRequest
@@ -119,18 +119,4 @@ def test_bfloat16_up_to_near_ties(tmp_path: Path, start: Start) -> None:
     exact = Family(own.base, own.artifacts, torch.float32)
     engine = start(own)
     batch = requests(exact, 24, seed=4, prefix=10)
-    chosen, best = 0, 0
-    for request, completion in zip(batch, generate(engine, batch), strict=True):
-        assert completion.error is None and len(completion.tokens) == request.sampling.max_tokens
-        tokens = torch.tensor([[*request.prompt_tokens, *completion.tokens]])
-        with torch.inference_mode():
-            truth, rounded = (
-                side.references[request.expert](tokens).logits[0, len(request.prompt_tokens) - 1 : -1].float()
-                for side in (exact, own)
-            )
-        behind = truth.amax(-1) - truth.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
-        rounding = (rounded - truth).abs().amax(-1)
-        assert (behind <= 3 * rounding).all(), (request, behind / rounding)
-        chosen += len(behind)
-        best += int((behind == 0).sum())
-    assert best > 0.9 * chosen
+    check_near_ties(exact, own, batch, generate(engine, batch))
