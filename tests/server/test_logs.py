@@ -8,11 +8,11 @@ import json
 import logging
 import re
 import sys
-import time
 from typing import Any
 
 import pytest
 from server.family import Running, Start
+from server.logged import lines
 
 from meswitch_cli.server.errors import ApiError, error_response
 from meswitch_cli.server.logs import ConsoleFormatter, JsonFormatter, configure_logging
@@ -20,18 +20,6 @@ from meswitch_cli.server.record import RequestRecord
 from meswitch_cli.server.settings import ServerSettings
 
 SECRET = "swordfish"
-
-
-def lines(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, object]]:
-    """What was logged of `count` requests; a line comes just after its answer."""
-    deadline = time.monotonic() + 5
-    while True:
-        logged = [json.loads(JsonFormatter().format(record)) for record in tuple(caplog.records)]
-        requests = [line for line in logged if "request_id" in line]
-        if len(requests) == count:
-            return logged
-        assert time.monotonic() < deadline, requests
-        time.sleep(0.01)
 
 
 def ask_all(server: Running) -> list[str]:
@@ -57,7 +45,7 @@ def test_prompts_are_logged_only_where_asked_for(
     server = start_server(settings=ServerSettings(log_prompts=asked_for))
     with caplog.at_level(logging.DEBUG, "meswitch_cli"):
         ids = ask_all(server)
-        logged = lines(caplog, len(ids))
+        logged = lines(caplog, ids)
     by_id = {line["request_id"]: line for line in logged if "request_id" in line}
     assert set(by_id) == set(ids)
     assert (SECRET in json.dumps(logged)) == asked_for
@@ -87,7 +75,7 @@ def test_a_refused_request_says_why(start_server: Start, caplog: pytest.LogCaptu
         }
         ids["there is nothing at POST /v1/nothing"] = server.post("/v1/nothing", {}).headers["x-request-id"]
         answered = server.post("/v1/chat/completions", chat)
-        logged = lines(caplog, len(ids) + 1)
+        logged = lines(caplog, [*ids.values(), answered.headers["x-request-id"]])
     by_id = {line["request_id"]: line for line in logged if "request_id" in line}
     for reason, request_id in ids.items():
         assert reason in str(by_id[request_id].get("error")), by_id[request_id]

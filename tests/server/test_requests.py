@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from server.family import Running, Start
+from server.logged import lines
 
 from meswitch_cli.errors import UsageError
 from meswitch_cli.server.settings import ServerSettings, read_origin
@@ -163,10 +164,12 @@ def test_what_changes_no_token_is_taken_and_noted(running: Running, caplog: pyte
         "verbosity": "low",
     }
     with caplog.at_level("INFO", "meswitch_cli.server"):
-        answers = [running.post("/v1/chat/completions", CHAT | more).json() for more in ({}, hints | {"store": False})]
-    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
-    noted = [getattr(record, "fields", {}).get("hints") for record in caplog.records]
-    assert noted.count(hints) == 1
+        responses = [running.post("/v1/chat/completions", CHAT | more) for more in ({}, hints | {"store": False})]
+        ids = [response.headers["x-request-id"] for response in responses]
+        noted = {line["request_id"]: line.get("hints") for line in lines(caplog, ids) if "request_id" in line}
+    plain, hinted = (response.json() for response in responses)
+    assert plain["choices"] == hinted["choices"] and plain["usage"] == hinted["usage"]
+    assert [noted[request] for request in ids] == [None, hints]
 
 
 @pytest.mark.parametrize("member", [{"audio": {"a": "b"}}, {"annotations": [{"type": "x"}]}, {"reasoning": "hm"}])
