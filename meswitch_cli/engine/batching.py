@@ -35,12 +35,9 @@ from meswitch_kernels.dispatch import default_backend
 
 
 class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
-    """One batch after the other; `before_batch` runs before each, in the engine's thread, `on_end` for each request
-    that ended by itself."""
+    """`loop.Loop`: one batch after the other."""
 
-    def __init__(
-        self, *, current: CurrentBatch, slots: int, hooks: Hooks[Processor], warm_slot: int, **options: Any
-    ) -> None:
+    def __init__(self, *, current: CurrentBatch, slots: int, hooks: Hooks, warm_slot: int, **options: Any) -> None:
         super().__init__(**options)
         self._hooks, self._warm_slot = hooks, warm_slot
         #: Blocks that running requests hold, for any thread to read.
@@ -73,20 +70,25 @@ class Processor(continuous_api.ContinuousBatchProcessor):  # type: ignore[misc]
         self.model_runner.warm_up(model, self._warm_slot)
 
     def admit(self, generation: Generation) -> None:
-        """Hand a request to the scheduler."""
         shares = generation.request.sampling.prompt_logprobs is None
         self.cache.admit(generation.id, generation.model.digest, shares)
         state = GenerationState.of(generation, list(generation.request.prompt_tokens), self.model_runner.waits)
         self.scheduler.add_waiting_request(state)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out of the scheduler and free its blocks."""
         self.scheduler.set_request_cancellation(request_id)
         for state in self.scheduler.clear_cancelled_requests():
             self.offloading_manager.free_request_cpu_cache(state)
         self.scheduler.block_new_requests = False
         self.cache.forget(request_id)
         self.blocks_used = self.cache.count_blocks_used()
+
+    def banks_moved(self) -> None:
+        """Graphs hold addresses."""
+        self.model_runner.forget_graphs()
+
+    def forget_prefixes(self) -> None:
+        self.cache.evict_cached_blocks()
 
     def prepare_next_batch(self) -> bool:
         self._hooks.before_batch(self)
@@ -128,7 +130,7 @@ class OutputSink:
 
 
 class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
-    """The loop and its thread."""
+    """The processor's thread: `loop.LoopThread`."""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         config: ContinuousBatchingConfig,
         current: CurrentBatch,
         slots: int,
-        hooks: Hooks[Processor],
+        hooks: Hooks,
         *,
         pages: int,
         warm_slot: int,
@@ -156,8 +158,15 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
 
     def wake(self) -> None:
-        """Have the loop look for work now."""
         self._wake_up_loop.set()
+
+    def end(self) -> None:
+        if self.is_running():
+            self.stop(block=True, hard_stop=True)
+
+    def cache_use(self) -> tuple[int, int]:
+        processor: Processor | None = self.batch_processor
+        return (processor.cache.num_blocks, processor.blocks_used) if processor else (0, 0)
 
     def _create_batch_processor(self) -> Processor:
         made: Processor | None = self.batch_processor
@@ -213,7 +222,7 @@ def make_manager(
     settings: EngineSettings,
     slots: int,
     max_model_len: int,
-    hooks: Hooks[Processor],
+    hooks: Hooks,
     warm_slot: int = 0,
     paged: bool | None = None,
 ) -> Manager:

@@ -47,16 +47,14 @@ class _Running:
 
 
 class OneByOne:
-    """The loop and its thread.
+    """The loop and its thread: `loop.Loop` and `loop.LoopThread`.
 
     Attributes:
         cache_tokens: the most that the caches of running requests hold together; one request runs in any case.
         tokens_reserved: those that they may come to hold, for any thread to read.
     """
 
-    def __init__(
-        self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks[OneByOne]
-    ) -> None:
+    def __init__(self, base: BaseModel, settings: EngineSettings, slots: int, max_model_len: int, hooks: Hooks) -> None:
         self._base, self._slots, self._hooks, self._longest = base, slots, hooks, max_model_len
         self._backend = kernels(base.device, base.dtype)
         self._most = settings.max_running
@@ -71,8 +69,7 @@ class OneByOne:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Have the thread end; requests that are left are told by `on_stop`."""
+    def end(self) -> None:
         self._stopped = True
         self._wake.set()
         if self._thread.is_alive():
@@ -82,16 +79,24 @@ class OneByOne:
         return self._thread.is_alive()
 
     def wake(self) -> None:
-        """Have the loop look for work now."""
         self._wake.set()
+
+    def cache_use(self) -> tuple[int, int]:
+        """Tokens: requests have caches of their own, without blocks."""
+        return self.cache_tokens, self.tokens_reserved
 
     def admit(self, generation: Generation) -> None:
         self._waiting.append(generation)
 
     def cancel(self, request_id: str) -> None:
-        """Compute a request no further."""
         self._waiting = deque(item for item in self._waiting if item.id != request_id)
         self._running = [item for item in self._running if item.generation.id != request_id]
+
+    def banks_moved(self) -> None:
+        """Nothing: each step looks where they are."""
+
+    def forget_prefixes(self) -> None:
+        """Nothing: a request's cache ends with it."""
 
     def turn(self) -> bool:
         """Compute a token of every request that runs; return whether any is left."""

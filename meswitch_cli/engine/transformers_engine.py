@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +17,7 @@ from meswitch_cli.engine.grammar import Grammars
 from meswitch_cli.engine.hidden import HiddenStateReader
 from meswitch_cli.engine.host_copies import HostCopies
 from meswitch_cli.engine.loader import SlotLoader
+from meswitch_cli.engine.loop import Loop, LoopThread
 from meswitch_cli.engine.one_by_one import OneByOne
 from meswitch_cli.engine.plain_layers import load_plain_base
 from meswitch_cli.engine.proof import why_one_by_one
@@ -27,15 +27,10 @@ from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.engine.slotted_engine import SlottedEngine
 from meswitch_cli.engine.version import check_transformers
 
-if TYPE_CHECKING:
-    from meswitch_cli.engine.batching import Manager, Processor
-
-    Loop = Processor | OneByOne
-
 logger = logging.getLogger(__name__)
 
 
-class TransformersEngine(SlottedEngine["Loop"]):
+class TransformersEngine(SlottedEngine[Loop]):
     """Implements `contract.Engine`.
 
     Attributes:
@@ -56,7 +51,7 @@ class TransformersEngine(SlottedEngine["Loop"]):
         self.one_by_one: str | None = None
         self._grammars = Grammars()
         self._base: BaseModel | None = None
-        self._manager: Manager | OneByOne | None = None
+        self._thread: LoopThread | None = None
 
     def start(self) -> None:
         """As the contract says.
@@ -66,7 +61,7 @@ class TransformersEngine(SlottedEngine["Loop"]):
         """
         from meswitch_cli.engine.batching import make_manager
 
-        if self._manager is not None:
+        if self._thread is not None:
             raise EngineError("the engine has been started already")
         settings = self.settings
         dtype = served_dtype(self._checkpoint, settings)
@@ -92,11 +87,11 @@ class TransformersEngine(SlottedEngine["Loop"]):
             for index, model in enumerate(experts[:slots]):
                 self._fill(model, index)
         if self.one_by_one is None:
-            self._manager = make_manager(base, settings, slots, self.max_model_len, self)
+            self._thread = make_manager(base, settings, slots, self.max_model_len, self)
         else:
-            self._manager = OneByOne(base, settings, slots, self.max_model_len, self)
+            self._thread = OneByOne(base, settings, slots, self.max_model_len, self)
         self._loader.start()
-        self._manager.start()
+        self._thread.start()
         self._closed = None
 
     @property
@@ -112,9 +107,9 @@ class TransformersEngine(SlottedEngine["Loop"]):
 
     def statistics(self) -> EngineStatistics:
         with self._lock:
-            if self._manager is None:
+            if self._thread is None:
                 raise ShuttingDownError("the engine has not been started")
-            blocks, used = _cache_blocks(self._manager)
+            blocks, used = self._thread.cache_use()
             return self._statistics(
                 load_seconds=self._loader.seconds,
                 load_bytes=self._loader.nbytes,
@@ -123,17 +118,13 @@ class TransformersEngine(SlottedEngine["Loop"]):
             )
 
     def stop(self) -> None:
-        manager = self._manager
-        if manager is None:
+        if self._thread is None:
             return
         self._cancel_all()
-        if isinstance(manager, OneByOne):
-            manager.stop()
-        elif manager.is_running():
-            manager.stop(block=True, hard_stop=True)
+        self._thread.end()
         self._loader.stop()
         with self._lock:
-            self._manager = self._base = None
+            self._thread = self._base = None
             self._table = SlotTable(1, 1, 0)
             self._closed = "the engine has been stopped"
 
@@ -170,8 +161,7 @@ class TransformersEngine(SlottedEngine["Loop"]):
             everyone = [artifact.manifest for artifact in (*served, model.artifact) if artifact is not None]
         if not self._loader.has_room(everyone):
             self._loader.make_room(everyone, {item.slot: item.model for item in resident if item.slot is not None})
-            if not isinstance(loop, OneByOne):
-                loop.model_runner.forget_graphs()
+            loop.banks_moved()
         with self._lock:
             self._table.add(model)
 
@@ -183,8 +173,7 @@ class TransformersEngine(SlottedEngine["Loop"]):
             self._grammars.forget(item.model)
         if slot is not None:
             self._loader.clear(slot)
-        if not isinstance(loop, OneByOne):
-            loop.cache.evict_cached_blocks()
+        loop.forget_prefixes()
 
     def _on_host(self) -> Collection[str]:
         if self._base is None:
@@ -193,16 +182,8 @@ class TransformersEngine(SlottedEngine["Loop"]):
 
     @property
     def _running(self) -> bool:
-        return self._manager is not None and self._manager.is_running()
+        return self._thread is not None and self._thread.is_running()
 
     def _wake(self) -> None:
-        if self._manager is not None:
-            self._manager.wake()
-
-
-def _cache_blocks(manager: Manager | OneByOne) -> tuple[int, int]:
-    """Blocks of the cache, and those in use; of caches of requests' own a block is a token."""
-    if isinstance(manager, OneByOne):
-        return manager.cache_tokens, manager.tokens_reserved
-    processor: Processor | None = manager.batch_processor
-    return (processor.cache.num_blocks, processor.blocks_used) if processor else (0, 0)
+        if self._thread is not None:
+            self._thread.wake()

@@ -110,8 +110,8 @@ def test_everything_is_tried_before_requests_are_taken(
 
 def test_answers_are_told_while_the_next_batch_is_computed(family: Family, start: Start, recorded: Recorded) -> None:
     engine = start(family, max_running=4)
-    assert engine._manager is not None
-    engine._manager.batch_processor.model_runner.waits = True  # as on a card
+    assert engine._thread is not None
+    engine._thread.batch_processor.model_runner.waits = True  # as on a card
     batch = requests(family, 16, seed=4)
     texts = [completion.text for completion in generate(start(family), batch)]
     for request, completion, text in zip(batch, generate(engine, batch), texts, strict=True):

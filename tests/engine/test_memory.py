@@ -149,7 +149,7 @@ def test_a_running_engine_has_the_slots_of_its_plan(
 
 def test_cache_is_what_the_plan_counts(family: Family, start: Callable[..., TransformersEngine]) -> None:
     engine = start(family, cache_tokens=1024, page_size=8)
-    cache = engine._manager.batch_processor.cache
+    cache = engine._thread.batch_processor.cache
     plan = plan_memory(
         Checkpoint.open(str(family.base)), CompressionSettings().by_kind(), device_nbytes=10**8, experts=1
     )

@@ -77,7 +77,7 @@ def assert_idle(engine: TransformersEngine) -> None:
     assert (statistics.running, statistics.waiting, statistics.cache_blocks_used) == (0, 0, 0)
     assert all(status.running == status.waiting == 0 for status in engine.experts())
     if isinstance(engine, TransformersEngine):
-        processor = engine._manager.batch_processor
+        processor = engine._thread.batch_processor
         assert not processor.scheduler.active_requests and not processor.scheduler.waiting_requests
         assert not processor.cache._salts and not processor.cache.matched
     assert all(slot.running == 0 for slot in engine._table.slots)

@@ -26,7 +26,7 @@ def started(model: Model, what: str, experts: dict, **others: object) -> Transfo
         engine = TransformersEngine(model.settings(experts, **others))
         engine.start()
         seconds = time.perf_counter() - began
-    config = engine._manager.continuous_batching_config
+    config = engine._thread.continuous_batching_config
     say(
         "start",
         what=what,

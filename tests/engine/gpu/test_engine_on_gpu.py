@@ -40,8 +40,8 @@ def wrong(engine: TransformersEngine, family: Family, batch: list[GenerationRequ
 
 
 def runner(engine: TransformersEngine) -> Any:
-    assert engine._manager is not None
-    return engine._manager.batch_processor.model_runner
+    assert engine._thread is not None
+    return engine._thread.batch_processor.model_runner
 
 
 @pytest.mark.parametrize("slots", [1, 4])
