@@ -6,6 +6,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engine.family import Kind, make_family, requests
 from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM, PAGE_SIZE
@@ -46,6 +47,7 @@ def answer(base: Path, artifacts: dict[str, Path], batch: list[Any], one_process
         (output,) = llm.generate(prompt, sampling, lora_request=loras.get(item.expert), use_tqdm=False)
         found.append(tuple(output.outputs[0].token_ids))
     told.put(found)
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.parametrize("one_process", [False, True], ids=["engine in a process of its own", "in this process"])
@@ -62,6 +64,10 @@ def test_tokens_equal_plain_models(one_process: bool, tmp_path: Path) -> None:
             process.join(0.2)
         assert not told.empty(), process.exitcode
         found = told.get()
+        process.join()
     finally:
-        process.kill()
+        if process.is_alive():
+            for left in psutil.Process(process.pid).children(recursive=True):
+                left.kill()
+            process.kill()
     assert found == [family.greedy(item) for item in batch]
