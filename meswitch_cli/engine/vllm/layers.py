@@ -174,7 +174,7 @@ class ExpertResidualNorm(GainedNorm):
         shape = [1] * y.dim()
         shape[self.token_dim], shape[-1] = tokens, y.shape[-1]
         y = self.gained(y, self.announced.gain_rows[:tokens], shape).to(y.dtype)
-        return y if rest is None else (y, rest)
+        return (y, rest) if isinstance(result, tuple) else y
 
 
 class VocabularyLimits:
