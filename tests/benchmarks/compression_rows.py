@@ -12,6 +12,12 @@ DEFAULTS = {
     f"meswitch:bits=2,salient=8,{OURS},rank=16,factor_bits=8": "`--bits 2`",
     f"meswitch:bits=4,salient=8,{OURS},rank=16,factor_bits=8,embedding=4": "`--bits 4`",
 }
+#: What it does by itself with a merged LoRA, and the same in narrower factors.
+PRODUCTS = {
+    f"meswitch:bits=0,rank={rank},factor_bits={bits}": f"`--bits 0 --rank {rank}{told}`"
+    for rank in (16, 64)
+    for bits, told in ((8, ""), (4, " --factor-bits 4"))
+}
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
     f"{TRELLIS},bits=0.125,rank=16,embedding=1": "`--bits 0.125`",
@@ -36,6 +42,7 @@ ROWS = (
     BASE,
     EXPERT,
     *DEFAULTS,
+    *PRODUCTS,
     *OPTIONS,
     "bitdelta:embedding=2",
     "bitdelta:masks=2",
@@ -102,4 +109,4 @@ ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": CODER_ROWS}
 
 def label(row: str) -> str:
     """What a page calls a row: the options of `meswitch compress`, or the method of `meswitch eval --baseline`."""
-    return DEFAULTS.get(row) or OPTIONS.get(row) or row
+    return DEFAULTS.get(row) or PRODUCTS.get(row) or OPTIONS.get(row) or row
