@@ -76,16 +76,16 @@ def run(
     factor_bits: Annotated[
         Factors | None,
         typer.Option(
-            help="Bits of a number of an adapter's factors, or the directions'.",
-            show_default="16; directions 4, 8 from 2 bits on",
+            help="Bits of each number in the factors of a LoRA adapter, or of the directions (--rank).",
+            show_default="adapter 16; directions 4, or 8 from 2 bits on",
         ),
     ] = None,
     exact: Annotated[
         bool,
         typer.Option(
             "--exact",
-            help="Store the expert bit for bit, as is done by itself where that is smaller than the default code. "
-            "--bits and the like then say what code an engine makes of it.",
+            help="Store the expert bit for bit. Without options of a code this is chosen where it is smaller than the "
+            "default code; with it, --bits and the like say what code an engine makes of the expert.",
             show_default="where smaller",
         ),
     ] = False,
@@ -151,6 +151,9 @@ def run(
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
     typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
+    from meswitch_cli.artifact.workspace import require_free
+
+    require_free(out, force=force)
     from meswitch_cli.commands import report
     from meswitch_cli.commands.console import say
     from meswitch_cli.commands.host_memory import share_one_arena
