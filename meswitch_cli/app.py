@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "Show what an artifact holds and how faithful each of its tensors is.",
     "verify": "Check an artifact's every hash and tensor, and that a base is its base.",
     "restore": "Write an artifact back as an ordinary Hugging Face checkpoint.",
+    "list": "List the artifacts in a folder: base, size, bits a weight, whether all of it is there.",
     "push": "Publish an artifact on the Hugging Face Hub.",
     "pull": "Fetch an artifact from the Hugging Face Hub, and check it.",
     "train-router": "Train a router: which expert a prompt belongs to, and how sure that is.",
@@ -32,8 +33,15 @@ COMMANDS = {
     "chat": "Talk to a server's experts in the terminal, or to those in this process.",
     "bench": "Load an OpenAI-compatible server and measure latency and throughput.",
     "eval": "Measure how close a compressed expert is to the full one, with statistics.",
-    "list": "List the artifacts in a folder: base, size, bits a weight, whether all of it is there.",
     "env": "Show versions, backends and devices: what a report of a problem needs.",
+}
+
+#: Panels of `--help`, and the first command of each.
+PANELS = {
+    "compress": "Experts as artifacts",
+    "train-router": "Which expert answers",
+    "plan": "Serving and talking to them",
+    "eval": "Measuring, and reporting a problem",
 }
 
 #: Every option is also a variable, named after its command: MESWITCH_SERVE_PORT is serve's --port.
@@ -47,9 +55,11 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app = _application(completion=True)
     app.callback(cls=CommandGroup, help="Serve a family of fine-tuned language models from one base.")(_options)
     requested = next((item for item in arguments if not item.startswith("-")), None)
+    panel: str | None = None
     for name, line in COMMANDS.items():
+        panel = PANELS.get(name, panel)
         if name != requested:
-            app.command(name, help=line)(_listed)
+            app.command(name, help=line, rich_help_panel=panel)(_listed)
             continue
         module = importlib.import_module(f"meswitch_cli.commands.{name.replace('-', '_')}")
         panels = getattr(module, "PANELS", {})

@@ -6,6 +6,14 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    links = [error]
+    while (cause := links[-1].__cause__) is not None:
+        links.append(cause)
+    return links
+
+
 class MeswitchError(Exception):
     """The work cannot go on; the message says what is wrong, where, and what to do next. Exit status 1."""
 

@@ -11,6 +11,9 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
+#: Characters that a column of help holds on a terminal of 80 columns.
+_NARROW = 20
+
 
 def prepared(run: Callable[..., None], panels: Mapping[str, Sequence[str]] = {}) -> Callable[..., None]:
     """The function, with help that names each option's value and is shown as written, and `~` made out in its paths.
@@ -25,7 +28,7 @@ def prepared(run: Callable[..., None], panels: Mapping[str, Sequence[str]] = {})
     for name, parameter in inspect.signature(run).parameters.items():
         kind, info = get_args(hints[name])[:2]
         if info.metavar is None:
-            info.metavar = name.upper() if isinstance(info, ArgumentInfo) else value_name(kind)
+            info.metavar = name.upper() if isinstance(info, ArgumentInfo) else _in_columns(value_name(kind))
         info.help = escape(info.help or "")
         info.show_envvar = False  # the command's last line says it of all
         info.rich_help_panel = panel_of.get(name)
@@ -54,6 +57,11 @@ def value_name(kind: Any) -> str:
     if bool in leaves:
         return ""
     return "PATH" if Path in leaves else "N" if {int, float} & set(leaves) else "TEXT"
+
+
+def _in_columns(value: str) -> str:
+    """With blanks where help may break the line: a terminal of 80 columns would break long choices within a word."""
+    return value if len(value) <= _NARROW else value.replace("|", " | ")
 
 
 def _leaves(kind: Any) -> list[Any]:

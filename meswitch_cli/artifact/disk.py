@@ -7,13 +7,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from meswitch_cli.errors import ArtifactError, MeswitchError
 
 _REPLACED = "replaced"
+_TOLD = re.compile(r"\(os error (\d+)\)")
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -28,13 +32,22 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal into an error that says what to do.
 
     Raises:
-        ArtifactError: in place of any OSError.
+        ArtifactError: in place of any OSError, and of one that safetensors tells as text.
     """
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-        raise ArtifactError(f"{error.filename or path}: {reason}") from error
+        raise ArtifactError(f"{error.filename or path}: {_refusal(error)}") from error
+    except SafetensorError as error:
+        told = _TOLD.search(str(error))
+        if told is None:
+            raise
+        number = int(told[1])
+        raise ArtifactError(f"{path}: {_refusal(OSError(number, os.strerror(number)))}") from error
+
+
+def _refusal(error: OSError) -> str:
+    return _REASONS.get(error.errno or 0, error.strerror or str(error))
 
 
 def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:

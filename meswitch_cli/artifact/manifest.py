@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from meswitch_cli.checkpoint.weight_files import ARTIFACT_FILE
 from meswitch_cli.delta.codes import CODES, RATES, TRELLIS_VERSION, CodeName
 from meswitch_cli.delta.low_rank import FACTOR_BITS
 from meswitch_cli.delta.stored import PARTS, TensorEntry
@@ -21,7 +22,7 @@ from meswitch_cli.printable import is_name
 
 #: The newest version of the format; what needs only an older one is written as that, which older readers know.
 FORMAT_VERSION = max(TRELLIS_VERSION, *(part.version for part in PARTS), *(code.version for code in CODES.values()))
-MANIFEST_FILE = "meswitch.json"
+MANIFEST_FILE = ARTIFACT_FILE
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DIMENSION = 1 << 26
 _MAX_NUMEL = 1 << 36

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
@@ -76,10 +75,8 @@ def _write_weights(
     def flush() -> None:
         nonlocal pending, pending_bytes
         path = folder / f"part-{len(files):05d}.safetensors"
-        try:
+        with disk_errors(path):
             safetensors.torch.save_file(pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # an operating system's refusal comes as text alone
-            raise ArtifactError(f"{path}: cannot be written: {error}") from error
         files.append((path, list(pending), pending_bytes))
         pending, pending_bytes = {}, 0
 

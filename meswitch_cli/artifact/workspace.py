@@ -204,33 +204,35 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
     """
     out = out.expanduser().absolute()
     state = out.parent / f".{out.name}.partial"
-    _refuse_foreign(out)
+    require_free(out, force=True)
     with making(out, state):
         if (out / MANIFEST_FILE).is_file() and not (state / "artifact").exists():
             empty_folder(state)  # the work ended with the artifact in place, but could not clean up
         try:
-            _refuse_existing(out, force)
+            require_free(out, force=force)
         except ArtifactError:
             if not any(state.iterdir()):
                 state.rmdir()
             raise
+        if out.exists() and not any(out.iterdir()):
+            with disk_errors(out):
+                out.rmdir()
         yield Workspace(out, state)
 
 
-def _refuse_foreign(out: Path) -> None:
+def require_free(out: Path, *, force: bool) -> None:
+    """Look whether an artifact may be made at `out`, where `force` lets it replace another artifact.
+
+    Raises:
+        ArtifactError: it may not.
+    """
     if not out.exists():
         return
     if not out.is_dir():
         raise ArtifactError(f"{out}: a file is there; choose another output folder")
-    if any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
-        raise ArtifactError(f"{out}: in use by other files, not an artifact; choose another output folder")
-
-
-def _refuse_existing(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
     if not any(out.iterdir()):
-        with disk_errors(out):
-            out.rmdir()
-    elif not force:
+        return
+    if not (out / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{out}: in use by other files, not an artifact; choose another output folder")
+    if not force:
         raise ArtifactError(f"{out}: an artifact is there already; give --force to replace it")

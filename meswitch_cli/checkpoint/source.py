@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from meswitch_cli.errors import CheckpointError, reason_of
+from meswitch_cli.checkpoint.hub_refusal import refusal, why_unreachable
+from meswitch_cli.errors import CheckpointError
 from meswitch_cli.paths import user_path
 
 #: Weights as safetensors only: pickled formats are never fetched, so they can never be loaded. The rest is what a
@@ -67,8 +68,7 @@ def _download(name: str, files: list[str]) -> Source:
     try:
         path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name}: no such folder here, and the Hub does not give it: {reason_of(error)}. "
-            "Check the name; a private repository needs `hf auth login`."
-        ) from error
+        advice = "Check the name; a private repository needs `hf auth login`"
+        why = why_unreachable(error) or f"{refusal(error)}. {advice}"
+        raise CheckpointError(f"{name}: no such folder here, and the Hub does not give it: {why}") from error
     return Source(path, repository, path.name)

@@ -16,6 +16,8 @@ from meswitch_cli.checkpoint.json_file import read_json
 from meswitch_cli.checkpoint.tensorfile import TensorFileError, TensorInfo, read_header
 from meswitch_cli.errors import CheckpointError
 
+#: What makes a folder an artifact of ours; its reader is `artifact/manifest.py`.
+ARTIFACT_FILE = "meswitch.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -131,6 +133,11 @@ def _stale_index(index: Path) -> list[str]:
 
 
 def _no_weights(folder: Path) -> str:
+    if (folder / ARTIFACT_FILE).is_file():
+        return (
+            f"{folder}: an artifact, where a whole model is asked for; make one of it: "
+            f"meswitch restore {folder} --base BASE --out NEW_FOLDER"
+        )
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).is_symlink():
             return f"{folder / name}: a link to a file that is not there; was the download interrupted?"

@@ -101,7 +101,7 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     if base is None:
         yield None
         return
-    from meswitch_cli.commands.console import counted
+    from meswitch_cli.commands.console import counted, working
     from meswitch_cli.commands.serve import check_router, load_router
     from meswitch_cli.engine.settings import EngineSettings
     from meswitch_cli.engine.transformers_engine import TransformersEngine
@@ -113,13 +113,13 @@ def _served(base: str | None, experts: list[str], router: Path | None) -> Iterat
     named, _ = named_experts(experts)
     named, _ = servable(named, base, list(named))
     check_router(router, named)
-    typer.echo(f"loading {base} and {counted(len(named), 'expert')}", err=True)
-    engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
-    try:
-        engine.start()
-        service = Service(engine, ServerSettings(drain_seconds=DRAIN_SECONDS), load_router(router, engine))
-    except BaseException:
-        engine.stop()
-        raise
+    with working(f"loading {base} and {counted(len(named), 'expert')}"):
+        engine = TransformersEngine(EngineSettings(base=base, experts=named, strict=True))
+        try:
+            engine.start()
+            service = Service(engine, ServerSettings(drain_seconds=DRAIN_SECONDS), load_router(router, engine))
+        except BaseException:
+            engine.stop()
+            raise
     with in_background(service) as address:
         yield address

@@ -80,16 +80,16 @@ def run(
     factor_bits: Annotated[
         Factors | None,
         typer.Option(
-            help="Bits of a number of an adapter's factors, or the directions'.",
-            show_default="16; directions 8, beside codes below 2 bits 4",
+            help="Bits of each number in the factors of a LoRA adapter, or of the directions (--rank).",
+            show_default="adapter 16; directions 8, beside codes below 2 bits 4",
         ),
     ] = None,
     exact: Annotated[
         bool,
         typer.Option(
             "--exact",
-            help="Store the expert bit for bit, as is done by itself where that is smallest. "
-            "--bits and the like then say what code an engine makes of it.",
+            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; with it, "
+            "--bits and the like say what code an engine makes of the expert.",
             show_default="where smaller",
         ),
     ] = False,
@@ -154,46 +154,49 @@ def run(
 
     Example: meswitch compress --base ./llama --expert ./llama-maths --out ./maths-1bit
     """
-    typer.echo("reading both models' headers", err=True)  # before the libraries, which take seconds to load
-    from meswitch_cli.commands import report
-    from meswitch_cli.commands.console import say
-    from meswitch_cli.commands.host_memory import share_one_arena
-    from meswitch_cli.commands.next_steps import after_compress, print_next
-    from meswitch_cli.commands.notes import print_notes
-    from meswitch_cli.commands.progress import work_progress
-    from meswitch_cli.commands.verdict import verdict
-    from meswitch_cli.compression.form import choose_form
-    from meswitch_cli.compression.job import compress, prepare
-    from meswitch_cli.compression.settings import CompressionSettings
-    from meswitch_cli.compression.windows import calibration_asked
-    from meswitch_cli.engine.memory import parse_bytes
-    from meswitch_cli.errors import Interrupted
-    from meswitch_cli.model.device import choose_device
+    from meswitch_cli.commands.console import say, working
 
-    share_one_arena()
-    chosen = choose_device(device)
-    data, recorded = calibration_asked(calibration)
-    options: dict[str, Any] = {
-        "bits": rate(bits) if bits else None,
-        "code": code,
-        "salient": salient,
-        "rank": rank,
-        "group_size": group_size,
-        "channel_scale": channel_scale,
-        "rounding": rounding,
-        "steps": steps,
-        "embedding_bits": rate(embedding_bits) if embedding_bits else None,
-        "factor_bits": int(factor_bits) if factor_bits else None,
-        "exact": exact,
-        "calibration": recorded,
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "size": parse_bytes(size) if size else None,
-        "target_bits": target_bits,
-    }
-    job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
-    job, sizes = choose_form(job, options)
+    with working("reading both models' headers"):  # and the libraries, which take seconds to load
+        from meswitch_cli.artifact.workspace import require_free
+        from meswitch_cli.commands import report
+        from meswitch_cli.commands.host_memory import share_one_arena
+        from meswitch_cli.commands.next_steps import after_compress, print_next
+        from meswitch_cli.commands.notes import print_notes
+        from meswitch_cli.commands.progress import work_progress
+        from meswitch_cli.commands.verdict import verdict
+        from meswitch_cli.compression.form import choose_form
+        from meswitch_cli.compression.job import compress, prepare
+        from meswitch_cli.compression.settings import CompressionSettings
+        from meswitch_cli.compression.windows import calibration_asked
+        from meswitch_cli.engine.memory import parse_bytes
+        from meswitch_cli.errors import Interrupted
+        from meswitch_cli.model.device import choose_device
+
+        share_one_arena()
+        require_free(out, force=force)
+        chosen = choose_device(device)
+        data, recorded = calibration_asked(calibration)
+        options: dict[str, Any] = {
+            "bits": rate(bits) if bits else None,
+            "code": code,
+            "salient": salient,
+            "rank": rank,
+            "group_size": group_size,
+            "channel_scale": channel_scale,
+            "rounding": rounding,
+            "steps": steps,
+            "embedding_bits": rate(embedding_bits) if embedding_bits else None,
+            "factor_bits": int(factor_bits) if factor_bits else None,
+            "exact": exact,
+            "calibration": recorded,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "size": parse_bytes(size) if size else None,
+            "target_bits": target_bits,
+        }
+        job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
+        job, sizes = choose_form(job, options)
     if not as_json:
         report.print_plan(job)
         if sizes and sizes.smallest != "code":

@@ -5,8 +5,11 @@ Names of models, config entries and messages come from outside and may hold squa
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -25,12 +28,22 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def table(title: str, *columns: str) -> Table:
-    """A table whose first column stands at the left, the others at the right."""
+def table(title: str, *columns: str, text: Collection[str] = ()) -> Table:
+    """A table whose first column stands at the left, as do those named in `text`, and the others at the right."""
     made = Table(title=title)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(column, justify="left" if index == 0 or column in text else "right")
     return made
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say on stderr what is being done; on a terminal the seconds move below it until it is."""
+    on = console(stderr=True)
+    on.print(text, soft_wrap=True)
+    with Progress(SpinnerColumn(), TimeElapsedColumn(), console=on, transient=True, disable=not on.is_terminal) as bar:
+        bar.add_task("", total=None)
+        yield
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:

@@ -62,12 +62,14 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
 
     from meswitch_cli.checkpoint.checkpoint import Checkpoint
     from meswitch_cli.commands import report
+    from meswitch_cli.commands.console import working
     from meswitch_cli.commands.notes import print_notes
     from meswitch_cli.compression.fine_tune import WHAT, describe_fine_tune
     from meswitch_cli.model.adapted import open_expert
 
     opened = Checkpoint.open(base)
-    found = describe_fine_tune(opened, open_expert(expert, opened))
+    with working("reading every weight of both models"):
+        found = describe_fine_tune(opened, open_expert(expert, opened))
     print_notes(found.warnings)
     if as_json:
         typer.echo(json.dumps({"base": base, "expert": expert} | asdict(found) | {"suggestion": WHAT[found.kind]}))

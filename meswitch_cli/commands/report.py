@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from meswitch_cli.compression.form import FormSizes
     from meswitch_cli.compression.plan import Job
 
-WORST_LAYERS = 5
+WORST_LAYERS = 3
 
 
 def megabytes(nbytes: float) -> str:
@@ -218,8 +218,12 @@ def print_worst_layers(manifest: Manifest) -> None:
     by_output = any(entry.output_error is not None for entry in measured)
     which = "output error" if by_output else "weight error"
     worst = sorted(measured, key=lambda item: -(_error_of(item, by_output) or 0.0))[:WORST_LAYERS]
-    named = ", ".join(f"{item.name} {_percent(_error_of(item, by_output))}" for item in worst)
+    named = ", ".join(f"{_short(item.name)} {_percent(_error_of(item, by_output))}" for item in worst)
     console().print(f"largest {which}: {named}")
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.").removesuffix(".weight")
 
 
 def _counted(names: Iterable[str]) -> str:

@@ -35,15 +35,18 @@ def print_report(report: Mapping[str, Any]) -> None:
     out.print(went)
     if "accuracy" in test:
         gates = test["at_the_gates"]
-        line = f"accuracy {interval(test['accuracy'])} %, ECE {test['after_calibration']['ece']:.3f}; "
-        line += f"routed {percent(gates['coverage']['value'])}, of those right {percent(gates['precision']['value'])}"
+        out.print(f"the right field is likeliest: {interval(test['accuracy'])} % of them (accuracy, 95 % interval)")
+        routed, right = percent(gates["coverage"]["value"]), percent(gates["precision"]["value"])
+        out.print(f"through both gates: {routed}, of those right {right}")
+        out.print(f"error of the confidence (ECE, 0 is best): {test['after_calibration']['ece']:.3f}")
         if "out_of_domain" in test:
-            line += f"; out-of-domain AUROC {test['out_of_domain']['auroc']:.3f}"
-        out.print(line)
+            out.print(f"own prompts told from others (AUROC, 1 is best): {test['out_of_domain']['auroc']:.3f}")
     if "rewording" in report:
         out.print(f"the same decision where prompts are reworded: {interval(report['rewording']['same'])} %")
     if report.get("doubts") and report["doubts"]["count"]:
-        doubtful = table(f"{report['doubts']['count']} test prompts are refused, doubted or sent elsewhere", *_DOUBTS)
+        doubtful = table(
+            f"{report['doubts']['count']} test prompts are refused, doubted or sent elsewhere", *_DOUBTS, text=_DOUBTS
+        )
         for item in report["doubts"]["prompts"]:
             cells = (item["domain"], item["likeliest"], item["verdict"], f"{item['confidence']:.2f}", item["prompt"])
             doubtful.add_row(*cells)
@@ -55,7 +58,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     for name, figures in report.get("baselines", {}).items():
         shown = interval(figures["accuracy"]) + " %" if "accuracy" in figures else figures.get("failed", "")
-        out.print(f"baseline {name}: {shown}")
+        what = " (counts words, knows no model)" if name == "tfidf" else ""
+        out.print(f"baseline {name}{what}: {shown}")
 
 
 def print_decision(decision: RouteDecision) -> None:
@@ -78,7 +82,7 @@ def print_explanation(explanation: Explanation, known: Sequence[KnownPrompt]) ->
         f"(routed from {explanation.confidence_threshold:.3f})"
     )
     if explanation.nearest:
-        shown = table("nearest known prompts", "similarity", "of", "prompt")
+        shown = table("nearest known prompts", "similarity", "of", "prompt", text=("of", "prompt"))
         for item in explanation.nearest:
             prompt = known[item.point] if known else None
             field = item.owner or "no expert"

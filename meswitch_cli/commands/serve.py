@@ -11,7 +11,7 @@ import typer
 
 from meswitch_cli.addresses import in_url
 from meswitch_cli.commands.config_file import take_config
-from meswitch_cli.commands.console import counted
+from meswitch_cli.commands.console import counted, working
 from meswitch_cli.names import GateMode
 
 if TYPE_CHECKING:
@@ -171,28 +171,30 @@ def run(
             return
         experts, unfit = servable(experts, base, [pair.partition("=")[0] for pair in expert or ()])
         check_router(router, experts)
-        _note(f"loading {base} and {counted(len(experts), 'expert')}")
-        made = _engine_class(engine)(
-            EngineSettings(
-                base=base,
-                experts=experts,
-                slots=slots,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_queue=max_queue,
-                max_running=max_running,
-                cache_tokens=cache_tokens,
-                prefix_sharing=prefix_sharing,
-                tensor_parallel=tensor_parallel_size,
-                pipeline_parallel=pipeline_parallel_size,
-                data_parallel=data_parallel_size,
+        if experts_dir is not None and not experts and not refused:
+            _note(f"warning: no artifact in {experts_dir}: the base alone is served until one is loaded from there")
+        with working(f"loading {base} and {counted(len(experts), 'expert')}"):
+            made = _engine_class(engine)(
+                EngineSettings(
+                    base=base,
+                    experts=experts,
+                    slots=slots,
+                    device=device,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    max_queue=max_queue,
+                    max_running=max_running,
+                    cache_tokens=cache_tokens,
+                    prefix_sharing=prefix_sharing,
+                    tensor_parallel=tensor_parallel_size,
+                    pipeline_parallel=pipeline_parallel_size,
+                    data_parallel=data_parallel_size,
+                )
             )
-        )
-        undo.callback(made.stop)
-        made.start()
-        _warn_of(refused | unfit | made.failed)
-        chosen = load_router(router, made, gate)
+            undo.callback(made.stop)
+            made.start()
+            _warn_of(refused | unfit | made.failed)
+            chosen = load_router(router, made, gate)
         service = Service(made, settings, chosen)
         address = f"http://{in_url(host)}:{bound.getsockname()[1]}"
         _warn_if_open(settings, host)

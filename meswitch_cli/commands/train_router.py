@@ -172,7 +172,7 @@ def run(
         typer.echo(json.dumps({"router": str(out), "bytes": written.nbytes} | trained.report))
     else:
         print_report(trained.report)
-        typer.echo(f"{out}: {written.nbytes:,} bytes to route with")
+        typer.echo(f"{out}: a router of {written.nbytes:,} bytes")
         print_next(after_training(base, out, written.manifest.labels, models))
 
 

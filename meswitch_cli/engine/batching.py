@@ -6,6 +6,7 @@ transformers 5.23; `version.py` refuses others.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,14 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """The model has our attention. transformers would look for a flash kernel, and fetch one from the Hub."""
+
+    def start(self) -> None:
+        """As transformers starts it, but as a daemon: a program that never calls `stop` would wait for it for ever."""
+        self.background_thread_status.clear()
+        self._generation_thread = threading.Thread(
+            target=self._run_generation_loop, name="meswitch-batches", daemon=True
+        )
+        self._generation_thread.start()
 
     def wake(self) -> None:
         self._wake_up_loop.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Collection, Sequence
 
@@ -93,6 +94,7 @@ class TransformersEngine(SlottedEngine[Loop]):
         self._loader.start()
         self._thread.start()
         self._closed = None
+        atexit.register(self.stop)  # the loop must not compute while Python tears its modules down
 
     @property
     def num_layers(self) -> int:
@@ -120,6 +122,7 @@ class TransformersEngine(SlottedEngine[Loop]):
     def stop(self) -> None:
         if self._thread is None:
             return
+        atexit.unregister(self.stop)
         self._cancel_all()
         self._thread.end()
         self._loader.stop()

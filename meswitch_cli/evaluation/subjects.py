@@ -106,7 +106,9 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
     artifact.check_whole()
     _refuse_other_tokenizer_files(artifact.path, owner)
     named = path.resolve() if path.exists() else path
-    label = _free_label(named.name, [BASE, *(item.label for item in experts), *taken])
+    others = [BASE, *(item.label for item in experts)]
+    name = f"{named.name}-compressed" if named.name in others else named.name
+    label = _free_label(name, [*others, *taken])
     facts = {
         "manifest_sha256": artifact.digest,
         "nbytes": artifact.manifest.nbytes,

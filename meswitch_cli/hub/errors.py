@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from meswitch_cli.errors import ArtifactError, MeswitchError, reason_of
+from meswitch_cli.checkpoint.hub_refusal import refusal, why_unreachable
+from meswitch_cli.errors import ArtifactError, MeswitchError
 
-_LINES = 3
 _CLIENTS = ("httpx", "httpx2", "huggingface_hub", "hf_xet")
 
 
@@ -25,23 +25,9 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_the_client(error):
             raise
-        reasons = dict.fromkeys(_said(link) for link in _chain(error))
-        raise ArtifactError(f"{what}: {'; '.join(reasons)}. {advice}") from error
+        why = why_unreachable(error) or f"{refusal(error)}. {advice}"
+        raise ArtifactError(f"{what}: {why}") from error
 
 
 def _of_the_client(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _CLIENTS
-
-
-def _said(error: BaseException) -> str:
-    """Its first lines, as one: the client puts what the Hub objects to into the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:_LINES]
-    return " ".join(lines).rstrip(".:") or reason_of(error)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from: the client wraps the refusal of an upload in one that does not tell it."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__

@@ -42,6 +42,7 @@ def compress(
     Raises:
         MeswitchError: the message says what was wrong, where, and what to do.
     """
+    from meswitch_cli.artifact.workspace import require_free
     from meswitch_cli.compression import job
     from meswitch_cli.compression.form import choose_form
     from meswitch_cli.compression.settings import CompressionSettings
@@ -51,7 +52,9 @@ def compress(
 
     data, recorded = calibration_asked(str(calibration))
     options = {"calibration": recorded, **settings}
-    prepared = job.prepare(str(base), str(expert), user_path(out), CompressionSettings.with_defaults(**options), data)
+    out = user_path(out)
+    require_free(out, force=force)
+    prepared = job.prepare(str(base), str(expert), out, CompressionSettings.with_defaults(**options), data)
     prepared, _ = choose_form(prepared, options)
     job.compress(prepared, device=choose_device(device), force=force, keep_weak=keep_weak)
     return Artifact.open(prepared.out)

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket: a taken port is known before a model is loaded. Port 0 takes any that is free.
 
+    Another program cannot bind the port while the model loads, although nobody listens on it yet.
+
     Raises:
         MeswitchError: the address is not this machine's, or the port is taken.
     """
@@ -37,6 +39,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # With the option on, Linux would let a second server bind the same port until one of the two listens.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or str(error)
@@ -65,6 +69,10 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for bound in (
+            sockets or ()
+        ):  # connections inherit it: the port can be bound anew as soon as the server has ended
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if self.started:

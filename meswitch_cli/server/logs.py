@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from meswitch_cli.server.record import RequestRecord
 
@@ -58,12 +58,23 @@ def _request(fields: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment: while something moves on the terminal, that makes room for the line."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def configure_logging(level: str, style: Literal["auto", "console", "json"] = "auto") -> None:
     """Send our logs and uvicorn's to stderr, from `level` (debug, info, warning, error) on.
 
     `style` auto writes lines for people where stderr is a terminal, JSON elsewhere.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     on_console = style == "console" or (style == "auto" and sys.stderr.isatty())
     handler.setFormatter(ConsoleFormatter() if on_console else JsonFormatter())
     for name in ("meswitch_cli", "uvicorn"):

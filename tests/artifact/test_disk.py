@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from meswitch_cli.artifact.disk import exclusive, whole_folder
+from meswitch_cli.artifact.disk import disk_errors, exclusive, whole_folder
 from meswitch_cli.errors import ArtifactError
 
 
@@ -66,3 +67,10 @@ def test_a_second_writer_is_refused(out: Path) -> None:
     ):
         raise AssertionError("the block must not run")
     assert contents(out) == ["out/old"]
+
+
+def test_a_full_disk_that_safetensors_met_is_told_as_any(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="x: the disk is full; free some space"), disk_errors(tmp_path / "x"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="incomplete metadata"), disk_errors(tmp_path / "x"):
+        raise SafetensorError("Error while deserializing header: incomplete metadata")

@@ -2,8 +2,10 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from meswitch_cli.checkpoint.source import resolve
@@ -119,3 +121,32 @@ def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         CheckpointError, match="owner/name: no such folder here, and the Hub does not give it: no route"
     ):
         resolve("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("offline", "cause", "told"),
+    [
+        (True, OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set, and the Hub's cache does not hold it"),
+        (False, OSError("no route to host"), r"the Hub cannot be reached \(no route to host\); go online"),
+        (
+            False,
+            RevisionNotFoundError(
+                "404 Client Error.\n\nno such revision",
+                response=httpx2.Response(404, request=httpx2.Request("GET", "https://huggingface.co")),
+            ),
+            "An error happened.*; 404 Client Error. no such revision. Check the name",
+        ),
+    ],
+    ids=["offline", "no net", "no such revision"],
+)
+def test_what_the_client_calls_a_cache_miss_is_told_by_its_cause(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, cause: Exception, told: str
+) -> None:
+    def download(*_args: object, **_kwargs: object) -> str:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub") from cause
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    unreadable = "owner/name@v1: no such folder here, and the Hub does not give it"
+    with pytest.raises(CheckpointError, match=f"{unreadable}: {told}"):
+        resolve("owner/name@v1")

@@ -142,6 +142,11 @@ def _pointer(folder: Path) -> None:
     (folder / SINGLE_FILE).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 9\n")
 
 
+def _artifact(folder: Path) -> None:
+    _rename("delta-00001-of-00001.safetensors")(folder)
+    (folder / "meswitch.json").write_text("{}")
+
+
 def _distributed(folder: Path) -> None:
     shutil.copy(folder / SINGLE_FILE, folder / "shard-00001-model-00001-of-00001.safetensors")
 
@@ -157,8 +162,9 @@ def _distributed(folder: Path) -> None:
         (_link, "a link to a file that is not there"),
         (_pointer, "a Git LFS pointer, not the weights"),
         (_distributed, "part of a distributed checkpoint"),
+        (_artifact, "an artifact, where a whole model is asked for; make one of it: meswitch restore"),
     ],
-    ids=["variant", "consolidated", "gguf", "pickle", "nothing", "link", "pointer", "distributed"],
+    ids=["variant", "consolidated", "gguf", "pickle", "nothing", "link", "pointer", "distributed", "artifact"],
 )
 def test_weights_that_are_not_there_are_refused_by_what_is(
     folder: Path, damage: Callable[[Path], object], message: str

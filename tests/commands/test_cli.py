@@ -73,14 +73,22 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         assert f"'{module}'" not in loaded
     times, work = [], []
     for _ in range(5):
+        waits = _wall_seconds_of_a_second_of_work()  # of others that want the processor too
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = meswitch("--help", anew=True)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started) / waits)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert all(name in shown.stdout for name in COMMANDS)
-    assert min(times) < 0.6  # 0.2 s when the machine is quiet; the bound leaves room for a busy one
+    assert min(times) < 0.6  # 0.2 s when the machine is quiet
     assert min(work) < 0.3
+
+
+def _wall_seconds_of_a_second_of_work() -> float:
+    started, worked = time.perf_counter(), time.process_time()
+    while time.process_time() - worked < 0.2:
+        pass
+    return max(1.0, (time.perf_counter() - started) / 0.2)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -132,6 +140,9 @@ def test_wrong_base_and_damage(pair: Pair, tmp_path: Path) -> None:
     fails(meswitch("restore", art, "--base", other, "--out", tmp_path / "b"), 1, "wrong base")
     fails(meswitch("inspect", art, "--plot", tmp_path / "x.pdf"), 2, ".png or .svg")
     fails(meswitch("compress", "--base", pair[0], "--expert", pair[1], "--out", art, "--salient", 4), 1, "--force")
+    at_once = meswitch("compress", "--base", "./none", "--expert", pair[1], "--out", art)
+    fails(at_once, 1, "an artifact is there already")  # before a model is read
+    fails(meswitch("compress", "--base", pair[0], "--expert", art, "--out", tmp_path / "b"), 1, "meswitch restore")
     shard = art / "delta-00001-of-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
     fails(meswitch("verify", art), 1, shard.name)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Terminal
 from typer.testing import CliRunner, Result
 
 from meswitch_cli.app import build_app
 from meswitch_cli.commands import report
 from meswitch_cli.commands.bench import _table
-from meswitch_cli.commands.console import console, progress_bar
+from meswitch_cli.commands.console import console, progress_bar, table, working
 from meswitch_cli.commands.router_tables import print_decision, print_edit, print_report
 from meswitch_cli.plot_labels import plain_label
 from meswitch_cli.router.decide.router import RouteDecision
@@ -128,3 +130,21 @@ def test_a_trellis_code_is_told_and_its_noise_is_no_warning(
     report.print_summary(manifest)
     said = " ".join(capsys.readouterr().out.split())
     assert shown in said and "beyond the delta" not in said
+
+
+def test_work_is_told_in_a_line_and_moves_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        monkeypatch.setattr("sys.stderr", stream)
+        with working("loading ./base[x]"):
+            pass
+    assert plain.getvalue() == "loading ./base[x]\n"
+    assert terminal.getvalue().startswith("loading ./base[x]\n") and "0:00:00" in terminal.getvalue()
+
+
+def test_text_stands_left_in_a_table_and_figures_right(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = table("t", "expert", "similarity", "prompt", text=("prompt",))
+    shown.add_row("a long name", "0.5", "hi")
+    shown.add_row("a", "0.25", "a long prompt")
+    console().print(shown)
+    assert "│ a long name │        0.5 │ hi            │" in capsys.readouterr().out

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
+from typing import get_args, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
 from meswitch_cli import __version__
-from meswitch_cli.app import COMMANDS, build_app
+from meswitch_cli.app import COMMANDS, PANELS, build_app
 
 WIDE = {"COLUMNS": "240", "TERMINAL_WIDTH": "240", "NO_COLOR": "1"}
 
@@ -57,7 +61,7 @@ def test_help_shows_every_option_by_its_value(command: tuple[str, ...]) -> None:
         elif "bool" in str(parameter.annotation):
             assert not re.match(r"TEXT|PATH|N ", rows[flag])
         else:
-            assert re.match(r"TEXT|PATH|N |[\w.-]+\|", rows[flag]), rows[flag]
+            assert re.match(r"TEXT|PATH|N |[\w.-]+ ?\|", rows[flag]), rows[flag]
     assert not re.match(r"TEXT", rows["--help"])
 
 
@@ -109,3 +113,26 @@ def test_no_panel_is_a_heap() -> None:
     for command in FUNCTIONS:
         for rows in said(*command, "--help").split("╭─")[1:]:
             assert len(re.findall(r"^│ +(?:\* +)?--", rows, re.M)) <= 12, (command, rows)
+
+
+def test_narrow_help_breaks_no_choice_within_a_word() -> None:
+    narrow = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}  # read once, as it is imported
+    command = [sys.executable, "-m", "meswitch_cli", "compress", "--help"]
+    shown = subprocess.run(command, env=narrow, capture_output=True, text=True, check=True).stdout
+    column = " ".join(line[26:51] for line in shown.splitlines())
+    for choice in get_args(get_args(get_type_hints(FUNCTIONS["compress",], include_extras=True)["steps"])[0]):
+        for word in get_args(choice):
+            assert f" {word} " in f"{column} ", word
+
+
+def test_every_command_stands_in_a_panel_of_its_kind() -> None:
+    shown = said("--help")
+    panel, found = "", {}
+    for line in shown.splitlines():
+        if line.startswith("╭"):
+            panel = line.strip("╭─╮ ")
+        elif match := re.match(r"│ ([a-z][a-z-]*) ", line):
+            found[match[1]] = panel
+    assert list(found) == list(COMMANDS)
+    assert [found[first] for first in PANELS] == list(PANELS.values())
+    assert found["list"] == found["compress"] and found["route"] == found["router"] and found["chat"] == found["serve"]

@@ -11,6 +11,7 @@ import pytest
 from command_line import fails, in_process
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.errors import MeswitchError
 from meswitch_cli.router.store.manifest import MANIFEST_FILE as ROUTER_FILE
 from zoo.tiny import Pair, make_pair
 
@@ -107,3 +108,15 @@ def test_a_router_of_other_experts(base: Path, pair: Pair, make_artifact: Any, t
     ended = in_process(*given, "--router", artifact.path)
     fails(ended, 1, "not a router")
     assert "loading" not in ended.stderr
+
+
+def test_an_empty_folder_of_experts_is_said_to_be_one(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_given: object) -> object:
+        raise MeswitchError("the base was loaded")
+
+    monkeypatch.setattr("meswitch_cli.server.logs.configure_logging", lambda *given: None)
+    monkeypatch.setattr("meswitch_cli.engine.transformers_engine.why_one_by_one", load)
+    ended = in_process("serve", "--base", pair[0], "--port", 0, "--experts-dir", tmp_path)
+    fails(ended, 1, f"warning: no artifact in {tmp_path}: the base alone is served", "the base was loaded")

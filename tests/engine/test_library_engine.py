@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2
@@ -106,3 +108,15 @@ def test_a_server_in_a_block(family: Family) -> None:
         httpx2.get(f"{server.address}/health", trust_env=False)
     with pytest.raises(UsageError, match="no such setting: slot"):
         meswitch.serve(family.base, slot=3)
+
+
+@pytest.mark.parametrize("call", ["Engine", "serve"])
+def test_a_program_that_stops_nothing_ends(family: Family, call: str) -> None:
+    settings = SMALL if call == "Engine" else SMALL | {"port": 0}
+    program = f"import meswitch_cli as meswitch\nrunning = meswitch.{call}({str(family.base)!r}, **{settings})\n"
+    use = "running.generate('x', max_tokens=2).text" if call == "Engine" else "running.address"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{program}print(bool({use}))"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert "Traceback" not in done.stderr and "Fatal" not in done.stderr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import httpx2
 import pytest
 from command_line import ENVIRONMENT, in_process, meswitch
 from server.family import Family, Running
+
+from meswitch_cli.server.lifecycle import listen
 
 Here = Callable[..., tuple[int, str]]
 
@@ -190,6 +193,26 @@ def test_a_taken_port_is_told_before_anything_is_loaded(family: Family, running:
     port = running.url.rpartition(":")[2]
     done, told = here("serve", "--base", family.base, "--port", port)
     assert done == 1 and f"127.0.0.1:{port}" in told and "loading" not in told
+
+
+def test_a_port_is_taken_while_its_server_still_loads(family: Family, here: Here) -> None:
+    with closing(listen("127.0.0.1", 0)) as bound:  # as a server has it before it listens
+        port = bound.getsockname()[1]
+        done, told = here("serve", "--base", family.base, "--port", port)
+    assert done == 1 and f"127.0.0.1:{port}" in told and "loading" not in told
+
+
+def test_a_port_is_free_as_soon_as_its_server_has_ended(family: Family) -> None:
+    """The side that closes first keeps a connection in TIME_WAIT; it must not hold the port."""
+    with serving("--base", family.base, "--expert", f"red={family.artifacts['red']}") as first:
+        port = int(first.wait().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            while client.recv(4096):
+                pass
+        first.process.send_signal(signal.SIGTERM)
+        assert first.ended()[0] == 0
+    listen("127.0.0.1", port).close()
 
 
 def test_chat_with_a_server(running: Running) -> None:

@@ -166,3 +166,19 @@ def test_a_line_is_json_whatever_is_in_it() -> None:
     record.fields = {"prompt": {"not json": {1, 2}}}
     line = JsonFormatter().format(record)
     assert "\n" not in line and json.loads(line)["message"].startswith("two\nlines")
+
+
+def test_a_line_goes_to_what_stderr_is_at_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while something moves on a terminal, where another stream stands in for it."""
+    logger = logging.getLogger("meswitch_cli")
+    before = logger.handlers[:], logger.propagate, logger.level
+    first, second = io.StringIO(), io.StringIO()
+    try:
+        monkeypatch.setattr(sys, "stderr", first)
+        configure_logging("info", "console")
+        monkeypatch.setattr(sys, "stderr", second)
+        logger.warning("hello")
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
+    assert first.getvalue() == "" and "hello" in second.getvalue()
