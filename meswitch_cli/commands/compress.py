@@ -88,7 +88,7 @@ def run(
         bool,
         typer.Option(
             "--exact",
-            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; with it, "
+            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; with it "
             "--bits and the like say what code an engine makes of the expert.",
             show_default="where smaller",
         ),
