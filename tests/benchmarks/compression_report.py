@@ -151,9 +151,10 @@ def overview(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def _row_of(name: str, expert: str, rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """A measured row; what `compress` does by itself is the default code, but where it is another form."""
-    if name == BY_ITSELF and name not in rows and expert not in OTHER_FORMS:
-        name = next(iter(DEFAULTS))
+    """A measured row; for an artifact of `compress` that was not, the method that it is."""
+    if name == BY_ITSELF and name not in rows:
+        method = OTHER_FORMS.get(expert, next(iter(DEFAULTS)))
+        return rows.get(method) if method else None
     return rows.get(name)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 BASE, EXPERT = "base", "full expert"
-#: The artifact of `meswitch compress` without options; of a fine-tune that has none here it is the first of `DEFAULTS`.
+#: The artifact of `meswitch compress` without options.
 BY_ITSELF = "compress"
-#: Fine-tunes that are not stored in the default code by themselves (docs/results/sparse.md).
-OTHER_FORMS = ("lora16", "lora64", "reinforced")
 OURS = "steps=output-unbiased,activations=random"
 ONE = f"meswitch:bits=1,salient=8,channel_scale=rms,{OURS}"
 TRELLIS = f"meswitch:code=trellis,salient=8,{OURS}"
@@ -22,6 +20,9 @@ PRODUCTS = {
     for rank in (16, 64)
     for bits, told in ((8, ""), (4, " --factor-bits 4"))
 }
+#: The row that is what it does by itself with a fine-tune, where that is not the first of `DEFAULTS` and no artifact is
+#: measured; None: bit for bit, which is no method (docs/results/sparse.md has what it takes).
+OTHER_FORMS = {"lora16": next(iter(PRODUCTS)), "reinforced": None}
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
     f"{TRELLIS},bits=0.125,rank=16,embedding=1": "`--bits 0.125`",

@@ -48,9 +48,12 @@ def test_an_overview_by_hand() -> None:
 
 def test_an_overview_knows_other_forms() -> None:
     """Of a fine-tune that is not stored in the default code, that code is not shown as what compress does."""
-    own = {BY_ITSELF: row(0.2, [1, 1, 1, 0], "abcd", 500_000)}
-    lines = overview({"lora16": MEASURED | own, "lora64": MEASURED, "code": MEASURED}).splitlines()
+    alone = {next(iter(PRODUCTS)): row(0.2, [1, 1, 1, 0], "abcd", 500_000)}
+    lines = overview({"lora16": MEASURED | alone, "reinforced": MEASURED, "code": MEASURED}).splitlines()
     assert lines[2] == "| `compress`, no options | 0.5 to 2.0 | 10; 100.0 |  | 0.10; 50.0 |"
+    artifact = {BY_ITSELF: row(0.02, [1, 1, 1, 0], "abcd", 600_000)}
+    lines = overview({"lora16": MEASURED | alone | artifact, "reinforced": MEASURED | artifact}).splitlines()
+    assert lines[2] == "| `compress`, no options | 0.6 | 1.0; 100.0 | 1.0; 100.0 |"
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
