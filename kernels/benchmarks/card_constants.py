@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import TUNING, table, write_tuning
+from common import TUNING, parse_bits, table, write_tuning
 
 from meswitch_kernels.cards import CardConstants, card_constants
 
@@ -117,7 +117,7 @@ def engine_row(run: Run, bits: str, experts: int, requests: int) -> dict[str, An
 
 def predicted(held: CardConstants, run: Run, step: dict[str, Any]) -> float:
     """Seconds of one of the engine's steps, by constants."""
-    bits, experts, layers = int(step["bits"]), step["experts"], step["layers"]
+    bits, experts, layers = parse_bits(step["bits"]), step["experts"], step["layers"]
     seconds = 1e9 * gigabytes(run, layers, bits, 0) / held.base + layers * held.layer_seconds + held.step_seconds
     if experts:
         seconds += 1e9 * gigabytes(run, layers, bits, experts) / held.experts[str(bits)]

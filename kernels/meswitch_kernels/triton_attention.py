@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_device import on_its_device
+
 _LEAST_ROWS = 16
 """The smallest product of a tensor core."""
 _KEYS_NBYTES = 64 * 128 * 2
@@ -164,6 +166,7 @@ def join_shares(
     tl.store(out + target, result.to(out.dtype.element_ty), mask=column < width)
 
 
+@on_its_device
 def paged_attention(
     query: Tensor,
     key: Tensor,

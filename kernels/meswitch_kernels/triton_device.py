@@ -13,11 +13,12 @@ _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 
 
 def on_its_device(entry: _Entry) -> _Entry:
-    """An entry point of the backend, run with its first argument's card as the current one."""
+    """An entry point of the backend, run with the card of its first argument, a tensor, as the current one."""
 
     @functools.wraps(entry)
-    def guarded(first: Tensor, *rest: Any, **named: Any) -> Any:
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        first: Tensor = next(iter((*arguments, *named.values())))
         with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return entry(first, *rest, **named)
+            return entry(*arguments, **named)
 
     return cast(_Entry, guarded)

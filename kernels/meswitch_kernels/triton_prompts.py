@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_attention import cache_rows, capped
+from .triton_device import on_its_device
 
 _LEAST_ROWS = 16
 _WRITTEN = 16
@@ -161,6 +162,7 @@ def write_prompts(
     tl.store(value_cache + rows[:, None] + column[None, :], values, mask=mask)
 
 
+@on_its_device
 def prompt_attention(
     query: Tensor,
     key: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,9 +13,11 @@ from meswitch_cli.delta.codes import RATES, CodeName
 
 if TYPE_CHECKING:
     Rate = str
+    LinearRate = str
     Factors = str
 else:
     Rate = Literal[tuple(map(str, RATES))]
+    LinearRate = Literal[tuple(map(str, (0, *RATES)))]
     Factors = Literal["4", "8", "16"]
 
 #: Help's panels, and the options in each; the others come first.
@@ -49,9 +52,10 @@ def run(
     expert: Annotated[str, typer.Option(help="The fine-tune of it: a folder or a Hub id; a LoRA adapter will do.")],
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist, or be an artifact and --force given.")],
     bits: Annotated[
-        Rate | None,
+        LinearRate | None,
         typer.Option(
-            help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones.",
+            help="Bits a weight of the linear layers: below 1 by trellis codes, from 1 by scalar ones; 0: the leading "
+            "directions alone, for a merged LoRA.",
             show_default="1",
         ),
     ] = None,
@@ -69,7 +73,7 @@ def run(
         int | None,
         typer.Option(
             min=0,
-            help="Leading singular directions of a tensor kept beside its codes.",
+            help="Leading singular directions of a tensor kept, beside its codes if it has any.",
             show_default="16",
         ),
     ] = None,
@@ -77,15 +81,15 @@ def run(
         Factors | None,
         typer.Option(
             help="Bits of each number in the factors of a LoRA adapter, or of the directions (--rank).",
-            show_default="adapter 16; directions 4, or 8 from 2 bits on",
+            show_default="adapter 16; directions 8, beside codes below 2 bits 4",
         ),
     ] = None,
     exact: Annotated[
         bool,
         typer.Option(
             "--exact",
-            help="Store the expert bit for bit. Without options of a code this is chosen where it is smaller than the "
-            "default code; with it, --bits and the like say what code an engine makes of the expert.",
+            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; "
+            "with it, --bits and the like say what code an engine makes of the expert.",
             show_default="where smaller",
         ),
     ] = False,
@@ -195,8 +199,8 @@ def run(
         job, sizes = choose_form(job, options)
     if not as_json:
         report.print_plan(job)
-        if job.settings.exact and sizes:
-            report.print_exact_is_smaller(sizes)
+        if sizes and sizes.smallest != "code":
+            report.print_form(sizes)
     notes = job.notes()
     print_notes(notes)
     weak: list[str] = []
@@ -210,7 +214,7 @@ def run(
     print_notes(weak)
     if as_json:
         figures = report.summary(manifest, job.expert.nbytes)
-        chosen_by = {"expected_bytes": {"exact": sizes.exact, "code": sizes.code}} if sizes else {}
+        chosen_by = {"expected_bytes": asdict(sizes)} if sizes else {}
         typer.echo(json.dumps({"artifact": str(out)} | figures | chosen_by | {"warnings": [*notes, *weak]}))
     else:
         report.print_summary(manifest, job.expert.nbytes)

@@ -128,7 +128,7 @@ def run(
         messages=True,
     )
     fits = plan.requests > 0
-    slot_bits = plan.bits or settings.linears().coding.bits
+    slot_bits = plan.bits or settings.linears().bits
     speed = _speed(plan, known, requests or experts, slot_bits) if known else None
     result = {
         "fits": fits,

@@ -41,6 +41,8 @@ def print_plan(job: Job) -> None:
         widths = {settings.bits for settings in found if settings}
         bits = "/".join(str(width) for width in sorted(widths))
         form = "16 bit if changed" if kind == "dense" else f"{bits} bit"
+        if kind == "linear" and not job.settings.bits:
+            form = f"rank {job.settings.rank} if changed"
         if job.settings.exact:
             form = "bit for bit if changed"
         if job.budget is not None and kind != "dense":
@@ -63,18 +65,20 @@ def print_plan(job: Job) -> None:
     if job.settings.exact:
         out.print(f"size: what its changes take, of {megabytes(job.expert.nbytes)}")
         return
-    at_most = "at most " if job.budget is not None else ""
+    at_most = "at most " if job.budget is not None or not job.settings.bits else ""
     out.print(f"expected size {at_most}{megabytes(expected_bytes(job))}, from {megabytes(job.expert.nbytes)}")
 
 
-def print_exact_is_smaller(sizes: FormSizes) -> None:
-    """Why an expert is stored bit for bit without being asked; on stderr."""
-    out = console(stderr=True)
-    out.print(
-        f"bit for bit, since that takes about {megabytes(sizes.exact)} and the default code {megabytes(sizes.code)}; "
-        "--bits 1 stores the code",
-        soft_wrap=True,
-    )
+def print_form(sizes: FormSizes) -> None:
+    """Why an expert is stored in another form than the default code without being asked; on stderr."""
+    exact, code = megabytes(sizes.exact), megabytes(sizes.code)
+    told = f"bit for bit, since that takes about {exact} and the default code {code}"
+    if sizes.smallest == "product" and sizes.product is not None:
+        told = (
+            f"a merged LoRA of rank {sizes.rank}: stored as its products alone, about {megabytes(sizes.product)}, "
+            f"where the default code takes {code} and bit for bit {exact}"
+        )
+    console(stderr=True).print(f"{told}; --bits 1 stores the code", soft_wrap=True)
 
 
 def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
@@ -94,6 +98,8 @@ def print_fine_tune(expert: str, base: str, found: FineTune) -> None:
     if found.sizes:
         told = f"{megabytes(found.sizes.exact)}, {megabytes(found.sizes.code)}"
         shown.add_row("all tensors bit for bit, in the default code", told)
+        if found.sizes.product is not None:
+            shown.add_row(f"as products of rank {found.rank} alone", megabytes(found.sizes.product))
     shown.add_row("type, base and expert", f"{found.base_dtype}, {found.expert_dtype}")
     shown.add_row("added tokens", str(found.added_tokens))
     shown.add_row("tensors that are the base's, of all", f"{found.unchanged_tensors} of {found.tensors}")

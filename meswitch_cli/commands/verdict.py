@@ -68,12 +68,17 @@ def verdict(manifest: Manifest) -> list[str]:
 
 
 def _of_adapter(manifest: Manifest) -> list[str]:
-    """Of low-rank parts that stand alone, which hold an adapter's own factors."""
+    """Of low-rank parts that stand alone: an adapter's own factors, or a delta's leading directions."""
     alone = [item for item in manifest.tensors if item.rank and not item.bits and item.weight_error is not None]
     energy = sum(item.delta_energy or 0.0 for item in alone)
     if not energy:
         return []
     error = sum((item.weight_error or 0.0) * (item.delta_energy or 0.0) for item in alone) / energy
+    if manifest.settings.get("bits") == 0:
+        return [
+            f"weight error {_percent(error)} of the delta, which is what its leading directions leave: rounding, of a "
+            "merged LoRA; of another fine-tune meswitch eval says what it does to answers"
+        ]
     told = f"weight error {_percent(error)} of the update"
     if error < EXACT_ERROR:
         return [f"{told}: these are the adapter's own factors, rounded to what they are stored in; nothing was coded"]

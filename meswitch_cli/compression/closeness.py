@@ -108,8 +108,8 @@ def advice(job: Job, records: list[UnitRecord]) -> str:
 
 
 def _measured(records: list[UnitRecord]) -> list[TensorEntry]:
-    entries = [entry for record in records for entry in record.tensors]
-    return [entry for entry in entries if entry.bits and entry.weight_error is not None and entry.delta_energy]
+    coded = [entry for record in records for entry in record.tensors if entry.bits or entry.rank]
+    return [entry for entry in coded if entry.weight_error is not None and entry.delta_energy]
 
 
 def _tokens(job: Job) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.form import FormSizes, form_sizes
+from meswitch_cli.compression.product import product_rank
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.delta.exact import encode
 from meswitch_cli.errors import CheckpointError
@@ -20,23 +21,14 @@ from meswitch_cli.model.matching import Plan, PlannedTensor, make_plan
 
 FineTuneKind = Literal["none", "sparse", "lora", "full", "pretraining"]
 
-#: Leading singular directions whose energy is given; the larger number is what a LoRA has at most.
-LEADING, MOST_LORA_RANK = 16, 64
-#: Linears whose singular values are taken, spread evenly over the model; smaller ones say nothing about a rank.
-SAMPLED, LEAST_WIDTH = 8, 4 * MOST_LORA_RANK
+#: Leading singular directions whose energy is given.
+FEW, MANY = 16, 64
+#: Linears whose singular values are taken, spread evenly over the model; of smaller ones these directions are much.
+SAMPLED, LEAST_WIDTH = 8, 4 * MANY
 #: Share of unchanged weights from which an update is sparse. On SmolLM2-135M, bf16: 0.31 and 0.34 of strong full
 #: fine-tunes of 80 to 100 steps at 1e-4, 0.43 to 0.51 of 14 steps; a random update of 3e-4 of the weights' norm 0.92,
 #: of 1e-3 0.75. Reinforcement learning is reported to leave 0.7 to 0.95.
 SPARSE = 0.8
-#: A delta is a LoRA where what its first `MOST_LORA_RANK` directions leave is less than this part of what rounding to
-#: the file's type leaves of any delta. Random updates of rank 16 and 64, merged into SmolLM2-135M in bf16: 0.48 to
-#: 0.81 at 0.003 and 0.01 of the weights' norm; the strong full fine-tunes 1.20 and 1.22, a random one of full rank 2.5.
-LORA_ROUNDING = 0.9
-#: Or less than this part of the delta, where rounding is finer.
-LORA_ENERGY = 0.01
-#: Where rounding makes up more of the delta than this, no rank can be told: 0.13 to 0.16 of the strong fine-tunes,
-#: 0.41 to 0.58 of 14 steps, which would pass for a LoRA; 0.28 of the random updates at 0.003.
-MOST_ROUNDING = 0.35
 #: ||delta|| / ||weights|| from which a fine-tune is a long one, six times the strong fine-tunes' 0.0045 and 0.0048, and
 #: from which the base is in doubt. Neither was measured on such a pair; weights that have nothing in common give 1.4.
 LONG, DOUBTFUL = 0.03, 0.15
@@ -44,7 +36,7 @@ LONG, DOUBTFUL = 0.03, 0.15
 WHAT: dict[FineTuneKind, str] = {
     "none": "every weight is the base's: there is nothing to compress",
     "sparse": "a sparse update, as reinforcement learning or a low learning rate leaves it",
-    "lora": f"a merged LoRA or the like: rank {MOST_LORA_RANK} or less, and rounding",
+    "lora": "a merged LoRA or the like: products of a low rank, and rounding",
     "full": "a full fine-tune",
     "pretraining": "long training: continued pretraining, or fine-tuning on very much data",
 }
@@ -61,8 +53,9 @@ class FineTune:
             sampled linears; None where the delta is zero.
         rounding: energy that rounding to the expert's file type leaves, over the delta's, of the same linears.
         exact_bits: bits a weight that they take bit for bit (`--exact`).
-        sizes: bytes of the whole model bit for bit and in the default code, by a sample; None of an expert that is not
-            stored as the weights that it has.
+        sizes: bytes of the whole model bit for bit, in the default code and as products of `rank`, by a sample; None of
+            an expert that is not stored as the weights that it has.
+        rank: of products that explain every linear, see `delta.rank`; None where none do.
         sampled: how many those are.
         base_dtype, expert_dtype: of the files.
         added_tokens: embedding rows that the base has not.
@@ -78,6 +71,7 @@ class FineTune:
     rounding: float | None
     exact_bits: float | None
     sizes: FormSizes | None
+    rank: int | None
     sampled: int
     base_dtype: str
     expert_dtype: str
@@ -124,7 +118,8 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
     leading, lora, rounding = (sum(part) / len(part) for part in zip(*spectra, strict=True)) if spectra else (None,) * 3
     relative = math.sqrt(energy / own) if own else math.inf
     unchanged = same / count if count else 1.0
-    wide = all(min(item.shape) >= LEAST_WIDTH for item in chosen)
+    rank = product_rank(base, expert, plan)
+    default = CompressionSettings.with_defaults()
     return FineTune(
         unchanged=unchanged,
         relative_delta=relative,
@@ -132,31 +127,27 @@ def describe_fine_tune(base: Checkpoint, expert: Checkpoint) -> FineTune:
         lora_energy=lora,
         rounding=rounding,
         exact_bits=8 * exact_nbytes / exact_weights if exact_weights else None,
-        sizes=form_sizes(base, expert, plan, CompressionSettings.with_defaults()) if same < count else None,
+        sizes=form_sizes(base, expert, plan, default, rank) if same < count else None,
+        rank=rank,
         sampled=len(spectra),
         base_dtype=dtype_name(types[0]),
         expert_dtype=dtype_name(types[1]),
         added_tokens=plan.added_rows,
         tensors=len(plan.tensors),
         unchanged_tensors=unchanged_tensors,
-        kind=kind_of(unchanged, relative, lora if wide else None, rounding),
+        kind=kind_of(unchanged, relative, rank),
         warnings=tuple(base_doubts(relative, base.source.path, expert.source.path)),
     )
 
 
-def kind_of(unchanged: float, relative: float, lora_energy: float | None, rounding: float | None) -> FineTuneKind:
-    """The kind of a fine-tune of these figures; `lora_energy` None: it is not known or says nothing."""
+def kind_of(unchanged: float, relative: float, rank: int | None) -> FineTuneKind:
+    """The kind of a fine-tune of these figures."""
     if not relative:
         return "none"
+    if rank is not None:  # of some projections only, it leaves most weights alone
+        return "lora"
     if unchanged >= SPARSE:
         return "sparse"
-    if (
-        lora_energy is not None
-        and rounding is not None
-        and rounding <= MOST_ROUNDING
-        and 1 - lora_energy <= max(LORA_ROUNDING * rounding, LORA_ENERGY)
-    ):
-        return "lora"
     return "pretraining" if relative >= LONG else "full"
 
 
@@ -185,11 +176,11 @@ def rounding_energy(values: torch.Tensor, dtype: torch.dtype) -> float:
 
 
 def _leading(delta: torch.Tensor) -> tuple[float, float]:
-    """Shares of a matrix's energy in its first `LEADING` and `MOST_LORA_RANK` singular directions."""
+    """Shares of a matrix's energy in its first `FEW` and `MANY` singular directions."""
     narrow = delta if delta.shape[0] <= delta.shape[1] else delta.T
     energies = torch.linalg.eigvalsh((narrow @ narrow.T).double()).flip(0).clamp(min=0)
     total = float(energies.sum())
-    return float(energies[:LEADING].sum()) / total, float(energies[:MOST_LORA_RANK].sum()) / total
+    return float(energies[:FEW].sum()) / total, float(energies[:MANY].sum()) / total
 
 
 def _sampled(plan: Plan) -> list[PlannedTensor]:

@@ -1,18 +1,19 @@
-"""Whether an expert is stored as codes or bit for bit, where a user leaves that open: in the fewer bytes; and what code
-a server is to make of one that is bit for bit."""
+"""How an expert is stored where a user leaves that open: bit for bit, as a merged LoRA's products alone, or in codes,
+whichever takes the fewest bytes; and what code a server is to make of one that is bit for bit."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.plan import Job
+from meswitch_cli.compression.product import product_rank
+from meswitch_cli.compression.sample import by_projection, some_rows, spread
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
 from meswitch_cli.delta.exact import encode
 from meswitch_cli.delta.quantize import quantize
@@ -22,8 +23,8 @@ from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.adapted import AdaptedCheckpoint
 from meswitch_cli.model.matching import Plan, PlannedTensor
 
-#: Tensors of a projection that are looked at, the first and the last among them, and weights of each.
-SAMPLED, SAMPLE_WEIGHTS = 3, 1 << 20
+#: Weights that are looked at of each sampled tensor.
+SAMPLE_WEIGHTS = 1 << 20
 #: What a server makes of an expert that is bit for bit, by settings beside `exact`: the first that leaves less than
 #: `MOST_ERROR` of the delta's energy as error. An update with directions of its own is nearer by the first, at 0.0029 %
 #: in KL against 0.0122; one at random places has none, and two bits are worse there than the base
@@ -36,29 +37,38 @@ _SILENT = ("samples", "sequence_length", "seed")
 _ABSENT: Mapping[str, Any] = {"calibration": RANDOM, "group_size": 0, "rounding": "nearest"}
 
 
+Form = Literal["exact", "product", "code"]
+
+
 @dataclass(frozen=True)
 class FormSizes:
-    """Bytes that an expert's tensors are expected to take bit for bit, and in the codes of some settings."""
+    """Bytes that an expert's tensors are expected to take: bit for bit, in the codes of some settings, and, where its
+    delta is a merged LoRA's, as products of that `rank` alone."""
 
     exact: int
     code: int
+    product: int | None = None
+    rank: int | None = None
 
     @property
-    def exact_is_smaller(self) -> bool:
-        """Whether bit for bit takes no more; of what stores nothing, neither is."""
-        return 0 < self.exact <= self.code
+    def smallest(self) -> Form:
+        """The form of the fewest bytes, of equals the nearest to the expert; of what stores nothing, the code."""
+        least = min(size for size in (self.exact, self.code, self.product) if size is not None)
+        if not self.exact or not self.code:
+            return "code"
+        return "exact" if self.exact == least else "product" if self.product == least else "code"
 
 
 def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | None]:
-    """What a user leaves open in options, by their names in `CompressionSettings.with_defaults`: the job in its smaller
-    form, with the code that a server makes of it; and both sizes where the form was open and there is a choice.
+    """What a user leaves open in options, by their names in `CompressionSettings.with_defaults`: the job in its
+    smallest form, with the code that a server makes of one that is bit for bit; and the sizes where there is a choice.
 
     Raises:
-        CheckpointError: a weight cannot be read.
+        CheckpointError: a weight cannot be read, is NaN or infinite.
     """
     sizes = None
     if leaves_form_open(options):
-        job, sizes = in_smaller_form(job)
+        job, sizes = in_smallest_form(job)
     if job.settings.exact and leaves_form_open({**options, "exact": False}):
         job = with_served_code(job)
     return job, sizes
@@ -70,20 +80,29 @@ def leaves_form_open(options: Mapping[str, Any]) -> bool:
     return all(value is None or value is False or value == _ABSENT.get(name) for name, value in told.items())
 
 
-def in_smaller_form(job: Job) -> tuple[Job, FormSizes | None]:
-    """The job, bit for bit where that takes no more bytes than its codes; and both sizes, None of what has no choice.
+def in_smallest_form(job: Job) -> tuple[Job, FormSizes | None]:
+    """The job in the form that takes the fewest bytes; and the sizes, None of what has no choice.
 
     Raises:
-        CheckpointError: a weight cannot be read.
+        CheckpointError: a weight cannot be read, is NaN or infinite.
     """
-    sizes = form_sizes(job.base, job.expert, job.plan, job.settings)
-    if sizes is None or not sizes.exact_is_smaller:
+    if not can_be_exact(job.expert):
+        return job, None
+    rank = product_rank(job.base, job.expert, job.plan)
+    sizes = form_sizes(job.base, job.expert, job.plan, job.settings, rank)
+    if sizes is None or sizes.smallest == "code":
         return job, sizes
     own = job.settings
-    exact = CompressionSettings.with_defaults(
-        exact=True, samples=own.samples, sequence_length=own.sequence_length, seed=own.seed
-    )
-    return replace(job, settings=exact), sizes
+    kept: dict[str, Any] = {"samples": own.samples, "sequence_length": own.sequence_length, "seed": own.seed}
+    if sizes.smallest == "exact":
+        return replace(job, settings=CompressionSettings.with_defaults(exact=True, **kept)), sizes
+    settings = product_settings(sizes.rank or 0, **kept)
+    return replace(job, settings=settings.for_products(has_head=job.plan.has_head)), sizes
+
+
+def product_settings(rank: int, **others: Any) -> CompressionSettings:
+    """Products of a rank alone; embedding and head as in the default code."""
+    return CompressionSettings.with_defaults(bits=0, rank=rank, **others)
 
 
 def with_served_code(job: Job) -> Job:
@@ -112,7 +131,8 @@ def _served_error(job: Job, quantizer: QuantizerSettings) -> float:
     projections = {projection_of(item.name): item for item in job.plan.tensors if item.kind == "linear"}
     missed = total = 0.0
     for item in projections.values():
-        own, tuned = _some_rows(item.base.read(job.base)), _some_rows(item.expert.read(job.expert))
+        halves = item.base.read(job.base), item.expert.read(job.expert)
+        own, tuned = (some_rows(half, SAMPLE_WEIGHTS) for half in halves)
         try:
             found = quantize(own, tuned, quantizer)
         except FloatingPointError as error:
@@ -128,50 +148,51 @@ def can_be_exact(expert: Checkpoint) -> bool:
     return not (expert.is_quantised or isinstance(expert, AdaptedCheckpoint))
 
 
-def form_sizes(base: Checkpoint, expert: Checkpoint, plan: Plan, settings: CompressionSettings) -> FormSizes | None:
+def form_sizes(
+    base: Checkpoint, expert: Checkpoint, plan: Plan, settings: CompressionSettings, rank: int | None = None
+) -> FormSizes | None:
     """Sizes by a sample of every projection's tensors and of their rows; None of what cannot be stored bit for bit.
+
+    `rank` is that of the products that explain the expert, None where none do.
 
     Raises:
         CheckpointError: a weight cannot be read.
     """
     if not can_be_exact(expert):
         return None
-    exact = code = 0.0
-    projections: dict[tuple[str, str], list[PlannedTensor]] = defaultdict(list)
-    for item in plan.tensors:
-        projections[item.kind, projection_of(item.name)].append(item)
-    for items in projections.values():
-        chosen = _spread(items)
-        found = [_sizes(item, base, expert, settings) for item in chosen]
-        if None in found:
-            return None
+    product = product_settings(rank) if rank else None
+    total = [0.0, 0.0, 0.0]
+    for items in by_projection(plan.tensors).values():
+        chosen = spread(items)
         weights = sum(math.prod(item.shape) for item in chosen)
         scale = sum(math.prod(item.shape) for item in items) / weights if weights else 0.0
-        exact += scale * sum(sizes.exact for sizes in found if sizes)
-        code += scale * sum(sizes.code for sizes in found if sizes)
-    return FormSizes(round(exact), round(code))
-
-
-def _spread(items: list[PlannedTensor]) -> list[PlannedTensor]:
-    """A few, the first and the last among them."""
-    places = {round(number * (len(items) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)}
-    return [items[place] for place in sorted(places)]
+        for item in chosen:
+            found = _sizes(item, base, expert, settings, product)
+            if found is None:
+                return None
+            total = [sum_ + scale * size for sum_, size in zip(total, found, strict=True)]
+    exact, code, low = (round(size) for size in total)
+    return FormSizes(exact, code, low if rank else None, rank)
 
 
 def _sizes(
-    item: PlannedTensor, base: Checkpoint, expert: Checkpoint, settings: CompressionSettings
-) -> FormSizes | None:
-    """Of one tensor; None where its type has no stream."""
+    item: PlannedTensor,
+    base: Checkpoint,
+    expert: Checkpoint,
+    settings: CompressionSettings,
+    product: CompressionSettings | None,
+) -> tuple[float, int, int] | None:
+    """Bytes of one tensor bit for bit, in codes and in the products' form; None where its type has no stream."""
     own, tuned = item.base.read(base), item.expert.read(expert)
     itemsize, same_shape = tuned.element_size(), item.shape == item.base_shape
     quantizer = settings.of(item.kind, unrelated=item.unrelated)
     whole = tuned.numel() * itemsize
     if quantizer is None and not same_shape:
-        return FormSizes(whole, whole)
+        return whole, whole, whole
     shared = len(tuned) if same_shape and tuned.dim() else item.shared_rows
-    parts = [_some_rows(tensor[:shared] if tensor.dim() else tensor) for tensor in (own, tuned)]
+    parts = [some_rows(tensor[:shared] if tensor.dim() else tensor, SAMPLE_WEIGHTS) for tensor in (own, tuned)]
     if torch.equal(parts[0].float(), parts[1].float()) and same_shape:
-        return FormSizes(0, 0)
+        return 0, 0, 0
     try:
         stream = len(encode(*parts))
     except ValueError:
@@ -179,10 +200,11 @@ def _sizes(
     added = (item.shape[0] - shared) * (whole // len(tuned)) if tuned.dim() else 0
     exact = stream * (whole - added) / (parts[1].numel() * itemsize) + added
     if quantizer is None:
-        return FormSizes(round(exact), whole)
-    return FormSizes(round(exact), expected_entry(quantizer, item.shape, item.base_shape).expected_nbytes(itemsize))
+        return exact, whole, whole
 
+    def coded(by: CompressionSettings) -> int:
+        found = by.of(item.kind, unrelated=item.unrelated)
+        assert found is not None
+        return expected_entry(found, item.shape, item.base_shape).expected_nbytes(itemsize)
 
-def _some_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows that are spread evenly over a tensor, as many as a sample has room for."""
-    return tensor[:: max(1, math.ceil(tensor.numel() / SAMPLE_WEIGHTS))].contiguous() if tensor.dim() else tensor
+    return exact, coded(settings), coded(product) if product else 0

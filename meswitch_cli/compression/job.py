@@ -66,6 +66,8 @@ def prepare(
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
     plan = make_plan(opened_base, opened_expert)
+    if not settings.bits:
+        settings = settings.for_products(has_head=plan.has_head)
     linears = [item for item in plan.tensors if item.kind == "linear"]
     narrowest = min(linears, key=lambda item: item.shape[1], default=None)
     if narrowest is not None and settings.salient > narrowest.shape[1]:

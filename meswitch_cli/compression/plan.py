@@ -86,6 +86,8 @@ class Job:
             return "a delta"
         if isinstance(self.expert, AdaptedCheckpoint):
             return f"a low-rank delta of {self.settings.factor_bits} bits"
+        if not self.settings.bits:
+            return f"a delta of rank {self.settings.rank}"
         return f"a {self.settings.bits}-bit delta"
 
     def config_differences(self) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from meswitch_cli.artifact.served import UNRELATED_BITS
-from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, TrellisCode, default_code, listed
+from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, default_code, listed
 from meswitch_cli.delta.low_rank import FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
@@ -49,8 +49,8 @@ SERVED_BITS, SERVED_FACTOR_BITS = 2, HALF_BITS
 
 
 def default_factor_bits(bits: float) -> int:
-    """From 2 bits on it is the rounding of factors to 4 bits that limits the code: docs/results/sparse.md."""
-    return 8 if bits >= 2 else FACTOR_BITS
+    """From 2 bits on, and without codes, the rounding of factors to 4 bits is what limits: docs/results/sparse.md."""
+    return 8 if bits >= 2 or not bits else FACTOR_BITS
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CompressionSettings:
 
     Attributes:
         bits, salient, rank, group_size, channel_scale, rounding, code: as in `QuantizerSettings`, for the decoder's
-            linears.
+            linears. With 0 bits these have no salient channels, and no steps to fit: what is said of both is of a head.
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
         embedding_bits: what the codes of embedding and head store for a weight; a trellis code's where the linears'
             are, too, if there is one.
@@ -102,6 +102,8 @@ class CompressionSettings:
             raise UsageError(f"--steps must be one of {', '.join(get_args(StepMethod))}, not {self.steps!r}")
         if self.factor_bits not in (None, *FACTOR_WIDTHS):
             raise UsageError(f"--factor-bits must be {listed(FACTOR_WIDTHS)}, not {self.factor_bits}")
+        if not self.bits:
+            self._check_without_codes()
         try:
             linears = self.linears()
         except ValueError as error:
@@ -126,6 +128,20 @@ class CompressionSettings:
             raise UsageError(f"{asked} chooses codes, of which --exact has none")
         if self.group_size or self.rounding != "nearest":
             raise UsageError(f"{asked} takes trellis codes, which have no --group-size and no --rounding feedback")
+
+    def _check_without_codes(self) -> None:
+        if not self.rank:
+            raise UsageError("--bits 0 keeps a delta's leading directions alone: give --rank, 1 or more")
+        of_codes = {
+            "--code": self.code is not None,
+            "--group-size": self.group_size > 0,
+            "--channel-scale": self.channel_scale != "none",
+            "--rounding": self.rounding != "nearest",
+            f"--steps {self.steps}": self.steps in ("layerwise", "distill"),
+            "--exact": self.exact,
+        }
+        if given := [option for option, is_given in of_codes.items() if is_given]:
+            raise UsageError(f"{given[0]}: --bits 0 keeps a delta's leading directions alone, without codes")
 
     @property
     def has_budget(self) -> bool:
@@ -191,6 +207,10 @@ class CompressionSettings:
             steps=self.steps if has_full_layers else "unbiased",
         )
 
+    def for_products(self, *, has_head: bool) -> CompressionSettings:
+        """Of linears without codes: calibration is for a head, which has them."""
+        return self if has_head else replace(self, calibration=None, steps="unbiased")
+
     def for_exact(self) -> CompressionSettings:
         """Of an expert that is stored bit for bit: an engine makes its code of the weights alone."""
         rule = self.steps if self.steps == "least-squares" else "unbiased"
@@ -198,30 +218,35 @@ class CompressionSettings:
 
     def linears(self) -> QuantizerSettings:
         """Settings of the decoder's linears."""
-        rule: StepRule = "unbiased" if self.steps == "distill" else self.steps
+        factor_bits = self.factor_bits or (FACTOR_BITS if self.has_budget else default_factor_bits(self.bits))
+        if not self.bits:
+            return QuantizerSettings(bits=0, salient=0, rank=self.rank, factor_bits=factor_bits)
         return QuantizerSettings(
             bits=self.bits,
             salient=self.salient,
             group_size=self.group_size,
             channel_scale=self.channel_scale,
             rounding=self.rounding,
-            steps=rule,
+            steps=self._step_rule,
             rank=self.rank,
-            factor_bits=self.factor_bits or (FACTOR_BITS if self.has_budget else default_factor_bits(self.bits)),
+            factor_bits=factor_bits,
             code=self.code,
         )
 
     @property
+    def _step_rule(self) -> StepRule:
+        return "unbiased" if self.steps == "distill" else self.steps
+
+    @property
     def takes_gram(self) -> bool:
         """Whether the inputs' second moments are summed; random tokens are so few that they are kept themselves."""
-        linears = self.linears()
-        return linears.needs_gram or (linears.steps == "output-unbiased" and self.calibration not in (None, RANDOM))
+        own_data = self.calibration not in (None, RANDOM)
+        return self.linears().needs_gram or (self.steps == "output-unbiased" and own_data)
 
     def head(self) -> QuantizerSettings:
         """Settings of an untied head: without a low-rank part, which would be as wide as the vocabulary."""
-        base = self.linears()
         return self._vocabulary(
-            salient=base.salient, channel_scale=base.channel_scale, rounding=base.rounding, steps=base.steps
+            salient=self.salient, channel_scale=self.channel_scale, rounding=self.rounding, steps=self._step_rule
         )
 
     def embedding(self) -> QuantizerSettings:
@@ -230,7 +255,7 @@ class CompressionSettings:
 
     def _vocabulary(self, **others: Any) -> QuantizerSettings:
         """Settings of a tensor with a row for every token."""
-        trellis = isinstance(self.linears().coding, TrellisCode) and self.embedding_bits in TRELLIS_CODES
+        trellis = self.linears().is_trellis and self.embedding_bits in TRELLIS_CODES
         code: CodeName = "trellis" if trellis else default_code(self.embedding_bits)
         if code == "trellis":  # a row shares one step, and rounds to nearest alone
             return QuantizerSettings(self.embedding_bits, code=code, **others | {"rounding": "nearest"})

@@ -167,7 +167,8 @@ def rounded(vectors: torch.Tensor, bits: int = FACTOR_BITS) -> Rounded:
     codes = (multiples + limit).to(torch.uint8)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (WORD_BITS // _BYTE_BITS)))
     steps = step_ratio(dots(vectors, vectors, 0), dots(multiples, vectors, 0))
-    return Rounded(padded.contiguous().view(torch.int32), steps, multiples * steps)
+    words = padded.flatten().view(torch.int32).view(len(padded), -1)  # flat: a single row may have any stride
+    return Rounded(words, steps, multiples * steps)
 
 
 def _fitted(vectors: torch.Tensor) -> Rounded:

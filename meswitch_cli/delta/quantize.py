@@ -15,7 +15,7 @@ import torch
 
 from meswitch_cli.delta.codes import TrellisCode
 from meswitch_cli.delta.feedback import inverse_factor
-from meswitch_cli.delta.low_rank import HALF_BITS, Directions, fit_factors, leading_directions
+from meswitch_cli.delta.low_rank import HALF_BITS, Directions, FactorFit, fit_factors, leading_directions
 from meswitch_cli.delta.rounding import FP16_MAX, Rounder, sixteen_bit
 from meswitch_cli.delta.settings import QuantizerSettings
 from meswitch_cli.delta.statistics import InputStatistics
@@ -69,7 +69,8 @@ def quantize(
 
     Salient channels are the k with the largest E_i = a_i * sum_o (d_oi - d_hat_oi)^2, a_i the input's energy (1
     without calibration); steps are fitted on the other channels (ME-Switch, arXiv 2406.09041, section 4.1). With a
-    low-rank part all this is done on the delta without its leading directions, see `low_rank`.
+    low-rank part all this is done on the delta without its leading directions, see `low_rank`; with 0 bits that part is
+    all there is.
 
     Raises:
         ValueError: settings that need calibration without statistics, or more salient channels than inputs.
@@ -90,6 +91,9 @@ def quantize(
         left, right, _ = directions = leading_directions(
             whole.tall, whole.shape, min(settings.rank, *whole.shape), device, settings.factor_bits
         )
+        if not settings.bits:
+            delta, energies = _directions_alone(directions, whole, settings.factor_bits)
+            return (delta, energies.error(input_energy)) if float(energies.delta.sum()) else None
         coded = whole.less(lambda block, place: block.addmm_(left[place], right, alpha=-1))
     scale = _channel_scale(coded) if settings.channel_scale == "rms" else None
     nothing = torch.empty(0, dtype=torch.long, device=device)
@@ -113,12 +117,14 @@ def quantize(
 
 
 def dequantize(delta: StoredDelta) -> torch.Tensor:
-    """The delta that codes and all that is added to them stand for, fp32 `[out, in]`."""
+    """The delta that codes and all that is added to them stand for, or a low-rank part alone; fp32 `[out, in]`."""
+    factors = delta.factors()
+    if factors is not None and not delta.bits:
+        return factors[0] @ factors[1]
     values = delta.multiples()
     values *= per_channel(delta.coded[1].float(), delta.in_features, delta.group_size)
     if delta.channel_scale is not None:
         values *= delta.channel_scale.float()
-    factors = delta.factors()
     if factors is not None:
         values += factors[0] @ factors[1]
     if delta.salient_value is not None:
@@ -237,12 +243,23 @@ def _quantized_beside(
     fit = fit_factors(whole.less(take_codes_off).tall, torch.cat(images), salient, whole.shape, bits)
     residual = sixteen_bit(fit.left_over)
     fit.energy[salient] = column_energy(fit.left_over - residual.float()).double()
+    return _with_factors(_with_salient(coded, salient, residual), fit, bits), Energies(directions.energy, fit.energy)
+
+
+def _directions_alone(directions: Directions, whole: RowBlocks, bits: int) -> tuple[StoredDelta, Energies]:
+    """Factors of the whole, and nothing beside them."""
+    images = torch.cat(list(whole.tall(lambda block, _: block @ directions.right.T)))
+    fit = fit_factors(whole.tall, images, torch.empty(0, dtype=torch.long, device=whole.device), whole.shape, bits)
+    alone = StoredDelta(in_features=whole.shape[1], out_features=whole.shape[0])
+    return _with_factors(alone, fit, bits), Energies(directions.energy, fit.energy)
+
+
+def _with_factors(delta: StoredDelta, fit: FactorFit, bits: int) -> StoredDelta:
     form = "values" if bits == HALF_BITS else "codes"
     factors: dict[str, Any] = {"factor_bits": bits}
     for side, vectors in (("left", fit.left), ("right", fit.right)):
         factors |= {f"{side}_{form}": vectors.stored.cpu(), f"{side}_steps": vectors.steps.cpu()}
-    delta = replace(_with_salient(coded, salient, residual), **factors)
-    return delta, Energies(directions.energy, fit.energy)
+    return replace(delta, **factors)
 
 
 def _coded(

@@ -171,14 +171,14 @@ def expected_entry(
     settings: QuantizerSettings, shape: tuple[int, ...], base_shape: tuple[int, ...] | None = None
 ) -> TensorEntry:
     """The entry, without names, of a tensor that is quantised with these settings and differs from the base's."""
-    base_shape, code = base_shape or shape, settings.coding
+    base_shape, code = base_shape or shape, settings.coding if settings.bits else None
     return TensorEntry(
         name="",
         kind="linear",
         shape=shape,
         base="",
         base_shape=base_shape,
-        **code_members(code.bits, code if isinstance(code, TrellisCode) else None),
+        **code_members(settings.bits, code if isinstance(code, TrellisCode) else None),
         salient=settings.salient,
         group_size=settings.group_size,
         channel_scale=settings.channel_scale != "none",

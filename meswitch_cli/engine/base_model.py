@@ -209,9 +209,10 @@ def without_gain(norm: Any, where: str) -> Any:
         EngineError: its weight is neither the gain nor the gain less 1.
     """
     plain: Any = copy.deepcopy(norm)
+    weight = gain_weight(norm, where)
+    plain.weight.data.fill_(weight)
     if getattr(plain, "bias", None) is not None:
         plain.bias.data.zero_()
-    plain.weight.data.fill_(gain_weight(norm, where))
     return plain
 
 
@@ -221,6 +222,8 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
     Raises:
         EngineError: neither.
     """
+    if not isinstance(getattr(norm, "weight", None), torch.Tensor):
+        raise EngineError(f"{where}: {type(norm).__name__} is no norm with a gain")
     probe = copy.deepcopy(norm)
     if getattr(probe, "bias", None) is not None:
         probe.bias.data.zero_()
@@ -228,7 +231,8 @@ def gain_weight(norm: Any, where: str = "norm") -> float:
     outputs = []
     for value in (0.0, 1.0, 2.0):
         probe.weight.data.fill_(value)
-        outputs.append(probe(x).float())
+        result = probe(x)  # of some of vLLM's norms with a residual, which is none here
+        outputs.append((result[0] if isinstance(result, tuple) else result).float())
     zero, one, two = outputs
     if not zero.any() and torch.allclose(two, 2 * one, rtol=1e-2, atol=1e-2):
         return 1.0

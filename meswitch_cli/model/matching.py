@@ -59,6 +59,11 @@ class Plan:
         return [tensor for unit in self.units for tensor in unit]
 
     @property
+    def has_head(self) -> bool:
+        """Whether the expert has a head of its own, which is not its embedding."""
+        return any(item.kind == "head" for item in self.tensors)
+
+    @property
     def added_rows(self) -> int:
         """Vocabulary rows that the expert has and the base has not."""
         return max((item.shape[0] - item.shared_rows for item in self.tensors if item.kind != "dense"), default=0)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+import meswitch_cli as meswitch
 from benchmarks.activations import StoredActivations
 from benchmarks.compression_report import page, plot, table
-from benchmarks.compression_rows import BASE, EXPERT, KIND_ROWS, ROWS, ROWS_OF, label
+from benchmarks.compression_rows import BASE, BY_ITSELF, EXPERT, KIND_ROWS, ROWS, ROWS_OF, label
 from benchmarks.machine import describe
 from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ from meswitch_cli.evaluation.exact_match import exact_match
 from meswitch_cli.evaluation.fidelity import EncodedItem
 from meswitch_cli.evaluation.figures import EXACT_MATCH
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
-from meswitch_cli.evaluation.subjects import Expert, open_experts
+from meswitch_cli.evaluation.subjects import Candidate, Expert, open_artifact, open_experts
 from meswitch_cli.evaluation.tasks import TaskRun
 from meswitch_cli.model.build import build_model
 from meswitch_cli.model.matching import make_plan
@@ -105,7 +106,12 @@ class Bench:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps({"key": self.key, "machine": describe(), "rows": self.rows}).encode())
 
-    def _candidate(self, row: str) -> Any:
+    def _candidate(self, row: str) -> Candidate:
+        if row == BY_ITSELF:
+            base, expert = (weights.checkpoint.source.path for weights in (self.base, self.expert.weights))
+            out = CACHE / "compressed" / self.name
+            meswitch.compress(base, expert, out, force=True)
+            return open_artifact(out, self.base, [self.expert], [])
         return baseline_candidate(row, self.base, self.expert, self.activations, several=False)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 BASE, EXPERT = "base", "full expert"
+#: The artifact of `meswitch compress` without options; of a fine-tune that has none here it is the first of `DEFAULTS`.
+BY_ITSELF = "compress"
+#: Fine-tunes that are not stored in the default code by themselves (docs/results/sparse.md).
+OTHER_FORMS = ("lora16", "lora64", "reinforced")
 OURS = "steps=output-unbiased,activations=random"
 ONE = f"meswitch:bits=1,salient=8,channel_scale=rms,{OURS}"
 TRELLIS = f"meswitch:code=trellis,salient=8,{OURS}"
@@ -11,6 +15,12 @@ DEFAULTS = {
     f"{ONE},rank=16": "`--bits 1`",
     f"meswitch:bits=2,salient=8,{OURS},rank=16,factor_bits=8": "`--bits 2`",
     f"meswitch:bits=4,salient=8,{OURS},rank=16,factor_bits=8,embedding=4": "`--bits 4`",
+}
+#: What it does by itself with a merged LoRA, and the same in narrower factors.
+PRODUCTS = {
+    f"meswitch:bits=0,rank={rank},factor_bits={bits}": f"`--bits 0 --rank {rank}{told}`"
+    for rank in (16, 64)
+    for bits, told in ((8, ""), (4, " --factor-bits 4"))
 }
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {
@@ -35,7 +45,9 @@ OPTIONS = {
 ROWS = (
     BASE,
     EXPERT,
+    BY_ITSELF,
     *DEFAULTS,
+    *PRODUCTS,
     *OPTIONS,
     "bitdelta:embedding=2",
     "bitdelta:masks=2",
@@ -58,6 +70,7 @@ ROWS = (
 KIND_ROWS = (
     BASE,
     EXPERT,
+    BY_ITSELF,
     *DEFAULTS,
     f"{TRELLIS},bits=0.25,rank=16,embedding=1",
     f"{TRELLIS},bits=0.25,rank=16",
@@ -83,6 +96,7 @@ CODER_ROWS = (
 )
 #: What an overview shows of each group, and by which name.
 OVERVIEW = {
+    BY_ITSELF: "`compress`, no options",
     next(iter(DEFAULTS)): "`--bits 1`",
     list(DEFAULTS)[1]: "`--bits 2`",
     f"{TRELLIS},bits=0.25,rank=16": "`--bits 0.25 --embedding-bits 2`",
@@ -102,4 +116,6 @@ ROWS_OF = {"strong": ROWS, "kinds": KIND_ROWS, "coder": CODER_ROWS}
 
 def label(row: str) -> str:
     """What a page calls a row: the options of `meswitch compress`, or the method of `meswitch eval --baseline`."""
-    return DEFAULTS.get(row) or OPTIONS.get(row) or row
+    if row == BY_ITSELF:
+        return OVERVIEW[row]
+    return DEFAULTS.get(row) or PRODUCTS.get(row) or OPTIONS.get(row) or row

@@ -227,7 +227,7 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (f"`{row.family}`", *(cell.replace("|", "\\|") for cell in row[1:]))
+        cells = (f"`{row.family}`", *(_cell(text) for text in row[1:]))
         lines.append(f"| {' | '.join(cells)} |")
     if len(rows) < known:
         lines.append(f"\n{known - len(rows)} families have not been run since the columns changed.")
@@ -237,6 +237,13 @@ def _page(rows: list[Row], known: int, machine: str) -> str:
         )
     lines.append(f"\nBy `python tests bench families`, last on {machine}.")
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """One line of a table: the first sentence of what may be many."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    line = line.removeprefix("1 validation error for ModelConfig Value error, ")
+    return line.partition(". Should contain one of")[0].partition(" [type=")[0]
 
 
 @contextmanager

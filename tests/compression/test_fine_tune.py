@@ -120,21 +120,23 @@ def test_rounding_energy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unchanged", "relative", "lora_energy", "rounding", "kind"),
+    ("unchanged", "relative", "rank", "kind"),
     [
-        (0.341, 0.00447, 0.813, 0.156, "full"),
-        (0.314, 0.00484, 0.840, 0.132, "full"),
-        (0.426, 0.00283, 0.731, 0.409, "full"),
-        (0.505, 0.00234, 0.657, 0.577, "full"),
-        (0.453, 0.00311, 0.838, 0.284, "lora"),
-        (0.2, 0.01, None, 0.02, "full"),
+        (0.341, 0.00447, None, "full"),
+        (0.314, 0.00484, None, "full"),
+        (0.426, 0.00283, None, "full"),
+        (0.505, 0.00234, None, "full"),
+        (0.453, 0.00311, 16, "lora"),
+        (0.95, 0.001, 16, "lora"),
+        (0.95, 0.001, None, "sparse"),
+        (0.2, 0.05, 64, "lora"),
+        (0.2, 0.05, None, "pretraining"),
+        (1.0, 0.0, None, "none"),
     ],
 )
-def test_kinds_of_real_fine_tunes(
-    unchanged: float, relative: float, lora_energy: float | None, rounding: float, kind: str
-) -> None:
-    """Figures of the page; without a wide linear no rank is told."""
-    assert kind_of(unchanged, relative, lora_energy, rounding) == kind
+def test_kinds_of_figures(unchanged: float, relative: float, rank: int | None, kind: str) -> None:
+    """Figures of real fine-tunes, and of LoRAs of a few projections, which leave most weights alone."""
+    assert kind_of(unchanged, relative, rank) == kind
 
 
 def test_a_base_without_a_chat_template_is_doubted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import meswitch_cli as meswitch
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.served import served_code
 from meswitch_cli.compression import form
-from meswitch_cli.compression.form import choose_form, form_sizes, in_smaller_form, leaves_form_open
+from meswitch_cli.compression.form import choose_form, form_sizes, in_smallest_form, leaves_form_open
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import CompressionSettings
 from zoo.adapter import make_adapter
@@ -126,12 +126,12 @@ def test_a_program_gets_the_same(sparse: Pair, tmp_path: Path) -> None:
 def test_what_has_no_weights_of_its_own_has_no_choice(sparse: Pair, tmp_path: Path) -> None:
     adapter = make_adapter(sparse[0], tmp_path / "adapter")
     job = prepare(str(sparse[0]), str(adapter), tmp_path / "out", CompressionSettings.with_defaults(), None)
-    assert in_smaller_form(job) == (job, None)
+    assert in_smallest_form(job) == (job, None)
 
 
 def test_an_expert_that_is_its_base_has_no_smaller_form(sparse: Pair, tmp_path: Path) -> None:
     job = prepare(str(sparse[0]), str(sparse[0]), tmp_path / "out", CompressionSettings.with_defaults(), None)
-    assert in_smaller_form(job)[0] == job
+    assert in_smallest_form(job)[0] == job
 
 
 def test_which_options_leave_it_open() -> None:

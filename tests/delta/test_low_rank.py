@@ -44,6 +44,54 @@ def test_reported_error_is_the_error_of_what_is_stored(bits, salient, group_size
     assert error.output_error == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("bits", [0, 2])
+def test_as_few_directions_as_one(bits: int, rank: int, factor_bits: int) -> None:
+    delta = _delta(strong=1)
+    settings = QuantizerSettings(bits, salient=0, rank=rank, factor_bits=factor_bits)
+    quantized, error = quantize(torch.zeros_like(delta), delta, settings)
+    difference = delta - dequantize(quantized)
+    assert error.weight_error == pytest.approx(float(difference.square().sum() / delta.square().sum()), rel=1e-3)
+    entry = expected_entry(settings, tuple(delta.shape))
+    assert entry.problem() is None and quantized.nbytes == entry.expected_nbytes(2)
+
+
+@pytest.mark.parametrize("factor_bits", [8, 16])
+def test_directions_alone_are_the_best_approximation(factor_bits: int) -> None:
+    """Eckart and Young; beside what rounding the factors costs."""
+    delta = _delta()
+    quantized, error = quantize(
+        torch.zeros_like(delta), delta, QuantizerSettings(0, salient=0, rank=5, factor_bits=factor_bits), _statistics()
+    )
+    left_over = float(torch.linalg.svdvals(delta.double())[5:].square().sum() / delta.double().square().sum())
+    assert error.weight_error == pytest.approx(left_over, rel=0.02) and error.output_error > 0
+    assert (quantized.codes, quantized.salient_index, quantized.bits) == (None, None, 0)
+
+
+def test_nothing_is_stored_of_no_delta_without_codes() -> None:
+    zero = torch.zeros(12, 40)
+    assert quantize(zero, zero, QuantizerSettings(0, salient=0, rank=2, factor_bits=8)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"salient": 8}, "salient"),
+        ({"group_size": 32}, "group size"),
+        ({"channel_scale": "rms"}, "channel scale"),
+        ({"rounding": "feedback"}, "rounding"),
+        ({"steps": "layerwise"}, "steps"),
+        ({"code": "trellis"}, "code"),
+    ],
+    ids=str,
+)
+def test_what_belongs_to_codes_is_refused_without_them(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantizerSettings(**{"bits": 0, "salient": 0, "rank": 4} | settings)
+
+
 @pytest.mark.parametrize("factor_bits", [8, 16])
 def test_finer_factors_are_stored_and_lose_less(factor_bits: int) -> None:
     """Beside fine codes, whose own errors are small, factors of 4 bits are what is lost."""

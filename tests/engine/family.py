@@ -86,6 +86,18 @@ def greedy_tokens(model: Any, request: GenerationRequest) -> tuple[int, ...]:
     return tuple(out[0, prompt.shape[1] :].tolist())
 
 
+def mean_hidden_state(model: Any, prompt: Sequence[int], layer: int) -> torch.Tensor:
+    """`[hidden]`: what comes out of a decoder layer of plain transformers (1 is the first), over a prompt's tokens."""
+    states: list[torch.Tensor] = []
+    hook = model.model.layers[layer - 1].register_forward_hook(
+        lambda module, inputs, output: states.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.inference_mode():
+        model(torch.tensor([list(prompt)]))
+    hook.remove()
+    return states[0].flatten(0, -2).mean(0)
+
+
 def check_near_ties(
     exact: Family, own: Family, batch: Sequence[GenerationRequest], completions: Sequence[Completion]
 ) -> None:

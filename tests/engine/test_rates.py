@@ -1,4 +1,5 @@
-"""Experts of different rates in one batch: scalar codes beside trellis codes, and tensors with rates of their own."""
+"""Experts of different rates in one batch: scalar codes beside trellis codes, tensors with rates of their own, and
+directions without codes."""
 
 from __future__ import annotations
 
@@ -17,9 +18,12 @@ def test_rates_mixed_in_a_batch(tmp_path: Path, start: Callable[..., Transformer
         "quarter": Kind({"bits": 0.25, "salient": 4, "rank": 12}, added_rows=2),
         "levels": Kind({"bits": 1, "code": "trellis", "salient": 0, "channel_scale": "rms"}),
         "two": Kind({"bits": 2, "salient": 3}),
+        "directions": Kind({"bits": 0, "rank": 9}, added_rows=1),
         "chosen": Kind({"target_bits": 2, "calibration": "random", "steps": "output-unbiased"}),
     }
     own = make_family(tmp_path, experts=experts)
+    alone = [entry for entry in Artifact.open(own.artifacts["directions"]).manifest.tensors if entry.kind == "linear"]
+    assert alone and {(entry.bits, entry.rank) for entry in alone} == {(0, 9)}
     chosen = Artifact.open(own.artifacts["chosen"]).manifest.tensors
     assert len({(entry.bits, entry.code) for entry in chosen if entry.bits}) > 2
     engine = start(own, slots=3, max_wait=0.05)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compression_report import COLUMNS, overview, page, table
-from benchmarks.compression_rows import BASE, CODER_ROWS, DEFAULTS, EXPERT, KIND_ROWS, ROWS
+from benchmarks.compression_rows import BASE, BY_ITSELF, CODER_ROWS, DEFAULTS, EXPERT, KIND_ROWS, PRODUCTS, ROWS
 from meswitch_cli.compression.settings import CompressionSettings
 from meswitch_cli.evaluation.baselines import parse_method
 from zoo.finetunes import KINDS
@@ -39,10 +39,18 @@ def test_a_row_by_hand() -> None:
 
 def test_an_overview_by_hand() -> None:
     rival = {"delta-come:bits=1.2": row(0.4, [1, 1, 1, 0], "abcd", 1_000_000)}
-    head, _, ours, theirs = overview({"code": MEASURED, "logic": MEASURED | rival}).splitlines()
+    head, _, alone, ours, theirs = overview({"code": MEASURED, "logic": MEASURED | rival}).splitlines()
     assert head == "| KL, % of the base's; same answer, % | MB | code | logic |"
+    assert alone == "| `compress`, no options | 2.0 | 0.10; 50.0 | 0.10; 50.0 |"
     assert ours == f"| {DEFAULTS[OURS]} | 2.0 | 0.10; 50.0 | 0.10; 50.0 |"
     assert theirs == "| Delta-CoMe, 1.2 bits | 1.0 |  | 20; 100.0 |"
+
+
+def test_an_overview_knows_other_forms() -> None:
+    """Of a fine-tune that is not stored in the default code, that code is not shown as what compress does."""
+    own = {BY_ITSELF: row(0.2, [1, 1, 1, 0], "abcd", 500_000)}
+    lines = overview({"lora16": MEASURED | own, "lora64": MEASURED, "code": MEASURED}).splitlines()
+    assert lines[2] == "| `compress`, no options | 0.5 to 2.0 | 10; 100.0 |  | 0.10; 50.0 |"
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
@@ -68,7 +76,7 @@ def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
 
 def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
     assert len(set(ROWS)) == len(ROWS) and set(DEFAULTS) < set(KIND_ROWS) < set(ROWS) > set(CODER_ROWS)
-    methods = {name: parse_method(name) for name in ROWS if name not in (BASE, EXPERT)}
+    methods = {name: parse_method(name) for name in ROWS if name not in (BASE, EXPERT, BY_ITSELF)}
     for bits, name in zip((1, 2, 4), DEFAULTS, strict=True):
         settings = CompressionSettings.with_defaults(bits=bits)
         options, quantizer = methods[name].options, settings.of("linear", unrelated=False)
@@ -78,3 +86,7 @@ def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
         assert (options["channel_scale"], options["steps"]) == (quantizer.channel_scale, quantizer.steps)
         embedding = settings.of("embedding", unrelated=False)
         assert embedding is not None and options["embedding"] == embedding.bits
+    for name in PRODUCTS:
+        rank, factor_bits = methods[name].options["rank"], methods[name].options["factor_bits"]
+        alone = CompressionSettings.with_defaults(bits=0, rank=rank, factor_bits=factor_bits)
+        assert methods[name].quantizer() == alone.linears()

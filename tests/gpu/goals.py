@@ -96,6 +96,7 @@ GOALS = (
     Goal("decoder: one expert of 1 bit and rank 16, times the base's step", 1.2, True, decoder_ratio(1, 1, 1)),
     Goal("engine: 16 experts of 2 bits, times the base alone", 3.5, True, engine_ratio("2", 16, 16)),
     Goal("engine: 16 experts of 1 bit, times the base alone", 2.5, True, engine_ratio("1", 16, 16)),
+    Goal("engine: 16 experts of 1/4 bit, times the base alone", 1.5, True, engine_ratio("0.25", 16, 16)),
     Goal("engine: one expert of 2 bits, times the base alone", 1.2, True, engine_ratio("2", 1, 1)),
     Goal("prefill of 2,048 tokens, of cuBLAS on merged weights", 0.85, False, prefill_share),
     Goal("kernels of a decode step, of 32 layers", 450, True, launches),

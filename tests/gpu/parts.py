@@ -10,11 +10,11 @@ from pathlib import Path
 
 from gpu.process import Part
 
-#: Bits of a weight of the experts that the engine serves. A quarter of a bit joins when an artifact can have it.
-RATES = ("2", "1")
+#: Bits of a weight of the experts that the engine serves. Below one the code is another, and made for itself.
+RATES, SHORT = ("2", "1"), "0.25"
 NAMES = (
-    "probe", "compress", *(f"engine-{rate}" for rate in RATES), "kernels", "truth", "linear", "decoder",
-    "many", "switch", "base", "lora", "dense", "serve",
+    "probe", "compress", f"compress-{SHORT}", *(f"engine-{rate}" for rate in (*RATES, SHORT)), "kernels", "truth",
+    "linear", "decoder", "many", "switch", "base", "lora", "dense", "serve",
 )  # fmt: skip
 
 
@@ -34,9 +34,10 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
         for part in (
             Part("probe", "Card and kernels", script("gpu_probe", *small), 120, least=60),
             Part("compress", "Compression on the device", module("compress", *RATES), 120, least=60),
+            Part(f"compress-{SHORT}", f"Compression to {SHORT} bit", module("compress", SHORT), 120, least=30),
             *(
                 Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 240, least=80)
-                for rate in RATES
+                for rate in (*RATES, SHORT)
             ),
             Part("kernels", "Kernel tests", kernel_tests(tiny), 130, least=60),
             Part("truth", "Truth tests", truth_tests(tiny), 130, least=60),
@@ -51,13 +52,16 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
         )
     }
     if tiny:  # nothing is timed, so that pairs may share the cores, and a busy machine has time enough
-        pairs = ("probe compress", "engine-2 engine-1", "many switch", "kernels truth", "base lora", "dense serve")
+        pairs = (
+            "probe compress", f"kernels compress-{SHORT}", "engine-2 engine-1", f"engine-{SHORT} truth", "many switch",
+            "base lora", "dense serve",
+        )  # fmt: skip
         return [[replace(parts[name], limit=200, least=1) for name in pair.split()] for pair in pairs]
     # Engines of a stage start side by side, for that is compiling and checking for the most part, and measure one after
     # the other. Compression takes four times as long beside a probe that compiles.
     order = (
-        "compress", "engine-2 engine-1", "decoder", "probe", "base lora many", "switch serve dense", "linear",
-        "kernels truth",
+        "compress", "engine-2 engine-1", "decoder", "probe", f"compress-{SHORT}", f"engine-{SHORT}", "base lora many",
+        "switch serve dense", "linear", "kernels truth",
     )  # fmt: skip
     return [[parts[name] for name in stage.split()] for stage in order]
 

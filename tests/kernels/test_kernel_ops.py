@@ -58,7 +58,7 @@ def test_fake_tensors_get_shapes_without_a_kernel():
 
 def test_triton_launches_on_the_card_of_its_tensors(needs_triton, monkeypatch):
     """Each entry point makes its first argument's card the current one; a new thread's is the first card."""
-    from meswitch_kernels import triton_groups, triton_ops
+    from meswitch_kernels import triton_groups, triton_ops, triton_planes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     call = random_call(2, 64, 32, dtype=torch.float32, device=device)
@@ -66,11 +66,27 @@ def test_triton_launches_on_the_card_of_its_tensors(needs_triton, monkeypatch):
     added = torch.zeros(4, 1, 64, device=device)
     counts, rows = torch.zeros(4, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     slots, bank = call.slot_of_token, call.bank.tensors
+    turned, angles = torch.zeros(1, 2, 2, 32, device=device), torch.zeros(1, 2, 32, device=device)
+    heads, pages = torch.zeros(2, 2, 32, device=device), torch.zeros(16, 64, device=device)
+    table, zero = torch.zeros(2, 1, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    prompts = torch.tensor([[0, 2, 0, 0]], dtype=torch.int32, device=device)
+    words = torch.zeros(4, 32, dtype=torch.int32, device=device)
+    groups = triton_ops.group_tokens(slots, bank.slot_bits.shape[0])
     entries = {
         "expert_linear": (triton_ops, (call.x, call.weight, None, bank, slots)),
         "expert_embedding": (triton_ops, (ids, call.weight, bank, added, slots)),
         "added_logits": (triton_ops, (call.x, added, counts, slots)),
         "rms_norm": (triton_ops, (call.x, 1e-5, torch.ones(1, 64, device=device), rows)),
+        "base_norm": (triton_ops, (call.x, 1e-5, torch.ones(64, device=device))),
+        "rotate": (triton_ops, (turned, turned, angles, angles)),
+        "silu_product": (triton_ops, (call.x, call.x)),
+        "expert_linears": (triton_ops, (call.x, [(call.weight, None, bank)] * 2, slots, groups)),
+        "paged_attention": (triton_ops, (heads, heads, heads, pages, pages.clone(), table, zero, 8, 1.0)),
+        "prompt_attention": (
+            triton_ops,
+            (heads, heads, heads, pages, pages.clone(), table, prompts, [2], 8, 1.0, torch.empty_like(heads)),
+        ),
+        "to_planes": (triton_planes, (words, 1, torch.empty_like(words))),
         "sort_tokens": (triton_groups, (slots, 4, 16, 2)),
     }
     for name, (module, arguments) in entries.items():

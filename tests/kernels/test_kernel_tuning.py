@@ -49,8 +49,8 @@ def test_entries_of_a_card_join_what_is_there(tune, tmp_path):
 
 
 LAYER_GB, HEAD_GB, HOST_MS, ATTENTION_MS = 0.44, 2 * 4096 * 32000 / 1e9, 0.7, 0.05
-DELTA_GB, DELTA_HEAD_GB = {2: 0.054, 1: 0.03}, 0.035
-BASE_RATE, EXPERT_RATE, LAYER_MS = 2.6e12, {2: 2.0e12, 1: 1.5e12}, 0.02
+DELTA_GB, DELTA_HEAD_GB = {2: 0.054, 1: 0.03, 0.25: 0.012}, 0.035
+BASE_RATE, EXPERT_RATE, LAYER_MS = 2.6e12, {2: 2.0e12, 1: 1.5e12, 0.25: 0.6e12}, 0.02
 
 
 def step_ms(layers, bits, experts, layer_ms):
@@ -62,7 +62,7 @@ def step_ms(layers, bits, experts, layer_ms):
 def proof_run():
     """Results of a card that takes exactly what the model of constants says."""
     decoder, decode, profile = [], [], []
-    for bits in (2, 1):
+    for bits in (2, 1, 0.25):
         for experts, tokens in ((1, 1), (1, 16), (16, 16)):
             row = {"figure": "decoder", "layers": 32, "bits": bits, "slots": 16, "experts": experts, "tokens": tokens}
             row |= {"ms": step_ms(32, bits, experts, LAYER_MS), "base_ms": 1e12 * (LAYER_GB * 32 + HEAD_GB) / BASE_RATE}
@@ -99,12 +99,12 @@ def test_constants_are_those_of_the_run(tune, tmp_path, capsys, monkeypatch):
     found = json.loads(out.read_text())["constants"]["card"]
     assert found["commit"] == "abc" and found["copy"] == 2.9e12 and found["load"] == 40e9
     assert found["base"] == pytest.approx(BASE_RATE)
-    assert found["experts"] == pytest.approx({"2": EXPERT_RATE[2], "1": EXPERT_RATE[1]})
+    assert found["experts"] == pytest.approx({str(bits): rate for bits, rate in EXPERT_RATE.items()})
     assert found["layer_seconds"] == pytest.approx((LAYER_MS + ATTENTION_MS) / 1e3)
     assert found["step_seconds"] == pytest.approx(HOST_MS / 1e3)
     assert found["prompt_operations"] == pytest.approx(1000 * (LAYER_GB * 8 + HEAD_GB) * 1e9)
     reckoned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| experts")]
-    assert len(reckoned) == 2 and all("0% |" in line for line in reckoned)
+    assert len(reckoned) == 3 and all("0% |" in line for line in reckoned)
 
 
 def test_a_run_without_a_card_gives_no_constants(tune, tmp_path, monkeypatch):

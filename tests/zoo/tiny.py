@@ -54,6 +54,9 @@ DENSE_FAMILIES: Mapping[str, _Family] = {
 }
 FAMILIES: Mapping[str, _Family] = {
     **DENSE_FAMILIES,
+    # What vLLM runs through transformers' layers: norms after the layers; some layers without positions.
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     # Experts fused into 3-D tensors in memory, apart on disk.
     "mixtral": ("mixtral", _EXPERTS),
     # As many families are: experts that are narrower than a dense layer.

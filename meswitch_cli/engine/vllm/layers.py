@@ -157,23 +157,24 @@ class ExpertResidualNorm(GainedNorm):
     Where torch.compile traces, that is what is traced, whoever is in the batch: its rows are in memory that stays.
     """
 
-    def __init__(self, base: Any, plain: Any, announced: AnnouncedTokens) -> None:
-        """`plain` is `base` with gain 1 and shift 0."""
+    def __init__(self, base: Any, plain: Any, announced: AnnouncedTokens, token_dim: int = 0) -> None:
+        """`plain` is `base` with gain 1 and shift 0; `token_dim` is the dimension of x that counts tokens."""
         super().__init__(base, plain)
-        self.announced = announced
+        self.announced, self.token_dim = announced, token_dim
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         given = (x,) if residual is None else (x, residual)
         if not self.may_change:
             return self.base(*given)
-        tokens = x.shape[0]
+        tokens = x.shape[self.token_dim]
         if not torch.compiler.is_compiling() and self.announced.batch(tokens) is None:
             return self.base(*given)
         result = self.plain(*given)
         y, rest = result if isinstance(result, tuple) else (result, None)
-        shape = [tokens] + [1] * (y.dim() - 2) + [y.shape[-1]]
+        shape = [1] * y.dim()
+        shape[self.token_dim], shape[-1] = tokens, y.shape[-1]
         y = self.gained(y, self.announced.gain_rows[:tokens], shape).to(y.dtype)
-        return y if rest is None else (y, rest)
+        return (y, rest) if isinstance(result, tuple) else y
 
 
 class VocabularyLimits:

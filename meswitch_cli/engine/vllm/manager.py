@@ -145,7 +145,8 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         if not self.rows_may_move:
             raise EngineError(
                 f"{artifact.path}: vLLM's CUDA graphs were captured with slots too small for this expert; name it (or "
-                "one made with the same settings) in --lora-modules when vLLM starts"
+                "one made with the same settings) when vLLM starts, in --lora-modules or meswitch's experts of "
+                "--additional-config"
             )
         self.grow(self.layout.joined(layout))
 
@@ -153,15 +154,16 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         """Make slots that hold any expert of a larger layout, and move what is in a slot."""
         old = self.banks
         self.layout = layout
-        self.banks = ShardedBanks(self._layers, self._layers.own(layout), self.lora_slots)
-        if self.banks.gains.keys() == old.gains.keys():  # a traced graph reads these where they are
-            self.banks.gains, self.banks.shifts = old.gains, old.shifts
+        # What is made in a step, where vLLM infers, could be written in steps alone.
         with torch.inference_mode(False), torch.no_grad():
+            self.banks = ShardedBanks(self._layers, self._layers.own(layout), self.lora_slots)
+            if self.banks.gains.keys() == old.gains.keys():  # a traced graph reads these where they are
+                self.banks.gains, self.banks.shifts = old.gains, old.shifts
             for slot, lora_id in enumerate(self.lora_index_to_id):
                 adapter = None if lora_id is None else self._registered_adapters.cache[lora_id]
                 if isinstance(adapter, ExpertAdapter):
                     self._copy(adapter, slot)
-        self.banks.install()
+            self.banks.install()
 
     def unpin_adapter(self, lora_id: int) -> None:
         for cache in (self._registered_adapters, self._active_adapters):

@@ -43,6 +43,7 @@ def serve_artifacts() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.input_processor import InputProcessor
 
     from_cli_args = EngineArgs.from_cli_args.__func__
@@ -60,7 +61,8 @@ def serve_artifacts() -> None:
 
     @functools.wraps(create_engine_config)
     def with_slots(arguments: Any, *rest: Any, **options: Any) -> Any:
-        prepare(arguments, getattr(arguments, "meswitch_paths", []))
+        context = rest[0] if rest else options.get("usage_context")
+        prepare(arguments, getattr(arguments, "meswitch_paths", []), offline=context is UsageContext.LLM_CLASS)
         config = create_engine_config(arguments, *rest, **options)
         compile_on_cpu(config, arguments.enforce_eager)
         take_turns(config)
@@ -104,13 +106,13 @@ def serve_artifacts() -> None:
     OpenAIServingModels.unload_lora_adapter = unload
 
 
-def prepare(arguments: Any, paths: Iterable[Path]) -> None:
+def prepare(arguments: Any, paths: Iterable[Path], *, offline: bool = False) -> None:
     """Have vLLM's `EngineArgs` make slots for artifacts, where adapters are served and some are or may be artifacts.
 
-    They may be where `paths` has one, where adapters may be loaded at any time, or where `--additional-config` has the
-    key `meswitch`. Its value may hold `experts`, a list of further paths; `host_bytes`; `loras`: false has vLLM's
-    layers serve artifacts alone, without what its LoRAs would cost; and `max_wait`, as `EngineSettings` has it, null
-    for vLLM's own order.
+    They may be where `paths` has one, where adapters may be loaded at any time or (`offline`, of `vllm.LLM`) come with
+    requests, or where `--additional-config` has the key `meswitch`. Its value may hold `experts`, a list of further
+    paths; `host_bytes`; `loras`: false has vLLM's layers serve artifacts alone, without what its LoRAs would cost; and
+    `max_wait`, as `EngineSettings` has it, null for vLLM's own order.
 
     Raises:
         MeswitchError: an artifact among `paths` cannot be served, or vLLM's other arguments do not go with experts.
@@ -121,7 +123,7 @@ def prepare(arguments: Any, paths: Iterable[Path]) -> None:
     if not arguments.enable_lora or (asked is not None and "layout" in asked):
         return
     wanted = [path for path in paths if is_artifact(path)] + [Path(path) for path in (asked or {}).get("experts", [])]
-    if not wanted and asked is None and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+    if not wanted and asked is None and not offline and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         return
     try:
         _prepare(arguments, wanted, asked or {})

@@ -57,6 +57,7 @@ def register() -> None:
         logger.warning("experts cannot be served: %s", error)
         return
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.models import supports_lora
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     from meswitch_cli.engine.vllm.arguments import LOAD_FORMAT
@@ -78,12 +79,14 @@ def register() -> None:
         from meswitch_cli.engine.vllm.manager import ExpertWorkerManager
         from meswitch_cli.engine.vllm.platform import give_memory_between_stages
 
-        give_memory_between_stages(runner, model)
-        runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
         try:
+            if not supports_lora(model):
+                raise EngineError(f"vLLM serves no adapters of {type(model).__name__}; use --engine transformers")
+            give_memory_between_stages(runner, model)
+            runner.lora_manager = ExpertWorkerManager(vllm_config, device, model.embedding_modules)
             return runner.lora_manager.create_lora_manager(model, vllm_config)
-        except MeswitchError as error:
-            tell_parent(str(error))
+        except Exception as error:
+            tell_parent(str(error) if isinstance(error, MeswitchError) else f"{type(error).__name__}: {error}")
             raise
 
     load_model.serves_experts = True  # type: ignore[attr-defined]

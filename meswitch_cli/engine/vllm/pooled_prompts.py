@@ -74,10 +74,10 @@ class PooledPrompts:
 
 
 def _hidden_states(output: Any) -> Tensor:
-    """vLLM's layers return what they add and what it is added to, where the next norm does the addition."""
+    """`[tokens, hidden]`. vLLM's layers return what they add and what it is added to, where the next norm does the
+    addition; transformers', in vLLM, return `[1, tokens, hidden]`."""
     if isinstance(output, tuple):
         added, residual = output
-        total: Tensor = added if residual is None else added + residual
-        return total
-    whole: Tensor = output
-    return whole
+        output = added if residual is None else added + residual
+    states: Tensor = output.flatten(0, -2)
+    return states

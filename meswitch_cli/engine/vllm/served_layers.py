@@ -45,7 +45,7 @@ from meswitch_cli.engine.vllm.shards import LayerShard
 from meswitch_cli.model.architecture import Parameter, Storage, architecture
 from meswitch_cli.model.weights import CheckpointWeights
 
-#: Where vLLM keeps what runs the families that it has no code for. Its layers see tokens in another dimension.
+#: Where vLLM keeps what runs the families that it has no code for: layers of transformers', whose first dimension is 1.
 TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
 #: Rows of each weight that are compared with the checkpoint's.
 COMPARED_ROWS = 8
@@ -102,11 +102,6 @@ class FoundLayers:
             EngineError: a layer is not found, or vLLM keeps its weights otherwise than the checkpoint.
         """
         described = architecture(base.config, str(base.source.path))
-        if type(model).__module__.startswith(TRANSFORMERS_BACKEND):
-            raise EngineError(
-                f"vLLM has no code of its own for {described.model_type} and would run transformers'; "
-                "use --engine transformers"
-            )
         self.model, self.names = model, base_names(described)
         names, zeros = self.names, SharedZeros()
         self._linears: dict[str, tuple[Any, dict[str, Rows]]] = {}
@@ -142,8 +137,9 @@ class FoundLayers:
             quantised = is_quantised(module)
             module.quant_method = ExpertLinearMethod(module, name, list(parts.values()), announced, backend, quantised)
         norms: dict[str, ExpertResidualNorm] = {}
+        token_dim = int(type(self.model).__module__.startswith(TRANSFORMERS_BACKEND))
         for name, (module, plain) in self._norms.items():
-            norms[name] = ExpertResidualNorm(module, plain, announced)
+            norms[name] = ExpertResidualNorm(module, plain, announced, token_dim)
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, norms[name])
         for module in {id(item): item for item in (self._embedding, self._head) if item is not None}.values():

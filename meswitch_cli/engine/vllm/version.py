@@ -8,7 +8,7 @@ from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.version import release_of
 
 #: From, and up to but not including. The plugin overrides methods that vLLM does not promise to keep.
-SUPPORTED = ((0, 32), (0, 33))
+SUPPORTED = ((0, 32), (0, 34))
 INSTALL = "pip install 'meswitch[vllm]' in an environment of its own (on a machine without a GPU: see docs/vllm.md)"
 
 

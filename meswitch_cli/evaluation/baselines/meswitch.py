@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from meswitch_cli.delta.codes import TRELLIS_CODES, CodeName, TrellisCode
+from meswitch_cli.delta.codes import TRELLIS_CODES, CodeName
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, StepRule
 from meswitch_cli.delta.statistics import InputStatistics
@@ -21,7 +21,10 @@ Saliency = Literal["error", "random", "magnitude", "activation"]
 
 @dataclass(frozen=True, kw_only=True)
 class MeSwitch(Method):
-    """`meswitch`: as `QuantizerSettings`; `activations` says what the input statistics are taken over."""
+    """`meswitch`: as `QuantizerSettings`; `activations` says what the input statistics are taken over.
+
+    At 0 bits salient channels, scale and steps are those of a head, which has codes.
+    """
 
     bits: float = 2
     salient: int = 8
@@ -40,17 +43,25 @@ class MeSwitch(Method):
             raise ValueError("saliency=activation needs activations")
         self.quantizer()
 
+    def can_have_bits(self, bits: float) -> bool:
+        return super().can_have_bits(bits) or (bits == 0 and self.rank > 0)
+
     def quantizer(self) -> QuantizerSettings:
-        """The settings; ValueError where they cannot be."""
+        """Settings of the linears; ValueError where they cannot be."""
+        if not self.bits:
+            return QuantizerSettings(bits=0, salient=0, rank=self.rank, factor_bits=self.factor_bits)
+        return self._of_codes(self.bits, None if self.code == "auto" else self.code)
+
+    def _of_codes(self, bits: float, code: CodeName | None) -> QuantizerSettings:
         return QuantizerSettings(
-            bits=self.bits,
+            bits=bits,
             salient=self.salient,
             group_size=self.group,
             channel_scale=self.channel_scale,
             steps=self.steps,
             rank=self.rank,
             factor_bits=self.factor_bits,
-            code=None if self.code == "auto" else self.code,
+            code=code,
         )
 
     @property
@@ -62,11 +73,10 @@ class MeSwitch(Method):
 
     def vocabulary(self, kind: str, delta: torch.Tensor, statistics: Inputs = None) -> Approximation:
         """As an artifact's: by a trellis code where the linears have one; a head has its salient channels too."""
-        own = self.quantizer()
-        trellis = isinstance(own.coding, TrellisCode) and self.embedding in TRELLIS_CODES
+        trellis = self.quantizer().is_trellis and self.embedding in TRELLIS_CODES
         code: CodeName | None = "trellis" if trellis else None
         if kind == "head":
-            return quantised(delta, replace(own, bits=self.embedding, rank=0, code=code), statistics)
+            return quantised(delta, replace(self._of_codes(self.embedding, code), rank=0), statistics)
         return quantised(delta, QuantizerSettings(bits=self.embedding, salient=0, code=code))
 
     def statistics(self, activations: Activations) -> Mapping[str, InputStatistics]:

@@ -56,8 +56,12 @@ class Method(ABC):
                 raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}")
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise ValueError(f"{key} cannot be {value}")
-            if key == "bits" and not 0 < value <= 8:
+            if key == "bits" and not self.can_have_bits(value):
                 raise ValueError("bits must lie between 0 and 8")
+
+    def can_have_bits(self, bits: float) -> bool:
+        """Whether an option `bits` may have this value."""
+        return 0 < bits <= 8
 
     @property
     def options(self) -> dict[str, Any]:

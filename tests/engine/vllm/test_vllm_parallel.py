@@ -26,6 +26,8 @@ WIDE = {"hidden_size": 128, "num_attention_heads": 4}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "tensor-qwen2-tied": ("qwen2", WIDE | {"tie_word_embeddings": True, "num_key_value_heads": 1}, "tensor_parallel"),
     "tensor-phi3": ("phi3", WIDE, "tensor_parallel"),
+    "tensor-smollm3": ("smollm3", WIDE, "tensor_parallel"),
+    "pipeline-olmo2": ("olmo2", {}, "pipeline_parallel"),
     "pipeline-gemma3-tied": ("gemma3", {}, "pipeline_parallel"),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from engine.family import Family, requests
+from engine.family import Family, mean_hidden_state, requests
 from engine.test_sampler import (
     PROMPT,
     run,
@@ -74,16 +74,7 @@ def test_hidden_states_are_the_plain_models_beside_generation(engine: VllmEngine
         pooled = engine.pooled_hidden_states(prompts, layer)
         assert pooled.dtype == torch.float32 and pooled.shape == (4, 96)
         for row, prompt in zip(pooled, prompts, strict=True):
-            with torch.inference_mode():
-                states: list[torch.Tensor] = []
-                hook = plain.model.layers[layer - 1].register_forward_hook(
-                    lambda module, inputs, output, states=states: states.append(
-                        output[0] if isinstance(output, tuple) else output
-                    )
-                )
-                plain(torch.tensor([prompt]))
-                hook.remove()
-            torch.testing.assert_close(row, states[0].reshape(-1, 96).mean(0), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(row, mean_hidden_state(plain, prompt, layer), rtol=1e-4, atol=1e-4)
         for request, completion in zip(batch, generate(engine, batch), strict=True):
             assert completion.tokens == family.greedy(request)
     assert engine.pooled_hidden_states([], 1).shape == (0, 96)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine.family import make_family, requests
+import torch
+from engine.family import make_family, mean_hidden_state, requests
 from engine.test_truth import (
     check,
     test_full_cache_begins_requests_again,
@@ -15,7 +16,7 @@ from engine.test_truth import (
 )
 from engine.vllm.conftest import HEAD_DIM, NEEDS_VLLM
 
-from meswitch_cli.engine.contract import EngineError
+from meswitch_cli.engine.contract import BASE, EngineError
 from meswitch_cli.engine.vllm.engine import VllmEngine
 
 __all__ = [
@@ -53,9 +54,19 @@ def test_families(name: str, config: dict[str, object], tmp_path: Path, start: S
     check(engine, own, requests(own, 12, seed=1))
 
 
-@pytest.mark.parametrize("name", ["phi", "gpt_neox"])
-def test_a_family_that_vllm_has_no_code_for_is_refused(name: str, tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize("name", ["olmo2", "smollm3", "phi"])
+def test_a_family_that_vllm_runs_through_transformers_layers(name: str, tmp_path: Path, start: Start) -> None:
+    """vLLM has no code of its own for it."""
     own = make_family(tmp_path, name, num_attention_heads=3, num_key_value_heads=3)
+    engine = start(own, slots=2, max_wait=0.05)
+    check(engine, own, requests(own, 12, seed=1))
+    prompts = [list(range(20, 40)), [7]]
+    for prompt, row in zip(prompts, engine.pooled_hidden_states(prompts, 1), strict=True):
+        torch.testing.assert_close(row, mean_hidden_state(own.references[BASE], prompt, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_whose_layers_vllm_calls_otherwise_is_refused(tmp_path: Path, start: Start) -> None:
+    own = make_family(tmp_path, "gpt_neox", num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(EngineError, match="use --engine transformers"):
         start(own)
 
