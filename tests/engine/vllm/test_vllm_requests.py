@@ -37,12 +37,12 @@ MODEL = ServedModel(
 )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("found", ["0.31.0", "0.33.0", "1.0", "0.32", "0.32.1", "0.32.0+cpu", "dev", ""])
+@pytest.mark.parametrize("found", ["0.31.0", "0.34.0", "0.33.1", "1.0", "0.32", "0.32.1", "0.32.0+cpu", "dev", ""])
 def test_only_versions_that_were_read_are_accepted(found: str) -> None:
-    if found.startswith("0.32"):
+    if found.startswith(("0.32", "0.33")):
         check_vllm(found)
         return
-    with pytest.raises(EngineError, match=r">=0\.32,<0\.33"):
+    with pytest.raises(EngineError, match=r">=0\.32,<0\.34"):
         check_vllm(found)
 
 
