@@ -11,6 +11,7 @@ from meswitch_cli.commands.console import console
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.markdown import Markdown
 
 _FENCE = re.compile(r" {0,3}(```+|~~~+)")
 
@@ -50,23 +51,20 @@ class MarkdownStream:
         if not self._text.strip():
             return
         from rich.live import Live
-        from rich.markdown import Markdown
 
         if self._live is None:
             self._live = Live(console=self._console, transient=True, auto_refresh=False)
             self._live.start()
-        self._live.update(Markdown(_shown(self._text)), refresh=True)
+        self._live.update(_markdown(self._text), refresh=True)
 
     def _print(self, block: str) -> None:
-        from rich.markdown import Markdown
-
         if self._live is not None:
             self._live.stop()
             self._live = None
         if block.strip():
             if self._some:
                 self._console.print()
-            self._console.print(Markdown(_shown(block)))
+            self._console.print(_markdown(block))
             self._some = True
 
 
@@ -84,6 +82,18 @@ def split_blocks(text: str) -> tuple[list[str], str]:
             blocks.append(text[start:position])
             start = position
     return blocks, text[start:]
+
+
+def _markdown(text: str) -> Markdown:
+    """With the text's own line ends: models mean them, where Markdown makes one line of a paragraph."""
+    from rich.markdown import Markdown
+
+    made = Markdown(_shown(text))
+    for token in made.parsed:
+        for part in token.children or ():
+            if part.type == "softbreak":
+                part.type = "hardbreak"
+    return made
 
 
 def _shown(text: str) -> str:

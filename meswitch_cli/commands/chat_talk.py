@@ -70,7 +70,7 @@ class Talk:
         with MarkdownStream() if self._markdown else PlainStream() as screen:
             for chunk in self.conversation.ask(text):
                 if chunk.expert:
-                    sure = f", {chunk.confidence:.0%} sure" if chunk.reason in ("routed", "sticky") else ""
+                    sure = f", {_percent(chunk.confidence)} sure" if chunk.reason in ("routed", "sticky") else ""
                     typer.secho(f"{chunk.expert} ({chunk.reason}{sure})", err=True, fg=typer.colors.CYAN)
                 if chunk.text and first is None:
                     first = time.perf_counter() - started
@@ -119,3 +119,9 @@ class Talk:
 
 def _complain(text: str) -> None:
     typer.secho(text, err=True, fg=typer.colors.RED)
+
+
+def _percent(share: float) -> str:
+    """A share, never 100 % of what is not certain; as the page writes it."""
+    value = 100 * share
+    return f"{min(value, 99.9):.1f} %" if value < 10 or 99 < value < 100 else f"{value:.0f} %"

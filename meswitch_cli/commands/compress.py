@@ -88,8 +88,8 @@ def run(
         bool,
         typer.Option(
             "--exact",
-            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; with it "
-            "--bits and the like say what code an engine makes of the expert.",
+            help="Store the expert bit for bit. Without options of a code this is chosen where it is smallest; "
+            "with it, --bits and the like say what code an engine makes of the expert.",
             show_default="where smaller",
         ),
     ] = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -110,13 +109,15 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
+        clock = asyncio.get_running_loop().time
+
         async def write(data: bytes, more: bool = True) -> None:
-            self._last = time.monotonic()
+            self._last = clock()
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         dialect = self._dialect
-        self._last = time.monotonic()
-        keeping = asyncio.ensure_future(self._keep(write))
+        self._last = clock()
+        keeping = asyncio.ensure_future(self._keep(write, clock))
         try:
             async for event in self._events:
                 await write(dialect.event(event))
@@ -132,9 +133,9 @@ class EventStream(Response):
             await asyncio.gather(keeping, return_exceptions=True)
         await write(dialect.end, more=False)
 
-    async def _keep(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _keep(self, write: Callable[[bytes], Awaitable[None]], clock: Callable[[], float]) -> None:
         while True:
-            idle = time.monotonic() - self._last
+            idle = clock() - self._last
             if idle >= self._keep_alive:
                 await write(KEEP_ALIVE)
             else:

@@ -15,7 +15,7 @@ from meswitch_cli.client.client import Endpoint
 from meswitch_cli.client.conversation import Conversation
 from meswitch_cli.commands.chat_lines import history_file, line_reader
 from meswitch_cli.commands.chat_markdown import MarkdownStream, PlainStream, split_blocks
-from meswitch_cli.commands.chat_talk import HELP, Talk
+from meswitch_cli.commands.chat_talk import HELP, Talk, _percent
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -160,3 +160,18 @@ def test_a_history_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert isinstance(_history(True), InMemoryHistory)
+
+
+def test_markdown_keeps_the_answers_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with MarkdownStream() as screen:
+        screen.write("20+26=46\n46+48=94\n\n**Done**")
+    assert [line.rstrip() for line in unstyled(stream.getvalue()).splitlines()] == ["20+26=46", "46+48=94", "", "Done"]
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(1.0, "100 %"), (0.9999, "99.9 %"), (0.997, "99.7 %"), (0.914, "91 %"), (0.034, "3.4 %")]
+)
+def test_what_is_not_certain_is_not_called_so(share: float, told: str) -> None:
+    assert _percent(share) == told

@@ -131,7 +131,8 @@ def _answer(folder: Path, serve: list[str], curl: list[str]) -> dict[str, Any]:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended before it was ready"
         try:
             with urllib.request.urlopen(url, timeout=5):

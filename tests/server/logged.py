@@ -13,7 +13,7 @@ from meswitch_cli.server.logs import JsonFormatter
 
 def lines(caplog: pytest.LogCaptureFixture, request_ids: Iterable[str]) -> list[dict[str, object]]:
     """All that was logged, once each of the requests has its line: it comes just after the answer, in a thread."""
-    awaited, deadline = set(request_ids), time.monotonic() + 5
+    awaited, deadline = set(request_ids), time.monotonic() + 60
     while True:
         logged = [json.loads(JsonFormatter().format(record)) for record in tuple(caplog.records)]
         if awaited <= {line.get("request_id") for line in logged}:

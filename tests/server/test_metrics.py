@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,17 @@ def samples(server: Running) -> Samples:
     }
 
 
+def counted(server: Running, requests: int) -> Samples:
+    """The figures once so many requests of known paths are in them: each is counted just after its answer."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = samples(server)
+        told = [(dict(labels), number) for (name, labels), number in found.items() if name == "requests_total"]
+        if sum(number for labels, number in told if labels["path"] != "other") >= requests:
+            return found
+        assert time.monotonic() < deadline, told
+
+
 def value(found: Samples, name: str, **labels: str) -> float:
     return found.get((name, frozenset(labels.items())), 0.0)
 
@@ -40,7 +52,7 @@ def test_histograms_and_counters_are_of_what_was_asked(start_server: Start, rout
     server = start_server(router=router)
     usages = [ask(server, "red", "hello", n=2)["usage"], ask(server, "red", "hello again")["usage"]]
     ask(server, "red", "hello", stream=True)
-    found = samples(server)
+    found = counted(server, 3)
     pinned = {"expert": "red", "reason": "pinned"}
     assert value(found, "time_to_first_token_seconds_count", **pinned) == 3
     assert value(found, "request_seconds_count", **pinned) == 3
@@ -74,7 +86,7 @@ def test_one_label_set_on_every_path(start_server: Start, router: Any) -> None:
     server.post("/v1/chat/completions", {"model": "violet", "messages": [{"role": "user", "content": "x"}]})
     server.post("/v1/chat/completions", {"colour": 1})
     server.get("/nowhere")
-    found = samples(server)
+    found = counted(server, 6)
     seen = set()
     for name, labels in found:
         if name.rpartition("_")[0] in HISTOGRAMS or name.endswith("tokens_total"):

@@ -58,7 +58,7 @@ def ask(page: Any, text: str) -> Any:
 def test_a_routed_answer_says_who_and_how_sure(page: Any) -> None:
     answer = ask(page, prompts("green", 9)[7])
     playwright.expect(answer.locator(".who b")).to_have_text("green")
-    playwright.expect(answer.locator(".who")).to_contain_text(re.compile(r"chosen by the router, \d+ % sure"))
+    playwright.expect(answer.locator(".who")).to_contain_text(re.compile(r"chosen by the router, [\d.]+ % sure"))
     bars = answer.locator(".bars progress")
     playwright.expect(bars).to_have_count(3)
     assert sum(float(bars.nth(i).evaluate("bar => bar.value")) for i in range(3)) == pytest.approx(1, abs=1e-3)
@@ -291,6 +291,9 @@ def test_it_fits_a_phone(browser: Any, routed: Running, scheme: str, width: int)
     page.goto(routed.url)
     ask(page, prompts("blue", 9)[7])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    right = "(at) => Math.round(document.querySelector(at).getBoundingClientRect().right)"
+    model, beside, compose = (page.evaluate(right, at) for at in ("#model", "#beside", ".compose"))
+    assert model < beside == compose  # nothing empty stands beside the two
     assert page.evaluate(_OVERHANG) <= 0  # a wide block of code scrolls by itself; the answer keeps the screen's width
     page.locator("#chats-toggle").tap()
     playwright.expect(page.locator("#chats-panel")).to_be_visible()

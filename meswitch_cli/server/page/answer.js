@@ -33,10 +33,16 @@ export function answerElement() {
   return made;
 }
 
+// Never 100 % of what is not certain.
+function percent(share) {
+  const value = 100 * share;
+  return value < 10 || (value > 99 && value < 100) ? `${Math.min(value, 99.9).toFixed(1)} %` : `${Math.round(value)} %`;
+}
+
 export function showWho(message, answer) {
   const { expert, reason, confidence, probabilities } = answer;
   if (!expert) return;
-  const sure = reason === "routed" || reason === "sticky" ? `, ${Math.round(100 * confidence)} % sure` : "";
+  const sure = reason === "routed" || reason === "sticky" ? `, ${percent(confidence)} sure` : "";
   message.querySelector(".who").replaceChildren(element("b", "", expert), element("span", "", (REASONS[reason] || reason) + sure));
   message.querySelector(".bars")?.remove();
   // Probabilities are among the experts; of a prompt that is none's field they say nothing.
@@ -47,8 +53,8 @@ export function showWho(message, answer) {
     const bar = element("progress", chosen);
     bar.max = 1;
     bar.value = probability;
-    bar.setAttribute("aria-label", `${name}: ${Math.round(100 * probability)} %`);
-    bars.append(element("span", chosen, name), bar, element("span", chosen, `${(100 * probability).toFixed(probability < 0.1 ? 1 : 0)} %`));
+    bar.setAttribute("aria-label", `${name}: ${percent(probability)}`);
+    bars.append(element("span", chosen, name), bar, element("span", chosen, percent(probability)));
   }
   message.append(bars);
 }
