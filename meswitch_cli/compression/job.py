@@ -30,6 +30,7 @@ from meswitch_cli.compression.exact import stream_of
 from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
+from meswitch_cli.compression.product import nothing_of_rounded
 from meswitch_cli.compression.settings import ADAPTER_FACTOR_BITS, RANDOM, CompressionSettings
 from meswitch_cli.compression.unit import compress_unit
 from meswitch_cli.compression.windows import calibration_windows
@@ -197,6 +198,8 @@ def _quantise(
     told = products_of(job.expert, job.settings.factor_bits or ADAPTER_FACTOR_BITS)
     if job.settings.exact:
         told = stream_of
+    elif told is None and not job.settings.bits:
+        told = nothing_of_rounded
     with (
         PairReader(job.base, job.expert, reading_order(units, missing, calibrated=calibrated)) as reader,
         closing(_statistics(job, reader, device, missing, calibrated)) as known,

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.compression.low_rank import Found
+from meswitch_cli.compression.pairs import TensorPair
 from meswitch_cli.compression.sample import by_projection, some_rows, spread
 from meswitch_cli.delta.rank import MOST_LEFT_OF_ONE, NOTHING, RANKS, Left, left_by_rank
+from meswitch_cli.delta.stored import StoredDelta
 from meswitch_cli.errors import CheckpointError
 from meswitch_cli.model.matching import Plan, PlannedTensor
 
@@ -37,6 +40,17 @@ def product_rank(base: Checkpoint, expert: Checkpoint, plan: Plan) -> int | None
     return rest.rank if rest.by([item for item in linears if item.name not in known], base, expert) else None
 
 
+def is_rounded(base: torch.Tensor, expert: torch.Tensor) -> bool:
+    """Whether an expert's tensor is the base's, rounded to its type."""
+    return base.shape == expert.shape and torch.equal(base.to(expert.dtype), expert)
+
+
+def nothing_of_rounded(pair: TensorPair) -> Found | None:
+    """What is stored of a pair that differs by rounding to the expert's type alone, which restoring does anyway; of any
+    other None."""
+    return (StoredDelta(), {}) if is_rounded(pair.base, pair.expert) else None
+
+
 class _Explained:
     """What products of some ranks leave of the tensors that were asked, and which of them explain each of these.
 
@@ -51,7 +65,7 @@ class _Explained:
         """Ask further tensors; False as soon as one is explained by none of the ranks."""
         for item in items:
             own, tuned = item.base.read(base), item.expert.read(expert)
-            if torch.equal(own.float(), tuned.float()):
+            if is_rounded(own, tuned):
                 continue
             own, tuned = (some_rows(tensor, ASKED_WEIGHTS) for tensor in (own, tuned))
             try:

@@ -200,11 +200,14 @@ def test_rounding_alone_is_no_lora_that_changes_anything(tmp_path: Path) -> None
     base = base_of(tmp_path, dtype=torch.float32)
     expert = merge_lora(base, tmp_path / "merged", targets=("q_proj",), dtype=torch.bfloat16)
     assert rank_of(base, expert) == 4
-    artifact = chosen(base, expert, tmp_path / "artifact")
+    artifact = meswitch.compress(base, expert, tmp_path / "artifact", bits=0, rank=4)
     restore(artifact, Checkpoint.open(str(base)), tmp_path / "restored")
     found, wanted = tensors_of(tmp_path / "restored"), tensors_of(expert)
     same = [torch.equal(found[name], wanted[name]) for name in wanted if "_proj" in name and "q_proj" not in name]
     assert len(same) == 12 and all(same)
+    assert {entry.projection for entry in artifact.manifest.tensors} == {"q_proj"}
+    rounded = merge_lora(base, tmp_path / "rounded", targets=("none",), dtype=torch.bfloat16)
+    assert rank_of(base, rounded) is None
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(base: Path, merged: Path, tmp_path: Path) -> None:
