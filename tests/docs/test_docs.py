@@ -36,7 +36,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r'^\| "([^"]+)"', page, re.MULTILINE)
     sources = [source.read_text() for source in (ROOT / "meswitch_cli").rglob("*.py")]
-    assert len(messages) == 6
+    assert len(messages) == 12
     for message in messages:
         assert any(message in source for source in sources), message
     for option in re.findall(r"`(--[a-z-]+)`", page):
