@@ -51,6 +51,11 @@ def reordered(formats: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
     return () if dtype == torch.float32 else tuple(number for number in formats if number > FIRST_NUMBER)
 
 
+def placed(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> bool:
+    """Whether scalar codes among some formats are set into mantissas, for which x is prepared."""
+    return dtype != torch.float32 and not grouped and any(number < FIRST_NUMBER for number in formats)
+
+
 def prepared(messages: Sequence[int]) -> tuple[int, ...]:
     """The messages that the kernel knows which writes x in their order: one alone, or all that there are."""
     return tuple(messages) if len(messages) < 2 else tuple(MESSAGES)
