@@ -100,8 +100,8 @@ def delta_planes(
     words_of_row = whole * PLANE_WORDS if EVEN else words_per_row(in_features, BITS)
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     first = x + (token[:, None] * x_stride + tl.arange(0, 2 * PLANE_WORDS)[None, :])
-    # More tokens of more channels at once would leave room for two programs of a processor alone. Signs spill with two.
-    STAGES: tl.constexpr = 2 if BLOCK_TOKENS * CHANNELS > 8192 and BITS > 1 else None
+    # More tokens of more channels at once would leave room for two programs of a processor alone.
+    STAGES: tl.constexpr = 2 if BLOCK_TOKENS * CHANNELS > 8192 else None
     for block in tl.range(begin, tl.minimum(end, whole), num_stages=STAGES):
         acc = _plane_block(
             acc, first + block * CHANNELS, token_mask, codes, rows, block, words_of_row, in_features, BITS, True, ASM
