@@ -59,11 +59,11 @@ def errors(mean: float, more_bits: int, seed: int) -> dict[str, float]:
     found = {}
 
     total = np.zeros(ROWS)
-    for place in range(3):
-        own = plane % 3 == place
-        product = dot(128 + codes[:, own] * 2.0**place, x[own], more_bits)
+    for turn in range(3):
+        own = plane % 3 == turn
+        product = dot(128 + codes[:, own] * 2.0**turn, x[own], more_bits)
         of_x = dot(np.ones((1, int(own.sum()))), x[own], more_bits)
-        total += product * 0.5**place - of_x * (128 * 0.5**place + 0.5)
+        total += product * 0.5**turn - of_x * (128 * 0.5**turn + 0.5)
     found["three places, each with sums of x by the tensor core"] = total
 
     place = plane % 8
