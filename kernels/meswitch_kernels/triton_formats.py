@@ -52,8 +52,11 @@ def reordered(formats: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def placed(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> bool:
-    """Whether scalar codes among some formats are set into mantissas, for which x is prepared."""
-    return dtype != torch.float32 and not grouped and any(number < FIRST_NUMBER for number in formats)
+    """Whether scalar codes of a bank with such formats would be set into mantissas, for which x is prepared.
+
+    The same for all banks that have any codes, so that there are fewer kernels.
+    """
+    return dtype != torch.float32 and not grouped and len(formats) > 0
 
 
 def prepared(messages: Sequence[int]) -> tuple[int, ...]:

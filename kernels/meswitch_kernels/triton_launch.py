@@ -193,9 +193,9 @@ def separate_products(
             biased = each[0][1] is not None
             out_features = table.total if table else each[0][0].shape[0]
             shape = _Shape.of(x, groups, out_features, family, rank, grouped=grouped, biased=biased)
-            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank else 0
+            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank or x.dtype != torch.float32 else 0
             constants = tuple(sorted((shape.constants | shape.families[0]).items()))
-            found[(table is not None, splits, x.dtype, banks[0].left.dtype, *constants)] = each
+            found[(table is not None, splits, rank > 0, x.dtype, banks[0].left.dtype, *constants)] = each
     return found
 
 
