@@ -23,6 +23,9 @@ SHAPES = {
 }
 """(out, in) of a model's linears."""
 
+MISTRAL_LAYERS, HEAD = 32, (32000, 4096)
+"""Of Mistral-7B: layers, and (out, in) of its head."""
+
 
 TUNING = Path(tuning.__file__).with_name("tuning.json")
 """What the package knows of cards."""

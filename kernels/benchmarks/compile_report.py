@@ -42,6 +42,7 @@ POINTERS = {
     "table": "fp32",
     "gain_rows": "i64",
     "z": "fp32",
+    "offsets": "fp32",
     "linears": "i64",
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,6 +75,7 @@ ALONE = {
     "triton_siblings.prepare_siblings": {
         "SPLITS": 8,
         "SCALED": True,
+        "PLACED": True,
         "MESSAGES": tuple(MESSAGES),
         "RANKED": True,
         "TILE_TOKENS": 8,
@@ -184,8 +186,12 @@ def launches(quick: bool) -> Iterator[Launch]:
                 **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
                 "MOST_TILES": tokens, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out, "BLOCK_K": settings.block_k,
                 "Z_SPLITS": triton_launch.PREPARE_SPLITS if rank else 0,
+                "OFFSET_SPLITS": 0 if grouped or dtype == "fp32" else triton_launch.PREPARE_SPLITS,
             }  # fmt: skip
-            options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+            options = {
+                "num_warps": settings.num_warps, "num_stages": settings.num_stages,
+                "maxnreg": triton_launch.MOST_REGISTERS,
+            }  # fmt: skip
             yield Launch("triton_decode.decode", arch, dtype, constants, options, **kind, tokens=tokens)
             if (dtype, bits, tokens, grouped) == ("bf16", 2, 16, False):
                 # Decode's own code but for the pointers: one for each card will do.
@@ -200,7 +206,7 @@ def launches(quick: bool) -> Iterator[Launch]:
     for arch, dtype, tokens in product([80, 90], ["bf16"] if quick else ["bf16", "fp16", "fp32"], [16, 64]):
         tile = tile_size_for(tokens)
         constants = {
-            "SCALED": True, "MESSAGES": tuple(MESSAGES), "RANKED": True, "TILE_TOKENS": tile,
+            "SCALED": True, "PLACED": True, "MESSAGES": tuple(MESSAGES), "RANKED": True, "TILE_TOKENS": tile,
             "BLOCK_RANK": triton_launch.rank_block(RANK), "BLOCK_K": triton_launch.PREPARE_BLOCK,
         }  # fmt: skip
         options = triton_launch.PREPARE_OPTIONS

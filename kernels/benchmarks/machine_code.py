@@ -24,14 +24,13 @@ import triton
 from compile_report import Launch, compiled
 from triton.compiler import CompiledKernel
 
+from meswitch_kernels import triton_launch
 from meswitch_kernels.messages import FIRST_NUMBER, MESSAGES
 from meswitch_kernels.packing import BIT_WIDTHS, PLANE_WORDS, codes_per_word
 from meswitch_kernels.triton_messages import message_channels
 from meswitch_kernels.tuning import Card, default_settings
 
 QUARTER = FIRST_NUMBER + 4
-PAIR = {"bf16": "0x43004300", "fp16": "0x64006400"}
-"""What a pair of codes is set into: a loop that names it unpacks."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Loop:
     copy_bytes: int
     """Bytes of the widest."""
     registers: int
+    shared_cycles: int
+    """Of shared memory, for one warp's loads, stores and copies, without conflicts: 128 bytes a cycle."""
 
 
 def launch_of(arch: int, dtype: str, number: int, tile_tokens: int) -> Launch:
@@ -64,9 +65,11 @@ def launch_of(arch: int, dtype: str, number: int, tile_tokens: int) -> Launch:
     constants = {
         "NUMBERS": (number,), "GROUPED": False, "EVEN": True, "HAS_BIAS": False, "BASE_TOKENS": 16,
         "TILE_TOKENS": tile_tokens, "MOST_TILES": 16, "MOST_SPLITS": 16, "BLOCK_OUT": settings.block_out,
-        "BLOCK_K": settings.block_k, "Z_SPLITS": 0, "BLOCK_RANK": 16, "ASM": True,
+        "BLOCK_K": settings.block_k, "Z_SPLITS": 0, "OFFSET_SPLITS": 8, "BLOCK_RANK": 16, "ASM": True,
     }  # fmt: skip
-    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    options = {
+        "num_warps": settings.num_warps, "num_stages": settings.num_stages, "maxnreg": triton_launch.MOST_REGISTERS,
+    }  # fmt: skip
     return Launch("triton_decode.decode", arch, dtype, constants, options, bits=bits_of(number), tokens=tile_tokens)
 
 
@@ -78,7 +81,7 @@ def bits_of(number: int) -> float:
 def measure(launch: Launch) -> Loop:
     """The loop of a launch."""
     kernel = compiled(launch)
-    body = shortest_loop(machine_code(kernel), PAIR[launch.dtype])
+    body = unpacking_loop(machine_code(kernel))
     kinds = Counter(re.sub(r"^@!?\w+\s+", "", line).split()[0] for line in body)
 
     def count(*names: str) -> int:
@@ -106,7 +109,19 @@ def measure(launch: Launch) -> Loop:
         copies=count("LDGSTS"),
         copy_bytes=max(widths, default=4),
         registers=registers(kernel),
+        shared_cycles=sum(shared_cycles(kind) * number for kind, number in kinds.items()),
     )
+
+
+def shared_cycles(kind: str) -> int:
+    """Cycles of shared memory that a warp's instruction takes where no two lanes meet in a bank."""
+    name, *words = kind.split(".")
+    if name == "LDSM" or name == "STSM":
+        return int(words[-1])
+    if name in ("LDS", "STS", "LDGSTS"):
+        width = next((int(word) for word in words if word in ("64", "128")), 32)
+        return width // 32
+    return 0
 
 
 def machine_code(kernel: CompiledKernel) -> list[tuple[int, str]]:
@@ -127,22 +142,27 @@ def disassembled(kernel: CompiledKernel, option: str) -> str:
         return subprocess.run([tool, option, binary], capture_output=True, text=True, check=True).stdout
 
 
-def shortest_loop(code: list[tuple[int, str]], needle: str) -> list[str]:
-    """The instructions of the innermost loop that holds `needle`.
+def unpacking_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The instructions of the innermost loop that multiplies and has the most LOP3.
 
     Raises:
-        ValueError: no loop does.
+        ValueError: no loop multiplies.
     """
-    loops = []
+    loops: list[tuple[int, int, list[str]]] = []
     for address, text in code:
         jump = re.search(r"BRA\S*\s.*?0x([0-9a-f]+)", text)
         if jump and (start := int(jump[1], 16)) <= address:
             body = [line for place, line in code if start <= place <= address]
-            if any(needle in line for line in body):
-                loops.append(body)
-    if not loops:
-        raise ValueError(f"no loop holds {needle}")
-    return min(loops, key=len)
+            if any("HMMA" in line for line in body):
+                loops.append((start, address, body))
+    innermost = [
+        body
+        for start, end, body in loops
+        if not any((start, end) != (low, high) and start <= low and high <= end for low, high, _ in loops)
+    ]
+    if not innermost:
+        raise ValueError("no loop multiplies")
+    return max(innermost, key=lambda body: sum("LOP3" in line for line in body))
 
 
 def main() -> int:

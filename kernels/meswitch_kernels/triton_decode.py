@@ -104,6 +104,7 @@ def decode_rows(
     salient_index,
     salient_value,
     z,
+    offsets,
     left,
     slot_bits,
     slot_group,
@@ -142,6 +143,7 @@ def decode_rows(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Z_SPLITS: tl.constexpr,
+    OFFSET_SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -193,13 +195,15 @@ def decode_rows(
                                 )  # fmt: skip
                             elif is_message(NUMBERS[i]):
                                 acc = delta_messages(
-                                    scaled, scaled_stride, token, token_mask, slot_codes, slot_steps, rows, split,
-                                    delta_splits, in_features, NUMBERS[i], EVEN, BLOCK_OUT, TILE_TOKENS, ASM,
+                                    scaled, scaled_stride, offsets, token, token_mask, tokens, slot_codes, slot_steps,
+                                    rows, split, delta_splits, in_features, NUMBERS[i], EVEN, BLOCK_OUT, TILE_TOKENS,
+                                    OFFSET_SPLITS, ASM,
                                 )  # fmt: skip
                             else:
                                 acc = delta_planes(
-                                    scaled, scaled_stride, token, token_mask, slot_codes, slot_steps, rows, split,
-                                    delta_splits, in_features, NUMBERS[i], EVEN, BLOCK_OUT, TILE_TOKENS, ASM,
+                                    scaled, scaled_stride, offsets, token, token_mask, tokens, slot_codes, slot_steps,
+                                    rows, split, delta_splits, in_features, NUMBERS[i], EVEN, BLOCK_OUT, TILE_TOKENS,
+                                    OFFSET_SPLITS, ASM,
                                 )  # fmt: skip
                     if split == 0:
                         acc = add_salient(
@@ -253,6 +257,7 @@ def decode(
     salient_index,
     salient_value,
     z,
+    offsets,
     left,
     slot_bits,
     slot_group,
@@ -291,6 +296,7 @@ def decode(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Z_SPLITS: tl.constexpr,
+    OFFSET_SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -305,9 +311,9 @@ def decode(
     """
     decode_rows(
         tl.program_id(0), tl.program_id(1), x, scaled, weight, bias, y, partials, tickets, codes, steps, bias_delta,
-        salient_index, salient_value, z, left, slot_bits, slot_group, slot_rank, slot_of_token, order, tile_slot,
-        tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs, launch, launches,
-        slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride, steps_stride,
+        salient_index, salient_value, z, offsets, left, slot_bits, slot_group, slot_rank, slot_of_token, order,
+        tile_slot, tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs, launch,
+        launches, slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride, steps_stride,
         max_salient, max_rank, NUMBERS, GROUPED, EVEN, HAS_BIAS, BASE_TOKENS, TILE_TOKENS, MOST_TILES, MOST_SPLITS,
-        BLOCK_OUT, BLOCK_K, Z_SPLITS, BLOCK_RANK, ASM,
+        BLOCK_OUT, BLOCK_K, Z_SPLITS, OFFSET_SPLITS, BLOCK_RANK, ASM,
     )  # fmt: skip

@@ -51,6 +51,14 @@ def reordered(formats: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
     return () if dtype == torch.float32 else tuple(number for number in formats if number > FIRST_NUMBER)
 
 
+def placed(formats: Sequence[int], dtype: torch.dtype, *, grouped: bool) -> bool:
+    """Whether scalar codes of a bank with such formats would be set into mantissas, for which x is prepared.
+
+    The same for all banks that have any codes, so that there are fewer kernels.
+    """
+    return dtype != torch.float32 and not grouped and len(formats) > 0
+
+
 def prepared(messages: Sequence[int]) -> tuple[int, ...]:
     """The messages that the kernel knows which writes x in their order: one alone, or all that there are."""
     return tuple(messages) if len(messages) < 2 else tuple(MESSAGES)

@@ -14,7 +14,7 @@ from .bank import BankTensors, joined_formats
 from .groups import TokenGroups
 from .messages import FIRST_NUMBER
 from .triton_decode import decode
-from .triton_formats import families, family_constants, prepared, reordered, reordered_width
+from .triton_formats import families, family_constants, placed, prepared, reordered, reordered_width
 from .triton_low_rank import prepare
 from .triton_siblings import Operand, SiblingTable, decode_siblings, prepare_siblings, sibling_table
 from .tuning import LaunchSettings, launch_settings, token_bucket
@@ -26,6 +26,8 @@ PREPARE_SPLITS = 8
 PREPARE_BLOCK = 128
 """Input channels that a program of x·Rᵀ multiplies at once."""
 PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+MOST_REGISTERS = 255
+"""Of a thread of decode. Left to itself the assembler aims at 128 now and then, and spills."""
 _ASM = not triton.knobs.runtime.interpret
 
 
@@ -44,26 +46,39 @@ def _prepare_splits(in_features: int, width: int) -> tuple[int, int]:
     return splits, triton.cdiv(triton.cdiv(width, splits), PREPARE_BLOCK) * PREPARE_BLOCK
 
 
-def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor, Tensor, int]:
-    """x as codes want it, z = x·Rᵀ `[splits, tokens, max_rank]`, to be summed, and `splits`.
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """x as codes want it, and sums that decode is given; `z_splits` and `offset_splits` are 0 where there are none."""
 
-    That is times channel scales, and in another order, where the bank has what wants it; 0 splits, and no z, without a
-    low-rank part.
+    scaled: Tensor
+    z: Tensor
+    offsets: Tensor
+    z_splits: int
+    offset_splits: int
+
+
+def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> _Prepared:
+    """x times channel scales, over what codes' places multiply, and in another order, where the bank has what wants it.
+
+    z = x·Rᵀ `[splits, tokens, max_rank]` and `offsets` `[splits, tokens]` are to be summed.
     """
     (tokens, in_features), max_rank = x.shape, bank.right.shape[1]
     messages = reordered(bank.formats, x.dtype)
-    if not max_rank and not bank.scaled and not messages:
-        return x, bank.steps, 0
+    scalar = placed(bank.formats, x.dtype, grouped=bank.group_size > 0)
+    if not max_rank and not bank.scaled and not messages and not scalar:
+        return _Prepared(x, bank.steps, bank.steps, 0, 0)
     width = reordered_width(in_features, messages)
     splits, per_split = _prepare_splits(in_features, width)
-    scaled = x.new_empty(tokens, width) if bank.scaled or messages else x
+    scaled = x.new_empty(tokens, width) if bank.scaled or messages or scalar else x
     z = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x.device)
+    offsets = torch.empty(splits, tokens, dtype=torch.float32, device=x.device)
     prepare[(groups.tile_slot.shape[0], max(1, triton.cdiv(max_rank, rank_block(max_rank))), splits)](
         x,
         bank.channel_scale,
         bank.right,
         scaled,
         z,
+        offsets,
         bank.slot_bits,
         bank.slot_rank,
         groups.order,
@@ -78,6 +93,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         scaled.stride(0),
         per_split,
         SCALED=bank.scaled,
+        PLACED=scalar,
         MESSAGES=prepared(messages),
         RANKED=max_rank > 0,
         TILE_TOKENS=groups.tile_size,
@@ -85,7 +101,7 @@ def _prepare(x: Tensor, bank: BankTensors, groups: TokenGroups) -> tuple[Tensor,
         BLOCK_K=PREPARE_BLOCK,
         **PREPARE_OPTIONS,
     )
-    return scaled, z, splits if max_rank else 0
+    return _Prepared(scaled, z, offsets, splits if max_rank else 0, splits if messages or scalar else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +142,7 @@ class _Shape:
             "ASM": _ASM,
             "num_warps": settings.num_warps,
             "num_stages": settings.num_stages,
+            "maxnreg": MOST_REGISTERS,
         }
         served = tuple(family_constants(each, in_features, grouped=grouped) for each in families(formats))
         return cls(settings, triton.cdiv(tokens, base_tokens), tiles, served, constants)
@@ -176,9 +193,9 @@ def separate_products(
             biased = each[0][1] is not None
             out_features = table.total if table else each[0][0].shape[0]
             shape = _Shape.of(x, groups, out_features, family, rank, grouped=grouped, biased=biased)
-            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank else 0
+            splits = _prepare_splits(x.shape[1], x.shape[1])[0] if rank or x.dtype != torch.float32 else 0
             constants = tuple(sorted((shape.constants | shape.families[0]).items()))
-            found[(table is not None, splits, x.dtype, banks[0].left.dtype, *constants)] = each
+            found[(table is not None, splits, rank > 0, x.dtype, banks[0].left.dtype, *constants)] = each
     return found
 
 
@@ -195,12 +212,12 @@ def launch_decode(
     shape = _Shape.of(
         x, groups, out_features, bank.formats, bank.left.shape[2], grouped=bank.group_size > 0, biased=bias is not None
     )
-    scaled, z, z_splits = _prepare(x, bank, groups)
+    given = _prepare(x, bank, groups)
     partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
     for launch, family in enumerate(shape.families):
         decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs(launch))](
             x,
-            scaled,
+            given.scaled,
             weight,
             x if bias is None else bias,
             y,
@@ -211,7 +228,8 @@ def launch_decode(
             bank.bias_delta,
             bank.salient_index,
             bank.salient_value,
-            z,
+            given.z,
+            given.offsets,
             bank.left,
             bank.slot_bits,
             bank.slot_group,
@@ -227,13 +245,14 @@ def launch_decode(
             in_features,
             out_features,
             x.stride(0),
-            scaled.stride(0),
+            given.scaled.stride(0),
             weight.stride(0),
             bank.codes.stride(0),
             bank.steps.stride(0),
             bank.salient_index.shape[1],
             bank.left.shape[2],
-            Z_SPLITS=z_splits,
+            Z_SPLITS=given.z_splits,
+            OFFSET_SPLITS=given.offset_splits,
             **family,
             **shape.constants,
         )
@@ -254,13 +273,15 @@ def launch_siblings(
     )
     parts, like = len(siblings.outs), operands[0][2].left
     tiles = (groups.order, groups.tile_slot, groups.tile_start, groups.tile_count)
-    splits, scaled, z = 0, x, x
+    splits, scaled, z, offsets = 0, x, x, x
     messages = reordered(siblings.formats, x.dtype)
-    copied = siblings.scaled or len(messages) > 0
+    scalar = placed(siblings.formats, x.dtype, grouped=siblings.grouped)
+    copied = siblings.scaled or scalar or len(messages) > 0
     if siblings.most_rank or copied:
         width = reordered_width(in_features, messages)
         splits, per_split = _prepare_splits(in_features, width)
         z = torch.empty(parts, splits, tokens, siblings.most_rank, dtype=torch.float32, device=x.device)
+        offsets = torch.empty(parts, splits, tokens, dtype=torch.float32, device=x.device)
         if copied:
             scaled = x.new_empty(parts * tokens, width)
         block = rank_block(siblings.most_rank)
@@ -270,6 +291,7 @@ def launch_siblings(
             x,
             scaled,
             z,
+            offsets,
             *tiles,
             tokens,
             slots,
@@ -280,6 +302,7 @@ def launch_siblings(
             per_split,
             SPLITS=splits,
             SCALED=siblings.scaled,
+            PLACED=scalar,
             MESSAGES=prepared(messages),
             RANKED=siblings.most_rank > 0,
             TILE_TOKENS=groups.tile_size,
@@ -298,6 +321,7 @@ def launch_siblings(
             y,
             partials,
             z,
+            offsets,
             slot_of_token,
             *tiles,
             tokens,
@@ -309,6 +333,7 @@ def launch_siblings(
             tokens if copied else 0,
             siblings.most_rank,
             Z_SPLITS=splits if siblings.most_rank else 0,
+            OFFSET_SPLITS=splits if messages or scalar else 0,
             **family,
             **shape.constants,
         )

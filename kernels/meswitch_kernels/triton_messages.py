@@ -83,6 +83,23 @@ def message_plane(word, before, TAP: tl.constexpr):
     return plane
 
 
+@triton.constexpr_function
+def _differs_little(number, plane):
+    """Whether a plane is made of the one before it by fewer XORs than of the message."""
+    taps = _messages.MESSAGES[number].taps
+    return plane > 0 and (taps[plane] ^ taps[plane - 1]).bit_count() + 1 < taps[plane].bit_count()
+
+
+@triton.jit
+def next_plane(previous, word, before, NUMBER: tl.constexpr, PLANE: tl.constexpr):
+    """`message_plane` of a plane, with the one before it at hand; `previous` is anything for the first."""
+    if _differs_little(NUMBER, PLANE):
+        plane = previous ^ message_plane(word, before, tap(NUMBER, PLANE) ^ tap(NUMBER, PLANE - 1))
+    else:
+        plane = message_plane(word, before, tap(NUMBER, PLANE))
+    return plane
+
+
 @triton.jit
 def load_message(codes, place, words_of_row, inside, MASKED: tl.constexpr):
     """Words of messages at their places in a row, and those before them, uint32; `codes` points to the rows' first."""
@@ -146,6 +163,12 @@ def message_channels(number, tokens):
 
 
 @triton.jit
+def message_row(k):
+    """Which bit of either half of its word channel k has."""
+    return k % 16
+
+
+@triton.jit
 def message_place(k, NUMBER: tl.constexpr, TOKENS: tl.constexpr):
     """Where decode wants channel k of x beside messages of this number.
 
@@ -153,7 +176,7 @@ def message_place(k, NUMBER: tl.constexpr, TOKENS: tl.constexpr):
     """
     WORDS: tl.constexpr = message_words(NUMBER, TOKENS)
     CHANNELS: tl.constexpr = channels_a_bit(NUMBER)
-    word, part, bit = k // (32 * CHANNELS), k // 32 % CHANNELS, k % 32
+    word, part = k // (32 * CHANNELS), k // 32 % CHANNELS
     block, within = word // WORDS, word % WORDS
-    row = (block * CHANNELS + part) * 16 + bit % 16
-    return row * (2 * WORDS) + 2 * within + bit // 16
+    row = (block * CHANNELS + part) * 16 + message_row(k)
+    return row * (2 * WORDS) + 2 * within + k % 32 // 16

@@ -13,13 +13,19 @@ PLANE_WORDS = tl.constexpr(_PLANE_WORDS)
 
 
 @triton.constexpr_function
-def places_for(bits, tokens):
-    """How many places of the mantissa codes are set into by turns, so that fewer words need a shift.
+def places_for(bits):
+    """How many places of bfloat16's mantissa codes are set into by turns, so that fewer words need a shift.
 
-    bfloat16's seven bits limit the wider codes. Each place has sums of its own, for every token: more than this take
-    more registers than there are.
+    A sign has an eighth: the exponent's lowest bit turns 128 into 256, as a mantissa's uppermost would.
     """
-    return min(3 if tokens <= 8 else 2, 7 // bits)
+    return 8 if bits == 1 else 7 // bits
+
+
+@triton.jit
+def place_of(plane, bits):
+    """The place that codes of a plane have in the mantissa; neither need be known to the compiler."""
+    places = tl.where(bits == 1, 8, 7 // bits)
+    return plane % places * bits
 
 
 @triton.jit
@@ -83,25 +89,35 @@ def load_codes(
     return unpacked
 
 
+@triton.constexpr_function
+def _pair_asm(bfloat):
+    """A pair of codes set into mantissas; of float16 what that multiplies, and the 1024, come off at once."""
+    if bfloat:
+        return "lop3.b32 $0, $1, $3, $5, 0x6A;"
+    return "{ .reg .b32 pair; lop3.b32 pair, $1, $3, 0x64006400, 0xEA; fma.rn.f16x2 $0, pair, $5, $7; }"
+
+
+@triton.constexpr_function
+def _half_pair(exponent, sign=0):
+    """A pair of float16 numbers 2^exponent, less than 0 with `sign` 1, as an instruction takes it."""
+    return ((sign << 15) | ((exponent + 15) << 10)) * 0x10001
+
+
 @triton.jit
-def plane_values(
-    words, SHIFT: tl.constexpr, BITS: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
-):
+def plane_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Two values of each word `[BLOCK_OUT, n]`, the codes SHIFT bits up in either half: `[BLOCK_OUT, 2n]` of DTYPE.
 
-    A code is set into the mantissa of 128 in bfloat16, of 1024 in float16; which place it has there is the
-    caller's to know. With ASM one instruction makes the pair, where Triton's own would take five. In float16, whose
-    products are exact enough to show what a sum of 1024s rounds off, the 1024 comes off at once.
+    In float16 they are the codes. In bfloat16 a code c in the lower half, p places up, is 128 + 2^p c; in the upper
+    half it is that less 256 + 2^p (2^bits - 1). What is added to 2^p c has either sign by turns, so that its sums stay
+    small whatever mean x has; 2^-p is in x, and what is added comes off at the end (`triton_low_rank.prepare`). With
+    ASM one instruction makes the pair, two in float16, where Triton's own would take five.
     """
     BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
-    LOWEST: tl.constexpr = 0 if BFLOAT else 3
-    PLACE: tl.constexpr = SHIFT // BITS % PLACES * BITS
-    DOWN: tl.constexpr = SHIFT - PLACE - LOWEST
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (PLACE + LOWEST)
+    PLACE: tl.constexpr = SHIFT // BITS % places_for(BITS) * BITS
+    DOWN: tl.constexpr = SHIFT - PLACE
+    MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
     if DOWN > 0:
         words = words >> DOWN
-    if DOWN < 0:
-        words = words << -DOWN
     if ASM:
         # Two neighbours of a thread are the halves of one word, as in every operand of a tensor core.
         twice = tl.broadcast_to(words[:, :, None], (words.shape[0], words.shape[1], 2))
@@ -109,30 +125,33 @@ def plane_values(
         mask = (MASK << 16) | MASK
         if BFLOAT:
             value = tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, $3, 0x43004300, 0xEA;",
-                "=r,r,r,r,r",
-                [twice, mask],
+                _pair_asm(BFLOAT),
+                "=r,r,r,r,r,r,r",
+                [twice, mask, tl.full((), ((0xC300 | MASK) << 16) | 0x4300, tl.uint32)],
                 dtype=tl.bfloat16,
                 is_pure=True,
                 pack=2,
             )
         else:
             value = tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, $3, 0x64006400, 0xEA;",
-                "=r,r,r,r,r",
-                [twice, mask],
+                _pair_asm(BFLOAT),
+                "=r,r,r,r,r,r,r,r,r",
+                [twice, mask, _half_pair(-PLACE), tl.full((), _half_pair(10 - PLACE, 1), tl.uint32)],
                 dtype=tl.float16,
                 is_pure=True,
                 pack=2,
             )
     else:
-        ONE: tl.constexpr = 0x4300 if BFLOAT else 0x6400
-        low = ((words & MASK) | ONE).to(tl.int16)
-        high = ((words >> 16 & MASK) | ONE).to(tl.int16)
+        if BFLOAT:
+            low = ((words & MASK) | 0x4300).to(tl.int16)
+            high = ((words >> 16 & MASK) ^ (0xC300 | MASK)).to(tl.int16)
+        else:
+            low = ((words & MASK) | 0x6400).to(tl.int16)
+            high = ((words >> 16 & MASK) | 0x6400).to(tl.int16)
         both = tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
         value = both.to(DTYPE, bitcast=True)
-    if not BFLOAT:
-        value = value - 1024.0
+        if not BFLOAT:
+            value = ((value.to(tl.float32) - 1024.0) * 0.5**PLACE).to(DTYPE)
     return value
 
 
