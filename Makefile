@@ -6,7 +6,7 @@ VLLM_BIN := .venv-vllm/bin
 # Tests run side by side, a file at a time: each process computes on one thread.
 WORKERS ?= 2
 
-.PHONY: setup demo test lint gpu vllm docs clean
+.PHONY: setup demo test lint gpu vllm vllm-smoke docs clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,10 @@ gpu:
 # where torch's builds for CPUs are. What vLLM would bring along is built against another torch, and not needed.
 vllm: $(VLLM_BIN)/.ready
 	$(VLLM_BIN)/python -m pytest tests/engine/vllm
+
+# A part of it that takes a minute.
+vllm-smoke: $(VLLM_BIN)/.ready
+	$(VLLM_BIN)/python -m pytest tests/engine/vllm/test_vllm_plain.py -k mixed_traffic
 
 $(VLLM_BIN)/.ready: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm

@@ -28,12 +28,20 @@ class BaseNames:
     whole: frozenset[str] = frozenset()
 
 
+#: Families whose tokens vLLM 0.32 does not compute as transformers does, in the table of `python tests bench families`.
+DIFFERING = frozenset({"cohere2", "hunyuan_v1_dense"})
+
+
 def base_names(architecture: Architecture) -> BaseNames:
     """Sort the modules of an architecture.
 
     Raises:
-        EngineError: it has no embedding or no head, or is a mixture of experts.
+        EngineError: it has no embedding or no head, is a mixture of experts, or vLLM computes other tokens than transformers.
     """
+    if architecture.model_type in DIFFERING:
+        raise EngineError(
+            f"{architecture.model_type} is computed otherwise by vLLM than by transformers; use --engine transformers"
+        )
     stacked = next((name for name, parameter in architecture.parameters.items() if parameter.stacked), None)
     if stacked is not None:
         raise EngineError(

@@ -154,6 +154,12 @@ def test_a_mixture_is_refused_by_name(tmp_path: Path) -> None:
         base_names(architecture(Checkpoint.open(str(base)).config, str(base)))
 
 
+def test_a_family_that_vllm_computes_otherwise_is_refused(family: Family) -> None:
+    described = architecture(Checkpoint.open(str(family.base)).config, str(family.base))
+    with pytest.raises(EngineError, match=r"cohere2 is computed otherwise by vLLM than by transformers; use --engine"):
+        base_names(dataclasses.replace(described, model_type="cohere2"))
+
+
 def test_the_layout_reaches_the_workers(family: Family) -> None:
     checkpoint = Checkpoint.open(str(family.base))
     described = architecture(checkpoint.config, str(family.base))
