@@ -85,7 +85,7 @@ def prepare_tile(
                     width = code_width(MESSAGES[i])
                     copied = tl.cdiv(in_features, message_channels(MESSAGES[i], TILE_TOKENS))
                     copied *= message_channels(MESSAGES[i], TILE_TOKENS)
-            half = ((1 << width) - 1).to(tl.float32) * 0.5
+            half = 0.5 * ((1 << width) - 1)
             acc = tl.zeros((BLOCK_RANK, TILE_TOKENS), dtype=tl.float32)
             offset = tl.zeros((TILE_TOKENS,), dtype=tl.float32)
             for k_start in range(first, tl.minimum(first + channels_per_split, end), BLOCK_K):

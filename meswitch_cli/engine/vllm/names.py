@@ -36,7 +36,7 @@ def base_names(architecture: Architecture) -> BaseNames:
     """Sort the modules of an architecture.
 
     Raises:
-        EngineError: it has no embedding or no head, is a mixture of experts, or vLLM computes other tokens than transformers.
+        EngineError: it has no embedding or no head, is a mixture of experts, or is computed otherwise by vLLM.
     """
     if architecture.model_type in DIFFERING:
         raise EngineError(
