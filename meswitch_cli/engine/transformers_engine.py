@@ -120,11 +120,12 @@ class TransformersEngine(SlottedEngine[Loop]):
             )
 
     def stop(self) -> None:
-        if self._thread is None:
+        thread = self._thread
+        if thread is None:
             return
         atexit.unregister(self.stop)
         self._cancel_all()
-        self._thread.end()
+        thread.end()
         self._loader.stop()
         with self._lock:
             self._thread = self._base = None
