@@ -69,9 +69,8 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        for bound in (
-            sockets or ()
-        ):  # connections inherit it: the port can be bound anew as soon as the server has ended
+        # Connections inherit it: the port can be bound anew as soon as the server has ended.
+        for bound in sockets or ():
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
