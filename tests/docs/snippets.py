@@ -36,6 +36,7 @@ NOT_RUN = {
     "docker ": "needs Docker; tests read the files",
     "make ": "needs a clone; `make test` is what runs this, `make demo` and `make gpu` are programs of their own",
     "python3 -m venv": "vLLM needs an environment of its own: `make vllm`",
+    "from vllm import": "vLLM needs an environment of its own: `make vllm` runs `test_vllm_offline.py`",
     "vllm-env/": "vLLM needs an environment of its own: `make vllm`",
     "curl http://127.0.0.1:8000/v1/load_lora_adapter": "asks vLLM's server: `make vllm`",
     "meswitch train-router --base ./base --artifact": "a base of random weights tells no fields apart; tests/router",
@@ -72,7 +73,8 @@ class Reader:
         try:
             for language, text in blocks(page):
                 if language == "python":
-                    code.append(text)
+                    if not self._skips(text):
+                        code.append(text)
                 elif language in ("yaml", "toml"):
                     (self.folder / f"options.{language}").write_text(text, encoding="utf-8")
                     self._serve(["serve", "--config", f"options.{language}"])
@@ -85,11 +87,16 @@ class Reader:
         finally:
             self._stop()
 
+    def _skips(self, text: str) -> bool:
+        """Whether a line, or a block of Python, is not run; it is noted then."""
+        reason = next((reason for beginning, reason in NOT_RUN.items() if text.startswith(beginning)), None)
+        if reason is not None:
+            self.skipped.append((text, reason))
+        return reason is not None
+
     def _line(self, line: str) -> None:
-        for beginning, reason in NOT_RUN.items():
-            if line.startswith(beginning):
-                self.skipped.append((line, reason))
-                return
+        if self._skips(line):
+            return
         words, stdin = shlex.split(line, comments=True), ""
         if "<" in words:
             at = words.index("<")

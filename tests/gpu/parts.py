@@ -36,8 +36,8 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
             Part("compress", "Compression on the device", module("compress", *RATES), 120, least=60),
             Part(f"compress-{SHORT}", f"Compression to {SHORT} bit", module("compress", SHORT), 120, least=30),
             *(
-                Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 240, least=80)
-                for rate in (*RATES, SHORT)
+                Part(f"engine-{rate}", f"Engine, {rate} bit", module("engine", "--bits", rate), 240, least=least)
+                for rate, least in zip((*RATES, SHORT), (80, 80, 60), strict=True)
             ),
             Part("kernels", "Kernel tests", kernel_tests(tiny), 130, least=60),
             Part("truth", "Truth tests", truth_tests(tiny), 130, least=60),
@@ -60,7 +60,7 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
     # Engines of a stage start side by side, for that is compiling and checking for the most part, and measure one after
     # the other. Compression takes four times as long beside a probe that compiles.
     order = (
-        "compress", "engine-2 engine-1", "decoder", "probe", f"compress-{SHORT}", f"engine-{SHORT}", "base lora many",
+        f"compress compress-{SHORT}", "engine-2 engine-1", "decoder", "probe", f"engine-{SHORT}", "base lora many",
         "switch serve dense", "linear", "kernels truth",
     )  # fmt: skip
     return [[parts[name] for name in stage.split()] for stage in order]

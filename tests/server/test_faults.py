@@ -6,7 +6,9 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,24 @@ def wait_until_idle(server: Running, seconds: float = 60) -> None:
             assert held == (0, 0, 0)
             return
         time.sleep(0.05)
+
+
+@contextmanager
+def held(server: Running) -> Iterator[None]:
+    """Nothing is computed meanwhile: a request that runs outlasts what is asked within, on a machine of any speed."""
+    engine, released = server.service.engine, threading.Event()
+    go_on = engine.before_batch
+
+    def wait(loop: Any) -> None:
+        released.wait(60)
+        go_on(loop)
+
+    engine.before_batch = wait
+    try:
+        yield
+    finally:
+        engine.before_batch = go_on
+        released.set()
 
 
 def test_two_hundred_clients_vanish(start_server: Start) -> None:
@@ -87,9 +107,10 @@ def test_choices_are_queued_all_or_not_at_all(start_server: Start) -> None:
     ) as response:
         lines = response.iter_lines()
         next(lines)
-        for _ in range(3):  # the two that were queued for a moment are gone at once, and in nobody's way
-            assert server.post("/v1/chat/completions", long_chat(n=3)).status_code == 503
-            assert server.service.engine.statistics().waiting == 0
+        with held(server):
+            for _ in range(3):  # the two that were queued for a moment are gone at once, and in nobody's way
+                assert server.post("/v1/chat/completions", long_chat(n=3)).status_code == 503
+                assert server.service.engine.statistics().waiting == 0
         assert server.post("/v1/chat/completions", long_chat(n=2, max_tokens=2)).status_code == 200
         assert [line for line in lines if line][-1] == "data: [DONE]"
     wait_until_idle(server)
@@ -102,12 +123,13 @@ def test_a_drain_lets_the_running_end_and_turns_the_new_away(start_server: Start
     ) as response:
         lines = response.iter_lines()
         next(lines)
-        server.server.begin_drain()
-        assert server.get("/health").status_code == 200
-        ready = server.get("/ready")
-        assert ready.status_code == 503 and ready.json()["error"]["code"] == "shutting_down"
-        refused = server.post("/v1/chat/completions", long_chat())
-        assert refused.status_code == 503 and "retry-after" in refused.headers
+        with held(server):
+            server.server.begin_drain()
+            assert server.get("/health").status_code == 200
+            ready = server.get("/ready")
+            assert ready.status_code == 503 and ready.json()["error"]["code"] == "shutting_down"
+            refused = server.post("/v1/chat/completions", long_chat())
+            assert refused.status_code == 503 and "retry-after" in refused.headers
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
