@@ -27,7 +27,7 @@ EXPERTS = (1, 4, 16)
 #: Times the step of the base alone, by bits a weight and experts. There is no other goal.
 GOALS = {**{(bits, 1): 1.2 for bits in RATES}, (0.25, 16): 1.5, (1, 16): 2.5, (2, 16): 3.5}
 BANDWIDTH_SHARE = 0.85
-"""Of the data sheet's, that kernels reach which wait for memory; the audit's estimate for the base was 0.75 to 0.85."""
+"""Of the data sheet's, that kernels reach which wait for memory: an estimate, whose lower end was 0.75."""
 ISSUE_SHARE = 0.7
 """Of a scheduler's one instruction a cycle."""
 HMMA_CYCLES = 6

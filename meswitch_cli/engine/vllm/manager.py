@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,13 @@ class ExpertAdapter:
 
     def __init__(self, adapter_id: int, artifact: Artifact | None = None) -> None:
         self.id, self.artifact = adapter_id, artifact
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Make and write tensors as outside of a step of vLLM's: what is made within one can be written there alone."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
@@ -121,14 +130,12 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         if not isinstance(adapter, ExpertAdapter):
             activated: bool = super().activate_adapter(lora_id)
             if lora_id in self.trials:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._copy(ExpertAdapter(lora_id), self.lora_index_to_id.index(lora_id))
+                self._copy(ExpertAdapter(lora_id), self.lora_index_to_id.index(lora_id))
             return activated
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
         slot = self.lora_index_to_id.index(None)
-        with torch.inference_mode(False), torch.no_grad():
-            self._copy(adapter, slot)
+        self._copy(adapter, slot)
         self.lora_index_to_id[slot] = lora_id
         self._active_adapters[lora_id] = None
         return True
@@ -150,20 +157,19 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             )
         self.grow(self.layout.joined(layout))
 
+    @outside_inference()
     def grow(self, layout: Layout) -> None:
         """Make slots that hold any expert of a larger layout, and move what is in a slot."""
         old = self.banks
         self.layout = layout
-        # What is made in a step, where vLLM infers, could be written in steps alone.
-        with torch.inference_mode(False), torch.no_grad():
-            self.banks = ShardedBanks(self._layers, self._layers.own(layout), self.lora_slots)
-            if self.banks.gains.keys() == old.gains.keys():  # a traced graph reads these where they are
-                self.banks.gains, self.banks.shifts = old.gains, old.shifts
-            for slot, lora_id in enumerate(self.lora_index_to_id):
-                adapter = None if lora_id is None else self._registered_adapters.cache[lora_id]
-                if isinstance(adapter, ExpertAdapter):
-                    self._copy(adapter, slot)
-            self.banks.install()
+        self.banks = ShardedBanks(self._layers, self._layers.own(layout), self.lora_slots)
+        if self.banks.gains.keys() == old.gains.keys():  # a traced graph reads these where they are
+            self.banks.gains, self.banks.shifts = old.gains, old.shifts
+        for slot, lora_id in enumerate(self.lora_index_to_id):
+            adapter = None if lora_id is None else self._registered_adapters.cache[lora_id]
+            if isinstance(adapter, ExpertAdapter):
+                self._copy(adapter, slot)
+        self.banks.install()
 
     def unpin_adapter(self, lora_id: int) -> None:
         for cache in (self._registered_adapters, self._active_adapters):
@@ -203,6 +209,7 @@ class ExpertManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def _is_expert(self, lora_id: int) -> bool:
         return lora_id in self.trials or isinstance(self._registered_adapters.cache.get(lora_id), ExpertAdapter)
 
+    @outside_inference()
     def _copy(self, adapter: ExpertAdapter, slot: int) -> None:
         if adapter.artifact is None:
             self.banks.load_base(slot)
