@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine.family import Family, copy_artifact, requests
+from engine.held import held
+from patience import PATIENCE, until
 
 from meswitch_cli.artifact.manifest import MANIFEST_FILE
 from meswitch_cli.engine import Completion, TransformersEngine, generate
@@ -34,15 +37,15 @@ Start = Callable[..., TransformersEngine]
 class Traffic:
     """Submits requests and gathers what comes back."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: TransformersEngine, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine, self._clock = engine, clock
         self.chunks: dict[str, list[Chunk]] = {}
         self.times: dict[str, tuple[float, float]] = {}
         self._begun: dict[str, float] = {}
         self._ended = threading.Condition()
 
     def submit(self, request: GenerationRequest) -> None:
-        self.chunks[request.id], self._begun[request.id] = [], time.monotonic()
+        self.chunks[request.id], self._begun[request.id] = [], self._clock()
         try:
             self.engine.submit(request, self._on_chunk)
         except BaseException:
@@ -52,17 +55,17 @@ class Traffic:
     def _on_chunk(self, chunk: Chunk) -> None:
         with self._ended:
             begun = self._begun[chunk.request_id]
-            first = self.times.get(chunk.request_id, (time.monotonic() - begun, 0.0))[0]
-            self.times[chunk.request_id] = (first, time.monotonic() - begun)
+            first = self.times.get(chunk.request_id, (self._clock() - begun, 0.0))[0]
+            self.times[chunk.request_id] = (first, self._clock() - begun)
             self.chunks[chunk.request_id].append(chunk)
             self._ended.notify_all()
 
-    def wait(self, timeout: float = 60) -> dict[str, Completion]:
+    def wait(self) -> dict[str, Completion]:
         def over() -> bool:
             return all(chunks and chunks[-1].finish_reason for chunks in self.chunks.values())
 
         with self._ended:
-            assert self._ended.wait_for(over, timeout), "requests that never ended"
+            assert self._ended.wait_for(over, PATIENCE), "requests that never ended"
         return {request_id: join_chunks(chunks) for request_id, chunks in self.chunks.items()}
 
 
@@ -72,7 +75,7 @@ def one(name: str, index: object = 0, tokens: int = 8) -> GenerationRequest:
 
 
 def assert_idle(engine: TransformersEngine) -> None:
-    assert engine.drain(10)
+    assert engine.drain(PATIENCE)
     statistics = engine.statistics()
     assert (statistics.running, statistics.waiting, statistics.cache_blocks_used) == (0, 0, 0)
     assert all(status.running == status.waiting == 0 for status in engine.experts())
@@ -151,32 +154,51 @@ def test_pinned_experts_stay(family: Family, start: Start) -> None:
 def test_pinning_an_absent_expert_fetches_it(family: Family, start: Start) -> None:
     engine = start(family, slots=1)
     engine.pin_expert("gamma")
-    deadline = time.monotonic() + 60
-    while not any(status.name == "gamma" and status.residency == "device" for status in engine.experts()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: any(status.name == "gamma" and status.residency == "device" for status in engine.experts()))
 
 
 def test_what_waits_for_a_slot_is_read_ahead(family: Family, start: Start) -> None:
     """The only slot is taken: the expert that is waited for comes into host memory meanwhile."""
     engine = start(family, slots=1, max_wait=30.0, host_bytes=1 << 30)
     traffic = Traffic(engine)
-    traffic.submit(one("alpha", tokens=100))
-    while not any(status.running for status in engine.experts()):
-        time.sleep(0.001)
-    traffic.submit(one("beta"))
-    deadline = time.monotonic() + 60
-    while {status.name: status.residency for status in engine.experts()}["beta"] != "host":
-        assert time.monotonic() < deadline and not traffic.chunks["beta-0"]
-        time.sleep(0.001)
+    with held(engine, after=2):
+        traffic.submit(one("alpha", tokens=100))
+        until(lambda: any(status.running for status in engine.experts()))
+        traffic.submit(one("beta"))
+        until(lambda: {status.name: status.residency for status in engine.experts()}["beta"] == "host")
+        assert not traffic.chunks["beta-0"]
     assert traffic.wait()["beta-0"].tokens == family.greedy(one("beta"))
 
 
-def test_nobody_starves_under_skewed_load(family: Family, start: Start) -> None:
+class Ticking:
+    """A clock of batches, 10 ms each: what an engine waits by it does not depend on how fast the machine is."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._now = time.monotonic()  # slots were filled by the other one
+        go_on = engine.before_batch
+
+        def tick(loop: Any) -> None:
+            go_on(loop)
+            self._now += 0.01 * (engine.statistics().running > 0)
+
+        engine.before_batch = tick
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def wait(self, seconds: float) -> None:
+        end = self._now + seconds
+        until(lambda: self._now >= end)
+
+
+def test_nobody_starves_under_skewed_load(family: Family, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """One slot, and an expert that always has work: the others get their turn within the bound."""
     max_wait = 0.3
     engine = start(family, slots=1, max_wait=max_wait, max_running=8)
-    traffic = Traffic(engine)
+    clock = Ticking(engine)
+    for module in ("generation", "residency", "slotted_engine"):
+        monkeypatch.setattr(f"meswitch_cli.engine.{module}.time", clock)
+    traffic = Traffic(engine, clock.monotonic)
     stop = threading.Event()
 
     def flood() -> None:
@@ -190,15 +212,13 @@ def test_nobody_starves_under_skewed_load(family: Family, start: Start) -> None:
 
     thread = threading.Thread(target=flood)
     thread.start()
-    time.sleep(0.5)
+    clock.wait(0.5)
     for index in range(3):
         traffic.submit(one("beta", index, tokens=4))
         traffic.submit(one("gamma", index, tokens=4))
-        time.sleep(0.4)
-    time.sleep(2.5)
-    deadline = time.monotonic() + 60
-    while sum(name.startswith("alpha") for name in tuple(traffic.times)) <= 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
+        clock.wait(0.4)
+    clock.wait(2.5)
+    until(lambda: sum(name.startswith("alpha") for name in tuple(traffic.times)) > 20)
     stop.set()
     thread.join()
     traffic.wait()
@@ -216,7 +236,8 @@ def test_cancelling_frees_everything(family: Family, start: Start) -> None:
     traffic, rng = Traffic(engine), random.Random(0)
     names = [BASE, *family.artifacts]
     wanted = []
-    for index in range(300):
+
+    def submit(index: int) -> None:
         request = one(rng.choice(names), index, tokens=rng.randint(1, 6))
         traffic.submit(request)
         wanted.append(request)
@@ -224,6 +245,12 @@ def test_cancelling_frees_everything(family: Family, start: Start) -> None:
             engine.cancel(rng.choice(wanted).id)
         if rng.random() < 0.1:
             time.sleep(0.01)
+
+    with held(engine):  # some are cancelled before they have ended
+        for index in range(30):
+            submit(index)
+    for index in range(30, 300):
+        submit(index)
     completions = traffic.wait()
     reasons = {completion.finish_reason for completion in completions.values()}
     assert reasons == {"length", "cancelled"}
@@ -288,7 +315,7 @@ def test_unloading_waits_for_what_runs(family: Family, start: Start) -> None:
     for index in range(6):
         traffic.submit(one("alpha", index, tokens=30))
     engine.unload_expert("alpha")
-    assert all(len(completion.tokens) == 30 for completion in traffic.wait(1).values())
+    assert all(len(completion.tokens) == 30 for completion in traffic.wait().values())
     assert "alpha" not in {status.name for status in engine.experts()}
     assert [engine.serves(name) for name in ("alpha", "beta", BASE)] == [False, True, True]
 
@@ -365,12 +392,13 @@ def test_another_base_is_refused(family: Family, start: Start, tmp_path: Path) -
 def test_queue_overflow_and_duplicate_ids(family: Family, start: Start) -> None:
     engine = start(family, max_running=2, max_queue=3)
     traffic = Traffic(engine)
-    with pytest.raises(QueueFullError):
-        for index in range(20):
-            traffic.submit(one("alpha", index, tokens=60))
-    assert len(traffic.chunks) >= 5
-    with pytest.raises(EngineError, match="in use"):
-        engine.submit(one("alpha", 0), lambda chunk: None)
+    with held(engine):
+        with pytest.raises(QueueFullError):
+            for index in range(20):
+                traffic.submit(one("alpha", index, tokens=60))
+        assert len(traffic.chunks) >= 5
+        with pytest.raises(EngineError, match="in use"):
+            engine.submit(one("alpha", 0), lambda chunk: None)
     traffic.wait()
     assert_idle(engine)
 
@@ -400,7 +428,7 @@ def test_who_hears_of_the_end_may_submit_at_once(family: Family, start: Start, h
             over.set()
 
     engine.submit(request, on_chunk)
-    assert over.wait(30)
+    assert over.wait(PATIENCE)
     assert not problems
     assert ends == 4 * ["length" if how == "ended" else "cancelled"]
     assert_idle(engine)
@@ -424,13 +452,14 @@ def test_drain_and_stop(family: Family, start: Start) -> None:
     with pytest.raises(EngineError, match="started already"):
         engine.start()
     traffic = Traffic(engine)
-    for index in range(4):
-        traffic.submit(one("alpha", index, tokens=100))
-    assert not engine.drain(0.0)
-    with pytest.raises(ShuttingDownError):
-        engine.submit(one("beta"), lambda chunk: None)
+    with held(engine):
+        for index in range(4):
+            traffic.submit(one("alpha", index, tokens=100))
+        assert not engine.drain(0.0)
+        with pytest.raises(ShuttingDownError):
+            engine.submit(one("beta"), lambda chunk: None)
     engine.stop()
-    assert {completion.finish_reason for completion in traffic.wait(1).values()} <= {"cancelled", "length"}
+    assert {completion.finish_reason for completion in traffic.wait().values()} <= {"cancelled", "length"}
     assert not [thread for thread in set(threading.enumerate()) - of_others if thread.name == "meswitch-loader"]
     with pytest.raises(ShuttingDownError):
         engine.submit(one("beta"), lambda chunk: None)
@@ -448,7 +477,7 @@ def test_a_failure_of_the_loop_is_told_to_everyone(family: Family, start: Start)
     traffic = Traffic(engine)
     for index in range(5):
         traffic.submit(one("alpha", index, tokens=20))
-    completions = traffic.wait(10).values()
+    completions = traffic.wait().values()
     assert {completion.finish_reason for completion in completions} == {"error"}
     assert all("out of everything" in (completion.error or "") for completion in completions)
     with pytest.raises(ShuttingDownError, match="out of everything"):
@@ -459,20 +488,26 @@ def test_statistics_may_be_asked_at_any_time(family: Family, start: Start) -> No
     engine = start(family, slots=2, max_wait=0.05)
     batch = requests(family, 32, seed=8)
     stop = threading.Event()
-    most = [0]
+    most, odd = [0], []
 
     def ask() -> None:
         while not stop.is_set():
             statistics = engine.statistics()
             most[0] = max(most[0], statistics.cache_blocks_used)
-            assert statistics.slots_used <= 2 and len(engine.experts()) == 3
+            if statistics.slots_used > 2 or len(engine.experts()) != 3:
+                odd.append(statistics)
 
     thread = threading.Thread(target=ask)
     thread.start()
-    completions = generate(engine, batch)
+    traffic = Traffic(engine)
+    with held(engine, after=2):
+        for request in batch:
+            traffic.submit(request)
+        until(lambda: most[0])
+    completions = traffic.wait().values()
     stop.set()
     thread.join()
-    assert engine.drain(10)  # a request is counted just after its last chunk was told
-    assert 0 < most[0] <= engine.statistics().cache_blocks
+    assert engine.drain(PATIENCE)  # a request is counted just after its last chunk was told
+    assert not odd and 0 < most[0] <= engine.statistics().cache_blocks
     assert engine.statistics().generated_tokens == sum(len(completion.tokens) for completion in completions)
     assert engine.statistics().prompt_tokens == sum(len(request.prompt_tokens) for request in batch)
