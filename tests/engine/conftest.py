@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from engine.family import Family, make_family
+from engine.family import Family, OneSeed, make_family
 
 from meswitch_cli.engine import EngineSettings, TransformersEngine
 
@@ -33,6 +33,7 @@ def start() -> Iterator[Callable[..., TransformersEngine]]:
     def make(family: Family, **settings: Any) -> TransformersEngine:
         options = {"experts": family.artifacts, "max_model_len": 128, "cache_tokens": 4096, "page_size": 8}
         engine = TransformersEngine(EngineSettings(base=str(family.base), **(options | settings)))
+        engine._random = OneSeed()
         engine.start()
         engines.append(engine)
         return engine

@@ -54,3 +54,22 @@ def held(engine: SlottedEngine[Any], *, after: int = 0) -> Iterator[Callable[[],
     finally:
         engine.before_batch = go_on
         released.set()
+
+
+@contextmanager
+def gathered(engine: SlottedEngine[Any], requests: int) -> Iterator[None]:
+    """Hold an engine within until so many requests run or wait."""
+    seen = False
+
+    def too_few() -> bool:
+        nonlocal seen
+        numbers = engine.statistics()
+        seen = seen or numbers.running + numbers.waiting >= requests
+        return not seen
+
+    go_on = engine.before_batch
+    engine.before_batch = Hold(engine, too_few, 0)
+    try:
+        yield
+    finally:
+        engine.before_batch = go_on

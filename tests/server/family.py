@@ -11,7 +11,7 @@ from typing import Any
 
 import engine.family
 import httpx2
-from engine.family import Family, Kind
+from engine.family import Family, Kind, OneSeed
 from patience import PATIENCE
 
 from meswitch_cli.engine.contract import Engine
@@ -82,6 +82,7 @@ def start(family: Family, *, router: Any = None, settings: ServerSettings | None
     if ENGINE == "vllm":
         options |= FOR_VLLM[1]
     made = engine_class()(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
+    made._random = OneSeed()
     made.start()
     return serve_engine(made, settings, router)
 
