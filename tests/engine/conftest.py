@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engine.family import Family, OneSeed, make_family
 
-from meswitch_cli.engine import EngineSettings, TransformersEngine
+from meswitch_cli.engine import EngineSettings, TransformersEngine, proof
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,3 +41,10 @@ def start() -> Iterator[Callable[..., TransformersEngine]]:
     yield make
     for engine in engines:
         engine.stop()
+
+
+@pytest.fixture
+def nothing_proven_before() -> Iterator[None]:
+    proof._problem.cache_clear()
+    yield
+    proof._problem.cache_clear()

@@ -98,7 +98,7 @@ def test_a_server_in_a_block(family: Family) -> None:
     with meswitch.serve(family.base, {"alpha": opened}, port=0, api_keys=("secret",), **SMALL) as server:
         body = {"model": "alpha", "prompt": "what is 12", "max_tokens": 6, "temperature": 0}
         url = f"{server.address}/v1/completions"
-        assert httpx2.post(url, json=body, trust_env=False).status_code == 401
+        assert httpx2.post(url, json=body, trust_env=False, timeout=PATIENCE).status_code == 401
         head = {"Authorization": "Bearer secret"}
         answer = httpx2.post(url, json=body, headers=head, trust_env=False, timeout=PATIENCE).json()
         assert answer["model"] == "alpha" and answer["usage"]["completion_tokens"] > 0
