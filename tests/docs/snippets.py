@@ -8,20 +8,19 @@ the reason. The Hub is a stand-in.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,21 +150,25 @@ class Reader:
 
     def _serve(self, words: list[str]) -> None:
         self._stop()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        limits = ["--port", str(self._port), "--device", "cpu", "--cache-tokens", "2048"]
+        limits = ["--port", "0", "--device", "cpu", "--cache-tokens", "2048"]
         self._server = self.program.start([*words, *limits], cwd=self.folder, timeout=SECONDS)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in range(5 * SECONDS):
             if self.program.ended(self._server):
                 break
-            try:
-                opener.open(f"http://127.0.0.1:{self._port}/ready", timeout=5).close()
-                return
-            except OSError:
-                time.sleep(0.2)
+            told = self._told(self._server)
+            if listens := re.search(r"(?:page +|behind )http://\S+?:(\d+)", told):
+                self._port = int(listens[1])
+                with contextlib.suppress(OSError):
+                    opener.open(f"http://127.0.0.1:{self._port}/ready", timeout=60).close()
+                    return
+            time.sleep(0.2)
         self._stop(f"never ready: meswitch {shlex.join(words)}")
+
+    def _told(self, server: Running) -> str:
+        """What it has written to stderr, which is a file once it has begun."""
+        stderr = server.folder / "stderr"
+        return stderr.read_text(encoding="utf-8") if stderr.exists() else ""
 
     def _stop(self, why: str = "") -> None:
         if self._server is not None:
@@ -260,7 +263,7 @@ def _must(told: Result) -> None:
     assert told.returncode == 0, f"{shlex.join(told.args)}\n{told.stderr}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def reader_of(made: Path, program: Forked) -> Iterator[Reader]:
     """A reader in a copy of a folder that `make_folder` filled."""
     with tempfile.TemporaryDirectory() as folder:
