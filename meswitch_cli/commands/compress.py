@@ -31,6 +31,7 @@ PANELS = {
         "group_size",
         "channel_scale",
         "embedding_bits",
+        "embedding_rank",
         "size",
         "target_bits",
         "exact",
@@ -40,6 +41,7 @@ PANELS = {
 
 
 EMBEDDING_DEFAULT = "1 beside trellis codes, else 2, or --bits if more"
+EMBEDDING_RANK_DEFAULT = "16; 0 with --rank 0 or --exact"
 
 
 def rate(text: str) -> float:
@@ -119,6 +121,14 @@ def run(
         Rate | None,
         typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
     ] = None,
+    embedding_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Leading singular directions kept of embedding and head, beside their codes.",
+            show_default=EMBEDDING_RANK_DEFAULT,
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -186,6 +196,7 @@ def run(
             "rounding": rounding,
             "steps": steps,
             "embedding_bits": rate(embedding_bits) if embedding_bits else None,
+            "embedding_rank": embedding_rank,
             "factor_bits": int(factor_bits) if factor_bits else None,
             "exact": exact,
             "calibration": recorded,

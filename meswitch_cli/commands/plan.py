@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, Rate, rate
+from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, EMBEDDING_RANK_DEFAULT, Rate, rate
 from meswitch_cli.delta.codes import CodeName
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ PANELS = {
         "adapter_rank",
         "group_size",
         "embedding_bits",
+        "embedding_rank",
         "artifact",
         "added_rows",
     ),
@@ -74,6 +75,10 @@ def run(
         Rate | None,
         typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
     ] = None,
+    embedding_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Leading directions kept of embedding and head.", show_default=EMBEDDING_RANK_DEFAULT),
+    ] = None,
     artifact: Annotated[
         list[Path] | None,
         typer.Option(help="Experts are like this artifact, whatever --bits and the like say; repeatable."),
@@ -113,6 +118,7 @@ def run(
         rank=rank,
         group_size=group_size,
         embedding_bits=rate(embedding_bits) if embedding_bits else None,
+        embedding_rank=embedding_rank,
     )
     plan = plan_memory(
         Checkpoint.describe(base),

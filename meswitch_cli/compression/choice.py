@@ -39,8 +39,8 @@ _CODES: tuple[tuple[float, CodeName], ...] = (
 #: What may be chosen for a kind of tensor.
 OPTIONS = {
     "linear": Options(_CODES, ranks=(0, 4, 16, 64), salient=(0, 2, 8, 32)),
-    "head": Options(_CODES, salient=(0, 2, 8, 32)),
-    "embedding": Options(_CODES),
+    "head": Options(_CODES, ranks=(0, 16), salient=(0, 2, 8, 32)),
+    "embedding": Options(_CODES, ranks=(0, 16)),
 }
 #: Windows whose predictions are asked, and tokens of each; random windows have their own length.
 WINDOWS, WINDOW_TOKENS = 4, 128
@@ -135,8 +135,7 @@ def _costs_of(
         same = item.shape == item.base_shape and torch.equal(base.float(), expert.float())
         return None if same else []
     options, template = OPTIONS[item.kind].within(item.shape), _template(job, item)
-    # An embedding's or a head's rates are few, and every one of them on the hull.
-    some = item.kind == "linear" and math.prod(item.shape) >= LEAST_WEIGHTS
+    some = math.prod(item.shape) >= LEAST_WEIGHTS
 
     def worth_measuring(reckoned: list[float]) -> list[bool]:
         sizes = _sizes(job, item, options.settings(template))

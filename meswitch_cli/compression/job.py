@@ -62,7 +62,7 @@ def prepare(
         settings = settings.for_exact()
     if isinstance(opened_expert, AdaptedCheckpoint):
         settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
-    elif settings.factor_bits is not None and not settings.rank:
+    elif settings.factor_bits is not None and not (settings.rank or settings.embedding_rank):
         raise UsageError(f"--factor-bits: there are no factors; {opened_expert.source.path} is no adapter, give --rank")
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)

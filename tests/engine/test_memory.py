@@ -245,12 +245,16 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", ["0.25", "1", "2", "4"])
 def test_rank_is_counted(bits: str, tmp_path: Path) -> None:
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
-    said = plan_of(tmp_path, config, "--bits", bits)[1]["slot_bytes"]
-    without, with_16 = (plan_of(tmp_path, config, "--bits", bits, "--rank", n)[1]["slot_bytes"] for n in ("0", "16"))
+
+    def slot(*options: str) -> int:
+        return plan_of(tmp_path, config, "--bits", bits, "--embedding-bits", "2", *options)[1]["slot_bytes"]
+
     # Rows and columns of a layer's seven linears, sixteen times in 16 bit; a slot's rank in each bank.
     layer = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
-    assert with_16 - without == 32 * layer
-    assert said == with_16
+    assert slot("--rank", "16", "--embedding-rank", "0") - slot("--rank", "0") == 32 * layer
+    # Embedding and head.
+    assert slot() - slot("--embedding-rank", "0") == 2 * (2 * 16 * (32000 + 4096) + 4)
+    assert slot() == slot("--rank", "16") == slot("--embedding-rank", "16")
 
 
 def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) -> None:
@@ -258,14 +262,13 @@ def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) ->
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
 
     def slot(*options: str) -> int:
-        return plan_of(tmp_path, config, *options, "--rank", "16")[1]["slot_bytes"]
+        return plan_of(tmp_path, config, *options, "--rank", "16", "--embedding-bits", "2")[1]["slot_bytes"]
 
     linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     trellis = {bits: slot("--bits", bits, "--code", "trellis") for bits in ("0.125", "0.25", "0.5", "1")}
     for bits, own in trellis.items():
         assert own - trellis["0.125"] == (float(bits) - 0.125) * linears / 8
-    ends = ("--embedding-bits", "2")
-    assert slot("--bits", "1", "--code", "trellis", *ends) == slot("--bits", "1", *ends)
+    assert slot("--bits", "1", "--code", "trellis") == slot("--bits", "1")
     assert 128 * trellis["0.25"] < 80e9 - 2 * linears - 4 * 32000 * 4096
 
 
