@@ -40,7 +40,7 @@ PANELS = {
 }
 
 
-EMBEDDING_DEFAULT = "1 beside trellis codes, else 2, or --bits if more"
+EMBEDDING_DEFAULT = "half of --bits, 0.25 at least"
 EMBEDDING_RANK_DEFAULT = "16; 0 with --rank 0 or --exact"
 
 
