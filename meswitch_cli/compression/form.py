@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from meswitch_cli import __version__
+from meswitch_cli.artifact.workspace import unfinished_work
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.product import product_rank
@@ -35,7 +37,8 @@ MOST_ERROR = 0.5
 _SILENT = ("samples", "sequence_length", "seed")
 #: What options are where they are not given; the others are None or False then.
 _ABSENT: Mapping[str, Any] = {"calibration": RANDOM, "group_size": 0, "rounding": "nearest"}
-
+#: Under this name the answer lies with unfinished work.
+FORM_ANSWER = "form"
 
 Form = Literal["exact", "product", "code"]
 
@@ -63,15 +66,49 @@ def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | 
     """What a user leaves open in options, by their names in `CompressionSettings.with_defaults`: the job in its
     smallest form, with the code that a server makes of one that is bit for bit; and the sizes where there is a choice.
 
+    The weights are not asked again where an interrupted run of the same work has kept the answer.
+
     Raises:
+        ArtifactError: what it kept is damaged.
         CheckpointError: a weight cannot be read, is NaN or infinite.
     """
-    sizes = None
-    if leaves_form_open(options):
-        job, sizes = in_smallest_form(job)
-    if job.settings.exact and leaves_form_open({**options, "exact": False}):
-        job = with_served_code(job)
-    return job, sizes
+    if not leaves_form_open({**options, "exact": False}):
+        return job, None
+    question = {
+        "version": __version__,
+        "options": dict(options),
+        "base_files": job.base.stat_digest(),
+        "expert_files": job.expert.stat_digest(),
+    }
+    kept = unfinished_work(job.out).stored(FORM_ANSWER, _Answer.from_value)
+    if kept is None or kept.question != question:
+        kept = _asked(job, question, options)
+    answered = replace(job, settings=kept.settings, remarks=(*job.remarks, *kept.remarks), form_answer=asdict(kept))
+    return answered, kept.sizes
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What `choose_form` found: settings, sizes where there is a choice, notes; and what it was asked."""
+
+    question: Mapping[str, Any]
+    settings: CompressionSettings
+    sizes: FormSizes | None
+    remarks: tuple[str, ...]
+
+    @classmethod
+    def from_value(cls, value: Mapping[str, Any]) -> _Answer:
+        """The answer of which `asdict` is this JSON value."""
+        sizes = value["sizes"] and FormSizes(**value["sizes"])
+        settings = CompressionSettings(**value["settings"])
+        return cls(dict(value["question"]), settings, sizes, tuple(value["remarks"]))
+
+
+def _asked(job: Job, question: Mapping[str, Any], options: Mapping[str, Any]) -> _Answer:
+    chosen, sizes = in_smallest_form(job) if leaves_form_open(options) else (job, None)
+    if chosen.settings.exact:
+        chosen = with_served_code(chosen)
+    return _Answer(question, chosen.settings, sizes, chosen.remarks[len(job.remarks) :])
 
 
 def leaves_form_open(options: Mapping[str, Any]) -> bool:
