@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.fingerprint import short_fingerprint
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import architecture
 
@@ -37,6 +38,6 @@ def refuse_other_base(manifest: Manifest, found: str, path: object) -> None:
     """
     if found != manifest.base.fingerprint:
         raise ArtifactError(
-            f"wrong base: {path} has fingerprint {found}, the artifact was made against {manifest.base.id} "
-            f"with {manifest.base.fingerprint}; give that base, or compress the fine-tune against this one"
+            f"wrong base: {path} has fingerprint {short_fingerprint(found)}, the artifact was made against {manifest.base.id} "
+            f"with {short_fingerprint(manifest.base.fingerprint)}; give that base, or compress the fine-tune against this one"
         )

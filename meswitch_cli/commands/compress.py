@@ -173,6 +173,7 @@ def run(
         from meswitch_cli.model.device import choose_device
 
         share_one_arena()
+        budget = parse_bytes(size, "--size") if size else None
         require_free(out, force=force)
         chosen = choose_device(device)
         data, recorded = calibration_asked(calibration)
@@ -192,7 +193,7 @@ def run(
             "samples": samples,
             "sequence_length": sequence_length,
             "seed": seed,
-            "size": parse_bytes(size) if size else None,
+            "size": budget,
             "target_bits": target_bits,
         }
         job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)

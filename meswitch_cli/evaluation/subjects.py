@@ -10,6 +10,7 @@ from typing import Any
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
 from meswitch_cli.artifact.weights import ArtifactWeights
+from meswitch_cli.checkpoint.fingerprint import short_fingerprint
 from meswitch_cli.errors import CheckpointError, EvaluationError
 from meswitch_cli.hub.fetch import find_artifact
 from meswitch_cli.model.adapted import open_expert
@@ -98,10 +99,10 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
         None,
     )
     if owner is None:
-        given = ", ".join(f"{item.label} ({item.weights.fingerprint})" for item in experts)
+        given = ", ".join(f"{item.label} ({short_fingerprint(item.weights.fingerprint)})" for item in experts)
         raise EvaluationError(
             f"{path}: made from another expert, {artifact.manifest.expert.id} with fingerprint "
-            f"{artifact.manifest.expert.fingerprint}; given: {given}"
+            f"{short_fingerprint(artifact.manifest.expert.fingerprint)}; given: {given}"
         )
     artifact.check_whole()
     _refuse_other_tokenizer_files(artifact.path, owner)
