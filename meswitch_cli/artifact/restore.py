@@ -104,11 +104,11 @@ def _refuse_other_expert(artifact: Artifact, found: str) -> None:
     Raises:
         ArtifactError: what was made of an exact artifact is not its expert.
     """
-    if found != artifact.manifest.expert.fingerprint:
+    expert = artifact.manifest.expert
+    if found != expert.fingerprint:
         raise ArtifactError(
-            f"{artifact.path}: what it restores to has fingerprint {short_fingerprint(found)}, its expert "
-            f"{artifact.manifest.expert.id} has {short_fingerprint(artifact.manifest.expert.fingerprint)}: damaged when "
-            "it was made?"
+            f"{artifact.path}: what it restores to has fingerprint {short_fingerprint(found)}, its expert {expert.id} "
+            f"has {short_fingerprint(expert.fingerprint)}: damaged when it was made?"
         )
 
 

@@ -76,7 +76,8 @@ def check_membership(
         if found is not None and found != wanted:
             raise RouterError(
                 f"the router was made for another base: {base.name} has fingerprint {short_fingerprint(found)}, "
-                f"the router was made for {trained_for.base_id} with {short_fingerprint(wanted)}; give that base, or train a router for this one"
+                f"the router was made for {trained_for.base_id} with {short_fingerprint(wanted)}; give that base, "
+                "or train a router for this one"
             )
     if experts is None:
         return []
