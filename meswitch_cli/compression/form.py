@@ -80,7 +80,7 @@ def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | 
         "base_files": job.base.stat_digest(),
         "expert_files": job.expert.stat_digest(),
     }
-    kept = unfinished_work(job.out).stored(FORM_ANSWER, _Answer.from_value)
+    kept = unfinished_work(job.out).stored(FORM_ANSWER, _FormAnswer.from_value)
     if kept is None or kept.question != question:
         kept = _asked(job, question, options)
     answered = replace(job, settings=kept.settings, remarks=(*job.remarks, *kept.remarks), form_answer=asdict(kept))
@@ -88,7 +88,7 @@ def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | 
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _FormAnswer:
     """What `choose_form` found: settings, sizes where there is a choice, notes; and what it was asked."""
 
     question: Mapping[str, Any]
@@ -97,18 +97,18 @@ class _Answer:
     remarks: tuple[str, ...]
 
     @classmethod
-    def from_value(cls, value: Mapping[str, Any]) -> _Answer:
+    def from_value(cls, value: Mapping[str, Any]) -> _FormAnswer:
         """The answer of which `asdict` is this JSON value."""
         sizes = value["sizes"] and FormSizes(**value["sizes"])
         settings = CompressionSettings(**value["settings"])
         return cls(dict(value["question"]), settings, sizes, tuple(value["remarks"]))
 
 
-def _asked(job: Job, question: Mapping[str, Any], options: Mapping[str, Any]) -> _Answer:
+def _asked(job: Job, question: Mapping[str, Any], options: Mapping[str, Any]) -> _FormAnswer:
     chosen, sizes = in_smallest_form(job) if leaves_form_open(options) else (job, None)
     if chosen.settings.exact:
         chosen = with_served_code(chosen)
-    return _Answer(question, chosen.settings, sizes, chosen.remarks[len(job.remarks) :])
+    return _FormAnswer(question, chosen.settings, sizes, chosen.remarks[len(job.remarks) :])
 
 
 def leaves_form_open(options: Mapping[str, Any]) -> bool:
