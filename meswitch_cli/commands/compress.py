@@ -183,6 +183,7 @@ def run(
         from meswitch_cli.model.device import choose_device
 
         share_one_arena()
+        budget = parse_bytes(size, "--size") if size else None
         require_free(out, force=force)
         chosen = choose_device(device)
         data, recorded = calibration_asked(calibration)
@@ -203,14 +204,14 @@ def run(
             "samples": samples,
             "sequence_length": sequence_length,
             "seed": seed,
-            "size": parse_bytes(size) if size else None,
+            "size": budget,
             "target_bits": target_bits,
         }
         job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
         job, sizes = choose_form(job, options)
     if not as_json:
         report.print_plan(job)
-        if sizes and sizes.smallest != "code":
+        if sizes and sizes.best != "code":
             report.print_form(sizes)
     notes = job.notes()
     print_notes(notes)

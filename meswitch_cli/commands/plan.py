@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, EMBEDDING_RANK_DEFAULT, Rate, rate
+from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, EMBEDDING_RANK_DEFAULT, LinearRate, Rate, rate
 from meswitch_cli.delta.codes import CodeName
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ def run(
     experts: Annotated[int, typer.Option(min=1, help="How many experts are to be served.")],
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
     bits: Annotated[
-        Rate | None,
+        LinearRate | None,
         typer.Option(
-            help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU.",
+            help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU; 0: directions alone, as "
+            "for compress.",
             show_default="1; 2 with --exact",
         ),
     ] = None,
@@ -62,7 +63,7 @@ def run(
         int | None,
         typer.Option(
             min=0,
-            help="Leading singular directions a tensor keeps beside its codes.",
+            help="Leading singular directions a tensor keeps, beside its codes if it has any.",
             show_default="16",
         ),
     ] = None,
@@ -109,6 +110,7 @@ def run(
 
     if card and adapter_rank:
         raise UsageError("--card: how fast adapters are was not measured; leave it out with --adapter-rank")
+    nbytes = parse_bytes(device_memory, "--device-memory")
     known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
         bits=rate(bits) if bits else None,
@@ -123,7 +125,7 @@ def run(
     plan = plan_memory(
         Checkpoint.describe(base),
         settings.by_kind(),
-        device_nbytes=parse_bytes(device_memory),
+        device_nbytes=nbytes,
         experts=experts,
         slots=slots,
         context=context,

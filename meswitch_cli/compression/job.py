@@ -27,6 +27,7 @@ from meswitch_cli.compression.choice import with_choice
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
 from meswitch_cli.compression.exact import stream_of
+from meswitch_cli.compression.form import FORM_ANSWER
 from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
@@ -106,6 +107,8 @@ def compress(
     """
     with workspace(job.out, force=force) as space:
         _continue_or_start(job, space, force)
+        if job.form_answer is not None:
+            space.store(FORM_ANSWER, job.form_answer)
         if job.settings.has_budget:
             job = with_choice(job, space, device, on_progress)
         records = _quantise(job, space, device, on_progress, on_note)

@@ -52,7 +52,8 @@ SIZES = {
 UNGROUPED = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 OPT = UNGROUPED | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
-GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 268} | {
+GPT_NEO = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 268, "max_position_embeddings": 512} | {
+    "attention_types": [[["global", "local"], 1]],
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -112,7 +113,7 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
     ("config", "reason"),
     [
         ({"model_type": "bloom", **BLOOM}, "does not serve bloom: logits of .* differ by .* from plain transformers'"),
-        ({"model_type": "gptj", **GPTJ}, "does not serve gptj: its attention is of its own kind"),
+        ({"model_type": "gpt_neo", **GPT_NEO}, "does not serve gpt_neo: its attention is of its own kind"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
         (
             config_of("opt", ffn_dim=96, word_embed_proj_dim=64),
@@ -124,7 +125,7 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
     ],
     ids=[
         "bloom",
-        "gptj",
+        "gpt_neo",
         "mamba",
         "opt-whose-config-names-key-heads",
         "biases-of-experts",
@@ -165,7 +166,7 @@ def why(config: dict[str, Any]) -> str | None:
 
 ONE_BY_ONE = {
     "bloom": {"model_type": "bloom", **BLOOM},
-    "gptj": {"model_type": "gptj", **GPTJ},
+    "gpt_neo": {"model_type": "gpt_neo", **GPT_NEO},
     "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2},
     "gpt_oss": config_of("gpt_oss", num_local_experts=4, head_dim=16),
     "granitemoe": config_of("granitemoe", num_local_experts=4),
@@ -203,7 +204,8 @@ def one_cache_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shared(self: Decoding, *arguments: Any) -> None:
         init(self, *arguments)
-        self._kept = self._kept | {"past_key_values": kept.setdefault("cache", self._kept["past_key_values"])}
+        (name,) = self._kept.keys() & {"past_key_values", "cache"}  # the second since transformers 5.24
+        self._kept = self._kept | {name: kept.setdefault("cache", self._kept[name])}
 
     monkeypatch.setattr(Decoding, "__init__", shared)
 
@@ -221,9 +223,9 @@ def with_their_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("qwen3_5_text", never_placed, "logits of an expert differ"),
         ("qwen3_5_text", always_placed, "differ"),
-        ("gptj", one_cache_for_all, "differ"),
+        ("gpt_neo", one_cache_for_all, "differ"),
         ("mamba", with_their_weights_read, "logits of an expert differ"),
-        ("gptj", unchanged_linears, "logits of an expert differ"),
+        ("gpt_neo", unchanged_linears, "logits of an expert differ"),
     ],
     ids=["never-placed", "always-placed", "cache", "weights-read", "linears"],
 )
@@ -410,11 +412,11 @@ def test_a_config_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in ("here", "there"):
         prove(config_of("llama"), where, CPU, torch.bfloat16)
     assert made == ["llama"]
-    with pytest.raises(EngineError, match=r"^here: .*gptj"):
-        prove({"model_type": "gptj", **GPTJ}, "here", CPU, torch.float32)
-    with pytest.raises(EngineError, match=r"^there: .*gptj"):
-        prove({"model_type": "gptj", **GPTJ}, "there", CPU, torch.float32)
-    assert made == ["llama", "gptj"]
+    with pytest.raises(EngineError, match=r"^here: .*gpt_neo"):
+        prove({"model_type": "gpt_neo", **GPT_NEO}, "here", CPU, torch.float32)
+    with pytest.raises(EngineError, match=r"^there: .*gpt_neo"):
+        prove({"model_type": "gpt_neo", **GPT_NEO}, "there", CPU, torch.float32)
+    assert made == ["llama", "gpt_neo"]
 
 
 def test_the_process_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
@@ -424,7 +426,7 @@ def test_the_process_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> Non
     threads, verbosity = threading.active_count(), transformers.logging.get_verbosity()
     check(config_of("llama"))
     with pytest.raises(EngineError):
-        check({"model_type": "gptj", **GPTJ})
+        check({"model_type": "gpt_neo", **GPT_NEO})
     assert torch.equal(torch.rand(4), expected)
     assert (threading.active_count(), transformers.logging.get_verbosity()) == (threads, verbosity)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
