@@ -40,7 +40,7 @@ PANELS = {
 }
 
 
-EMBEDDING_DEFAULT = "half of --bits, 0.25 at least"
+EMBEDDING_DEFAULT = "as --bits, but 0.25 at least; 1 beside 2, 2 beside 4"
 EMBEDDING_RANK_DEFAULT = "16; 0 with --rank 0 or --exact"
 
 

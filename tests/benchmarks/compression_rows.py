@@ -12,7 +12,7 @@ TRELLIS = f"meswitch:code=trellis,salient=8,{OURS}"
 VOCABULARY = "embedding_rank=16,embedding"
 #: What `meswitch compress` does by itself at 1, 2 and 4 bits, as methods.
 DEFAULTS = {
-    f"{ONE},rank=16,{VOCABULARY}=0.5": "`--bits 1`",
+    f"{ONE},rank=16,{VOCABULARY}=1": "`--bits 1`",
     f"meswitch:bits=2,salient=8,{OURS},rank=16,factor_bits=8,{VOCABULARY}=1": "`--bits 2`",
     f"meswitch:bits=4,salient=8,{OURS},rank=16,factor_bits=8,{VOCABULARY}=2": "`--bits 4`",
 }
@@ -30,7 +30,7 @@ _ALONE = "--embedding-rank 0 --embedding-bits"
 OPTIONS = {
     f"{TRELLIS},bits=0.125,rank=16,{VOCABULARY}=0.25": "`--bits 0.125`",
     f"{TRELLIS},bits=0.25,rank=16,{VOCABULARY}=0.25": "`--bits 0.25`",
-    f"{TRELLIS},bits=0.5,rank=16,{VOCABULARY}=0.25": "`--bits 0.5`",
+    f"{TRELLIS},bits=0.5,rank=16,{VOCABULARY}=0.5": "`--bits 0.5`",
     f"{TRELLIS.replace('salient=8', 'salient=2')},bits=0.125,rank=16,{VOCABULARY}=0.25": "`--bits 0.125 --salient 2`",
     f"{TRELLIS.replace('salient=8', 'salient=2')},bits=0.25,rank=16,{VOCABULARY}=0.25": "`--bits 0.25 --salient 2`",
     f"{TRELLIS},bits=0.125,rank=16,embedding=1": f"`--bits 0.125 {_ALONE} 1`",
@@ -38,6 +38,8 @@ OPTIONS = {
     f"{TRELLIS},bits=0.5,rank=16,embedding=1": f"`--bits 0.5 {_ALONE} 1`",
     f"{TRELLIS},bits=0.25,rank=16": f"`--bits 0.25 {_ALONE} 2`",
     f"{TRELLIS},bits=1,rank=16": f"`--bits 1 --code trellis {_ALONE} 2`",
+    f"{ONE},rank=16,{VOCABULARY}=0.5": "`--bits 1 --embedding-bits 0.5`",
+    f"{ONE},rank=16,{VOCABULARY}=2": "`--bits 1 --embedding-bits 2`",
     f"{ONE},rank=16": f"`--bits 1 {_ALONE} 2`",
     f"{ONE},rank=64": f"`--bits 1 --rank 64 {_ALONE} 2`",
     f"{ONE},rank=0": "`--bits 1 --rank 0`",
@@ -106,7 +108,7 @@ OVERVIEW = {
     BY_ITSELF: "`compress`, no options",
     next(iter(DEFAULTS)): "`--bits 1`",
     list(DEFAULTS)[1]: "`--bits 2`",
-    f"{TRELLIS},bits=0.5,rank=16,{VOCABULARY}=0.25": "`--bits 0.5`",
+    f"{TRELLIS},bits=0.5,rank=16,{VOCABULARY}=0.5": "`--bits 0.5`",
     QUARTER: "`--bits 0.25`",
     f"{TRELLIS.replace('salient=8', 'salient=2')},bits=0.25,rank=16,{VOCABULARY}=0.25": "`--bits 0.25 --salient 2`",
     f"{TRELLIS},bits=0.125,rank=16,{VOCABULARY}=0.25": "`--bits 0.125`",

@@ -204,7 +204,7 @@ def test_a_changed_head_and_embedding_are_coded_beside_products(tmp_path: Path) 
     artifact = chosen(base, expert, tmp_path / "artifact")
     found = {entry.kind: entry for entry in artifact.manifest.tensors}
     assert (found["linear"].bits, found["linear"].rank) == (0, 4)
-    assert (found["head"].bits, found["head"].salient, found["embedding"].bits) == (0.5, 8, 0.5)
+    assert (found["head"].bits, found["head"].salient, found["embedding"].bits) == (1, 8, 1)
     assert found["head"].rank and found["embedding"].rank
     assert found["head"].output_error is not None and found["dense"].nbytes
     assert artifact.manifest.settings["calibration"] == "random"
