@@ -50,9 +50,9 @@ def default_embedding_rank(rank: int) -> int:
 
 
 def default_embedding_bits(bits: float, code: CodeName, rank: int) -> float:
-    """Beside `rank` directions as many as the linears have, between a quarter of a bit and 1, and half as many beyond: the
-    directions hold 80 to 93 % of the delta's energy, and further bits are better spent on linears. Alone 2 bits, or 1 by
-    a trellis code beside such codes (docs/results/trellis.md)."""
+    """Beside `rank` directions as many as the linears have, between a quarter of a bit and 1, and half as many beyond:
+    the directions hold 80 to 93 % of the delta's energy, and further bits are better spent on linears. Alone 2 bits,
+    or 1 by a trellis code beside such codes (docs/results/trellis.md)."""
     if rank:
         own = bits or DEFAULT_BITS
         return min(max(own, LEAST_EMBEDDING_BITS), max(1, own / 2))
