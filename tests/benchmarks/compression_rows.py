@@ -98,6 +98,8 @@ CODER_ROWS = (
     EXPERT,
     *list(DEFAULTS)[:2],
     QUARTER,
+    QUARTER.replace("salient=8", "salient=2"),
+    f"{TRELLIS},bits=0.125,rank=16,{VOCABULARY}=0.25",
     "bitdelta:embedding=2",
     "rtn:bits=2,group=128",
     "d-qrelo",
