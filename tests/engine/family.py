@@ -53,6 +53,14 @@ EXPERTS: Mapping[str, Kind] = {
 }
 
 
+class OneSeed(random.Random):
+    """What an engine draws seeds from: each request without one of its own gets the same, so that its tokens depend on
+    nothing but itself."""
+
+    def getrandbits(self, k: int) -> int:
+        return 1
+
+
 @dataclass(frozen=True)
 class Family:
     """A base folder, and artifacts by expert, all of one dtype."""

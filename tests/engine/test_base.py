@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from engine.family import EXPERTS, Family, compress_experts, copy_artifact, make_family, requests
+from patience import PATIENCE
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -167,7 +168,7 @@ def test_experts_that_compute_differently_are_refused(family: Family, start: Sta
 
 
 def test_experts_are_checked_several_at_a_time(family: Family, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=PATIENCE)
     verify = Artifact.verify
 
     def both(artifact: Artifact) -> Iterator[FileEntry]:
