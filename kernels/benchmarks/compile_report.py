@@ -210,7 +210,7 @@ def launches(quick: bool) -> Iterator[Launch]:
             "NUMBERS": numbers, "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_launch.rank_block(rank),
         }  # fmt: skip
         kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
-        for tokens in (16,) if quick else (16, 32, 64):
+        for tokens in ((16,) if grouped else (16, 32)) if quick else (16, 32, 64):
             settings = default_settings(4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
                 **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),

@@ -178,7 +178,8 @@ def decode_rows(
             tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
         else:
             split = (program - base_programs) % delta_splits
-            for own in range(tile, tiles, delta_programs):
+            # What were taken out of the loop would be held through all of its inner ones, and spill beside tiles of 16.
+            for own in tl.range(tile, tiles, delta_programs, num_stages=1, disable_licm=True):
                 count, slot = tl.load(tile_count + own), tl.load(tile_slot + own)
                 number = 0
                 if (count > 0) & (slot >= 0) & (slot < slots):
