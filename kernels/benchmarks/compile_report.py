@@ -44,20 +44,25 @@ POINTERS = {
     "z": "fp32",
     "offsets": "fp32",
     "linears": "i64",
+    "maxima": "fp32",
+    "sums": "fp32",
 }
+FLOATS = {"epsilon", "scale", "softcap"}
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUES = {
     "x", "scaled", "weight", "y", "bias", "salient_value", "left", "right", "added_rows", "merged", "shift", "like",
-    "query", "key", "new_query", "new_key", "cos", "sin", "gate", "up",
+    "residual", "query", "key", "value", "new_query", "new_key", "key_cache", "value_cache", "out", "cos", "sin",
+    "gate", "up",
 }  # fmt: skip
 INTEGER_POINTERS = {
     "codes", "salient_index", "slot_bits", "slot_group", "slot_rank", "slot_of_token", "order", "tile_slot",
     "tile_start", "tile_count", "added_counts", "tickets", "source",
-    "target",
+    "target", "tables", "positions", "chosen", "prompts",
 }  # fmt: skip
 MULTIPLES_OF_16 = {
     "in_features", "out_features", "hidden", "x_stride", "scaled_stride", "weight_stride", "codes_stride",
-    "steps_stride", "channels_per_split", "max_rank", "most_rank",
+    "steps_stride", "channels_per_split", "max_rank", "most_rank", "width", "query_head", "query_token", "key_head",
+    "key_token", "value_head", "value_token", "cache_row", "cache_head",
 }  # fmt: skip
 ALONE = {
     "triton_rows.embedding_rows": {"NUMBERS": bank_formats(2, list(MESSAGES)), "BLOCK": 1024},
@@ -85,8 +90,33 @@ ALONE = {
     "triton_elementwise.turn_heads": {"HEADS": 8, "HALF": 64},
     "triton_elementwise.gate_rows": {"BLOCK": 1024},
     "triton_rows.added_row_logits": {"BLOCK": 1024},
+    "triton_attention.decode_pages": {
+        "SHARED": 4,
+        "ROWS": 16,
+        "WIDTH": 128,
+        "PAGE": 64,
+        "KEYS": 64,
+        "SPLITS": 4,
+        "WINDOWED": False,
+        "CAPPED": False,
+        "GATHERED": False,
+    },
+    "triton_prompts.prompt_pages": {
+        "SHARED": 4,
+        "PADDED": 4,
+        "QUERIES": 32,
+        "WIDTH": 128,
+        "PAGE": 64,
+        "KEYS": 64,
+        "WINDOWED": False,
+        "CAPPED": False,
+        "num_warps": 8,
+        "num_stages": 2,
+    },
+    "triton_prompts.write_prompts": {"TOKENS": 16, "WIDTH": 128, "PAGE": 64, "WINDOWED": False},
 }
-"""Kernels that do not depend on the kind of a bank, with their constants."""
+"""Kernels that do not depend on the kind of a bank, with their constants and options."""
+OPTIONS = {"num_warps", "num_stages"}
 RANK = 32
 """Room for a low-rank part, beside none. Any multiple of 16 compiles to the same."""
 
@@ -134,7 +164,7 @@ def signature(
         if name in VALUES or name in POINTERS or name in INTEGER_POINTERS:
             types[name] = "*" + (dtype if name in VALUES else POINTERS.get(name, "i32"))
         else:
-            types[name] = "fp32" if name == "epsilon" else "i32"
+            types[name] = "fp32" if name in FLOATS else "i32"
         if types[name][0] == "*" or name in MULTIPLES_OF_16:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return types, attributes
@@ -180,7 +210,7 @@ def launches(quick: bool) -> Iterator[Launch]:
             "NUMBERS": numbers, "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_launch.rank_block(rank),
         }  # fmt: skip
         kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
-        for tokens in (16,) if quick else (16, 32, 64):
+        for tokens in ((16,) if grouped else (16, 32)) if quick else (16, 32, 64):
             settings = default_settings(4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
                 **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
@@ -215,8 +245,9 @@ def launches(quick: bool) -> Iterator[Launch]:
         constants = {"BITS": bits, "BLOCK_ROWS": 16}
         yield Launch("triton_planes.rearrange_codes", arch, "bf16", constants, {"num_warps": 4}, bits=bits)
     for arch, (kernel, constants) in product([80, 90], ALONE.items()):
-        own = {name: value for name, value in constants.items() if name != "num_warps"}
-        yield Launch(kernel, arch, "bf16", own, {"num_warps": constants.get("num_warps", 4)})
+        options = {"num_warps": 4} | {name: value for name, value in constants.items() if name in OPTIONS}
+        own = {name: value for name, value in constants.items() if name not in OPTIONS}
+        yield Launch(kernel, arch, "bf16", own, options)
 
 
 def compile_all(quick: bool) -> list[Row]:

@@ -57,6 +57,8 @@ class Loop:
     registers: int
     shared_cycles: int
     """Of shared memory, for one warp's loads, stores and copies, without conflicts: 128 bytes a cycle."""
+    spills: int
+    """LDL and STL."""
 
 
 def launch_of(arch: int, dtype: str, number: int, tile_tokens: int) -> Launch:
@@ -109,6 +111,7 @@ def measure(launch: Launch) -> Loop:
         copies=count("LDGSTS"),
         copy_bytes=max(widths, default=4),
         registers=registers(kernel),
+        spills=count("LDL", "STL"),
         shared_cycles=sum(shared_cycles(kind) * number for kind, number in kinds.items()),
     )
 
@@ -168,10 +171,10 @@ def unpacking_loop(code: list[tuple[int, str]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 at 2 bits and a quarter alone")
+    parser.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 at a few rates alone")
     options = parser.parse_args()
     cases = (
-        [(90, "bf16", 2, 8), (90, "bf16", QUARTER, 8)]
+        [(90, "bf16", 2, 8), (90, "bf16", QUARTER, 8), (90, "bf16", 1, 16), (90, "bf16", 2, 16)]
         if options.quick
         else list(product([80, 90], ["bf16", "fp16"], [*BIT_WIDTHS, *MESSAGES], [8, 16]))
     )

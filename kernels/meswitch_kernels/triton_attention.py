@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 """Attention of single new tokens over a paged cache, its keys split between programs where requests are few.
 
-Flash-decoding (Dao et al., 2023): each program keeps a running maximum and sum of its share of the keys; the shares are
-joined afterwards. The heads that share a key head are the rows of one product, so every key is read once.
+Flash-decoding (Dao et al., 2023): each program keeps a running maximum and sum of its share of the keys, and takes a
+ticket of its head and request; the one with the last ticket joins the shares. The heads that share a key head are the
+rows of one product, so every key is read once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LEAST_KEYS = 128
 """The fewest keys that are worth a program of their own."""
 _MOST_SPLITS = 16
 _PROGRAMS_PER_PROCESSOR = 2
+_LEAST_TICKETS = 4096
 
 
 @triton.jit
@@ -43,6 +45,37 @@ def cache_rows(table, positions, inside, window, WINDOWED: tl.constexpr, PAGE: t
 
 
 @triton.jit
+def _join_shares(
+    partials,  # pointer to the first row of the first share, as `maxima` and `sums`
+    maxima,
+    sums,
+    between,  # rows between two shares
+    width,
+    of_head,
+    of_width,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """`[ROWS, WIDTH]` of all shares, in their order. A share without keys has the maximum -inf and the sum 0."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        own = tl.load(maxima + split * between + row, mask=of_head, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(highest, own)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    for split in tl.range(0, SPLITS, num_stages=1):
+        place = split * between + row
+        weight = tl.exp(tl.load(maxima + place, mask=of_head, other=0.0, cache_modifier=".cg") - highest)
+        total += weight * tl.load(sums + place, mask=of_head, other=1.0, cache_modifier=".cg")
+        mask = of_head[:, None] & of_width[None, :]
+        values = partials + place[:, None] * width + column[None, :]
+        result += weight[:, None] * tl.load(values, mask=mask, other=0.0, cache_modifier=".cg")
+    return result / total[:, None]
+
+
+@triton.jit
 def decode_pages(
     query,
     key,
@@ -53,9 +86,10 @@ def decode_pages(
     partials,  # float32 [SPLITS, requests, heads, width]
     maxima,  # float32 [SPLITS, requests, heads], as `sums`
     sums,
+    tickets,  # int32 [requests, key heads], zero before and after
     tables,
     positions,
-    tokens,
+    chosen,  # which token each request has, if GATHERED
     query_head,
     query_token,
     key_head,
@@ -81,7 +115,7 @@ def decode_pages(
 ):
     """One key head of one request, and a share of its keys; the first share writes the new key and value."""
     head, request, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token = tl.load(tokens + request) if GATHERED else request
+    token = tl.load(chosen + request) if GATHERED else request
     table = tables + request * table_stride
     live = tl.load(table) >= 0
     position = tl.where(live, tl.load(positions + token), 0)
@@ -127,43 +161,27 @@ def decode_pages(
     tl.store(value_cache + target + column, own_value, mask=writes)
     heads = tl.num_programs(0) * SHARED
     mask = of_head[:, None] & of_width[None, :]
+    target = (token * heads + head * SHARED + row) * width
+    target = out + target[:, None] + column[None, :]
     if SPLITS == 1:
-        place = (token * heads + head * SHARED + row) * width
-        result = sum_of_values / total[:, None]
-        tl.store(out + place[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=mask)
+        tl.store(target, (sum_of_values / total[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
-        place = (split * tl.num_programs(1) + request) * heads + head * SHARED + row
+        between, own = tl.num_programs(1) * heads, request * heads + head * SHARED
+        place = split * between + own + row
         tl.store(partials + place[:, None] * width + column[None, :], sum_of_values, mask=mask)
         tl.store(maxima + place, maximum, mask=of_head)
         tl.store(sums + place, total, mask=of_head)
-
-
-@triton.jit
-def join_shares(
-    partials,
-    maxima,
-    sums,
-    out,
-    tokens,
-    width,
-    SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATHERED: tl.constexpr,
-):
-    """One head of one request. A share without keys has the maximum -inf and the sum 0."""
-    head, request = tl.program_id(0), tl.program_id(1)
-    token = tl.load(tokens + request) if GATHERED else request
-    split, column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    place = (split * tl.num_programs(1) + request) * tl.num_programs(0) + head
-    maximum = tl.load(maxima + place, mask=split < SPLITS, other=float("-inf"))
-    total = tl.load(sums + place, mask=split < SPLITS, other=0.0)
-    weights = tl.exp(maximum - tl.max(maximum, 0))
-    mask = (split < SPLITS)[:, None] & (column < width)[None, :]
-    shares = tl.load(partials + place[:, None] * width + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(shares * weights[:, None], 0) / tl.sum(total * weights, 0)
-    target = (token * tl.num_programs(0) + head) * width + column
-    tl.store(out + target, result.to(out.dtype.element_ty), mask=column < width)
+        # What all threads have written must lie in memory before one of them takes the ticket.
+        tl.debug_barrier()
+        ticket = tickets + request * tl.num_programs(0) + head
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
+            result = _join_shares(
+                partials + own * width, maxima + own, sums + own, between, width, of_head, of_width, ROWS, WIDTH,
+                SPLITS,
+            )  # fmt: skip
+            tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+            # Zero again for the next launch, also where this one is replayed from a graph.
+            tl.atomic_xchg(ticket, 0)
 
 
 @on_its_device
@@ -210,6 +228,7 @@ def paged_attention(
         partials,
         stats[0],
         stats[-1],
+        _tickets(requests * key_heads, query.device),
         tables,
         positions,
         tokens,
@@ -238,20 +257,6 @@ def paged_attention(
         num_warps=4,
         num_stages=3 if query.element_size() == 2 else 2,
     )
-    if splits > 1:
-        join_shares[(heads, requests)](
-            partials,
-            stats[0],
-            stats[1],
-            out,
-            tokens,
-            width,
-            SPLITS=splits,
-            PADDED=triton.next_power_of_2(splits),
-            WIDTH=padded,
-            GATHERED=gathered,
-            num_warps=2,
-        )
     return out
 
 
@@ -259,6 +264,19 @@ def _splits(programs: int, longest: int, device: torch.device) -> int:
     """Programs that share the keys of a request: enough for every processor, and no more."""
     wanted = -(-_PROGRAMS_PER_PROCESSOR * _processors(device) // programs)
     return max(1, min(wanted, _MOST_SPLITS, -(-longest // _LEAST_KEYS)))
+
+
+def _tickets(count: int, device: torch.device) -> Tensor:
+    """At least `count` tickets for launches on the current stream, which come one after the other."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _tickets_of(triton.next_power_of_2(max(count, _LEAST_TICKETS)), device, stream)
+
+
+@functools.cache
+def _tickets_of(count: int, device: torch.device, stream: int) -> Tensor:
+    """Never freed, since graphs hold their address: captured after a batch of their size has been computed, they do not
+    zero them."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @functools.cache

@@ -57,6 +57,8 @@ def _base_partial(
 def _sum_partials(
     partials,  # pointer to the first row's first partial sum
     y,  # pointer to the first row of the first token
+    residual,  # likewise
+    added,
     slot_of_token,
     slot_bits,
     tokens,
@@ -69,7 +71,8 @@ def _sum_partials(
     BLOCK_TOKENS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """y of a block of rows and all tokens. Tokens whose slot cannot be served come out as NaN."""
+    """y of a block of rows and all tokens, if `added` with `residual`. Tokens whose slot cannot be served come out as
+    NaN."""
     rows = tl.arange(0, BLOCK_OUT)
     for start in tl.range(0, tokens, BLOCK_TOKENS, num_stages=1):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -84,7 +87,10 @@ def _sum_partials(
             place = partials + ((part * tokens + token[:, None]) * out_features + rows[None, :])
             total += tl.load(place, mask=inside & (part < parts)[:, None], other=0.0, cache_modifier=".cg")
         total = tl.where((loaded | (slot == -1))[:, None], total, float("nan"))
-        tl.store(y + (token[:, None] * out_features + rows[None, :]), total.to(y.dtype.element_ty), mask=inside)
+        target = token[:, None] * out_features + rows[None, :]
+        rounded = total.to(y.dtype.element_ty).to(tl.float32)
+        before = tl.load(residual + target, mask=inside & (added > 0), other=0.0).to(tl.float32)
+        tl.store(y + target, (rounded + before).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -96,6 +102,7 @@ def decode_rows(
     weight,
     bias,
     y,
+    residual,
     partials,
     tickets,
     codes,
@@ -122,6 +129,7 @@ def decode_rows(
     delta_programs,
     launch,
     launches,
+    added,
     slots,
     in_features,
     out_features,
@@ -170,7 +178,8 @@ def decode_rows(
             tl.store(place, tl.trans(acc), mask=token_mask[:, None] & row_mask[None, :])
         else:
             split = (program - base_programs) % delta_splits
-            for own in range(tile, tiles, delta_programs):
+            # What were taken out of the loop would be held through all of its inner ones, and spill beside tiles of 16.
+            for own in tl.range(tile, tiles, delta_programs, num_stages=1, disable_licm=True):
                 count, slot = tl.load(tile_count + own), tl.load(tile_slot + own)
                 number = 0
                 if (count > 0) & (slot >= 0) & (slot < slots):
@@ -229,15 +238,15 @@ def decode_rows(
         tl.debug_barrier()
         if tl.atomic_add(tickets + row_block, 1, sem="acq_rel") == expected - 1:
             _sum_partials(
-                partials, y + row, slot_of_token, slot_bits, tokens, slots, base_splits, delta_splits, out_features,
-                row_mask, BLOCK_OUT, 8, MOST_SPLITS,
+                partials, y + row, residual + row, added, slot_of_token, slot_bits, tokens, slots, base_splits,
+                delta_splits, out_features, row_mask, BLOCK_OUT, 8, MOST_SPLITS,
             )  # fmt: skip
             # Zero again for the next launch, also where this one is replayed from a graph.
             tl.atomic_xchg(tickets + row_block, 0)
 
 
 UNSPECIALIZED = [
-    "tokens", "tiles", "base_tiles", "base_splits", "delta_splits", "delta_programs", "launch", "launches",
+    "tokens", "tiles", "base_tiles", "base_splits", "delta_splits", "delta_programs", "launch", "launches", "added",
 ]  # fmt: skip
 """Numbers by which no launch is compiled again."""
 
@@ -249,6 +258,7 @@ def decode(
     weight,
     bias,
     y,
+    residual,
     partials,
     tickets,
     codes,
@@ -275,6 +285,7 @@ def decode(
     delta_programs,
     launch,
     launches,
+    added,
     slots,
     in_features,
     out_features,
@@ -308,12 +319,14 @@ def decode(
 
     A launch serves the slots whose codes have one of NUMBERS. Where a bank holds others, there are `launches` of one
     product, which share partial sums and tickets: the first, 0, multiplies the base, the last program of all adds up.
+
+    If `added`, `residual` `[tokens, out]` is added to y, which is rounded to its type before and after.
     """
     decode_rows(
-        tl.program_id(0), tl.program_id(1), x, scaled, weight, bias, y, partials, tickets, codes, steps, bias_delta,
-        salient_index, salient_value, z, offsets, left, slot_bits, slot_group, slot_rank, slot_of_token, order,
-        tile_slot, tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs, launch,
-        launches, slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride, steps_stride,
-        max_salient, max_rank, NUMBERS, GROUPED, EVEN, HAS_BIAS, BASE_TOKENS, TILE_TOKENS, MOST_TILES, MOST_SPLITS,
-        BLOCK_OUT, BLOCK_K, Z_SPLITS, OFFSET_SPLITS, BLOCK_RANK, ASM,
+        tl.program_id(0), tl.program_id(1), x, scaled, weight, bias, y, residual, partials, tickets, codes, steps,
+        bias_delta, salient_index, salient_value, z, offsets, left, slot_bits, slot_group, slot_rank, slot_of_token,
+        order, tile_slot, tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs,
+        launch, launches, added, slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride,
+        steps_stride, max_salient, max_rank, NUMBERS, GROUPED, EVEN, HAS_BIAS, BASE_TOKENS, TILE_TOKENS, MOST_TILES,
+        MOST_SPLITS, BLOCK_OUT, BLOCK_K, Z_SPLITS, OFFSET_SPLITS, BLOCK_RANK, ASM,
     )  # fmt: skip

@@ -207,7 +207,9 @@ def launch_decode(
     bank: BankTensors,
     slot_of_token: Tensor,
     groups: TokenGroups,
+    residual: Tensor | None = None,
 ) -> None:
+    """y, and `residual` with it: both `[tokens, out]`, and contiguous."""
     tokens, (out_features, in_features) = x.shape[0], weight.shape
     shape = _Shape.of(
         x, groups, out_features, bank.formats, bank.left.shape[2], grouped=bank.group_size > 0, biased=bias is not None
@@ -221,6 +223,7 @@ def launch_decode(
             weight,
             x if bias is None else bias,
             y,
+            y if residual is None else residual,
             partials,
             bank.tickets,
             bank.codes,
@@ -241,6 +244,7 @@ def launch_decode(
             groups.tile_count,
             tokens,
             *shape.counts(launch),
+            int(residual is not None),
             bank.slot_bits.shape[0],
             in_features,
             out_features,

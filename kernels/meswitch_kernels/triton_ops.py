@@ -43,19 +43,46 @@ def expert_linear(
     groups: TokenGroups | None = None,
 ) -> Tensor:
     """As `naive.expert_linear`, for float32, bfloat16 and float16 x."""
+    return _linear(None, x, weight, bias, bank, slot_of_token, groups)
+
+
+@on_its_device
+def summed_linear(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankTensors,
+    slot_of_token: Tensor,
+    groups: TokenGroups,
+) -> Tensor:
+    """`residual` `[tokens, out]` plus `expert_linear`, which is rounded first: few tokens take no launch for a sum."""
+    return _linear(residual.contiguous(), x, weight, bias, bank, slot_of_token, groups)
+
+
+def _linear(
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankTensors,
+    slot_of_token: Tensor,
+    groups: TokenGroups | None,
+) -> Tensor:
     x, weight = _dense(x), _dense(weight)
     y = x.new_empty(x.shape[0], weight.shape[0])
     if not y.numel():
         return y
     slot_of_token = slot_of_token.contiguous()
     if not bank.formats:
-        return codeless.expert_linear(x, weight, bias, bank, slot_of_token)
+        y = codeless.expert_linear(x, weight, bias, bank, slot_of_token)
+        return y if residual is None else residual + y
     bank = _in_planes(bank)
     groups = groups or _groups.group_tokens(slot_of_token, bank.slot_bits.shape[0])
     if plan := groups.plan or plan_unknown(groups):
         _by_plan([y], x, [(weight, bias, bank)], plan)
-    else:
-        launch_decode(y, x, weight, bias, bank, slot_of_token, groups)
+        return y if residual is None else y.add_(residual)
+    launch_decode(y, x, weight, bias, bank, slot_of_token, groups, residual)
     return y
 
 

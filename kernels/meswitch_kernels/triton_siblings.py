@@ -42,7 +42,7 @@ def table_multiple(entry, FIELD: tl.constexpr):
     return tl.multiple_of(tl.load(entry + FIELD).to(tl.int32), 16)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "scaled_rows"])
+@triton.jit(do_not_specialize=[*(name for name in UNSPECIALIZED if name != "added"), "scaled_rows"])
 def decode_siblings(
     linears,
     like,
@@ -104,6 +104,7 @@ def decode_siblings(
             table_pointer(entry, WEIGHT, x.dtype.element_ty),
             table_pointer(entry, BIAS, x.dtype.element_ty),
             y + before,
+            y + before,
             partials + before * (base_splits + delta_splits),
             table_pointer(entry, TICKETS, tl.int32),
             table_pointer(entry, CODES, tl.int32),
@@ -130,6 +131,7 @@ def decode_siblings(
             delta_programs,
             launch,
             launches,
+            0,
             slots,
             in_features,
             out_features,

@@ -18,6 +18,7 @@ from meswitch_cli.engine.joined import find_siblings, join_layers
 from meswitch_cli.engine.mixture import ExpertRouter, find_routers, serve_mixtures
 from meswitch_cli.engine.modules import ExpertEmbedding, ExpertHead, ExpertLinear, ExpertNorm, kernels
 from meswitch_cli.engine.own_parameters import OwnParameters
+from meswitch_cli.engine.residuals import join_residuals
 from meswitch_cli.engine.settings import EngineSettings
 from meswitch_cli.errors import MeswitchError, reason_of
 from meswitch_cli.model.architecture import Architecture
@@ -187,6 +188,7 @@ def replace_layers(model: Any, described: Architecture, where: str) -> BaseModel
     _find_token_dimensions(base)
     join_layers(model, backend)
     find_siblings(model, linears.values(), backend)
+    join_residuals(model, linears.values(), backend)
     return base
 
 

@@ -20,10 +20,12 @@ class Batch:
         gain_rows: `[tokens]` int64, slot + 1: rows of the tables of gains, whose first is the base's.
         slot_of_row: `[rows]` int32, of the rows that reach the head.
         held: an input, and what layers that have not been called yet make of it.
+        residual: a layer, and what it shall add to its output.
     """
 
     __slots__ = (
-        "_backend", "_slots", "_spread", "gain_rows", "groups", "held", "row_groups", "slot_of_row", "slot_of_token"
+        "_backend", "_slots", "_spread", "gain_rows", "groups", "held", "residual", "row_groups", "slot_of_row",
+        "slot_of_token",
     )  # fmt: skip
 
     def __init__(
@@ -40,10 +42,18 @@ class Batch:
         self.gain_rows = slot_of_token.long() + 1
         self._spread: dict[tuple[int, int], Tensor] = {}
         self.held: tuple[Tensor, dict[Any, Tensor]] | None = None
+        self.residual: tuple[Any, Tensor] | None = None
         self.slot_of_row = slot_of_row
         self.groups = backend.group_tokens(slot_of_token, slots, runs)
         same = slot_of_row is slot_of_token
         self.row_groups = self.groups if same else backend.group_tokens(slot_of_row, slots)
+
+    def take_residual(self, layer: Any) -> Tensor | None:
+        """What a layer shall add to its output; it is told once."""
+        if self.residual is None or self.residual[0] is not layer:
+            return None
+        residual, self.residual = self.residual[1], None
+        return residual
 
     def spread_gain_rows(self, before: int, after: int) -> Tensor:
         """`gain_rows` of every row of a tensor `[before, tokens, after, width]`, made once for all layers."""
@@ -90,7 +100,7 @@ class OneSlotBatch(Batch):
     def __init__(self, slot: int, slots: int, backend: ModuleType, device: torch.device) -> None:
         self._slot, self._slots, self._backend, self._device = slot, slots, backend, device
         self._found: dict[int, tuple[Tensor, Any]] = {}
-        self.held = None
+        self.held = self.residual = None
 
     def of_tokens(self, rows: int) -> tuple[Tensor, Any]:
         """Slots and groups for a layer that is given so many rows."""

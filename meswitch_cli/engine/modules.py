@@ -33,6 +33,8 @@ class ExpertLinear(nn.Module):
         self.bias: Tensor | None = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         self.current, self.multiply = current, backend.expert_linear
+        #: The product and a residual at once, where the kernels do that.
+        self.summed: Callable[..., Tensor] | None = getattr(backend, "summed_linear", None)
         self.bank: ExpertBank | None = None
         #: Those that are given the same input, this one among them.
         self.siblings: Siblings | None = None
@@ -48,9 +50,13 @@ class ExpertLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def answer(self, x: Tensor, batch: Batch) -> Tensor:
-        """`[tokens, out]` of this layer alone."""
+        """`[tokens, out]` of this layer alone, with the residual that it shall add."""
         rows = x.reshape(-1, x.shape[-1])
-        return self.product(rows, *batch.of_tokens(rows.shape[0]))
+        slots, groups = batch.of_tokens(rows.shape[0])
+        if self.bank is None or self.summed is None or (residual := batch.take_residual(self)) is None:
+            return self.product(rows, slots, groups)
+        residual = residual.reshape(-1, residual.shape[-1])
+        return self.summed(residual, rows, self.weight, self.bias, self.bank.tensors, slots, groups)
 
     def product(self, rows: Tensor, slots: Tensor, groups: Any) -> Tensor:
         """`[tokens, out]` for rows of these slots; the layer has a bank, or none that matters."""

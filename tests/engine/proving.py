@@ -27,7 +27,8 @@ SIZES = {
 UNGROUPED = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 OPT = UNGROUPED | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
-GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 268} | {
+GPT_NEO = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 268, "max_position_embeddings": 512} | {
+    "attention_types": [[["global", "local"], 1]],
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -73,7 +74,7 @@ def why(config: dict[str, Any]) -> str | None:
 
 ONE_BY_ONE = {
     "bloom": {"model_type": "bloom", **BLOOM},
-    "gptj": {"model_type": "gptj", **GPTJ},
+    "gpt_neo": {"model_type": "gpt_neo", **GPT_NEO},
     "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2},
     "gpt_oss": config_of("gpt_oss", num_local_experts=4, head_dim=16),
     "granitemoe": config_of("granitemoe", num_local_experts=4),

@@ -272,15 +272,16 @@ def test_root_mean_square_norms_are_found_by_trying(dtype: torch.dtype) -> None:
     assert found(Elsewhere(64, 1e-4)) is None
 
 
-@pytest.mark.parametrize("version", ["5.22.4", "5.24.0", "4.57.1", "6.0", "unknown"])
+@pytest.mark.parametrize("version", ["5.22.4", "5.25.0", "4.57.1", "6.0", "unknown"])
 def test_other_transformers_are_refused(version: str) -> None:
-    with pytest.raises(EngineError, match=r"pip install 'transformers>=5\.23,<5\.24'"):
+    with pytest.raises(EngineError, match=r"pip install 'transformers>=5\.23,<5\.25'"):
         check_transformers(version)
 
 
 def test_this_transformers_is_known() -> None:
     check_transformers()
     check_transformers("5.23.7")
+    check_transformers("5.24.1")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 import transformers
 from command_line import fails, in_process
 from engine.family import Family
-from engine.proving import CPU, ELECTRA, GPTJ, MOE, ONE_BY_ONE, check, config_of, why
+from engine.proving import CPU, ELECTRA, GPT_NEO, MOE, ONE_BY_ONE, check, config_of, why
 
 from meswitch_cli.engine import (
     attention,
@@ -47,7 +47,8 @@ def one_cache_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shared(self: Decoding, *arguments: Any) -> None:
         init(self, *arguments)
-        self._kept = self._kept | {"past_key_values": kept.setdefault("cache", self._kept["past_key_values"])}
+        (name,) = self._kept.keys() & {"past_key_values", "cache"}  # the second since transformers 5.24
+        self._kept = self._kept | {name: kept.setdefault("cache", self._kept[name])}
 
     monkeypatch.setattr(Decoding, "__init__", shared)
 
@@ -65,9 +66,9 @@ def with_their_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("qwen3_5_text", never_placed, "logits of an expert differ"),
         ("qwen3_5_text", always_placed, "differ"),
-        ("gptj", one_cache_for_all, "differ"),
+        ("gpt_neo", one_cache_for_all, "differ"),
         ("mamba", with_their_weights_read, "logits of an expert differ"),
-        ("gptj", unchanged_linears, "logits of an expert differ"),
+        ("gpt_neo", unchanged_linears, "logits of an expert differ"),
     ],
     ids=["never-placed", "always-placed", "cache", "weights-read", "linears"],
 )
@@ -215,11 +216,11 @@ def test_a_config_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in ("here", "there"):
         prove(config_of("llama"), where, CPU, torch.bfloat16)
     assert made == ["llama"]
-    with pytest.raises(EngineError, match=r"^here: .*gptj"):
-        prove({"model_type": "gptj", **GPTJ}, "here", CPU, torch.float32)
-    with pytest.raises(EngineError, match=r"^there: .*gptj"):
-        prove({"model_type": "gptj", **GPTJ}, "there", CPU, torch.float32)
-    assert made == ["llama", "gptj"]
+    with pytest.raises(EngineError, match=r"^here: .*gpt_neo"):
+        prove({"model_type": "gpt_neo", **GPT_NEO}, "here", CPU, torch.float32)
+    with pytest.raises(EngineError, match=r"^there: .*gpt_neo"):
+        prove({"model_type": "gpt_neo", **GPT_NEO}, "there", CPU, torch.float32)
+    assert made == ["llama", "gpt_neo"]
 
 
 def test_the_process_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +230,7 @@ def test_the_process_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> Non
     threads, verbosity = threading.active_count(), transformers.logging.get_verbosity()
     check(config_of("llama"))
     with pytest.raises(EngineError):
-        check({"model_type": "gptj", **GPTJ})
+        check({"model_type": "gpt_neo", **GPT_NEO})
     assert torch.equal(torch.rand(4), expected)
     assert (threading.active_count(), transformers.logging.get_verbosity()) == (threads, verbosity)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32

@@ -13,7 +13,7 @@ from command_line import fails, in_process
 from engine.proving import (
     BLOOM,
     ELECTRA,
-    GPTJ,
+    GPT_NEO,
     LARGE,
     MOE,
     ONE_BY_ONE,
@@ -66,7 +66,7 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
     ("config", "reason"),
     [
         ({"model_type": "bloom", **BLOOM}, "does not serve bloom: logits of .* differ by .* from plain transformers'"),
-        ({"model_type": "gptj", **GPTJ}, "does not serve gptj: its attention is of its own kind"),
+        ({"model_type": "gpt_neo", **GPT_NEO}, "does not serve gpt_neo: its attention is of its own kind"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
         (
             config_of("opt", ffn_dim=96, word_embed_proj_dim=64),
@@ -78,7 +78,7 @@ def test_families_that_are_served(config: dict[str, Any]) -> None:
     ],
     ids=[
         "bloom",
-        "gptj",
+        "gpt_neo",
         "mamba",
         "opt-whose-config-names-key-heads",
         "biases-of-experts",

@@ -52,6 +52,25 @@ def test_partial_sums_are_added_in_a_fixed_order(ops, use):
     assert torch.equal(answer(ops, call), answer(ops, call))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 3, 20, 260], ids=["none", "few", "wider tiles", "parts"])
+def test_a_residual_is_added_to_what_is_rounded(ops, tokens, dtype):
+    """As a decoder layer adds it: the very same numbers, in all ways that a batch can take."""
+    call = random_call(tokens, 64, 48, bits=(2, 1), rank=(0, 3), bias=True, dtype=dtype, device=DEVICE, planes=True)
+    residual = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    groups = ops.group_tokens(call.slot_of_token, call.bank.slots)
+    given = call.x, call.weight, call.bias, call.bank.tensors, call.slot_of_token, groups
+    assert torch.equal(ops.summed_linear(residual, *given), residual + ops.expert_linear(*given))
+
+
+def test_a_residual_is_added_to_a_bank_without_codes(ops):
+    bank = ExpertBank(2, 64, 48, Capacity(bits=0, rank=4), torch.float32, DEVICE, planes=True)
+    x, weight, residual = (torch.randn(shape, device=DEVICE) for shape in ((3, 64), (48, 64), (3, 48)))
+    slots = torch.tensor([-1, -1, -1], dtype=torch.int32, device=DEVICE)
+    y = ops.summed_linear(residual, x, weight, None, bank.tensors, slots, ops.group_tokens(slots, 2))
+    torch.testing.assert_close(y, residual + x @ weight.T)
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_a_slot_that_cannot_be_served_gives_nan(ops, tokens):
     call = random_call(tokens, 64, 40, pattern="different", device=DEVICE, planes=True)

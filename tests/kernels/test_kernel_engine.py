@@ -39,15 +39,23 @@ def triton(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[obje
 @pytest.mark.parametrize("family", ["qwen3"])  # as Llama, and with norms of heads
 def test_a_family_comes_out_as_plain_transformers(family: str, triton: object, monkeypatch: pytest.MonkeyPatch) -> None:
     merged: list[int] = []
-    own = triton.merged_linear  # type: ignore[attr-defined]
+    summed: list[int] = []
+    own, own_sum = triton.merged_linear, triton.summed_linear  # type: ignore[attr-defined]
 
     def counted(*arguments: object) -> None:
         merged.append(arguments[5])  # type: ignore[arg-type]
         own(*arguments)
 
+    def sum_counted(residual: torch.Tensor, *arguments: object) -> torch.Tensor:
+        summed.append(len(residual))
+        y: torch.Tensor = own_sum(residual, *arguments)
+        return y
+
     monkeypatch.setattr(triton, "merged_linear", counted)
+    monkeypatch.setattr(triton, "summed_linear", sum_counted)
     proof.prove({"model_type": family, **SIZES}, "base", DEVICE, torch.float32)
     assert proof.SLOT in merged
+    assert min(summed) < 6 < max(summed)  # of tokens that decode alone, and of prompts that are merged
 
 
 def test_every_kind_of_linear_is_compiled_at_every_size(triton: object, monkeypatch: pytest.MonkeyPatch) -> None:

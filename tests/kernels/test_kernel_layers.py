@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from meswitch_kernels import GainBank
+from meswitch_kernels import Capacity, ExpertBank, GainBank
 from meswitch_kernels.dispatch import backend_module
 from meswitch_kernels.testing import random_call
 
@@ -15,6 +15,7 @@ llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
 
 joined = pytest.importorskip("meswitch_cli.engine.joined")
+residuals = pytest.importorskip("meswitch_cli.engine.residuals")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, EPSILON = 24, 1e-5
@@ -147,18 +148,62 @@ def test_other_backends_leave_a_model_as_it_is():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def expert_linears(model, triton):
+    """The linears of a model but for its head, replaced by layers that serve experts; all are in the same batch."""
+    linears, current = {}, modules.CurrentBatch()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and name != "embed_out":
+            parent, _, leaf = name.rpartition(".")
+            linears[name] = modules.ExpertLinear(module, current, triton)
+            setattr(model.get_submodule(parent), leaf, linears[name])
+    return linears
+
+
+@pytest.mark.parametrize(
+    ("family", "summing"),
+    [("llama", ["o_proj", "down_proj"]), ("qwen3", ["o_proj", "down_proj"]), ("gemma2", []), ("cohere", []),
+     ("granite", []), ("olmo2", []), ("gpt_neox", [])],
+)  # fmt: skip
+def test_last_linears_add_residuals_where_a_layer_does_nothing_else(family, summing, triton, monkeypatch):
+    """Not where what is added is normed or multiplied first. A batch of the base keeps the family's own layer."""
+    model = tiny_model(family)
+    linears = expert_linears(model, triton)
+    tokens = torch.arange(7, device=DEVICE)[None]
+    expected = model(tokens, use_cache=False).logits
+    joined.find_siblings(model, linears.values(), triton)
+    residuals.join_residuals(model, linears.values(), triton)
+    assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    added = []
+    for name, linear in linears.items():
+        linear.bank = ExpertBank(2, linear.in_features, linear.out_features, Capacity(bits=2), device=DEVICE)
+        linear.multiply = lambda x, weight, bias, *_: torch.nn.functional.linear(x, weight, bias)
+        linear.siblings = None
+        leaf = name.rpartition(".")[2]
+
+        def summed(residual, x, weight, bias, *_, leaf=leaf):
+            added.append(leaf)
+            return residual + torch.nn.functional.linear(x, weight, bias)
+
+        linear.summed = summed
+    slots = torch.full((7,), -1, dtype=torch.int32, device=DEVICE)
+    current = next(iter(linears.values())).current
+    current.batch = modules.Batch(slots, slots, 2, triton)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+    assert added == 2 * summing
+    linears = [linear for name, linear in linears.items() if name.endswith("o_proj")]
+    for linear in linears:  # no expert changes it
+        linear.bank = None
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+    assert added == 2 * summing + 2 * summing[1:]
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [("llama", ["q_proj k_proj v_proj", "gate_proj up_proj"]), ("phi3", []), ("gpt_neox", [])],
 )
 def test_linears_of_one_input_are_siblings(family, expected, triton):
     model = tiny_model(family)
-    linears = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head" and name != "embed_out":
-            parent, _, leaf = name.rpartition(".")
-            linears[name] = modules.ExpertLinear(module, modules.CurrentBatch(), triton)
-            setattr(model.get_submodule(parent), leaf, linears[name])
+    linears = expert_linears(model, triton)
     joined.find_siblings(model, linears.values(), triton)
     names = {id(linear): name.rpartition(".")[2] for name, linear in linears.items()}
     found = {id(linear.siblings): linear.siblings for linear in linears.values() if linear.siblings}

@@ -283,6 +283,7 @@ def test_bench(running: Running, tmp_path: Path) -> None:
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     table = meswitch("bench", *options, "--model", "red", "--model", "base")
     assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
+    assert "┃ tokens/s ┃ TTFT p50 ┃ p99 ┃ ITL p50 ┃ p99 ┃" in re.sub(" +", " ", table.stdout)  # none cut off
     pdf = meswitch("bench", *options, "--plot", tmp_path / "load.pdf")
     assert pdf.returncode == 2 and "must end in .png or .svg" in pdf.stderr and pdf.stdout == ""
     failed = meswitch("bench", *options, "--model", "violet", "--json")
