@@ -84,7 +84,7 @@ def plot(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         _tell(axes, _PLOTTED.get(name, name), point, _OFFSETS.get(name, (5, 4)), "#62656d")
     axes.set(yscale="log", xlabel="MB of one expert (the full model has 269)", ylabel="KL to it, % of the base's")
     axes.margins(x=0.14, y=0.1)
-    axes.set_xlim(left=7)
+    axes.set_xlim(left=5)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, metadata={"Date": None})

@@ -24,7 +24,11 @@ PRODUCTS = {
 }
 #: The row that is what it does by itself with a fine-tune, where that is not the first of `DEFAULTS` and no artifact is
 #: measured; None: bit for bit, which is no method (docs/results/sparse.md has what it takes).
-OTHER_FORMS = {"lora16": next(iter(PRODUCTS)), "reinforced": None}
+OTHER_FORMS = {
+    "lora16": "meswitch:bits=0,rank=16,factor_bits=8",
+    "lora64": "meswitch:bits=0,rank=64,factor_bits=8",
+    "reinforced": None,
+}
 _ALONE = "--embedding-rank 0 --embedding-bits"
 #: Other methods that are an option or two of `meswitch compress`.
 OPTIONS = {

@@ -77,13 +77,14 @@ def test_figures_are_those_of_the_pages() -> None:
     sections = re.split(r"^## ", fidelity, flags=re.M)
     strong = "".join(section for section in sections if section.startswith(("strong: ", "coder: ")))
     (weaker,) = [section for section in sections if section.startswith("Weaker fine-tunes")]
+    alone = "--embedding-rank 0 --embedding-bits"
     options = {
         ("scalar", 2, False): ["`--bits 2 --rank 0`"],
-        ("scalar", 2, True): ["`--bits 2`", "`--bits 2 --factor-bits 4`"],
+        ("scalar", 2, True): ["`--bits 2`", f"`--bits 2 {alone} 2`", f"`--bits 2 --factor-bits 4 {alone} 2`"],
         ("scalar", 1, False): ["`--bits 1 --rank 0`"],
-        ("scalar", 1, True): ["`--bits 1`"],
-        ("trellis", 1, True): ["`--bits 1 --code trellis --embedding-bits 2`"],
-        ("trellis", 0.25, True): ["`--bits 0.25`", "`--bits 0.25 --embedding-bits 2`"],
+        ("scalar", 1, True): ["`--bits 1`", f"`--bits 1 {alone} 2`"],
+        ("trellis", 1, True): [f"`--bits 1 --code trellis {alone} 2`"],
+        ("trellis", 0.25, True): ["`--bits 0.25`", f"`--bits 0.25 {alone} 1`", f"`--bits 0.25 {alone} 2`"],
     }
     of_weaker = {
         ("scalar", 2, False): "2 bits, output-unbiased, 8 salient: `--bits 2`",
