@@ -6,6 +6,11 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def plain_reason(message: str) -> str:
+    """What pydantic says of a value, without the name of its own exception before it."""
+    return message.removeprefix("Value error, ")
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """An exception, what it was raised from, and so on."""
     links = [error]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
+
+from meswitch_cli.errors import plain_reason
 
 #: Characters that a column of help holds on a terminal of 80 columns.
 _NARROW = 20
@@ -75,12 +79,29 @@ class Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _plain_reasons():
+            return super().parse_args(ctx, args)
+
 
 class CommandGroup(TyperGroup):
     """As `Command`, for commands that have subcommands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _plain_reasons():
+            return super().parse_args(ctx, args)
+
+
+@contextlib.contextmanager
+def _plain_reasons() -> Iterator[None]:
+    try:
+        yield
+    except typer.BadParameter as error:
+        error.message = plain_reason(error.message)
+        raise
 
 
 def _plain(parameters: list[Any]) -> list[Any]:

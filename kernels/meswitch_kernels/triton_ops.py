@@ -200,14 +200,18 @@ def expert_embedding(
         bank.channel_scale,
         bank.salient_index,
         bank.salient_value,
+        bank.left,
+        bank.right,
         added_rows,
         bank.slot_bits,
         bank.slot_group,
+        bank.slot_rank,
         slot_of_token.contiguous(),
         bank.slot_bits.shape[0],
         hidden,
         vocab,
         bank.salient_index.shape[1],
+        bank.right.shape[1],
         added_rows.shape[1],
         weight.stride(0),
         bank.codes.stride(0),
@@ -215,8 +219,6 @@ def expert_embedding(
         NUMBERS=bank.formats,
         BLOCK=_ROW_BLOCK,
     )
-    if bank.right.shape[1]:
-        y += codeless.low_rank_rows(ids, vocab, bank, slot_of_token).to(y.dtype)
     return y
 
 

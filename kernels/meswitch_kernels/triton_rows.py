@@ -20,14 +20,18 @@ def embedding_rows(
     channel_scale,
     salient_index,
     salient_value,
+    left,
+    right,
     added_rows,
     slot_bits,
     slot_group,
+    slot_rank,
     slot_of_token,
     slots,
     hidden,
     vocab,
     max_salient,
+    max_rank,
     max_added,
     weight_stride,
     codes_stride,
@@ -63,6 +67,11 @@ def embedding_rows(
                 channel = tl.load(salient_index + slot * max_salient + j)
                 residual = tl.load(salient_value + (slot.to(tl.int64) * vocab + row) * max_salient + j)
                 value += tl.where(k == channel, residual.to(tl.float32), 0.0)
+            rank = tl.load(slot_rank + slot, mask=max_rank > 0, other=0)  # a bank without ranks has none there
+            for r in range(0, rank):
+                share = tl.load(left + (slot.to(tl.int64) * vocab + row) * max_rank + r).to(tl.float32)
+                direction = right + (slot * max_rank + r).to(tl.int64) * hidden + k
+                value += share * tl.load(direction, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(servable, value, float("nan"))
     tl.store(y + token * hidden + k, value.to(y.dtype.element_ty), mask=inside)
 

@@ -145,7 +145,15 @@ def expert_tensor(shard: Shard, entry: TensorEntry, base: torch.Tensor) -> torch
     Raises:
         ArtifactError: the shard is damaged, or the base tensor has another shape than the artifact was made for.
     """
-    stored = shard.delta(entry.name)
+    return value_of(shard.delta(entry.name), entry, base)
+
+
+def value_of(stored: StoredDelta, entry: TensorEntry, base: torch.Tensor) -> torch.Tensor:
+    """As `expert_tensor`, of what is stored.
+
+    Raises:
+        ArtifactError: the base tensor has another shape than the artifact was made for.
+    """
     if stored.value is not None:
         return stored.value.float()
     if tuple(base.shape) != entry.base_shape:

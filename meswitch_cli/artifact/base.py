@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
+from meswitch_cli.checkpoint.fingerprint import short_fingerprint
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import architecture
 
@@ -35,8 +36,9 @@ def refuse_other_base(manifest: Manifest, found: str, path: object) -> None:
     Raises:
         ArtifactError: they differ.
     """
-    if found != manifest.base.fingerprint:
+    own = manifest.base
+    if found != own.fingerprint:
         raise ArtifactError(
-            f"wrong base: {path} has fingerprint {found}, the artifact was made against {manifest.base.id} "
-            f"with {manifest.base.fingerprint}; give that base, or compress the fine-tune against this one"
+            f"wrong base: {path} has fingerprint {short_fingerprint(found)}, the artifact was made against {own.id} "
+            f"with {short_fingerprint(own.fingerprint)}; give that base, or compress the fine-tune against this one"
         )

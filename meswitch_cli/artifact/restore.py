@@ -18,7 +18,7 @@ from meswitch_cli.artifact.carried import CARRIED_TENSORS, Carried
 from meswitch_cli.artifact.disk import disk_errors, refuse_occupied, whole_folder, write_atomically
 from meswitch_cli.artifact.sidefiles import CONFIG_FILE
 from meswitch_cli.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from meswitch_cli.checkpoint.fingerprint import fingerprint, tensor_digest
+from meswitch_cli.checkpoint.fingerprint import fingerprint, short_fingerprint, tensor_digest
 from meswitch_cli.errors import ArtifactError
 from meswitch_cli.model.architecture import Parameter, architecture
 from meswitch_cli.model.dtype import DTYPES, dtype_name, stored_dtype
@@ -104,10 +104,11 @@ def _refuse_other_expert(artifact: Artifact, found: str) -> None:
     Raises:
         ArtifactError: what was made of an exact artifact is not its expert.
     """
-    if found != artifact.manifest.expert.fingerprint:
+    expert = artifact.manifest.expert
+    if found != expert.fingerprint:
         raise ArtifactError(
-            f"{artifact.path}: what it restores to has fingerprint {found}, its expert {artifact.manifest.expert.id} "
-            f"has {artifact.manifest.expert.fingerprint}: damaged when it was made?"
+            f"{artifact.path}: what it restores to has fingerprint {short_fingerprint(found)}, its expert {expert.id} "
+            f"has {short_fingerprint(expert.fingerprint)}: damaged when it was made?"
         )
 
 

@@ -125,13 +125,13 @@ class Workspace:
         shard = self.shard_path(record.shard.name)
         return record if shard.exists() and shard.stat().st_size == record.shard.nbytes else None
 
-    def stored(self, name: str) -> Any:
-        """The JSON value that `store` kept; None where there is none.
+    def stored(self, name: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
+        """What `make` makes of the JSON value that `store` kept; None where there is none.
 
         Raises:
             ArtifactError: it is damaged.
         """
-        return self._read(f"{name}.json", lambda value: value)
+        return self._read(f"{name}.json", make)
 
     def store(self, name: str, value: Any) -> None:
         """Keep a JSON value that only the work needs."""
@@ -195,6 +195,12 @@ class Workspace:
                     raise ArtifactError(f"{path}: changed on disk since it was written; delete it and run again")
 
 
+def unfinished_work(out: Path) -> Workspace:
+    """The place where `out` is made, to look at what an earlier run kept there: nothing is made, and nothing held."""
+    out = out.expanduser().absolute()
+    return Workspace(out, out.parent / f".{out.name}.partial")
+
+
 @contextmanager
 def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
     """Open the place where `out` is made, held against other processes.
@@ -202,8 +208,8 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
     Raises:
         ArtifactError: `out` exists (and `force` does not apply), is in use by another process, or cannot be written.
     """
-    out = out.expanduser().absolute()
-    state = out.parent / f".{out.name}.partial"
+    unfinished = unfinished_work(out)
+    out, state = unfinished.out, unfinished.state
     require_free(out, force=True)
     with making(out, state):
         if (out / MANIFEST_FILE).is_file() and not (state / "artifact").exists():
@@ -217,7 +223,7 @@ def workspace(out: Path, *, force: bool) -> Iterator[Workspace]:
         if out.exists() and not any(out.iterdir()):
             with disk_errors(out):
                 out.rmdir()
-        yield Workspace(out, state)
+        yield unfinished
 
 
 def require_free(out: Path, *, force: bool) -> None:

@@ -9,6 +9,8 @@ import torch
 
 from meswitch_cli.checkpoint.tensorfile import tensor_bytes
 
+_SHOWN_DIGITS = 12
+
 
 def tensor_digest(name: str, tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's name, dtype, shape and bytes, as hexadecimal."""
@@ -23,3 +25,8 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     for name in sorted(digests):
         digest.update(f"{name}={digests[name]}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def short_fingerprint(of_model: str) -> str:
+    """Enough of a fingerprint to tell models apart in a sentence; `inspect` shows all of it."""
+    return of_model[: len("sha256:") + _SHOWN_DIGITS]

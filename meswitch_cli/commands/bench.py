@@ -110,8 +110,8 @@ def run(
 def _table(result: dict[str, Any]) -> Table:
     from meswitch_cli.commands.console import table
 
-    title = f"{result['requests']} requests in {result['seconds']:.1f} s, {result['concurrency']} at once"
-    columns = ("answered by", "requests", "failed", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)")
+    title = f"{result['requests']} requests in {result['seconds']:.1f} s, {result['concurrency']} at once; times in ms"
+    columns = ("model", "requests", "failed", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99")
     shown = table(title, *columns)
     for name, row in (*result["experts"].items(), ("all", result)):
         times = [

@@ -31,6 +31,7 @@ PANELS = {
         "group_size",
         "channel_scale",
         "embedding_bits",
+        "embedding_rank",
         "size",
         "target_bits",
         "exact",
@@ -39,7 +40,8 @@ PANELS = {
 }
 
 
-EMBEDDING_DEFAULT = "1 beside trellis codes, else 2, or --bits if more"
+EMBEDDING_DEFAULT = "as --bits, but 0.25 at least; 1 beside 2, 2 beside 4"
+EMBEDDING_RANK_DEFAULT = "16; 0 with --rank 0 or --exact"
 
 
 def rate(text: str) -> float:
@@ -119,6 +121,14 @@ def run(
         Rate | None,
         typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
     ] = None,
+    embedding_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Leading singular directions kept of embedding and head, beside their codes.",
+            show_default=EMBEDDING_RANK_DEFAULT,
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +183,7 @@ def run(
         from meswitch_cli.model.device import choose_device
 
         share_one_arena()
+        budget = parse_bytes(size, "--size") if size else None
         require_free(out, force=force)
         chosen = choose_device(device)
         data, recorded = calibration_asked(calibration)
@@ -186,20 +197,21 @@ def run(
             "rounding": rounding,
             "steps": steps,
             "embedding_bits": rate(embedding_bits) if embedding_bits else None,
+            "embedding_rank": embedding_rank,
             "factor_bits": int(factor_bits) if factor_bits else None,
             "exact": exact,
             "calibration": recorded,
             "samples": samples,
             "sequence_length": sequence_length,
             "seed": seed,
-            "size": parse_bytes(size) if size else None,
+            "size": budget,
             "target_bits": target_bits,
         }
         job = prepare(base, expert, out, CompressionSettings.with_defaults(**options), data)
         job, sizes = choose_form(job, options)
     if not as_json:
         report.print_plan(job)
-        if sizes and sizes.smallest != "code":
+        if sizes and sizes.best != "code":
             report.print_form(sizes)
     notes = job.notes()
     print_notes(notes)

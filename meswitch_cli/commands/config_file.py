@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from meswitch_cli.errors import UsageError
+from meswitch_cli.errors import UsageError, plain_reason
 from meswitch_cli.paths import user_path
 from meswitch_cli.textfile import read_text
 
@@ -107,7 +107,7 @@ def _checked(option: Any, value: Any, context: typer.Context, where: str) -> Any
     try:
         option.process_value(context, given)
     except typer.BadParameter as error:
-        raise UsageError(f"{where}: {error.message.removeprefix('Value error, ')}") from error
+        raise UsageError(f"{where}: {plain_reason(error.message)}") from error
     return given
 
 

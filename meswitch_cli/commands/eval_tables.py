@@ -54,21 +54,23 @@ def print_tables(report: Mapping[str, Any]) -> None:
 
 def judgements(report: Mapping[str, Any]) -> list[str]:
     """A sentence for each artifact, on the set where it is farthest from its expert; none without a text."""
-    artifacts = [item["label"] for item in report["models"] if item["kind"] == "artifact"]
+    artifacts = [item for item in report["models"] if item["kind"] == "artifact"]
     told = []
-    for label in artifacts:
-        rows = [row for row in report["fidelity"] if row["model"] == label and row.get("kl_share") is not None]
+    for item in artifacts:
+        rows = [row for row in report["fidelity"] if row["model"] == item["label"] and row.get("kl_share") is not None]
         if rows:
-            told.append(_judgement(max(rows, key=lambda row: row["kl_share"]), len(rows)))
+            what = ", as an engine codes it when it loads it," if item.get("served") else ""
+            told.append(_judgement(max(rows, key=lambda row: row["kl_share"]), len(rows), what))
     return told
 
 
-def _judgement(row: Mapping[str, Any], sets: int) -> str:
+def _judgement(row: Mapping[str, Any], sets: int, what: str) -> str:
     share = row["kl_share"]
     words = next(words for limit, words in JUDGEMENTS if share < limit)
     where = row["set"] if sets == 1 else f"{row['set']}, the worst of {sets} sets"
     sure = "" if row["items"] >= FEW_ITEMS else f". {row['items']} items are few: measure more before you rely on it"
+    agreed = f"{100 * row['top1_agreement']:.1f} % of its likeliest tokens are the expert's"
     return (
-        f"{row['model']} is {words}. On {where}, its KL is {row['kl_mean']:.2g} nats a token, {100 * share:.2g} % of "
-        f"the base's, and {100 * row['top1_agreement']:.1f} % of its likeliest tokens are the expert's{sure}"
+        f"{row['model']}{what} is {words}. On {where}, its KL is {row['kl_mean']:.2g} nats a token, "
+        f"{100 * share:.2g} % of the base's, and {agreed}{sure}"
     )

@@ -76,7 +76,7 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
         return
     report.print_fine_tune(expert, base, found)
     typer.echo(f"looks like {WHAT[found.kind]}")
-    if found.sizes and found.sizes.smallest == "exact":
+    if found.sizes and found.sizes.best == "exact":
         typer.echo("compress keeps it bit for bit by itself, as that takes no more than its code")
-    if found.sizes and found.sizes.smallest == "product":
+    if found.sizes and found.sizes.best == "product":
         typer.echo(f"compress keeps its products of rank {found.rank} alone by itself, as they take less than its code")

@@ -25,7 +25,7 @@ def after_compress(base: str, expert: str, out: Path) -> list[list[object]]:
         check_name(name)
     except UsageError:
         name = "NAME"
-    report = f"{out}-eval"
+    report = f"{out.name}-eval"  # not beside the artifact: serve --experts-dir would take it for one
     return [
         ["eval", "--base", base, "--expert", expert, "--artifact", out, "--text", "HELD-OUT.jsonl", "--out", report],
         ["serve", "--base", base, "--expert", f"{name}={out}"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, Rate, rate
+from meswitch_cli.commands.compress import EMBEDDING_DEFAULT, EMBEDDING_RANK_DEFAULT, LinearRate, Rate, rate
 from meswitch_cli.delta.codes import CodeName
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ PANELS = {
         "adapter_rank",
         "group_size",
         "embedding_bits",
+        "embedding_rank",
         "artifact",
         "added_rows",
     ),
@@ -38,9 +39,10 @@ def run(
     experts: Annotated[int, typer.Option(min=1, help="How many experts are to be served.")],
     device_memory: Annotated[str, typer.Option(help="Memory of the device, as 80GB or 24GiB.")],
     bits: Annotated[
-        Rate | None,
+        LinearRate | None,
         typer.Option(
-            help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU.",
+            help="Bits a weight of the experts' linear layers, on disk and in a slot of a GPU; 0: directions alone, as "
+            "for compress.",
             show_default="1; 2 with --exact",
         ),
     ] = None,
@@ -61,7 +63,7 @@ def run(
         int | None,
         typer.Option(
             min=0,
-            help="Leading singular directions a tensor keeps beside its codes.",
+            help="Leading singular directions a tensor keeps, beside its codes if it has any.",
             show_default="16",
         ),
     ] = None,
@@ -73,6 +75,10 @@ def run(
     embedding_bits: Annotated[
         Rate | None,
         typer.Option(help="Bits a weight of embedding and head.", show_default=EMBEDDING_DEFAULT),
+    ] = None,
+    embedding_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Leading directions kept of embedding and head.", show_default=EMBEDDING_RANK_DEFAULT),
     ] = None,
     artifact: Annotated[
         list[Path] | None,
@@ -104,6 +110,7 @@ def run(
 
     if card and adapter_rank:
         raise UsageError("--card: how fast adapters are was not measured; leave it out with --adapter-rank")
+    nbytes = parse_bytes(device_memory, "--device-memory")
     known = find_card(card) if card else None
     settings = CompressionSettings.with_defaults(
         bits=rate(bits) if bits else None,
@@ -113,11 +120,12 @@ def run(
         rank=rank,
         group_size=group_size,
         embedding_bits=rate(embedding_bits) if embedding_bits else None,
+        embedding_rank=embedding_rank,
     )
     plan = plan_memory(
         Checkpoint.describe(base),
         settings.by_kind(),
-        device_nbytes=parse_bytes(device_memory),
+        device_nbytes=nbytes,
         experts=experts,
         slots=slots,
         context=context,

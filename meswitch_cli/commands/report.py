@@ -73,7 +73,7 @@ def print_form(sizes: FormSizes) -> None:
     """Why an expert is stored in another form than the default code without being asked; on stderr."""
     exact, code = megabytes(sizes.exact), megabytes(sizes.code)
     told = f"bit for bit, since that takes about {exact} and the default code {code}"
-    if sizes.smallest == "product" and sizes.product is not None:
+    if sizes.best == "product" and sizes.product is not None:
         told = (
             f"a merged LoRA of rank {sizes.rank}: stored as its products alone, about {megabytes(sizes.product)}, "
             f"where the default code takes {code} and bit for bit {exact}"

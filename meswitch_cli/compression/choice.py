@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meswitch_cli.artifact.shard import SHARD_NBYTES, header_nbytes
+from meswitch_cli.artifact.shard import SHARD_NBYTES
 from meswitch_cli.artifact.workspace import Workspace
 from meswitch_cli.calibration.data import random_window
 from meswitch_cli.calibration.sensitivity import Sensitivities, drawn_windows, stream_sensitivities
@@ -20,6 +19,7 @@ from meswitch_cli.calibration.stream import calibration_dtype
 from meswitch_cli.compression.budget import Allocation, Point, allocate, least_nbytes, near_hull
 from meswitch_cli.compression.plan import Job, OnProgress, SizeChoice
 from meswitch_cli.compression.settings import RANDOM
+from meswitch_cli.compression.size import entry_nbytes, named_like
 from meswitch_cli.compression.windows import calibration_windows
 from meswitch_cli.delta.codes import CODES, TRELLIS_CODES, CodeName
 from meswitch_cli.delta.settings import QuantizerSettings
@@ -39,8 +39,8 @@ _CODES: tuple[tuple[float, CodeName], ...] = (
 #: What may be chosen for a kind of tensor.
 OPTIONS = {
     "linear": Options(_CODES, ranks=(0, 4, 16, 64), salient=(0, 2, 8, 32)),
-    "head": Options(_CODES, salient=(0, 2, 8, 32)),
-    "embedding": Options(_CODES),
+    "head": Options(_CODES, ranks=(0, 16), salient=(0, 2, 8, 32)),
+    "embedding": Options(_CODES, ranks=(0, 16)),
 }
 #: Windows whose predictions are asked, and tokens of each; random windows have their own length.
 WINDOWS, WINDOW_TOKENS = 4, 128
@@ -135,8 +135,7 @@ def _costs_of(
         same = item.shape == item.base_shape and torch.equal(base.float(), expert.float())
         return None if same else []
     options, template = OPTIONS[item.kind].within(item.shape), _template(job, item)
-    # An embedding's or a head's rates are few, and every one of them on the hull.
-    some = item.kind == "linear" and math.prod(item.shape) >= LEAST_WEIGHTS
+    some = math.prod(item.shape) >= LEAST_WEIGHTS
 
     def worth_measuring(reckoned: list[float]) -> list[bool]:
         sizes = _sizes(job, item, options.settings(template))
@@ -203,7 +202,7 @@ def _chosen(job: Job, costs: Mapping[str, list[float | None] | None]) -> dict[st
                 entry = TensorEntry(name="", kind="dense", shape=item.shape, base="", base_shape=item.base_shape)
             else:
                 entry = expected_entry(quantizer, item.shape, item.base_shape)
-            fixed += _nbytes(entry, _itemsize(job, item), _named(item), _digits(job))
+            fixed += entry_nbytes(entry, _itemsize(job, item), named_like(item), _digits(job))
     least = fixed + least_nbytes(points)
     if least > budget:
         asked = "--size" if job.settings.size is not None else "--target-bits"
@@ -226,24 +225,14 @@ def _chosen(job: Job, costs: Mapping[str, list[float | None] | None]) -> dict[st
 def _sizes(job: Job, item: PlannedTensor, choices: Sequence[QuantizerSettings]) -> list[int]:
     """Bytes with each of the choices, headers with them."""
     return list(
-        _sizes_at(tuple(choices), item.shape, item.base_shape, _itemsize(job, item), _named(item), _digits(job))
+        _sizes_at(tuple(choices), item.shape, item.base_shape, _itemsize(job, item), named_like(item), _digits(job))
     )
 
 
 @functools.lru_cache(maxsize=1024)  # layers are alike, and a thousand headers take as long to write as to be measured
 def _sizes_at(choices: tuple[QuantizerSettings, ...], *of_tensor: Any) -> tuple[int, ...]:
     shape, base_shape, *rest = of_tensor
-    return tuple(_nbytes(expected_entry(choice, shape, base_shape), *rest) for choice in choices)
-
-
-def _nbytes(entry: TensorEntry, itemsize: int, name: str, digits: int) -> int:
-    named = replace(entry, name=name)
-    return named.expected_nbytes(itemsize) + header_nbytes(named, digits)
-
-
-def _named(item: PlannedTensor) -> str:
-    """A name as long as the tensor's in a header."""
-    return "x" * (len(json.dumps(item.name)) - 2)
+    return tuple(entry_nbytes(expected_entry(choice, shape, base_shape), *rest) for choice in choices)
 
 
 def _itemsize(job: Job, item: PlannedTensor) -> int:

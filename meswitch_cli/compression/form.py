@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from meswitch_cli import __version__
+from meswitch_cli.artifact.workspace import unfinished_work
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.product import product_rank
@@ -35,9 +37,13 @@ MOST_ERROR = 0.5
 _SILENT = ("samples", "sequence_length", "seed")
 #: What options are where they are not given; the others are None or False then.
 _ABSENT: Mapping[str, Any] = {"calibration": RANDOM, "group_size": 0, "rounding": "nearest"}
-
+#: Under this name the answer lies with unfinished work.
+FORM_ANSWER = "form"
 
 Form = Literal["exact", "product", "code"]
+#: Products may take so many times the bytes of a code: in as many bytes they have a third of its KL
+#: (docs/results/compression.md, of a merged LoRA of rank 64).
+PRODUCT_WORTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -51,27 +57,64 @@ class FormSizes:
     rank: int | None = None
 
     @property
-    def smallest(self) -> Form:
-        """The form of the fewest bytes, of equals the nearest to the expert; of what stores nothing, the code."""
+    def best(self) -> Form:
+        """The form of the fewest bytes, of equals the nearest to the expert, and products where they take hardly more;
+        of what stores nothing, the code."""
         least = min(size for size in (self.exact, self.code, self.product) if size is not None)
         if not self.exact or not self.code:
             return "code"
-        return "exact" if self.exact == least else "product" if self.product == least else "code"
+        if self.exact == least:
+            return "exact"
+        return "product" if self.product is not None and self.product <= PRODUCT_WORTH * least else "code"
 
 
 def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | None]:
     """What a user leaves open in options, by their names in `CompressionSettings.with_defaults`: the job in its
     smallest form, with the code that a server makes of one that is bit for bit; and the sizes where there is a choice.
 
+    The weights are not asked again where an interrupted run of the same work has kept the answer.
+
     Raises:
+        ArtifactError: what it kept is damaged.
         CheckpointError: a weight cannot be read, is NaN or infinite.
     """
-    sizes = None
-    if leaves_form_open(options):
-        job, sizes = in_smallest_form(job)
-    if job.settings.exact and leaves_form_open({**options, "exact": False}):
-        job = with_served_code(job)
-    return job, sizes
+    if not leaves_form_open({**options, "exact": False}):
+        return job, None
+    question = {
+        "version": __version__,
+        "options": dict(options),
+        "base_files": job.base.stat_digest(),
+        "expert_files": job.expert.stat_digest(),
+    }
+    kept = unfinished_work(job.out).stored(FORM_ANSWER, _FormAnswer.from_value)
+    if kept is None or kept.question != question:
+        kept = _asked(job, question, options)
+    answered = replace(job, settings=kept.settings, remarks=(*job.remarks, *kept.remarks), form_answer=asdict(kept))
+    return answered, kept.sizes
+
+
+@dataclass(frozen=True)
+class _FormAnswer:
+    """What `choose_form` found: settings, sizes where there is a choice, notes; and what it was asked."""
+
+    question: Mapping[str, Any]
+    settings: CompressionSettings
+    sizes: FormSizes | None
+    remarks: tuple[str, ...]
+
+    @classmethod
+    def from_value(cls, value: Mapping[str, Any]) -> _FormAnswer:
+        """The answer of which `asdict` is this JSON value."""
+        sizes = value["sizes"] and FormSizes(**value["sizes"])
+        settings = CompressionSettings(**value["settings"])
+        return cls(dict(value["question"]), settings, sizes, tuple(value["remarks"]))
+
+
+def _asked(job: Job, question: Mapping[str, Any], options: Mapping[str, Any]) -> _FormAnswer:
+    chosen, sizes = in_smallest_form(job) if leaves_form_open(options) else (job, None)
+    if chosen.settings.exact:
+        chosen = with_served_code(chosen)
+    return _FormAnswer(question, chosen.settings, sizes, chosen.remarks[len(job.remarks) :])
 
 
 def leaves_form_open(options: Mapping[str, Any]) -> bool:
@@ -90,11 +133,11 @@ def in_smallest_form(job: Job) -> tuple[Job, FormSizes | None]:
         return job, None
     rank = product_rank(job.base, job.expert, job.plan)
     sizes = form_sizes(job.base, job.expert, job.plan, job.settings, rank)
-    if sizes is None or sizes.smallest == "code":
+    if sizes is None or sizes.best == "code":
         return job, sizes
     own = job.settings
     kept: dict[str, Any] = {"samples": own.samples, "sequence_length": own.sequence_length, "seed": own.seed}
-    if sizes.smallest == "exact":
+    if sizes.best == "exact":
         return replace(job, settings=CompressionSettings.with_defaults(exact=True, **kept)), sizes
     settings = product_settings(sizes.rank or 0, **kept)
     return replace(job, settings=settings.for_products(has_head=job.plan.has_head)), sizes

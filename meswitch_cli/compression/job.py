@@ -27,6 +27,7 @@ from meswitch_cli.compression.choice import with_choice
 from meswitch_cli.compression.closeness import WeakDeltaError, refuse_weak
 from meswitch_cli.compression.distill import distill
 from meswitch_cli.compression.exact import stream_of
+from meswitch_cli.compression.form import FORM_ANSWER
 from meswitch_cli.compression.low_rank import products_of
 from meswitch_cli.compression.pairs import ExpertAhead, PairReader, Side, TensorPair, reading_order
 from meswitch_cli.compression.plan import Job, OnProgress
@@ -62,7 +63,7 @@ def prepare(
         settings = settings.for_exact()
     if isinstance(opened_expert, AdaptedCheckpoint):
         settings = settings.for_adapter(has_full_layers=opened_expert.has_full_layers)
-    elif settings.factor_bits is not None and not settings.rank:
+    elif settings.factor_bits is not None and not (settings.rank or settings.embedding_rank):
         raise UsageError(f"--factor-bits: there are no factors; {opened_expert.source.path} is no adapter, give --rank")
     for opened in (opened_base, opened_expert):
         require_name(opened.source.id, opened.source.path, CheckpointError)
@@ -106,6 +107,8 @@ def compress(
     """
     with workspace(job.out, force=force) as space:
         _continue_or_start(job, space, force)
+        if job.form_answer is not None:
+            space.store(FORM_ANSWER, job.form_answer)
         if job.settings.has_budget:
             job = with_choice(job, space, device, on_progress)
         records = _quantise(job, space, device, on_progress, on_note)

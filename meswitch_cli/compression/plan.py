@@ -37,7 +37,12 @@ class SizeChoice:
 
 @dataclass(frozen=True)
 class Job:
-    """Two checkpoints that belong together, what to do with them, and where the artifact goes."""
+    """Two checkpoints that belong together, what to do with them, and where the artifact goes.
+
+    Attributes:
+        choice: what a budget gave to each tensor.
+        form_answer: what `form.choose_form` found, as JSON, kept with unfinished work; None where nothing was asked.
+    """
 
     base: Checkpoint
     expert: Checkpoint
@@ -48,6 +53,7 @@ class Job:
     side_files: Mapping[str, bytes]
     choice: SizeChoice | None = None
     remarks: tuple[str, ...] = ()
+    form_answer: Mapping[str, Any] | None = None
 
     def settings_of(self, item: PlannedTensor) -> QuantizerSettings | None:
         """Settings of a tensor, None for one that is stored whole; a budget's must have been chosen."""

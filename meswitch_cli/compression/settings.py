@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 from meswitch_cli.artifact.served import UNRELATED_BITS
 from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName, default_code, listed
 from meswitch_cli.delta.low_rank import FACTOR_BITS, FACTOR_WIDTHS, HALF_BITS
-from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, Rounding, StepRule
+from meswitch_cli.delta.settings import MAX_RANK, ChannelScale, QuantizerSettings, Rounding, StepRule
 from meswitch_cli.errors import UsageError
 
 #: What a budget chooses tensor by tensor.
-CHOSEN_BY_BUDGET = ("bits", "code", "salient", "rank", "embedding_bits")
-_TOLD_IF_GIVEN = ("code", "factor_bits", "exact", "size", "target_bits")
+CHOSEN_BY_BUDGET = ("bits", "code", "salient", "rank", "embedding_bits", "embedding_rank")
+_TOLD_IF_GIVEN = ("code", "factor_bits", "embedding_rank", "exact", "size", "target_bits")
 #: Width of an adapter's factors: what adapters are trained in.
 ADAPTER_FACTOR_BITS = 16
 #: Calibration by random tokens.
@@ -35,14 +35,30 @@ def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
     return "rms" if bits == 1 and code == "scalar" else "none"
 
 
-def default_embedding_bits(bits: float, code: CodeName) -> float:
-    """Beside trellis codes 1 bit by one: on the strong experts KL grows by 4 to 28 % for 21 % fewer bytes, with half a
-    bit by 24 to 158 % for another 13 % (docs/results/trellis.md)."""
+#: Directions cut KL to a tenth at 1 bit, to a sixteenth at 2 (docs/results/compression.md).
+DEFAULT_RANK = 16
+#: Of embedding and head. A few tokens hold most of such a factor, and 4 bits, with one step for all of them, leave
+#: five times the noise of codes and directions together (docs/results/trellis.md).
+EMBEDDING_FACTOR_BITS = 8
+#: Beside them an eighth of a bit doubles the KL of the whole.
+LEAST_EMBEDDING_BITS = 0.25
+
+
+def default_embedding_rank(rank: int) -> int:
+    """As many as a linear has by default, for a user who wants directions at all."""
+    return DEFAULT_RANK if rank else 0
+
+
+def default_embedding_bits(bits: float, code: CodeName, rank: int) -> float:
+    """Beside `rank` directions as many as the linears have, between a quarter of a bit and 1, and half as many beyond:
+    the directions hold 80 to 93 % of the delta's energy, and further bits are better spent on linears. Alone 2 bits,
+    or 1 by a trellis code beside such codes (docs/results/trellis.md)."""
+    if rank:
+        own = bits or DEFAULT_BITS
+        return min(max(own, LEAST_EMBEDDING_BITS), max(1, own / 2))
     return 1 if code == "trellis" else max(2, bits)
 
 
-#: Directions cut KL to a tenth at 1 bit, to a sixteenth at 2 (docs/results/compression.md).
-DEFAULT_RANK = 16
 #: What a slot's code of an expert that is stored bit for bit has, where the user says nothing: docs/results/sparse.md.
 #: Factors lie in a slot in 16 bits anyway, and rounded to 4 they are what limits such a code.
 SERVED_BITS, SERVED_FACTOR_BITS = 2, HALF_BITS
@@ -63,9 +79,11 @@ class CompressionSettings:
         steps: as there, or `distill`: unbiased steps trained end to end afterwards.
         embedding_bits: what the codes of embedding and head store for a weight; a trellis code's where the linears'
             are, too, if there is one.
+        embedding_rank: leading directions that are kept of embedding and head, beside their codes.
         calibration: SHA-256 of the calibration file, `RANDOM` for random tokens in its place, None for no statistics.
         samples, sequence_length: calibration windows and their tokens.
-        factor_bits: width of the factors' numbers; None is 16 of an adapter's, of others as `default_factor_bits`.
+        factor_bits: width of the factors' numbers; None is 16 of an adapter's, `EMBEDDING_FACTOR_BITS` of embedding and
+            head, of others as `default_factor_bits`.
         exact: whether the expert is stored bit for bit; bits and the like are those of the code that an engine makes
             of it at loading.
         seed: order of the calibration items and of the batches of `distill`; the random tokens.
@@ -85,6 +103,7 @@ class CompressionSettings:
     rounding: Rounding = "nearest"
     steps: StepMethod = "unbiased"
     embedding_bits: float = 2
+    embedding_rank: int = 0
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 512
@@ -110,6 +129,10 @@ class CompressionSettings:
             raise UsageError(str(error)) from error
         if self.embedding_bits not in RATES:
             raise UsageError(f"--embedding-bits must be {listed(RATES)}, not {self.embedding_bits}")
+        if not 0 <= self.embedding_rank <= MAX_RANK:
+            raise UsageError(f"--embedding-rank must lie between 0 and {MAX_RANK}, not {self.embedding_rank}")
+        if self.exact and self.embedding_rank:
+            raise UsageError("--embedding-rank: the code of --exact is made at loading, without directions there")
         if self.samples < 1 or self.sequence_length < 8:
             raise UsageError("--samples must be at least 1 and --sequence-length at least 8")
         if self.calibration in (None, RANDOM) and (linears.needs_gram or self.steps == "distill"):
@@ -159,6 +182,7 @@ class CompressionSettings:
         channel_scale: ChannelScale | None = None,
         steps: StepMethod | None = None,
         embedding_bits: float | None = None,
+        embedding_rank: int | None = None,
         calibration: str | None = RANDOM,
         **others: Any,
     ) -> CompressionSettings:
@@ -171,9 +195,9 @@ class CompressionSettings:
             raise UsageError(f"no such setting: {', '.join(unknown)}")
         rule = steps or DEFAULT_STEPS
         if others.get("size") is not None or others.get("target_bits") is not None:
-            given = {"bits": bits, "code": code, "salient": salient, "rank": rank, "embedding_bits": embedding_bits}
-            for name in CHOSEN_BY_BUDGET:
-                if given[name] is not None:
+            given = (bits, code, salient, rank, embedding_bits, embedding_rank)
+            for name, value in zip(CHOSEN_BY_BUDGET, given, strict=True):
+                if value is not None:
                     option = f"--{name.replace('_', '-')}"
                     raise UsageError(f"{option}: a size or target bits choose that; give either {option} or a budget")
             return cls(steps=rule, channel_scale=channel_scale or "none", calibration=calibration, **others)
@@ -183,16 +207,20 @@ class CompressionSettings:
             rule, calibration, salient = steps or "unbiased", None, salient or 0
             bits = SERVED_BITS if bits is None else bits
             others["factor_bits"] = others.get("factor_bits") or (None if rank == 0 else SERVED_FACTOR_BITS)
+            embedding_rank = embedding_rank or 0
         bits, salient = (DEFAULT_BITS if bits is None else bits), (8 if salient is None else salient)
         chosen = code or default_code(bits)
         of_use = salient or rule == "output-unbiased"
+        rank = DEFAULT_RANK if rank is None else rank
+        embedding_rank = default_embedding_rank(rank) if embedding_rank is None else embedding_rank
         return cls(
             bits=bits,
             salient=salient,
-            rank=DEFAULT_RANK if rank is None else rank,
+            rank=rank,
             channel_scale=channel_scale or default_channel_scale(bits, chosen),
             steps=rule,
-            embedding_bits=embedding_bits or default_embedding_bits(bits, chosen),
+            embedding_bits=embedding_bits or default_embedding_bits(bits, chosen, embedding_rank),
+            embedding_rank=embedding_rank,
             code=code if chosen != default_code(bits) else None,
             calibration=calibration if calibration != RANDOM or of_use else None,
             **others,
@@ -244,7 +272,7 @@ class CompressionSettings:
         return self.linears().needs_gram or (self.steps == "output-unbiased" and own_data)
 
     def head(self) -> QuantizerSettings:
-        """Settings of an untied head: without a low-rank part, which would be as wide as the vocabulary."""
+        """Settings of an untied head."""
         return self._vocabulary(
             salient=self.salient, channel_scale=self.channel_scale, rounding=self.rounding, steps=self._step_rule
         )
@@ -254,7 +282,10 @@ class CompressionSettings:
         return self._vocabulary(salient=0)
 
     def _vocabulary(self, **others: Any) -> QuantizerSettings:
-        """Settings of a tensor with a row for every token."""
+        """Settings of a tensor with a row for every token. Its factors are as long as the vocabulary, and still a small
+        part of its codes' bytes."""
+        if self.embedding_rank or self.has_budget:
+            others |= {"rank": self.embedding_rank, "factor_bits": self.factor_bits or EMBEDDING_FACTOR_BITS}
         trellis = self.linears().is_trellis and self.embedding_bits in TRELLIS_CODES
         code: CodeName = "trellis" if trellis else default_code(self.embedding_bits)
         if code == "trellis":  # a row shares one step, and rounds to nearest alone
@@ -264,7 +295,9 @@ class CompressionSettings:
     def of(self, kind: str, *, unrelated: bool = False) -> QuantizerSettings | None:
         """Settings of a kind of tensor, None for one that is stored whole; `unrelated` to what it is taken against."""
         found = self.by_kind().get(kind)
-        return replace(found, bits=max(found.bits, UNRELATED_BITS), code=None) if found and unrelated else found
+        if found and unrelated:
+            return replace(found, bits=max(found.bits, UNRELATED_BITS), code=None, rank=0)
+        return found
 
     def by_kind(self) -> dict[str, QuantizerSettings]:
         """Settings by kind of tensor; one of any other kind is stored whole."""

@@ -25,6 +25,7 @@ from meswitch_cli.delta.steps import (
     nearest_multiples,
     step_ratio,
 )
+from meswitch_cli.delta.sweep import one_thread
 
 #: Code width of the factors. In the same bytes 32 vectors at 2 bits gave three times the KL of 16 at 4; at 16 bits, for
 #: four times the bytes, a quarter of it went.
@@ -101,8 +102,9 @@ def leading_directions(
         across = orthonormal(_applied_across(sweep, basis).T)
         basis = orthonormal(torch.cat(list(sweep(lambda block, _, across=across: block @ across))))  # type: ignore[misc]
     seen = _applied_across(sweep, basis)
-    turn = torch.linalg.eigh((seen @ seen.T).double()).eigenvectors.flip(1)[:, :rank].float()
-    left, right = rounded((basis @ turn).T.contiguous(), bits), rounded(turn.T @ seen, bits)
+    with one_thread():
+        turn = torch.linalg.eigh((seen @ seen.T).double()).eigenvectors.flip(1)[:, :rank].float()
+        left, right = rounded((basis @ turn).T.contiguous(), bits), rounded(turn.T @ seen, bits)
     return Directions(left.values.T, right.values, energy)
 
 
@@ -127,7 +129,8 @@ def fit_factors(
         bits: of a factor's numbers.
     """
     basis = orthonormal(images).T.contiguous()
-    left = rounded(basis, bits)
+    with one_thread():
+        left = rounded(basis, bits)
     both = torch.cat([basis, left.values])
 
     def products_of(block: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,9 +144,10 @@ def fit_factors(
         energy += part
         channels.append(some)
     wanted, seen = products.chunk(2)
-    right = rounded(wanted.index_fill(1, exact, 0.0), bits)
-    energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
-    left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
+    with one_thread():
+        right = rounded(wanted.index_fill(1, exact, 0.0), bits)
+        energy -= (right.values * (2 * seen - (left.values @ left.values.T) @ right.values)).sum(0)
+        left_over = torch.cat(channels) - left.values.T @ right.values[:, exact]
     return FactorFit(left, right, left_over, energy.clamp_(min=0))
 
 
@@ -184,8 +188,9 @@ def _fitted(vectors: torch.Tensor) -> Rounded:
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis `[out, width]` of the columns' span, in their order."""
-    basis: torch.Tensor = torch.linalg.qr(columns).Q
+    """An orthonormal basis `[out, width]` of the columns' span, in their order; the same with any number of threads."""
+    with one_thread():
+        basis: torch.Tensor = torch.linalg.qr(columns).Q
     return basis
 
 

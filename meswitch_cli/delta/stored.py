@@ -146,7 +146,7 @@ class TensorEntry:
         uneven = self.group_size % CODES[self.width].group_multiple if scalar else self.group_size
         if self.salient > self.shape[1] or uneven:
             return f"salient {self.salient} or group size {self.group_size} is impossible"
-        if self.rank > min(self.rows, self.shape[1]) or (self.rank and self.bits and self.kind != "linear"):
+        if self.rank > min(self.rows, self.shape[1]):
             return f"rank {self.rank} is impossible"
         if self.factor_bits not in (FACTOR_WIDTHS if self.rank else (FACTOR_BITS,)):
             return f"factors of {self.factor_bits} bits are impossible"

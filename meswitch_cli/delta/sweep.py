@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -90,6 +91,11 @@ def in_order(function: Callable[[_Item], _Result], items: Sequence[_Item], *, pa
     nanoseconds of processor time a weight on two cores).
     """
     threads = min(torch.get_num_threads(), len(items)) if parallel else 1
+    if parallel and len(items) == 1:
+        with one_thread():
+            result = function(items[0])
+        yield result
+        return
     if threads == 1:
         yield from map(function, items)
         return
@@ -99,3 +105,14 @@ def in_order(function: Callable[[_Item], _Result], items: Sequence[_Item], *, pa
     finally:
         # The setting is also what threads begin with that are started later: an engine's loop, say.
         torch.set_num_threads(torch.get_num_threads())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread here: some sums and decompositions have other last digits with two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

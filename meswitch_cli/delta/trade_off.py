@@ -20,8 +20,9 @@ from meswitch_cli.delta.sweep import RowBlocks
 MEASURED_ROWS = 128
 #: Elements that are measured at once.
 BLOCK_ELEMENTS = 1 << 20
-#: Of a direction's two vectors in 4 bits, over their energy: what 16 levels leave of a Gaussian, unbiased.
-FACTOR_NOISE = 2 * 0.0117
+#: What rounding a direction's two vectors leaves of their energy, by bits. At 4: what 16 levels leave of a Gaussian,
+#: unbiased; at 8: of an embedding's, whose rows are of very different sizes.
+FACTOR_NOISE = {4: 2 * 0.0117, 8: 0.001, 16: 0.0}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def trade_off(
     columns, most = whole.shape[1], max(options.ranks)
     left, right = torch.empty(whole.shape[0], 0, device=device), torch.empty(0, columns, device=device)
     if most:
-        left, right, energy = leading_directions(whole.tall, whole.shape, most, device)
+        left, right, energy = leading_directions(whole.tall, whole.shape, most, device, template.factor_bits)
     else:
         energy = whole.column_sum(column_energy)
     if not torch.isfinite(energy).all():
@@ -142,6 +143,7 @@ class _MeasuredRows:
     ) -> None:
         self.options, self._sensitivity, self._blocks, self._stride = options, sensitivity, blocks, stride
         self._left, self._right, self._out = left, right, left.shape[0]
+        self._factor_noise = FACTOR_NOISE[template.factor_bits]
         nothing = torch.empty(0, dtype=torch.long, device=left.device)
         self._rounders = [
             Rounder(
@@ -229,7 +231,7 @@ class _MeasuredRows:
                 yield place, _beyond(errors, order, [self.options.salient[place]])[:, 0] * share
 
     def _of_factors(self, directions: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return FACTOR_NOISE * _beyond(weights * directions.square(), order, self.options.salient)
+        return self._factor_noise * _beyond(weights * directions.square(), order, self.options.salient)
 
     def of_signs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[ranks, salient]`: what signs with unbiased steps would cost, and what the factors' rounding does."""

@@ -1,11 +1,12 @@
 """transformers' continuous batching with our scheduler, runner and cache keys, and a hook before every batch.
 
 The scheduler, the paged cache, the batch tensors and the loop are transformers' own. What is overridden was read in
-transformers 5.23; `version.py` refuses others.
+transformers 5.23 and 5.24; `version.py` refuses others.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -214,9 +215,12 @@ class Manager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
         )
 
     def _run_generation_loop(self) -> None:
+        loop = super()._run_generation_loop
+        # Since 5.24 it enters the mode that it is told; before, whoever called it had entered one.
+        told = {name: True for name in inspect.signature(loop).parameters if name == "use_inference_mode"}
         try:
             with torch.inference_mode():
-                super()._run_generation_loop()
+                loop(**told)
         finally:
             self._hooks.on_stop(self.background_thread_status.fatal_error)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from meswitch_cli.artifact.artifact import Artifact
+from meswitch_cli.artifact.coding import coded
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.engine.banks import Stored
-from meswitch_cli.engine.exact import coded
 from meswitch_cli.engine.staging import pinned_buffer
 from meswitch_cli.model.weights import CheckpointWeights
 

@@ -247,8 +247,8 @@ def cache_pages(base: BaseModel, tokens: int | None, page_size: int, max_model_l
     return -(-max(tokens, max_model_len) // page_size)
 
 
-def parse_bytes(text: str) -> int:
-    """A number of bytes from text such as `80GB`, `24GiB` or `500000000`.
+def parse_bytes(text: str, option: str) -> int:
+    """A number of bytes from an option's text such as `80GB`, `24GiB` or `500000000`.
 
     Raises:
         UsageError: it is none.
@@ -256,7 +256,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is no amount of memory; write it as 80GB, 24GiB or in bytes")
+        raise UsageError(f"{option}: {text!r} is no amount of bytes; write 80GB, 24GiB or a number")
     return int(float(match[1]) * unit)
 
 

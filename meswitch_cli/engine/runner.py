@@ -150,9 +150,11 @@ class Runner(ModelRunner):  # type: ignore[misc]
             rows = slots if indices is None else slots[indices.long()]
             runs = None if io.use_block_table else self._runs  # a graph is replayed with other slots
             self._current.batch = Batch(slots, rows, self._slots, self._backend, runs)
+        # Not the cache: since transformers 5.24 a model's own layers would write to it, before our attention does.
+        given = {name: value for name, value in batch_data.items() if name != "cache"}
         try:
             with attention.attending(batch_data, io.layout):
-                logits: torch.Tensor = model(**batch_data).logits
+                logits: torch.Tensor = model(**given).logits
         finally:
             self._current.batch = None
         if indices is not None and "logits_to_keep" not in batch_data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from meswitch_cli.engine.contract import EngineError
 
 #: From, and up to but not including. The engine overrides methods that transformers does not promise to keep.
-SUPPORTED = ((5, 23), (5, 24))
+SUPPORTED = ((5, 23), (5, 25))
 
 
 def check_transformers(found: str | None = None) -> None:

@@ -26,7 +26,7 @@ from meswitch_cli.evaluation.passes import Arithmetic, Failure, Mode, choose_mod
 from meswitch_cli.evaluation.profile import saliency_rows, tensor_rows
 from meswitch_cli.evaluation.prompts import EncodedSet, EvaluationSet, encode_set, read_set
 from meswitch_cli.evaluation.report import REPORT_FILE, Report, environment
-from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artifact, open_experts, split_label
+from meswitch_cli.evaluation.subjects import BASE, Candidate, Expert, open_artifacts, open_experts, split_label
 from meswitch_cli.evaluation.task_choice import TaskChoice, choose_tasks
 from meswitch_cli.evaluation.task_source import require_harness
 from meswitch_cli.model.weights import CheckpointWeights, context_length, parameter_count
@@ -158,7 +158,7 @@ def prepare(request: Request) -> Evaluation:
         raise UsageError(f"--text: {twice!r} is a task's name too; rename the file for --exact-match")
     candidates: list[Candidate] = []
     for path in request.artifacts:
-        candidates.append(open_artifact(path, base, experts, [item.label for item in candidates]))
+        candidates += open_artifacts(path, base, experts, [item.label for item in candidates])
     for expert in experts:
         activations = Activations(expert, request.calibration, request.seed)
         for spec in request.baselines:
@@ -172,7 +172,8 @@ def prepare(request: Request) -> Evaluation:
         base=_identity(base),
         experts=[{"label": item.label} | _identity(item.weights) for item in experts],
         models=[
-            {"label": item.label, "expert": item.expert, "kind": item.kind} | dict(item.facts) for item in candidates
+            {"label": item.label, "expert": item.expert, "kind": item.kind, "served": item.served} | dict(item.facts)
+            for item in candidates
         ],
     )
     for name, message in failures.items():

@@ -52,11 +52,12 @@ def check_router(evaluation: Evaluation) -> None:
 
 
 def routed_artifacts(evaluation: Evaluation) -> dict[str, Candidate]:
-    """The artifact of each expert, the first where it has several."""
+    """The artifact of each expert, the first where it has several; as it is served, where that is something else."""
     found: dict[str, Candidate] = {}
     for item in evaluation.candidates:
-        if item.kind == "artifact":
-            found.setdefault(item.expert, item)
+        first = found.setdefault(item.expert, item) if item.kind == "artifact" else None
+        if first and item.served and item.facts is first.facts:
+            found[item.expert] = item
     return found
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.base import check_base_shapes, refuse_other_base
+from meswitch_cli.artifact.coding import ServedWeights
 from meswitch_cli.artifact.weights import ArtifactWeights
+from meswitch_cli.checkpoint.fingerprint import short_fingerprint
 from meswitch_cli.errors import CheckpointError, EvaluationError
 from meswitch_cli.hub.fetch import find_artifact
 from meswitch_cli.model.adapted import open_expert
@@ -40,6 +42,7 @@ class Candidate:
         kind: `artifact` or `baseline`.
         weights: its weights.
         facts: bytes on disk, hashes and settings, for the report.
+        served: whether it is what an engine makes of an artifact, and not what is stored.
     """
 
     label: str
@@ -47,6 +50,7 @@ class Candidate:
     kind: str
     weights: Weights
     facts: Mapping[str, Any] = field(default_factory=dict)
+    served: bool = False
 
     def nbytes(self) -> int:
         """Bytes of the tensors on disk; a baseline knows its own once its weights have been read."""
@@ -83,6 +87,23 @@ def split_label(option: str) -> tuple[str | None, str]:
     return label, value
 
 
+def open_artifacts(
+    path: Path, base: CheckpointWeights, experts: Sequence[Expert], taken: Sequence[str]
+) -> list[Candidate]:
+    """As `open_artifact`; and of one that is stored bit for bit also what an engine serves, which is coded at loading.
+
+    Raises:
+        ArtifactError, EvaluationError: as `open_artifact`.
+    """
+    stored = open_artifact(path, base, experts, taken)
+    assert isinstance(stored.weights, ArtifactWeights)
+    artifact = stored.weights.artifact
+    if not artifact.manifest.exact:
+        return [stored]
+    label = _free_label(f"{stored.label}-served", [BASE, *(item.label for item in experts), *taken])
+    return [stored, replace(stored, label=label, weights=ServedWeights(artifact, base), served=True)]
+
+
 def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert], taken: Sequence[str]) -> Candidate:
     """Open an artifact (a folder or a Hub id), check every byte of it, and find the expert and base it was made from.
 
@@ -98,10 +119,10 @@ def open_artifact(path: Path, base: CheckpointWeights, experts: Sequence[Expert]
         None,
     )
     if owner is None:
-        given = ", ".join(f"{item.label} ({item.weights.fingerprint})" for item in experts)
+        given = ", ".join(f"{item.label} ({short_fingerprint(item.weights.fingerprint)})" for item in experts)
         raise EvaluationError(
             f"{path}: made from another expert, {artifact.manifest.expert.id} with fingerprint "
-            f"{artifact.manifest.expert.fingerprint}; given: {given}"
+            f"{short_fingerprint(artifact.manifest.expert.fingerprint)}; given: {given}"
         )
     artifact.check_whole()
     _refuse_other_tokenizer_files(artifact.path, owner)

@@ -18,7 +18,7 @@ from meswitch_cli.engine.contract import (
     ShuttingDownError,
     UnknownExpertError,
 )
-from meswitch_cli.errors import MeswitchError
+from meswitch_cli.errors import MeswitchError, plain_reason
 from meswitch_cli.server.record import RequestRecord
 
 #: Seconds after which a client that was turned away may try again.
@@ -210,7 +210,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         kind = "invalid" if kind == "union_tag_invalid" else "missing"
     if kind == "missing":
         return ApiError(400, f"missing parameter: {parameter}", code="missing_parameter", parameter=parameter)
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    reason = plain_reason(str(first["msg"]))
     return InvalidValueError(parameter, f"{parameter}: {reason}")
 
 

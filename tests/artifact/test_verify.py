@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -64,8 +65,10 @@ def test_its_base_and_no_other_passes(pair: Pair, make_artifact: Make, tmp_path:
     resharded = Checkpoint.open(str(make_pair(tmp_path / "sharded", max_shard_size="20KB")[0]))
     _require_base(manifest, resharded)
     other = Checkpoint.open(str(make_pair(tmp_path / "other", seed=5)[0]))
-    with pytest.raises(ArtifactError, match="wrong base"):
+    with pytest.raises(ArtifactError, match="wrong base") as caught:
         _require_base(manifest, other)
+    assert f"with {manifest.base.fingerprint[:19]};" in str(caught.value)
+    assert not re.search(r"[0-9a-f]{13}", str(caught.value).replace(str(other.source.path), ""))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])

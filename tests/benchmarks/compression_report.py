@@ -18,6 +18,7 @@ from benchmarks.compression_rows import (
     ROWS,
     ROWS_OF,
     TRELLIS,
+    VOCABULARY,
     label,
 )
 from meswitch_cli.evaluation.paired import compare_paired
@@ -26,7 +27,7 @@ from zoo import group
 INTRODUCTION, WEAKER = (Path(__file__).with_name(f"compression_{part}.md") for part in ("intro", "weaker"))
 #: What a plot joins by a line, and what it calls other methods.
 _LINE = (
-    *(f"{TRELLIS},bits={bits},rank=16,embedding=1" for bits in (0.125, 0.25, 0.5)),
+    *(f"{TRELLIS},bits={bits},rank=16,{VOCABULARY}={max(bits, 0.25)}" for bits in (0.125, 0.25, 0.5)),
     next(iter(DEFAULTS)),
 )
 _PLOTTED = {

@@ -19,34 +19,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import normalize
-
 import zoo
 from benchmarks import router_data, router_gates, router_lm
 from benchmarks.machine import describe
 from benchmarks.router_development import load_development
+from benchmarks.router_methods import (
+    Data,
+    Method,
+    at_best_layer,
+    before,
+    best,
+    figures,
+    mahalanobis,
+    neighbours_alone,
+    product,
+    without_adoption,
+)
 from benchmarks.router_report import write_report
 from benchmarks.router_report_data import load_report
-from meswitch_cli.model.tokenizer import load_tokenizer
-from meswitch_cli.router.backends.base import BaseHiddenStates
-from meswitch_cli.router.backends.probe_fitting import best_layer, fisher_ratio, layers_to_try
-from meswitch_cli.router.backends.texts import encode
-from meswitch_cli.router.decide.gates import distance_threshold, fit_distances
-from meswitch_cli.router.decide.head import PENALTIES, cross_entropy, fit_head
+from benchmarks.router_states import HiddenStates, read
 from meswitch_cli.router.decide.model import RouterModel
-from meswitch_cli.router.store.features import FeatureStore
-from meswitch_cli.router.train import gating, generalising
-from meswitch_cli.router.train.data import Example, gather
-from meswitch_cli.router.train.evaluation import measure_features
-from meswitch_cli.router.train.fitting import badness, fit_model
+from meswitch_cli.router.train import generalising
+from meswitch_cli.router.train.data import Example
+from meswitch_cli.router.train.fitting import badness
 from meswitch_cli.router.train.general import General
 from meswitch_cli.router.train.rewording import measure_rewording, reword
-from meswitch_cli.router.train.split import split
-from meswitch_cli.router.train.training import GENERAL_PART, labelled, scaled_store
 
-TARGET_PRECISION = 0.95
-MAX_TOKENS = 256
 TRAIN, LARGE = 200, 250
 CURVE = (5, 10, 20, 50, 250)
 #: Domains of other people's examinations beside the zoo's three; 80 prompts each to learn from, 40 to judge by.
@@ -64,165 +62,10 @@ REWORDED_STEP = 10
 BANDS = ((0, 80), (80, 200), (200, 500), (500, 1 << 30))
 
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """Hidden states of every text by layer, `[n, hidden]`, mean over tokens."""
-
-    rows: Mapping[str, int]
-    by_layer: Mapping[int, torch.Tensor]
-
-    def of(self, examples: Sequence[Example], layers: Sequence[int]) -> torch.Tensor:
-        """Of length 1 in each layer, several layers side by side."""
-        index = [self.rows[example.text] for example in examples]
-        return torch.cat([normalize(self.by_layer[layer][index], dim=1) for layer in layers], dim=1)
-
-
-def read(base: Path, texts: Sequence[str], scratch: Path) -> HiddenStates:
-    """Read them with the base's first half, but for those that an earlier run left."""
-    file = scratch / "hidden_states.pt"
-    kept: dict[str, Any] = torch.load(file, weights_only=True) if file.exists() else {"texts": [], "by_layer": {}}
-    known = set(kept["texts"])
-    texts = [text for text in texts if text not in known]
-    layers = layers_to_try(BaseHiddenStates(str(base), 1).num_hidden_layers)
-    if texts:
-        kept = _joined(kept, texts, _read(base, texts, layers))
-        torch.save(kept, file)
-    return HiddenStates({text: row for row, text in enumerate(kept["texts"])}, kept["by_layer"])
-
-
-def _joined(kept: Mapping[str, Any], texts: Sequence[str], found: Mapping[int, torch.Tensor]) -> dict[str, Any]:
-    by_layer = {layer: torch.cat([kept["by_layer"].get(layer, found[layer][:0]), found[layer]]) for layer in found}
-    return {"texts": [*kept["texts"], *texts], "by_layer": by_layer}
-
-
-def _read(base: Path, texts: Sequence[str], layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    tokenizer = load_tokenizer(base)
-    token_ids = [encode(tokenizer, text, MAX_TOKENS) for text in texts]
-    done = 0
-
-    def heard(count: int) -> None:
-        nonlocal done
-        done += count
-        print(f"hidden states: {done}/{len(texts)}", file=sys.stderr, flush=True)
-
-    return BaseHiddenStates(str(base), max(layers)).pooled_at(token_ids, layers, heard)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training prompts dealt and scaled at some layers, as `train_router` does it."""
-
-    labels: tuple[str, ...]
-    store: FeatureStore
-    scaling: Any
-    layers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, train: Sequence[Example], states: HiddenStates, layers: Sequence[int], seed: int = 0) -> Data:
-        gathered = gather(train)
-        parts = split(gathered.examples, seed)
-        general = General.without(gathered.examples)
-        members: dict[str, Sequence[Example]] = {**parts, GENERAL_PART: general.examples}
-        texts = {name: labelled(found, gathered.labels) for name, found in members.items()}
-        features = {name: states.of(found, layers) for name, found in members.items()}
-        scaling, store = scaled_store(parts, texts, general, features, standardise=True)
-        return cls(gathered.labels, store, scaling, tuple(layers))
-
-    def separation(self) -> float:
-        rows = self.store.rows("train")
-        return fisher_ratio(self.store.features[rows], self.store.labels[rows])
-
-    def model(self) -> RouterModel:
-        return fit_model(self.labels, self.scaling, self.store, target_precision=TARGET_PRECISION, seed=0)
-
-    def without_general(self) -> Data:
-        """The same with no general prompts, as routers were trained before."""
-        kept = ~self.store.general_rows()
-        tensors = {name: tensor[kept] for name, tensor in self.store.tensors().items()}
-        return replace(self, store=FeatureStore.from_tensors(tensors))
-
-
-_BEST: dict[tuple[str, ...], Data] = {}
-
-
-def best(train: Sequence[Example], states: HiddenStates) -> Data:
-    """At the layer that training would choose: by what it knows itself."""
-    key = tuple(example.text for example in train)
-    if key not in _BEST:
-        _BEST[key] = _best(train, states)
-    return _BEST[key]
-
-
-def _best(train: Sequence[Example], states: HiddenStates) -> Data:
-    made = {layer: Data.of(train, states, [layer]) for layer in states.by_layer}
-    errors = {layer: badness(data.store, data.labels) for layer, data in made.items()}
-    return made[best_layer(errors, {layer: data.separation() for layer, data in made.items()})]
-
-
-def figures(
-    model: RouterModel, states: HiddenStates, layers: Sequence[int], examples: Sequence[Example]
-) -> dict[str, Any]:
-    truth = [example.domain for example in examples]
-    return measure_features(model, states.of(examples, layers), truth, TARGET_PRECISION)
-
-
-Method = Callable[[Sequence[Example], HiddenStates], tuple[RouterModel, tuple[int, ...]]]
-
-
-def before(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
-    """A head of the experts' own prompts, Mahalanobis distance, its line between two of their quantiles."""
-    data = Data.of(train, states, [sorted(states.by_layer)[1]]).without_general()
-    store = data.store
-    rows, validation, calibration = (store.rows(part) for part in ("train", "validation", "calibration"))
-    tried = [fit_head(store.features[rows], store.targets[rows], penalty) for penalty in PENALTIES]
-    losses = [float(cross_entropy(made(store.features[validation]), store.targets[validation])) for made in tried]
-    head = tried[losses.index(min(losses))]
-    gate = fit_distances(store.features[rows], store.labels[rows], len(data.labels), 0)
-    null = gate.distances(store.features[store.rows("calibration", null=True)])
-    line = distance_threshold(gate.distances(store.features[calibration]), null)
-    return RouterModel(data.labels, data.scaling, head, replace(gate, threshold=line), 1.0, 0.5), data.layers
-
-
-def mahalanobis(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
-    """The product's head; Mahalanobis distance with the line where general prompts and adopted ones part."""
-    data = best(train, states)
-    known, model = generalising.Known.of(data.store, len(data.labels)), data.model()
-    own = known.adopted | data.store.rows("train")
-    gate = fit_distances(data.store.features[own], known.owners[own], len(data.labels), 0)
-    inside, outside = (gate.distances(data.store.features[rows]) for rows in (known.adopted, known.foreign))
-    return replace(model, gate=replace(gate, threshold=gating.separating_line([inside], [outside]))), data.layers
-
-
-def without_adoption(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
-    """Fields that are an expert's are left out of the general prompts, and teach nothing."""
-    data = best(train, states)
-    known = generalising.Known.of(data.store, len(data.labels))
-    kept = ~(data.store.general_rows() & (known.owners != generalising.NOBODY))
-    tensors = {name: tensor[kept] for name, tensor in data.store.tensors().items()}
-    return replace(data, store=FeatureStore.from_tensors(tensors)).model(), data.layers
-
-
-def neighbours_alone(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
-    """The product's head; the gate of format version 2, its line where a tenth of other fields' prompts pass."""
-    data = best(train, states)
-    known, model = generalising.Known.of(data.store, len(data.labels)), data.model()
-    gate = router_gates.Fitted(known, len(data.labels)).plain_neighbours()
-    distances = router_gates.unseen_distances(gate, known)
-    inside, outside = distances[known.adopted], distances[known.foreign]
-    line = max(gating.separating_line([inside], [outside]), float(outside.quantile(0.1)))
-    return replace(model, gate=replace(gate, threshold=line)), data.layers
-
-
-def product(train: Sequence[Example], states: HiddenStates) -> tuple[RouterModel, tuple[int, ...]]:
-    """What `train-router` makes."""
-    data = best(train, states)
-    return data.model(), data.layers
-
-
 def timing(train: Sequence[Example], states: HiddenStates) -> dict[str, Any]:
     """Processor seconds of a fit without its hidden states, and milliseconds of a judgement without them."""
     started = time.process_time()
-    data = _best(train, states)
+    data = at_best_layer(train, states)
     model = data.model()
     fit_seconds = time.process_time() - started
     one = states.of(train[:1], data.layers)

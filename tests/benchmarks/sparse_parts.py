@@ -23,11 +23,11 @@ import torch
 from benchmarks.activations import StoredActivations
 from benchmarks.compression import answered, encoded
 from benchmarks.machine import describe
+from meswitch_cli.artifact.coding import coded
 from meswitch_cli.artifact.disk import write_atomically
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import QuantizerSettings
-from meswitch_cli.engine.exact import coded
 from meswitch_cli.evaluation.prompts import read_set
 from meswitch_cli.evaluation.subjects import open_experts
 from meswitch_cli.library.artifacts import compress

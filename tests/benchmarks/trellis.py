@@ -59,8 +59,8 @@ class Row:
 
 
 _SPARE = {"salient": 0, "steps": "unbiased"}
-#: What embedding and head had in all rows, before there were trellis codes for them.
-_EMBEDDING = {"embedding_bits": 2}
+#: What embedding and head had in all rows, before there were trellis codes and directions for them.
+_EMBEDDING = {"embedding_bits": 2, "embedding_rank": 0}
 ROWS = (
     Row("0.25 bit", {"bits": 0.25}),
     Row("1 bit, scalar", {"bits": 1}),
@@ -77,10 +77,26 @@ ROWS = (
 )
 #: Further rows, by the option that asks for them; their data are apart, because they have fewer items.
 SETS = {
-    "embedding": tuple(
-        Row(f"{bits} bit", {"bits": 0.25, "embedding_bits": bits}, answers=False) for bits in (2, 1, 0.5, 0.25, 0.125)
+    "embedding": (
+        *(
+            Row(f"{bits} bit", {"bits": 0.25, "embedding_bits": bits}, answers=False)
+            for bits in (2, 1, 0.5, 0.25, 0.125)
+        ),
+        *(
+            Row(
+                f"{bits} bit, {rank} directions",
+                {"bits": 0.25, "embedding_bits": bits, "embedding_rank": rank},
+                answers=False,
+            )
+            for bits, rank in ((1, 16), (0.5, 16), (0.25, 16), (0.125, 16), (0.25, 8), (0.125, 32))
+        ),
+        Row(
+            "0.25 bit, 16 directions of 4 bits",
+            {"bits": 0.25, "embedding_bits": 0.25, "embedding_rank": 16, "factor_bits": 4},
+            answers=False,
+        ),
     ),
-    "size": tuple(Row(f"{size} MB", {"size": int(size * 1e6)}, answers=False) for size in (16.72, 13.18, 10.63)),
+    "size": tuple(Row(f"{size} MB", {"size": int(size * 1e6)}, answers=False) for size in (13.18, 11.42, 8.1)),
 }
 
 

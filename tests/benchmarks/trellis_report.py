@@ -142,10 +142,11 @@ def _sizes() -> str:
     lines = [
         "## Mistral-7B's shape\n",
         "Bytes of an expert whose tensors all differ from the base's, computed from the shapes: 8 salient channels, "
-        "rank 16, embedding and head at 1 bit beside trellis codes, else 2. *In a slot* are the codes of the linears "
-        "on a CPU, which decodes them once (a GPU holds them as they are), *whole* what all of it takes on disk; the "
-        "full expert has 14.48 GB. *Three experts*: how many times smaller than three full models one base, three such "
-        "experts and a router of a megabyte are (1.74 in the paper).\n",
+        "rank 16, embedding and head beside 16 directions of their own at ¼ bit at least, 1 bit at most. *In a "
+        "slot* are the codes of the linears on a CPU, which decodes them once (a GPU holds them as they are), *whole* "
+        "what all of it takes on disk; the full expert has 14.48 GB. *Three experts*: how many times smaller than "
+        "three full models one base, three such experts and a router of a megabyte are "
+        "(1.74 in the paper).\n",
         "| linears | codes, GB | in a slot, GB | steps, channels, directions, GB | embedding, head, GB | whole, GB "
         "| three experts |",
         "|---|---|---|---|---|---|---|",

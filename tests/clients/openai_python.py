@@ -14,7 +14,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 def chat(url: str) -> None:
-    said = client(url).chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8)
+    said = client(url).chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8, temperature=0)
     assert said.choices[0].message.content and said.usage.completion_tokens <= 8
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from command_line import fails, meswitch
+from command_line import ENVIRONMENT, fails, in_process, meswitch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch_cli.app import COMMANDS
@@ -71,24 +71,50 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "transformers", "numpy", "meswitch_cli.commands"):
         assert f"'{module}'" not in loaded
-    times, work = [], []
-    for _ in range(5):
-        waits = _wall_seconds_of_a_second_of_work()  # of others that want the processor too
-        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        shown = meswitch("--help", anew=True)
-        times.append((time.perf_counter() - started) / waits)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    shown = meswitch("--help", anew=True)
     assert all(name in shown.stdout for name in COMMANDS)
-    assert min(times) < 0.6  # 0.2 s when the machine is quiet
-    assert min(work) < 0.3
+    # Against what no command line of Typer's can do without, in turns: other work on the machine slows both.
+    helps, imports = zip(*(_seconds_of_both() for _ in range(5)), strict=True)
+    wall, work = (min(values) for values in zip(*helps, strict=True))
+    wall_of_imports, work_of_imports = (min(values) for values in zip(*imports, strict=True))
+    assert wall < 8 * wall_of_imports  # 2.5 when the machine is quiet
+    assert work < 5 * work_of_imports
 
 
-def _wall_seconds_of_a_second_of_work() -> float:
-    started, worked = time.perf_counter(), time.process_time()
-    while time.process_time() - worked < 0.2:
-        pass
-    return max(1.0, (time.perf_counter() - started) / 0.2)
+Seconds = tuple[float, float]
+
+
+def _seconds_of_both() -> tuple[Seconds, Seconds]:
+    """Of `meswitch --help`, and of a program that imports Typer and Rich."""
+    return _seconds("-m", "meswitch_cli", "--help"), _seconds("-c", "import typer, rich")
+
+
+def _seconds(*words: str) -> Seconds:
+    """Seconds that Python takes, and that it is on a core."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], capture_output=True, check=True, env=ENVIRONMENT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (("compress", "--bits", "3"), ""),
+        (("serve", "--base", "x"), "MESWITCH_SERVE_GATE"),
+        (("eval", "--dtype", "int8"), ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_value_that_is_no_choice_is_told_in_our_words(
+    arguments: tuple[str, ...], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "3")
+    done = in_process(*arguments)
+    fails(done, 2, "is not one of")
+    assert "Value error" not in done.stderr
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -102,6 +128,11 @@ def test_wrong_calls_are_status_two(pair: Pair, tmp_path: Path) -> None:
     fails(meswitch("compress"), 2, "Missing option")
     fails(meswitch("nonsense"), 2, "No such command")
     fails(meswitch("compress", *inputs, "--bits", 3), 2, "'3'")
+    memory = ("--experts", 1, "--device-memory", "much")
+    fails(
+        meswitch("plan", "--base", "./none", *memory), 2, "--device-memory: 'much' is no amount of bytes"
+    )  # before any file
+    fails(meswitch("compress", "--base", "./none", *inputs[2:], "--size", "small"), 2, "--size: 'small' is no amount")
     fails(meswitch("compress", *inputs, "--salient", -1), 2, "--salient")
     fails(meswitch("compress", *inputs, "--salient", 5000), 2, "salient")
     fails(meswitch("compress", *inputs, "--salient", 500), 2, "has only")

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import safetensors.torch
 import torch
 from command_line import ENVIRONMENT, Result, in_process, meswitch
 from command_line import fails as refused
+from patience import PATIENCE, until
 
 from meswitch_cli.commands.eval_tables import judgements
 from meswitch_cli.evaluation.routing import CHOICES
@@ -309,14 +309,10 @@ def test_a_router_s_choices_are_measured(run: Run, pair: Pair, art: Path, tmp_pa
     refused(missing, 2, "give --expert sums=FOLDER")
 
 
-def wait_for(log: Path, pattern: str, seconds: float = 300) -> str:
+def wait_for(log: Path, pattern: str) -> str:
     """The first match in a file that another process writes."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if match := re.search(pattern, log.read_text()):
-            return match[0]
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())
+    until(lambda: re.search(pattern, log.read_text()), log.read_text)
+    return next(re.finditer(pattern, log.read_text()))[0]
 
 
 def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_path: Path) -> None:
@@ -343,7 +339,7 @@ def test_a_running_server_is_evaluated_too(run: Run, pair: Pair, art: Path, tmp_
         )  # fmt: skip
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(PATIENCE)
     report = json.loads(done.stdout)
     served = f"expert at {address}"
     assert done.returncode == 1 and [item["where"] for item in report["errors"]] == [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import in_process
+from command_line import in_process, meswitch
 
 from meswitch_cli.artifact.manifest import Manifest
 from meswitch_cli.commands.next_steps import after_compress
@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_pages() -> None:
 
 
 def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
-    out = tmp_path / "my artifact"
+    out = tmp_path / "experts" / "my artifact"
     made = in_process("compress", "--base", pair[0], "--expert", pair[1], "--out", out, "--salient", 4)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith("reading both models' headers\n")
@@ -115,9 +115,10 @@ def test_the_next_commands_can_be_typed(pair: Pair, tmp_path: Path) -> None:
     assert evaluate[:2] == ["meswitch", "eval"]
     (tmp_path / "held-out.jsonl").write_text('{"prompt": "what is 1", "response": "it is 1"}\n' * 3)
     evaluate[evaluate.index("HELD-OUT.jsonl")] = str(tmp_path / "held-out.jsonl")
-    done = in_process(*evaluate[1:])
+    done = meswitch(*evaluate[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my artifact-eval" / "report.md").exists()
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # all of which `serve --experts-dir` serves
 
 
 def test_a_name_that_cannot_be_served_is_left_to_the_user() -> None:

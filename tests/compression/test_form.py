@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,9 +17,12 @@ import meswitch_cli as meswitch
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.served import served_code
 from meswitch_cli.compression import form
-from meswitch_cli.compression.form import choose_form, form_sizes, in_smallest_form, leaves_form_open
+from meswitch_cli.compression.form import FormSizes, choose_form, form_sizes, in_smallest_form, leaves_form_open
 from meswitch_cli.compression.job import compress, prepare
+from meswitch_cli.compression.plan import Job
 from meswitch_cli.compression.settings import CompressionSettings
+from meswitch_cli.errors import ArtifactError
+from meswitch_cli.model.architecture import Storage
 from zoo.adapter import make_adapter
 from zoo.tiny import Pair, make_pair
 
@@ -138,3 +143,59 @@ def test_which_options_leave_it_open() -> None:
     assert leaves_form_open({"bits": None, "exact": False, "seed": 3, "samples": 9, "calibration": "random"})
     for option in ({"rank": 0}, {"exact": True}, {"calibration": "0" * 64}, {"steps": "unbiased"}, {"size": 9}):
         assert not leaves_form_open(option), option
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("asked", [{}, {"exact": True}], ids=["open", "exact"])
+def test_a_resumed_run_does_not_ask_the_weights_again(
+    asked: dict[str, bool], sparse: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, expert = sparse
+    own = tmp_path / "own"
+    shutil.copytree(expert, own)
+    out = tmp_path / "artifact"
+
+    def chosen(options: dict[str, Any]) -> tuple[Job, FormSizes | None]:
+        settings = CompressionSettings.with_defaults(**options)
+        return choose_form(prepare(str(base), str(own), out, settings, None), options)
+
+    def stop(what: str, nbytes: int, units: int) -> None:
+        if units:
+            raise Stopped
+
+    job, sizes = chosen(asked)
+    with pytest.raises(Stopped):
+        compress(job, on_progress=stop)
+    reads: list[str] = []
+    read = Storage.read
+
+    def noted(self: Storage, *arguments: Any) -> torch.Tensor:
+        reads.append(self.name)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Storage, "read", noted)
+    resumed, again = chosen(asked)
+    assert (resumed.settings, resumed.notes(), again) == (job.settings, job.notes(), sizes) and not reads
+    chosen({**asked, "seed": 1})
+    assert reads  # of another work
+    reads.clear()
+    (own / "model.safetensors").touch()
+    chosen(asked)
+    assert reads  # of other weights, as far as one can tell without reading them
+    monkeypatch.undo()
+    compress(resumed)
+    whole = prepare(str(base), str(expert), tmp_path / "whole", CompressionSettings.with_defaults(**asked), None)
+    compress(choose_form(whole, asked)[0])
+    assert Artifact.open(out).manifest.shards == Artifact.open(tmp_path / "whole").manifest.shards
+
+
+def test_a_damaged_answer_is_told(sparse: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    (tmp_path / ".artifact.partial").mkdir()
+    (tmp_path / ".artifact.partial" / "form.json").write_text('{"sizes": 3}')
+    job = prepare(str(sparse[0]), str(sparse[1]), out, CompressionSettings.with_defaults(), None)
+    with pytest.raises(ArtifactError, match=r"form\.json: damaged"):
+        choose_form(job, {})

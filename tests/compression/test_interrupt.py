@@ -17,14 +17,17 @@ KILLS = 10
 
 def _in_child(base: Path, expert: Path, out: Path) -> int:
     """Compress in a forked process and return its id."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can take it
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             compress(prepare(str(base), str(expert), out, CompressionSettings(salient=4), None))
         except BaseException:
             os._exit(1)
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return child
 
 

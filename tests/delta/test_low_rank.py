@@ -222,3 +222,21 @@ def test_equal_weights_have_no_delta_and_damaged_ones_are_refused() -> None:
 def test_impossible_ranks_are_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=str(rank)):
         QuantizerSettings(rank=rank)
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (2048, 128), (20000, 96)])  # one block of rows, and several
+def test_bytes_are_the_same_with_one_thread_and_two(shape: tuple[int, int]) -> None:
+    """Factors of 16 bits show the last digits: decompositions round otherwise with every number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator) ** 8
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = quantize(torch.zeros_like(delta), delta, QuantizerSettings(0, 0, rank=8, factor_bits=16))
+            assert result is not None
+            found.append(result[0].tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

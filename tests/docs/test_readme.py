@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import meswitch, python
+from patience import PATIENCE, until
 
 from zoo.tiny import Pair, make_pair
 
@@ -105,38 +104,31 @@ def test_serve_and_evaluate(family: Path) -> None:
 
 def _answer(folder: Path, serve: list[str], curl: list[str]) -> dict[str, Any]:
     """Start the server on a free port and send what the curl command would, with a few tokens to answer in."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "meswitch_cli", *serve[1:], "--port", str(port)],
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    log = folder / "serve.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "meswitch_cli", *serve[1:], "--port", "0"],
+            cwd=folder,
+            stderr=stderr,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(f"{address}/ready", process)
+        address = _address(log, process)
         assert curl[1] == "http://127.0.0.1:8000/v1/chat/completions" and curl[2] == "-H" and curl[4] == "-d"
         header, _, value = curl[3].partition(": ")
         body = json.dumps(json.loads(curl[5]) | {"max_tokens": 4}).encode()
         request = urllib.request.Request(curl[1].replace("http://127.0.0.1:8000", address), body, {header: value})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             assert response.headers["x-meswitch-expert"]
             found: dict[str, Any] = json.load(response)
             return found
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended before it was ready"
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"{url} did not answer")
+def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """Where it answers: it says so once it listens."""
+    until(lambda: "\npage " in log.read_text() or process.poll() is not None)
+    assert process.poll() is None, log.read_text()
+    return str(re.findall(r"^page +(\S+?)/?$", log.read_text(), re.MULTILINE)[0])

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from engine.family import Family, make_family
+from engine.family import Family, OneSeed, make_family
 
-from meswitch_cli.engine import EngineSettings, TransformersEngine
+from meswitch_cli.engine import EngineSettings, TransformersEngine, proof
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +33,7 @@ def start() -> Iterator[Callable[..., TransformersEngine]]:
     def make(family: Family, **settings: Any) -> TransformersEngine:
         options = {"experts": family.artifacts, "max_model_len": 128, "cache_tokens": 4096, "page_size": 8}
         engine = TransformersEngine(EngineSettings(base=str(family.base), **(options | settings)))
+        engine._random = OneSeed()
         engine.start()
         engines.append(engine)
         return engine
@@ -40,3 +41,10 @@ def start() -> Iterator[Callable[..., TransformersEngine]]:
     yield make
     for engine in engines:
         engine.stop()
+
+
+@pytest.fixture
+def nothing_proven_before() -> Iterator[None]:
+    proof._problem.cache_clear()
+    yield
+    proof._problem.cache_clear()

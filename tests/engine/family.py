@@ -44,13 +44,21 @@ class Kind:
 #: Other widths, channels and ranks, one without a low-rank part; one with tokens and a template of its own.
 EXPERTS: Mapping[str, Kind] = {
     "alpha": Kind({"bits": 2, "salient": 4}),
-    "beta": Kind({"bits": 4, "salient": 0, "group_size": 32, "rank": 5}),
+    "beta": Kind({"bits": 4, "salient": 0, "group_size": 32, "rank": 5, "embedding_rank": 6}),
     "gamma": Kind(
         {"bits": 1, "salient": 8, "rank": 12},
         ADDED_ROWS,
         "{% for message in messages %}<{{ message.content }}>{% endfor %}",
     ),
 }
+
+
+class OneSeed(random.Random):
+    """What an engine draws seeds from: each request without one of its own gets the same, so that its tokens depend on
+    nothing but itself."""
+
+    def getrandbits(self, k: int) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def compress_experts(
         expert = _make_expert(base, folder / f"{name}-full", index, kind, name in untie, gain_shift)
         settings = {"samples": 4, "sequence_length": 32} | dict(kind.settings)
         if "bits" in settings:
-            settings["embedding_bits"] = int(max(1, settings["bits"]))
+            settings.setdefault("embedding_bits", int(max(1, settings["bits"])))
         artifacts[name] = folder / name
         compress(prepare(str(base), str(expert), artifacts[name], CompressionSettings(**settings), None))
     return Family(base, artifacts, dtype)

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from engine.family import EXPERTS, Family, compress_experts, copy_artifact, make_family, requests
+from patience import PATIENCE
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -167,7 +168,7 @@ def test_experts_that_compute_differently_are_refused(family: Family, start: Sta
 
 
 def test_experts_are_checked_several_at_a_time(family: Family, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=PATIENCE)
     verify = Artifact.verify
 
     def both(artifact: Artifact) -> Iterator[FileEntry]:
@@ -271,15 +272,16 @@ def test_root_mean_square_norms_are_found_by_trying(dtype: torch.dtype) -> None:
     assert found(Elsewhere(64, 1e-4)) is None
 
 
-@pytest.mark.parametrize("version", ["5.22.4", "5.24.0", "4.57.1", "6.0", "unknown"])
+@pytest.mark.parametrize("version", ["5.22.4", "5.25.0", "4.57.1", "6.0", "unknown"])
 def test_other_transformers_are_refused(version: str) -> None:
-    with pytest.raises(EngineError, match=r"pip install 'transformers>=5\.23,<5\.24'"):
+    with pytest.raises(EngineError, match=r"pip install 'transformers>=5\.23,<5\.25'"):
         check_transformers(version)
 
 
 def test_this_transformers_is_known() -> None:
     check_transformers()
     check_transformers("5.23.7")
+    check_transformers("5.24.1")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine.family import Family, make_family, requests
 from engine.graphs import Recorded, stand_in
+from patience import PATIENCE
 
 from meswitch_cli.engine import TransformersEngine, batching, generate, proof
 from meswitch_cli.engine.contract import BASE
@@ -85,7 +86,7 @@ def test_rings_and_caps(name: str, config: dict[str, object], tmp_path: Path, st
 def test_full_cache_begins_requests_again(family: Family, start: Start, recorded: Recorded) -> None:
     engine = start(family, cache_tokens=128, max_batch_tokens=32)
     check(engine, family, 16, seed=5, longest=60, max_tokens=40)
-    assert engine.drain(5)
+    assert engine.drain(PATIENCE)
     assert engine.statistics().cache_blocks_used == 0
 
 
@@ -125,4 +126,4 @@ def test_answers_are_told_while_the_next_batch_is_computed(family: Family, start
     texts = [completion.text for completion in generate(start(family), batch)]
     for request, completion, text in zip(batch, generate(engine, batch), texts, strict=True):
         assert (completion.tokens, completion.text) == (family.greedy(request), text)
-    assert engine.drain(5)
+    assert engine.drain(PATIENCE)

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 import torch
 from engine.family import Family, tokenizer_of
+from patience import PATIENCE
 
 import meswitch_cli as meswitch
 from meswitch_cli.engine.contract import EngineError, UnknownExpertError
@@ -97,9 +98,9 @@ def test_a_server_in_a_block(family: Family) -> None:
     with meswitch.serve(family.base, {"alpha": opened}, port=0, api_keys=("secret",), **SMALL) as server:
         body = {"model": "alpha", "prompt": "what is 12", "max_tokens": 6, "temperature": 0}
         url = f"{server.address}/v1/completions"
-        assert httpx2.post(url, json=body, trust_env=False).status_code == 401
+        assert httpx2.post(url, json=body, trust_env=False, timeout=PATIENCE).status_code == 401
         head = {"Authorization": "Bearer secret"}
-        answer = httpx2.post(url, json=body, headers=head, trust_env=False, timeout=60).json()
+        answer = httpx2.post(url, json=body, headers=head, trust_env=False, timeout=PATIENCE).json()
         assert answer["model"] == "alpha" and answer["usage"]["completion_tokens"] > 0
         assert server.warnings == ()
         with pytest.raises(meswitch.MeswitchError, match="choose another"):
@@ -116,7 +117,7 @@ def test_a_program_that_stops_nothing_ends(family: Family, call: str) -> None:
     program = f"import meswitch_cli as meswitch\nrunning = meswitch.{call}({str(family.base)!r}, **{settings})\n"
     use = "running.generate('x', max_tokens=2).text" if call == "Engine" else "running.address"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", f"{program}print(bool({use}))"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", f"{program}print(bool({use}))"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     assert "Traceback" not in done.stderr and "Fatal" not in done.stderr

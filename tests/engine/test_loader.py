@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine.family import Family, tokenizer_of
+from patience import PATIENCE
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
@@ -88,7 +89,7 @@ def test_an_expert_is_copied_on_a_stream_of_its_own_and_told_of_when_it_is_there
     own.start()
     try:
         own.load(Load("alpha", 1), model)
-        assert done.wait(30)
+        assert done.wait(PATIENCE)
     finally:
         own.stop()
     assert told == ["on its card", "waits", "on its stream", "copied", "off its stream", "is done", "told"]

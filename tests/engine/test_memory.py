@@ -95,17 +95,29 @@ def test_plan_of_artifacts_is_what_is_allocated(options: dict[str, Any], tmp_pat
         assert plan.bits == max(entry.bits if messages else entry.width for entry in linears)
 
 
-def test_exact_experts_are_planned_without_an_artifact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "options"),
+    [
+        ({"exact": True, "bits": 4}, ("--exact", "--bits", "4")),
+        ({"bits": 0, "rank": 3}, ("--bits", "0", "--rank", "3")),
+    ],
+    ids=["exact", "products"],
+)
+def test_experts_without_codes_are_planned_without_an_artifact(
+    chosen: dict[str, Any], options: tuple[str, ...], tmp_path: Path
+) -> None:
     base, expert = make_pair(tmp_path, "qwen2", relative_delta=0.1)
-    settings = CompressionSettings.with_defaults(exact=True, bits=4)
-    compress(prepare(str(base), str(expert), tmp_path / "artifact", settings, None))
+    settings = CompressionSettings.with_defaults(**chosen)
+    compress(prepare(str(base), str(expert), tmp_path / "artifact", settings, None), keep_weak=True)
     manifest = Artifact.open(tmp_path / "artifact").manifest
     told = ["--base", str(base), "--experts", "3", "--device-memory", "1GB", "--json"]
     by_options, by_artifact = (
         json.loads(in_process("plan", *told, *more).stdout)["slot_bytes"]
-        for more in (("--exact", "--bits", "4"), ("--artifact", tmp_path / "artifact"))
+        for more in (options, ("--artifact", tmp_path / "artifact"))
     )
-    assert by_options == by_artifact > 0 and manifest.exact
+    assert by_options == by_artifact > 0
+    assert manifest.exact is bool(chosen.get("exact"))
+    assert {entry.bits for entry in manifest.tensors if entry.kind == "linear"} <= {0, chosen["bits"]}
 
 
 @pytest.mark.parametrize(("bits", "share"), [(0.125, 1 / 8), (0.25, 1 / 4), (0.5, 1 / 2), (1, 1 / 2)])
@@ -188,13 +200,13 @@ def test_arithmetic_of_a_plan() -> None:
     [("80GB", 80 * 10**9), ("1.5 GiB", 3 << 29), ("512", 512), ("2kib", 2048), ("0.5TB", 5 * 10**11)],
 )
 def test_bytes(text: str, nbytes: int) -> None:
-    assert parse_bytes(text) == nbytes
+    assert parse_bytes(text, "--size") == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "80 XB", "-3GB", "1e9"])
 def test_no_bytes(text: str) -> None:
     with pytest.raises(UsageError):
-        parse_bytes(text)
+        parse_bytes(text, "--size")
 
 
 MISTRAL_7B = {
@@ -245,12 +257,16 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", ["0.25", "1", "2", "4"])
 def test_rank_is_counted(bits: str, tmp_path: Path) -> None:
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
-    said = plan_of(tmp_path, config, "--bits", bits)[1]["slot_bytes"]
-    without, with_16 = (plan_of(tmp_path, config, "--bits", bits, "--rank", n)[1]["slot_bytes"] for n in ("0", "16"))
+
+    def slot(*options: str) -> int:
+        return plan_of(tmp_path, config, "--bits", bits, "--embedding-bits", "2", *options)[1]["slot_bytes"]
+
     # Rows and columns of a layer's seven linears, sixteen times in 16 bit; a slot's rank in each bank.
     layer = 2 * 16 * (4 * 4096 + 2 * (1024 + 4096) + 3 * (14336 + 4096)) + 4 * 7
-    assert with_16 - without == 32 * layer
-    assert said == with_16
+    assert slot("--rank", "16", "--embedding-rank", "0") - slot("--rank", "0") == 32 * layer
+    # Embedding and head.
+    assert slot() - slot("--embedding-rank", "0") == 2 * (2 * 16 * (32000 + 4096) + 4)
+    assert slot() == slot("--rank", "16") == slot("--embedding-rank", "16")
 
 
 def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) -> None:
@@ -258,14 +274,13 @@ def test_slots_of_a_gpu_hold_trellis_codes_as_they_are_stored(tmp_path: Path) ->
     config = MISTRAL_7B | {"torch_dtype": "bfloat16"}
 
     def slot(*options: str) -> int:
-        return plan_of(tmp_path, config, *options, "--rank", "16")[1]["slot_bytes"]
+        return plan_of(tmp_path, config, *options, "--rank", "16", "--embedding-bits", "2")[1]["slot_bytes"]
 
     linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     trellis = {bits: slot("--bits", bits, "--code", "trellis") for bits in ("0.125", "0.25", "0.5", "1")}
     for bits, own in trellis.items():
         assert own - trellis["0.125"] == (float(bits) - 0.125) * linears / 8
-    ends = ("--embedding-bits", "2")
-    assert slot("--bits", "1", "--code", "trellis", *ends) == slot("--bits", "1", *ends)
+    assert slot("--bits", "1", "--code", "trellis") == slot("--bits", "1")
     assert 128 * trellis["0.25"] < 80e9 - 2 * linears - 4 * 32000 * 4096
 
 

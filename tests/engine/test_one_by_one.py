@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from engine.family import EXPERTS, Family, Kind, make_family, requests
+from engine.held import held
+from patience import PATIENCE
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, Chunk, GenerationRequest, Sampling
@@ -46,7 +48,7 @@ def test_slots_hold_what_no_bank_holds(hybrid: Family, start: Start, slots: int)
     engine = start(hybrid, slots=slots, max_wait=0.05)
     for count in (1, 5, 16):
         check(engine, hybrid, requests(hybrid, count, seed=count))
-    assert engine.drain(5)
+    assert engine.drain(PATIENCE)
     statistics = engine.statistics()
     assert (statistics.running, statistics.waiting, statistics.cache_blocks_used) == (0, 0, 0)
     assert (statistics.slot_evictions > 0) == (slots < 3)
@@ -134,12 +136,13 @@ def test_a_request_is_cancelled(hybrid: Family, start: Start) -> None:
             over.set()
 
     long = Sampling(temperature=0, max_tokens=100, ignore_eos=True)
-    engine.submit(GenerationRequest("long", "alpha", (5, 6), long), on_chunk)
-    assert begun.wait(30)
-    engine.cancel("long")
-    assert over.wait(30)
+    with held(engine, after=3):
+        engine.submit(GenerationRequest("long", "alpha", (5, 6), long), on_chunk)
+        assert begun.wait(PATIENCE)
+        engine.cancel("long")
+    assert over.wait(PATIENCE)
     assert chunks[-1].finish_reason == "cancelled" and len(chunks) < 100
-    assert engine.drain(5) and engine.statistics().cache_blocks_used == 0
+    assert engine.drain(PATIENCE) and engine.statistics().cache_blocks_used == 0
 
 
 def test_prompts_are_scored(hybrid: Family, start: Start) -> None:

@@ -15,7 +15,9 @@ from meswitch_cli.engine import TransformersEngine, generate
 def test_rates_mixed_in_a_batch(tmp_path: Path, start: Callable[..., TransformersEngine]) -> None:
     experts = {
         "eighth": Kind({"bits": 0.125, "salient": 4, "rank": 8}),
-        "quarter": Kind({"bits": 0.25, "salient": 4, "rank": 12}, added_rows=2),
+        "quarter": Kind(
+            {"bits": 0.25, "salient": 4, "rank": 12, "embedding_bits": 0.25, "embedding_rank": 7}, added_rows=2
+        ),
         "levels": Kind({"bits": 1, "code": "trellis", "salient": 0, "channel_scale": "rms"}),
         "two": Kind({"bits": 2, "salient": 3}),
         "directions": Kind({"bits": 0, "rank": 9}, added_rows=1),

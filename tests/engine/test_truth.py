@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from engine.family import Family, check_near_ties, make_family, requests
+from engine.held import gathered
+from patience import PATIENCE
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import Chunk, GenerationRequest
@@ -32,7 +34,7 @@ def test_mixed_batches_equal_plain_models(family: Family, start: Start, slots: i
     engine = start(family, slots=slots, prefix_sharing=sharing, max_wait=0.05)
     for count in (1, 2, 5, 32):
         check(engine, family, requests(family, count, seed=count, prefix=20 if count > 2 else 0))
-    assert engine.drain(5)
+    assert engine.drain(PATIENCE)
     statistics = engine.statistics()
     assert (statistics.running, statistics.waiting, statistics.cache_blocks_used) == (0, 0, 0)
     assert (statistics.slot_evictions > 0) == (slots < 3)
@@ -54,7 +56,7 @@ def test_random_arrivals(family: Family, start: Start) -> None:
         engine.submit(request, on_chunk)
         time.sleep(rng.random() * 0.02)
     for _ in batch:
-        assert done.acquire(timeout=30)
+        assert done.acquire(timeout=PATIENCE)
     for request in batch:
         assert tuple(got[request.id]) == family.greedy(request)
 
@@ -68,7 +70,9 @@ def test_tokens_of_a_slot_lie_together(family: Family, start: Start, monkeypatch
         seen.append(self.slot_of_token[: sum(item.query_length for item in batch)].tolist())
 
     monkeypatch.setattr(Runner, "set_slots", noted)
-    check(start(family), family, requests(family, 24, seed=11))
+    engine = start(family)
+    with gathered(engine, 24):
+        check(engine, family, requests(family, 24, seed=11))
     assert any(len(set(slots)) == 4 for slots in seen)
     assert all(slots == sorted(slots) for slots in seen)
 
@@ -77,7 +81,7 @@ def test_full_cache_begins_requests_again(family: Family, start: Start) -> None:
     """A cache too small for all of them: transformers takes some out and computes them again."""
     engine = start(family, cache_tokens=128, max_batch_tokens=32)
     check(engine, family, requests(family, 16, seed=5, longest=60, max_tokens=40))
-    assert engine.drain(5)
+    assert engine.drain(PATIENCE)
     assert engine.statistics().cache_blocks_used == 0
 
 

@@ -89,6 +89,7 @@ def test_rows_are_methods_and_the_defaults_are_compress_s() -> None:
         assert (options["channel_scale"], options["steps"]) == (quantizer.channel_scale, quantizer.steps)
         embedding = settings.of("embedding", unrelated=False)
         assert embedding is not None and options["embedding"] == embedding.bits
+        assert options["embedding_rank"] == embedding.rank
     for name in PRODUCTS:
         rank, factor_bits = methods[name].options["rank"], methods[name].options["factor_bits"]
         alone = CompressionSettings.with_defaults(bits=0, rank=rank, factor_bits=factor_bits)

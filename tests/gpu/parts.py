@@ -56,7 +56,7 @@ def stages(scratch: Path, tiny: bool) -> list[list[Part]]:
             "probe compress", f"kernels compress-{SHORT}", "engine-2 engine-1", f"engine-{SHORT} truth", "many switch",
             "base lora", "dense serve",
         )  # fmt: skip
-        return [[replace(parts[name], limit=200, least=1) for name in pair.split()] for pair in pairs]
+        return [[replace(parts[name], limit=1200, least=1) for name in pair.split()] for pair in pairs]
     # Engines of a stage start side by side, for that is compiling and checking for the most part, and measure one after
     # the other. Compression takes four times as long beside a probe that compiles.
     order = (

@@ -15,7 +15,10 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler counts them there")
 
 MOST = 450
-KINDS = {"1 bit": {"bits": 1, "salient": 4, "rank": 16}, "1/4 bit": {"bits": 0.25, "rank": 16}}
+KINDS = {
+    "1 bit": {"bits": 1, "salient": 4, "rank": 16, "embedding_rank": 16},
+    "1/4 bit": {"bits": 0.25, "rank": 16, "embedding_bits": 0.25, "embedding_rank": 16},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,7 +63,7 @@ def test_the_base_must_be_the_same(policy: object) -> None:
     other = Base("./other", "sha256:" + "2" * 64)
     with pytest.raises(RouterError, match=r"made for another base: \./other has fingerprint sha256:2") as caught:
         check_membership(TRAINED_FOR, other, experts, policy)
-    assert f"owner/base with {FINGERPRINT}" in str(caught.value)
+    assert f"owner/base with {FINGERPRINT[:19]};" in str(caught.value)  # of a hash, 12 digits
     with pytest.raises(RouterError, match=r"reads the hidden states of its base.*owner/base.*--base"):
         check_membership(TRAINED_FOR, None, experts, policy)
     assert check_membership(TRAINED_FOR, Base("./unknown", None), experts, policy) == []

@@ -11,7 +11,8 @@ from typing import Any
 
 import engine.family
 import httpx2
-from engine.family import Family, Kind
+from engine.family import Family, Kind, OneSeed
+from patience import PATIENCE
 
 from meswitch_cli.engine.contract import Engine
 from meswitch_cli.engine.settings import EngineSettings
@@ -46,7 +47,7 @@ class Running:
     headers: dict[str, str] = field(default_factory=dict)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.request(method, self.url + path, timeout=60, **({"headers": self.headers} | options))
+        return httpx2.request(method, self.url + path, timeout=PATIENCE, **({"headers": self.headers} | options))
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         return self.request("GET", path, **options)
@@ -56,7 +57,7 @@ class Running:
 
     def stop(self) -> None:
         self.server.begin_drain()
-        self.thread.join(30)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
 
 
@@ -81,6 +82,7 @@ def start(family: Family, *, router: Any = None, settings: ServerSettings | None
     if ENGINE == "vllm":
         options |= FOR_VLLM[1]
     made = engine_class()(EngineSettings(**{**options, "cache_tokens": 8192, **engine}))
+    made._random = OneSeed()
     made.start()
     return serve_engine(made, settings, router)
 
@@ -93,5 +95,5 @@ def serve_engine(made: Engine, settings: ServerSettings | None = None, router: A
     server = Server(create_app(service), service, on_started=started.set)
     thread = threading.Thread(target=serve, args=(server, bound), daemon=True)
     thread.start()
-    assert started.wait(30)
+    assert started.wait(PATIENCE)
     return Running(f"http://127.0.0.1:{bound.getsockname()[1]}", service, server, thread)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -19,10 +19,12 @@ from typing import Any
 import httpx2
 import pytest
 from command_line import ENVIRONMENT, in_process, meswitch
+from patience import PATIENCE, until
 from server.family import Family, Running
 
 from meswitch_cli.server.lifecycle import listen
 
+TESTS = Path(__file__).parents[1]
 Here = Callable[..., tuple[int, str]]
 
 
@@ -58,29 +60,34 @@ class Serving:
         self._listening.set()
 
     def wait(self) -> str:
-        assert self._listening.wait(90)
+        assert self._listening.wait(PATIENCE)
         page = next((line for line in self.lines if line.startswith("page ")), None)
         assert page, "".join(self.lines)
         return page.split()[1].rstrip("/")
 
     def said(self, word: str) -> None:
         """Wait until a line with this word has been written."""
-        deadline = time.monotonic() + 60
-        while not any(word in line for line in tuple(self.lines)):
-            assert time.monotonic() < deadline, "".join(self.lines)
-            time.sleep(0.01)
+        until(lambda: any(word in line for line in tuple(self.lines)), lambda: "".join(self.lines))
 
     def ended(self) -> tuple[int, str]:
-        status = self.process.wait(60)
-        self._reader.join(10)
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         return status, "".join(self.lines)
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[Serving]:
-    command = [sys.executable, "-m", "meswitch_cli", "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+def serving(*arguments: object, hold: Path | None = None) -> Iterator[Serving]:
+    """With `hold`, its engine is held while that file is there."""
+    program = ["meswitch_cli"] if hold is None else ["server.holding", str(hold)]
+    command = [sys.executable, "-m", *program, "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+    paths = [str(TESTS), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd="/"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | ({} if hold is None else {"PYTHONPATH": os.pathsep.join(paths)}),
+        cwd="/",
     )
     try:
         yield Serving(process)
@@ -92,7 +99,11 @@ def serving(*arguments: object) -> Iterator[Serving]:
 
 def long_stream(address: str) -> Any:
     body = {"model": "red", "prompt": "go", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60)
+    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE)
+
+
+def running_now(address: str) -> int:
+    return int(httpx2.get(f"{address}/v1/status", timeout=PATIENCE).json()["engine"]["running"])
 
 
 def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: Path, tmp_path: Path) -> None:
@@ -100,7 +111,8 @@ def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: P
     shard.write_bytes(shard.read_bytes()[:-7])
     (experts_dir / "notes").mkdir()
     (experts_dir / ".unfinished").mkdir()
-    with serving("--base", family.base, "--experts-dir", experts_dir) as server:
+    hold = tmp_path / "hold"
+    with serving("--base", family.base, "--experts-dir", experts_dir, hold=hold) as server:
         address = server.wait()
         told = "".join(server.lines)
         assert "expert blue is not served" in told and shard.name in told
@@ -109,13 +121,13 @@ def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: P
         curl = told.split("try     ")[1].split("'\n")[0] + "'"
         answered = subprocess.run(curl, shell=True, capture_output=True, text=True, check=False)
         assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant", answered.stderr
+        hold.touch()
         with long_stream(address) as response:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 60
-            while httpx2.get(f"{address}/ready").status_code != 503:
-                assert time.monotonic() < deadline
+            until(lambda: httpx2.get(f"{address}/ready", timeout=PATIENCE).status_code == 503)
+            hold.unlink()
             assert [line for line in lines if line][-1] == "data: [DONE]"
         status, told = server.ended()
         assert status == 0, told
@@ -126,7 +138,7 @@ def test_serve_with_a_corrupt_artifact_then_drain(family: Family, experts_dir: P
         assert "12 times 12" not in "".join(line for line in told.splitlines() if line.startswith("{"))
 
 
-def test_sigterm_under_load_cuts_nobody_off(family: Family) -> None:
+def test_sigterm_under_load_cuts_nobody_off(family: Family, tmp_path: Path) -> None:
     """Sixteen answers on their way, half of them streamed, all come whole; the process then ends well."""
     experts = [f"--expert={name}={family.artifacts[name]}" for name in ("red", "green")]
 
@@ -134,46 +146,48 @@ def test_sigterm_under_load_cuts_nobody_off(family: Family) -> None:
         body = {"model": ("red", "green", "base")[index % 3], "prompt": "go", "max_tokens": 300, "ignore_eos": True}
         stream = index % 2 == 0
         more = {"stream": stream, "return_token_ids": True}
-        response = httpx2.post(f"{address}/v1/completions", json=body | more, timeout=60)
+        response = httpx2.post(f"{address}/v1/completions", json=body | more, timeout=PATIENCE)
         events = [response.text] if not stream else re.findall(r"data: ({.*})", response.text)
         choices = [json.loads(event)["choices"][0] for event in events]
         return sum(len(choice["token_ids"]) for choice in choices), choices[-1]["finish_reason"]
 
-    with serving("--base", family.base, *experts) as server, ThreadPoolExecutor(16) as pool:
+    hold = tmp_path / "hold"
+    with serving("--base", family.base, *experts, hold=hold) as server, ThreadPoolExecutor(16) as pool:
         address = server.wait()
+        hold.touch()
         answers = [pool.submit(ask, address, index) for index in range(16)]
-        deadline = time.monotonic() + 60
-        while httpx2.get(f"{address}/v1/status").json()["engine"]["running"] < 16:
-            assert time.monotonic() < deadline
+        until(lambda: running_now(address) == 16)
         server.process.send_signal(signal.SIGTERM)
-        assert [answer.result(60) for answer in answers] == [(300, "length")] * 16
+        server.said("draining")
+        hold.unlink()
+        assert [answer.result(PATIENCE) for answer in answers] == [(300, "length")] * 16
         status, told = server.ended()
         assert status == 0 and "Traceback" not in told, told
 
 
-def test_a_second_signal_stops_at_once(family: Family) -> None:
-    with serving("--base", family.base, "--expert", f"red={family.artifacts['red']}") as server:
+def test_a_second_signal_stops_at_once(family: Family, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    with serving("--base", family.base, "--expert", f"red={family.artifacts['red']}", hold=hold) as server:
         address = server.wait()
+        hold.touch()
         body = {"model": "red", "prompt": "go", "max_tokens": 500, "ignore_eos": True, "n": 16}
         whole: list[int] = []
         asking = threading.Thread(target=lambda: _ask(f"{address}/v1/completions", body, whole), daemon=True)
         asking.start()
-        deadline = time.monotonic() + 60
-        while httpx2.get(f"{address}/v1/status").json()["engine"]["running"] < 16:
-            assert time.monotonic() < deadline
+        until(lambda: running_now(address) == 16)
         server.process.send_signal(signal.SIGTERM)
         server.said("draining")  # two signals at once are one to a process that has not taken the first
         server.process.send_signal(signal.SIGTERM)
         status, told = server.ended()
         assert status == 0 and "second signal" in told, told
-        asking.join(30)
+        asking.join(PATIENCE)
         assert whole == []  # it was cut off: the drain waited for nothing
 
 
 def _ask(url: str, body: dict[str, Any], whole: list[int]) -> None:
     """Ask, and note the tokens of an answer that comes whole."""
     with suppress(httpx2.HTTPError):
-        response = httpx2.post(url, json=body, timeout=90)
+        response = httpx2.post(url, json=body, timeout=PATIENCE)
         if response.status_code == 200:
             whole.append(response.json()["usage"]["completion_tokens"])
 
@@ -269,6 +283,7 @@ def test_bench(running: Running, tmp_path: Path) -> None:
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     table = meswitch("bench", *options, "--model", "red", "--model", "base")
     assert table.returncode == 0 and re.search(r"base +│ +\d+", table.stdout) and "tokens/s" in table.stdout
+    assert "┃ tokens/s ┃ TTFT p50 ┃ p99 ┃ ITL p50 ┃ p99 ┃" in re.sub(" +", " ", table.stdout)  # none cut off
     pdf = meswitch("bench", *options, "--plot", tmp_path / "load.pdf")
     assert pdf.returncode == 2 and "must end in .png or .svg" in pdf.stderr and pdf.stdout == ""
     failed = meswitch("bench", *options, "--model", "violet", "--json")

@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 from server.family import Family, Running
-from server.test_requests import refused
+from server.refusals import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["hello", "a rather different text", "ж"]

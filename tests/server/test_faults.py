@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from engine.held import held
+from patience import PATIENCE, until
 from server.family import Family, Running, Start
 from server.fields import prompts
 
@@ -26,34 +27,24 @@ def long_chat(model: str = "red", **more: Any) -> dict[str, Any]:
     return body | {"ignore_eos": True, "temperature": 0} | more
 
 
-def wait_until_idle(server: Running, seconds: float = 60) -> None:
+def wait_until_idle(server: Running) -> None:
     """Until nothing runs or waits and no cache block is held."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    def held() -> tuple[int, int, int]:
         numbers = server.service.engine.statistics()
-        held = (numbers.running, numbers.waiting, numbers.cache_blocks_used)
-        if held == (0, 0, 0) or time.monotonic() > deadline:
-            assert held == (0, 0, 0)
-            return
-        time.sleep(0.05)
+        return numbers.running, numbers.waiting, numbers.cache_blocks_used
+
+    until(lambda: held() == (0, 0, 0), held)
 
 
 @contextmanager
-def held(server: Running) -> Iterator[None]:
-    """Nothing is computed meanwhile: a request that runs outlasts what is asked within, on a machine of any speed."""
-    engine, released = server.service.engine, threading.Event()
-    go_on = engine.before_batch
-
-    def wait(loop: Any) -> None:
-        released.wait(60)
-        go_on(loop)
-
-    engine.before_batch = wait
-    try:
-        yield
-    finally:
-        engine.before_batch = go_on
-        released.set()
+def streaming(server: Running, **more: Any) -> Iterator[Iterator[str]]:
+    """A long answer that has begun: what follows its first line."""
+    body = long_chat(stream=True, **more)
+    with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
 
 
 def test_two_hundred_clients_vanish(start_server: Start) -> None:
@@ -84,8 +75,11 @@ def test_two_hundred_clients_vanish(start_server: Start) -> None:
 
 def test_a_full_queue_turns_away_with_a_time_to_come_back(start_server: Start) -> None:
     server = start_server(max_running=1, max_queue=2)
-    with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: server.post("/v1/chat/completions", long_chat(max_tokens=60)), range(12)))
+    with ThreadPoolExecutor(12) as pool, held(server.service.engine) as release:
+        asked = [pool.submit(server.post, "/v1/chat/completions", long_chat(max_tokens=60)) for _ in range(12)]
+        until(lambda: sum(answer.done() for answer in asked) == 9)  # all but the one that runs and the two that wait
+        release()
+        answers = [answer.result() for answer in asked]
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 503} and statuses.count(200) >= 3
     full = next(answer for answer in answers if answer.status_code == 503)
@@ -102,15 +96,11 @@ def test_choices_are_queued_all_or_not_at_all(start_server: Start) -> None:
     assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
     prompts_ = server.post("/v1/completions", {"model": "red", "prompt": ["a"] * 4, "max_tokens": 1})
     assert (prompts_.status_code, prompts_.json()["error"]["param"]) == (400, "prompt")
-    with httpx2.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
-        with held(server):
-            for _ in range(3):  # the two that were queued for a moment are gone at once, and in nobody's way
-                assert server.post("/v1/chat/completions", long_chat(n=3)).status_code == 503
-                assert server.service.engine.statistics().waiting == 0
+    with held(server.service.engine, after=2) as release, streaming(server) as lines:
+        for _ in range(3):  # the two that were queued for a moment are gone at once, and in nobody's way
+            assert server.post("/v1/chat/completions", long_chat(n=3)).status_code == 503
+            assert server.service.engine.statistics().waiting == 0
+        release()
         assert server.post("/v1/chat/completions", long_chat(n=2, max_tokens=2)).status_code == 200
         assert [line for line in lines if line][-1] == "data: [DONE]"
     wait_until_idle(server)
@@ -118,37 +108,29 @@ def test_choices_are_queued_all_or_not_at_all(start_server: Start) -> None:
 
 def test_a_drain_lets_the_running_end_and_turns_the_new_away(start_server: Start) -> None:
     server = start_server()
-    with httpx2.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True, max_tokens=100), timeout=60
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
-        with held(server):
-            server.server.begin_drain()
-            assert server.get("/health").status_code == 200
-            ready = server.get("/ready")
-            assert ready.status_code == 503 and ready.json()["error"]["code"] == "shutting_down"
-            refused = server.post("/v1/chat/completions", long_chat())
-            assert refused.status_code == 503 and "retry-after" in refused.headers
+    with held(server.service.engine, after=2) as release, streaming(server, max_tokens=100) as lines:
+        server.server.begin_drain()
+        assert server.get("/health").status_code == 200
+        ready = server.get("/ready")
+        assert ready.status_code == 503 and ready.json()["error"]["code"] == "shutting_down"
+        refused = server.post("/v1/chat/completions", long_chat())
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        release()
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    server.thread.join(10)
+    server.thread.join(PATIENCE)
     assert not server.thread.is_alive()
 
 
 def test_a_drain_has_an_end(start_server: Start) -> None:
     server = start_server(settings=ServerSettings(drain_seconds=0.1))
-    with httpx2.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True, n=16), timeout=60
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with held(server.service.engine, after=2), streaming(server, n=16) as lines:
         server.server.begin_drain()
         rest = [line for line in lines if line]
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert rest[-1] == "data: [DONE]"
-    server.thread.join(10)
+    server.thread.join(PATIENCE)
     assert not server.thread.is_alive()
 
 
@@ -186,9 +168,10 @@ def test_experts_come_and_go_under_load(start_server: Start, experts_dir: Path) 
         assert loaded.status_code == 200, loaded.text
         assert server.post("/v1/experts/pin", {"name": "red"}).json()["pinned"] is True
         assert server.post("/v1/experts/pin", {"name": "red", "pinned": False}).json()["pinned"] is False
+    until(lambda: all(answered.values()) or wrong, lambda: answered)
     ended.set()
     for thread in asking:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert wrong == [] and all(answered.values()), answered
     wait_until_idle(server)
 
@@ -276,24 +259,22 @@ def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(start_ser
 def test_an_expert_that_leaves_is_routed_to_no_more(start_server: Start, router: Any) -> None:
     """While its last requests run, it is served no longer: auto falls back, its name is unknown."""
     server = start_server(router=router)
-    with httpx2.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with held(server.service.engine, after=2) as release, streaming(server) as lines:
         leaving = threading.Thread(target=server.service.engine.unload_expert, args=("red",))
         leaving.start()
-        deadline = time.monotonic() + 60
-        while "red" in {model["id"] for model in server.get("/v1/models").json()["data"]}:
-            assert time.monotonic() < deadline
-        routed = server.post("/v1/chat/completions", long_chat("auto", max_tokens=2) | red_prompt())
+        until(lambda: "red" not in {model["id"] for model in server.get("/v1/models").json()["data"]})
         named = server.post("/v1/chat/completions", long_chat(max_tokens=2))
-        still_leaving = leaving.is_alive()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.post, "/v1/chat/completions", long_chat("auto", max_tokens=2) | red_prompt())
+            until(lambda: asked.done() or server.service.engine.statistics().running == 2)
+            still_leaving = leaving.is_alive()
+            release()
+            routed = asked.result()
         rest = [line for line in lines if line]
     assert still_leaving and rest[-1] == "data: [DONE]"
     assert (routed.status_code, routed.headers["x-meswitch-reason"]) == (200, "unavailable"), routed.text
     assert named.status_code == 404
-    leaving.join(10)
+    leaving.join(PATIENCE)
     assert not leaving.is_alive()
 
 
@@ -303,18 +284,14 @@ def red_prompt() -> dict[str, Any]:
 
 def test_experts_are_not_changed_while_the_server_goes_down(start_server: Start, experts_dir: Path) -> None:
     server = admin_server(start_server, experts_dir, ("red", "green"))
-    with httpx2.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=long_chat(stream=True), timeout=60
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with held(server.service.engine, after=2) as release, streaming(server) as lines:
         server.server.begin_drain()
-        while server.service.engine.closed is None:
-            time.sleep(0.001)
+        until(lambda: server.service.engine.closed)
         for what, body in (("load", {"name": "blue"}), ("unload", {"name": "green"}), ("pin", {"name": "green"})):
             refused = server.post(f"/v1/experts/{what}", body)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down"), what
             assert "retry-after" in refused.headers
+        release()
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 

@@ -24,8 +24,9 @@ SECRET = "swordfish"
 
 def ask_all(server: Running) -> list[str]:
     """Answered, streamed, refused and failed, each with the secret in it; the ids of the requests."""
-    chat = {"model": "red", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 2, "user": "u-1"}
-    completion = {"model": "red", "prompt": SECRET, "max_tokens": 2}
+    two = {"model": "red", "max_tokens": 2, "ignore_eos": True}
+    chat = two | {"messages": [{"role": "user", "content": SECRET}], "user": "u-1"}
+    completion = two | {"prompt": SECRET}
     responses = [
         server.post("/v1/chat/completions", chat),
         server.post("/v1/chat/completions", chat | {"stream": True}),

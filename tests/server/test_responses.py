@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 from server.family import Running
-from server.test_requests import refused
+from server.refusals import refused
 from server.test_tools import PARAMETERS, check_call
 
 TOOL = {"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": True}

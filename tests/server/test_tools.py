@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from server.family import Running
-from server.test_requests import refused
+from server.refusals import refused
 from server.tool_templates import HERMES, LLAMA, MISTRAL
 
 from meswitch_cli.engine.contract import Sampling

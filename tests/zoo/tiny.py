@@ -151,9 +151,11 @@ def make_pair(
 
     model_type, extra = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **{**_COMMON, **extra, **config}), dtype=torch.float32
-    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)  # what transformers draws and `_randomise` only adds to
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**_COMMON, **extra, **config}), dtype=torch.float32
+        )
     _randomise(model, generator)
     model.eval().to(dtype)
     base, expert = directory / "base", directory / "expert"

@@ -5,11 +5,13 @@ vLLM tells it only that they could not, and only its workers notice that their p
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,22 @@ def tell_parent(reason: str) -> None:
     path = os.environ.get(VARIABLE)
     if path and Path(path).parent.is_dir():
         Path(path).write_text(reason, encoding="utf-8")
+
+
+class _FirstException(logging.Handler):
+    """Tells a server of ours that starts this process the first exception that is logged, unless it knows more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not Path(os.environ.get(VARIABLE, "")).is_file():
+            tell_parent(traceback.format_exception_only(error)[-1].splitlines()[0])
+
+
+def tell_of_exceptions() -> None:
+    """Leave nothing to vLLM's log alone that keeps this process from beginning: a server of ours that starts it is told
+    by vLLM that it could not, and no more."""
+    if VARIABLE in os.environ and multiprocessing.parent_process() is not None:
+        logging.getLogger("vllm").addHandler(_FirstException(logging.ERROR))
 
 
 def end_with_parent() -> None:

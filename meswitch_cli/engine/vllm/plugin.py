@@ -12,7 +12,7 @@ from typing import Any
 
 from meswitch_cli.engine.contract import EngineError
 from meswitch_cli.engine.vllm.names import CONFIG_KEY
-from meswitch_cli.engine.vllm.parent import end_with_parent, tell_parent
+from meswitch_cli.engine.vllm.parent import end_with_parent, tell_of_exceptions, tell_parent
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.errors import MeswitchError
 
@@ -68,6 +68,7 @@ def register() -> None:
     if getattr(LoRAModelRunnerMixin.load_lora_model, "serves_experts", False):
         return
     end_with_parent()
+    tell_of_exceptions()
     hide_llvmlite()
     serve_artifacts()
     register_model_loader(LOAD_FORMAT)(BaseLoader)

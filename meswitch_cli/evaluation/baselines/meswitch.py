@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from meswitch_cli.delta.codes import TRELLIS_CODES, CodeName
+from meswitch_cli.compression.settings import EMBEDDING_FACTOR_BITS
+from meswitch_cli.delta.codes import RATES, TRELLIS_CODES, CodeName
 from meswitch_cli.delta.quantize import dequantize, quantize
 from meswitch_cli.delta.settings import ChannelScale, QuantizerSettings, StepRule
 from meswitch_cli.delta.statistics import InputStatistics
@@ -23,7 +24,8 @@ Saliency = Literal["error", "random", "magnitude", "activation"]
 class MeSwitch(Method):
     """`meswitch`: as `QuantizerSettings`; `activations` says what the input statistics are taken over.
 
-    At 0 bits salient channels, scale and steps are those of a head, which has codes.
+    At 0 bits salient channels, scale and steps are those of a head, which has codes. `embedding_rank` directions stand
+    beside the codes of embedding and head.
     """
 
     bits: float = 2
@@ -33,6 +35,7 @@ class MeSwitch(Method):
     steps: StepRule = "unbiased"
     rank: int = 0
     factor_bits: Literal[4, 8, 16] = 4
+    embedding_rank: int = 0
     code: Literal["auto", "scalar", "trellis"] = "auto"
     saliency: Saliency = "error"
     activations: ActivationSource = "auto"
@@ -64,6 +67,8 @@ class MeSwitch(Method):
             code=code,
         )
 
+    EMBEDDING_WIDTHS = (*RATES, 16)
+
     @property
     def needs_calibration(self) -> bool:
         return self.steps == "layerwise" or self.activations == "file"
@@ -75,9 +80,11 @@ class MeSwitch(Method):
         """As an artifact's: by a trellis code where the linears have one; a head has its salient channels too."""
         trellis = self.quantizer().is_trellis and self.embedding in TRELLIS_CODES
         code: CodeName | None = "trellis" if trellis else None
-        if kind == "head":
-            return quantised(delta, replace(self._of_codes(self.embedding, code), rank=0), statistics)
-        return quantised(delta, QuantizerSettings(bits=self.embedding, salient=0, code=code))
+        own = (
+            self._of_codes(self.embedding, code) if kind == "head" else QuantizerSettings(self.embedding, 0, code=code)
+        )
+        settings = replace(own, rank=self.embedding_rank, factor_bits=EMBEDDING_FACTOR_BITS)
+        return quantised(delta, settings, statistics if kind == "head" else None)
 
     def statistics(self, activations: Activations) -> Mapping[str, InputStatistics]:
         by_outputs = self.steps in ("layerwise", "output-unbiased")

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -45,13 +45,16 @@ class Method(ABC):
         ValueError: an option cannot have this value.
     """
 
-    embedding: int = 2
+    embedding: float = 2
     seed: int = 0
+
+    #: What `embedding` may be.
+    EMBEDDING_WIDTHS: ClassVar[tuple[float, ...]] = (*CODES, 16)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for key, value in self.options.items():
-            allowed = (*CODES, 16) if key == "embedding" else get_args(hints[key])
+            allowed = self.EMBEDDING_WIDTHS if key == "embedding" else get_args(hints[key])
             if allowed and value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}")
             if isinstance(value, int | float) and not 0 <= value < math.inf:

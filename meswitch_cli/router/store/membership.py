@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from meswitch_cli.checkpoint.fingerprint import short_fingerprint
 from meswitch_cli.errors import MeswitchError, RouterError
 from meswitch_cli.router.backends.base import ReadableBase
 
@@ -74,8 +75,9 @@ def check_membership(
         found = base.fingerprint
         if found is not None and found != wanted:
             raise RouterError(
-                f"the router was made for another base: {base.name} has fingerprint {found}, the router was made for "
-                f"{trained_for.base_id} with {wanted}; give that base, or train a router for this one"
+                f"the router was made for another base: {base.name} has fingerprint {short_fingerprint(found)}, "
+                f"the router was made for {trained_for.base_id} with {short_fingerprint(wanted)}; give that base, "
+                "or train a router for this one"
             )
     if experts is None:
         return []

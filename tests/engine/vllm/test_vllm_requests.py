@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from meswitch_cli.engine.vllm.arguments import engine_arguments
 from meswitch_cli.engine.vllm.artifacts import Files
 from meswitch_cli.engine.vllm.engine import VllmEngine
 from meswitch_cli.engine.vllm.names import WorkerConfig, base_names, layout_of, worker_config
-from meswitch_cli.engine.vllm.parent import told_by_children
+from meswitch_cli.engine.vllm.parent import tell_of_exceptions, tell_parent, told_by_children
 from meswitch_cli.engine.vllm.sampling import GRAMMAR_KEY, generator_seed, sampling_options
 from meswitch_cli.engine.vllm.version import check_vllm
 from meswitch_cli.model.architecture import architecture
@@ -135,6 +137,32 @@ def test_a_process_tells_the_server_that_started_it_why_it_cannot_begin() -> Non
         assert refusal.reason == "no layer of the base's"
     told_by_a_process("nobody listens")
     assert refusal.reason is None
+
+
+def fails_at_its_start(first: str | None) -> None:
+    tell_of_exceptions()
+    if first is not None:
+        tell_parent(first)
+    log = logging.getLogger("vllm.v1.engine.core")
+    log.error("no exception")
+    for error in (AttributeError("'Lfm2Config' object has no attribute 'x'\nat all"), RuntimeError("See above")):
+        try:
+            raise error
+        except Exception:
+            log.exception("EngineCore failed to start.")
+
+
+@pytest.mark.parametrize(
+    ("first", "known"),
+    [(None, "AttributeError: 'Lfm2Config' object has no attribute 'x'"), ("our own words", "our own words")],
+    ids=["vllm", "ours"],
+)
+def test_what_vllm_logs_where_it_cannot_begin_is_told(first: str | None, known: str) -> None:
+    process = multiprocessing.get_context("fork").Process(target=fails_at_its_start, args=(first,))
+    with told_by_children() as refusal:
+        process.start()
+        process.join()
+        assert (process.exitcode, refusal.reason) == (0, known)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi"])

@@ -7,29 +7,31 @@ from collections.abc import Callable
 
 import pytest
 from engine.family import Family, requests
-from engine.test_residency import (
-    Traffic,
-    assert_idle,
-    one,
+from engine.test_requests_end import (
     test_a_callback_that_raises_ends_its_own_request,
-    test_an_expert_is_known_by_its_name_and_digest,
-    test_another_base_is_refused,
-    test_artifact_lost_after_the_start_fails_its_requests_alone,
     test_cancelling_frees_everything,
-    test_corrupt_artifact_at_start_and_at_load,
     test_drain_and_stop,
+    test_queue_overflow_and_duplicate_ids,
+    test_statistics_may_be_asked_at_any_time,
+)
+from engine.test_residency import (
     test_experts_of_one_beginning_never_share_cache,
     test_least_recently_used_goes_first,
-    test_no_expert_left_stops_the_start,
     test_nobody_starves_under_skewed_load,
     test_pinned_experts_stay,
     test_pinning_an_absent_expert_fetches_it,
-    test_queue_overflow_and_duplicate_ids,
-    test_same_name_other_artifact_shares_no_prefix,
-    test_statistics_may_be_asked_at_any_time,
-    test_unloading_waits_for_what_runs,
     test_without_sharing_nothing_is_cached,
 )
+from engine.test_served_experts import (
+    test_an_expert_is_known_by_its_name_and_digest,
+    test_another_base_is_refused,
+    test_artifact_lost_after_the_start_fails_its_requests_alone,
+    test_corrupt_artifact_at_start_and_at_load,
+    test_no_expert_left_stops_the_start,
+    test_same_name_other_artifact_shares_no_prefix,
+    test_unloading_waits_for_what_runs,
+)
+from engine.traffic import Traffic, assert_idle, one
 from engine.vllm.conftest import NEEDS_VLLM
 from engine.vllm.processes import children
 
@@ -90,7 +92,7 @@ def test_a_worker_that_is_killed_fails_everyone_and_nothing_hangs(family: Family
         traffic.submit(one("alpha", index, tokens=100))
     (worker,) = children("Worker")
     worker.kill()
-    completions = traffic.wait(60).values()
+    completions = traffic.wait().values()
     assert {completion.finish_reason for completion in completions} == {"error"}
     assert all("vLLM's processes have ended" in (completion.error or "") for completion in completions)
     with pytest.raises(ShuttingDownError, match="vLLM's processes have ended"):

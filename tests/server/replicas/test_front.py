@@ -18,10 +18,15 @@ import pytest
 from engine.family import Family
 from server.family import make_family
 
-from meswitch_cli.server.lifecycle import listen
-
 SECONDS = 900
 ANSWER = 48
+TESTS = Path(__file__).parents[2]
+#: What each process of a front does first: its engine, where it has one, is held while a file is there.
+HOLDING = """
+import os, pathlib
+from server.holding import hold_while
+hold_while(pathlib.Path(os.environ["HOLD"]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +37,36 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 class RunningFront:
     """`meswitch serve --replicas 2` in a process of its own."""
 
-    def __init__(self, family: Family, log: Path) -> None:
-        bound = listen("127.0.0.1", 0)
-        self.port = bound.getsockname()[1]
-        bound.close()
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.hold, self.log, customised = folder / "hold", folder / "log", folder / "customised"
+        customised.mkdir()
+        (customised / "sitecustomize.py").write_text(HOLDING)
+        paths = [str(customised), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         experts = [word for name, path in family.artifacts.items() for word in ("--expert", f"{name}={path}")]
-        self.log = log
-        with log.open("w") as file:
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "meswitch_cli", "serve", "--base", str(family.base), *experts),
                     *("--slots", "1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096"),
-                    *("--replicas", "2", "--port", str(self.port), "--drain-seconds", "20"),
+                    *("--replicas", "2", "--port", "0", "--drain-seconds", str(SECONDS)),
                 ],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "HOLD": str(self.hold)},
             )
-        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=SECONDS)
+        self.wait(lambda: "replicas are starting behind" in self.log.read_text())
+        (address,) = re.findall(r"starting behind (\S+)", self.log.read_text())
+        self.client = httpx2.Client(base_url=address, timeout=SECONDS)
 
-    def wait(self, condition: Callable[[], bool], pause: float = 0.3) -> None:
+    def wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-4000:]
-            time.sleep(pause)
+            time.sleep(0.1)
 
-    def wait_until_both_answer(self) -> None:
-        """Until each replica has requests that run: how long they take is the machine's concern."""
-        self.wait(lambda: min(self.running()) > 0, pause=0.0)
+    def hold_both(self, requests: int) -> None:
+        """Wait until each replica has some of the requests, which outlast whatever is done until `hold` is gone."""
+        self.wait(lambda: min(self.running()) > 0 and sum(self.running()) == requests)
 
     def running(self) -> list[float]:
         """Requests that run, by replica; none where it tells nothing."""
@@ -87,7 +94,7 @@ class RunningFront:
 
 @pytest.fixture(scope="module")
 def front(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
-    running = RunningFront(family, tmp_path_factory.mktemp("front") / "log")
+    running = RunningFront(family, tmp_path_factory.mktemp("front"))
     try:
         running.wait(lambda: all(running.ready().values()) and len(running.ready()) == 2)
         yield running
@@ -95,7 +102,7 @@ def front(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         running.client.close()
         if running.process.poll() is None:
             running.process.send_signal(signal.SIGTERM)
-            running.process.wait(60)
+            running.process.wait(SECONDS)
 
 
 def test_an_expert_is_answered_where_it_is(front: RunningFront) -> None:
@@ -130,10 +137,12 @@ def test_a_stream_is_passed_on_as_it_comes(front: RunningFront) -> None:
 
 def test_a_replica_that_is_killed_fails_its_own_requests_alone_and_comes_back(front: RunningFront) -> None:
     before = front.pids()
+    front.hold.touch()
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(front.complete, "base", max_tokens=400) for _ in range(12)]
-        front.wait_until_both_answer()
+        front.hold_both(12)
         os.kill(before[0], signal.SIGKILL)
+        front.hold.unlink()
         answers = [item.result() for item in asked]
     failed = [answer for answer in answers if answer.status_code != 200]
     assert all(answer.status_code == 502 and answer.json()["error"]["code"] == "replica_failed" for answer in failed)
@@ -147,10 +156,12 @@ def test_a_replica_that_is_killed_fails_its_own_requests_alone_and_comes_back(fr
 
 def test_a_signal_ends_all_once_what_runs_has_been_answered(front: RunningFront) -> None:
     children = front.pids()
+    front.hold.touch()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(front.complete, "base", max_tokens=200) for _ in range(4)]
-        front.wait_until_both_answer()
+        front.hold_both(4)
         front.process.send_signal(signal.SIGTERM)
+        front.hold.unlink()
         assert [item.result().status_code for item in asked] == [200] * 4
-    assert front.process.wait(60) == 0
+    assert front.process.wait(SECONDS) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -52,7 +52,7 @@ resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 def stop(*_):
     raise TimeoutError
-signal.signal(signal.SIGALRM, stop)
+signal.signal(signal.SIGPROF, stop)
 def count(frame, event, argument):
     global lines
     lines += 1
@@ -63,7 +63,7 @@ request = json.load(sys.stdin)
 results = []
 for number, (program, generator) in enumerate(request["sources"]):
     calls, lines = [], 0
-    signal.setitimer(signal.ITIMER_REAL, 5)
+    signal.setitimer(signal.ITIMER_PROF, 5)
     sys.settrace(count)
     try:
         scope = {"Random": Random, "__name__": "program"}
@@ -83,7 +83,7 @@ for number, (program, generator) in enumerate(request["sources"]):
         pass
     finally:
         sys.settrace(None)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     results.append(calls)
 sys.stdout.write(json.dumps(results))
 """

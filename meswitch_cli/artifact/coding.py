@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meswitch_cli.artifact.artifact import Artifact
+import torch
+
+from meswitch_cli.artifact.artifact import Artifact, value_of
 from meswitch_cli.artifact.served import ServedCode, served_code, slot_settings
+from meswitch_cli.artifact.weights import ArtifactWeights
 from meswitch_cli.delta.exact import decode
 from meswitch_cli.delta.quantize import quantize
 from meswitch_cli.delta.stored import StoredDelta, TensorEntry
@@ -30,6 +33,7 @@ def coded(artifact: Artifact, stored: dict[str, StoredDelta], base: CheckpointWe
 def _coded(
     artifact: Artifact, entry: TensorEntry, delta: StoredDelta, base: CheckpointWeights, code: ServedCode
 ) -> StoredDelta:
+    """What a slot is given of one tensor that is stored bit for bit."""
     assert delta.exact is not None
     own = base.read(entry.base)
     shared = own if entry.shape == entry.base_shape else own[: entry.rows]
@@ -42,3 +46,18 @@ def _coded(
         raise ArtifactError(f"{artifact.path}: tensor {entry.name!r} does not go with its base: {error}") from error
     found = result[0] if result else StoredDelta()
     return replace(found, added_rows=delta.added_rows)
+
+
+class ServedWeights(ArtifactWeights):
+    """What an engine makes of an artifact's expert: where that is stored bit for bit, base + dequantised code, fp32."""
+
+    def __init__(self, artifact: Artifact, base: CheckpointWeights) -> None:
+        super().__init__(artifact, base)
+        self._code = served_code(artifact.manifest)
+
+    def read(self, name: str) -> torch.Tensor:
+        entry = self._entries.get(self.architecture.holder(name).name)
+        if entry is None or not entry.exact:
+            return super().read(name)
+        delta = self.artifact.shard(entry.shard).delta(entry.name)
+        return value_of(_coded(self.artifact, entry, delta, self.base, self._code), entry, self.base.read(entry.base))
