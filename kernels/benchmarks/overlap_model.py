@@ -28,7 +28,7 @@ RATES = (0.25, 1, 2)
 EXPERTS = (1, 4, 16)
 TOKENS = 16
 RESIDENT = 4
-"""Programs of two warps and 255 registers a thread that a processor holds, by its 65,536 registers."""
+"""Programs of two warps and 255 registers a thread that fit a processor's 65,536 registers."""
 BASE_INSTRUCTIONS = 110 / 64
 """For a weight of the base: the loop of 16 tokens over 64 x 64 weights, two warps, sm_90."""
 SCHEDULERS, WARPS = 4, 2
@@ -66,14 +66,12 @@ def programs(out: int, width: int, bits: float, experts: int, instructions: floa
 def seconds(work: Programs, rates: Rates) -> float:
     """Until the last program of a launch has ended."""
     slots = rates.processors * RESIDENT
-    left, following, now = np.zeros((slots, 2)), 0, 0.0
-    whole = np.ones((slots, 2))
-    part = np.zeros(slots)  # of each running program, what is left
+    following, now = 0, 0.0
+    whole, part = np.ones((slots, 2)), np.zeros(slots)  # of each slot's program, all, and which part of it is left
     while True:
         # Slot i is of processor i % processors: neighbours start side by side.
         free = np.flatnonzero(part <= 0)[: len(work) - following]
-        left[free] = work[following : following + len(free)]
-        part[free], whole[free] = 1.0, left[free]
+        whole[free], part[free] = work[following : following + len(free)], 1.0
         following += len(free)
         running = part > 0
         if not running.any():
