@@ -41,8 +41,9 @@ def compressed(pair: Pair, out: Path, **options: object) -> Artifact:
 
 def test_what_is_served_is_what_the_same_code_stores(own_pair: Pair, tmp_path: Path) -> None:
     base = CheckpointWeights(Checkpoint.open(str(own_pair[0])))
-    exact = compressed(own_pair, tmp_path / "exact", exact=True, bits=2)
+    exact = compressed(own_pair, tmp_path / "exact", exact=True, bits=2, embedding_bits=2)
     code = {"bits": 2, "salient": 0, "steps": "unbiased", "factor_bits": 16, "calibration": None}
+    code |= {"embedding_bits": 2, "embedding_rank": 0}
     served, coded = ServedWeights(exact, base), ArtifactWeights(compressed(own_pair, tmp_path / "code", **code), base)
     expert = CheckpointWeights(Checkpoint.open(str(own_pair[1])))
     differ = 0
