@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/compile_report.py [--json] [--quick]
 
-Every launch that the default settings can make is compiled for sm_80 and sm_90; exit status 1 where one spills.
+Every launch that the default settings can make is compiled for sm_80 and sm_90. Exit status 1 where one spills, but for
+the few numbers that decode may hold in memory beside tiles of 16 tokens.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ ALONE = {
 }
 """Kernels that do not depend on the kind of a bank, with their constants and options."""
 OPTIONS = {"num_warps", "num_stages"}
+WIDE_TILE_SPILLS = 28
+"""Bytes that decode may spill beside tiles of 16, once a tile (docs/results/kernels-compile.md)."""
 RANK = 32
 """Room for a low-rank part, beside none. Any multiple of 16 compiles to the same."""
 
@@ -150,6 +153,12 @@ class Row:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether it spills more than it may."""
+        wide = self.kernel.startswith("decode") and self.tokens > 0 and tile_size_for(self.tokens) > 8
+        return self.spilled_bytes > (WIDE_TILE_SPILLS if wide else 0)
 
 
 def signature(
@@ -210,7 +219,8 @@ def launches(quick: bool) -> Iterator[Launch]:
             "NUMBERS": numbers, "GROUPED": grouped, "EVEN": True, "BLOCK_RANK": triton_launch.rank_block(rank),
         }  # fmt: skip
         kind = {"bits": bits, "steps": "grouped" if grouped else "per row", "rank": rank}
-        for tokens in ((16,) if grouped else (16, 32)) if quick else (16, 32, 64):
+        alike = grouped or numbers[0] > FIRST_NUMBER
+        for tokens in ((16,) if alike else (16, 32)) if quick else (16, 32, 64):
             settings = default_settings(4096, 4096, tokens, card, dtype == "fp32", grouped)
             constants = {
                 **common, "HAS_BIAS": True, "ASM": True, "BASE_TOKENS": tokens, "TILE_TOKENS": tile_size_for(tokens),
@@ -275,7 +285,7 @@ def main() -> int:
                 f"| {row.kernel} | sm_{row.arch} | {row.dtype} | {bits} | {row.steps} | {row.rank} | {tokens} "
                 f"| {row.registers} | {row.spilled_bytes} | {row.shared_bytes} |"
             )
-    return int(any(row.spilled_bytes for row in found))
+    return int(any(row.spills for row in found))
 
 
 if __name__ == "__main__":

@@ -313,9 +313,11 @@ def decode(
 ):
     """y `[tokens, out]`, through partial sums `[base_splits + delta_splits, tokens, out]`, the base's first.
 
-    The first axis of the grid is the block of rows; the second holds the base's tiles and splits, then
-    `delta_programs` times `delta_splits` programs, which share the tiles that are in use. `scaled` is x as its
-    slot's codes want it (`prepare`), or x itself. `tickets`, one for each block of rows, are zero before and after.
+    The first axis of the grid holds the base's tiles and splits, then `delta_programs` times `delta_splits` programs,
+    which share the tiles that are in use; the second is the block of rows. So a card, which starts programs in this
+    order, has some of either kind at any time: those of the base wait for memory, those of deltas unpack. `scaled` is x
+    as its slot's codes want it (`prepare`), or x itself. `tickets`, one for each block of rows, are zero before and
+    after.
 
     A launch serves the slots whose codes have one of NUMBERS. Where a bank holds others, there are `launches` of one
     product, which share partial sums and tickets: the first, 0, multiplies the base, the last program of all adds up.
@@ -323,7 +325,7 @@ def decode(
     If `added`, `residual` `[tokens, out]` is added to y, which is rounded to its type before and after.
     """
     decode_rows(
-        tl.program_id(0), tl.program_id(1), x, scaled, weight, bias, y, residual, partials, tickets, codes, steps,
+        tl.program_id(1), tl.program_id(0), x, scaled, weight, bias, y, residual, partials, tickets, codes, steps,
         bias_delta, salient_index, salient_value, z, offsets, left, slot_bits, slot_group, slot_rank, slot_of_token,
         order, tile_slot, tile_start, tile_count, tokens, tiles, base_tiles, base_splits, delta_splits, delta_programs,
         launch, launches, added, slots, in_features, out_features, x_stride, scaled_stride, weight_stride, codes_stride,

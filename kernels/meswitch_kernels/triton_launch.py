@@ -217,7 +217,7 @@ def launch_decode(
     given = _prepare(x, bank, groups)
     partials = torch.empty(shape.sums, tokens, out_features, dtype=torch.float32, device=x.device)
     for launch, family in enumerate(shape.families):
-        decode[(triton.cdiv(out_features, shape.settings.block_out), shape.programs(launch))](
+        decode[(shape.programs(launch), triton.cdiv(out_features, shape.settings.block_out))](
             x,
             given.scaled,
             weight,
@@ -317,7 +317,7 @@ def launch_siblings(
     partials = torch.empty(shape.sums * tokens * siblings.total, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens * siblings.total, dtype=x.dtype, device=x.device)
     for launch, family in enumerate(shape.families):
-        decode_siblings[(triton.cdiv(max(siblings.outs), shape.settings.block_out), shape.programs(launch), parts)](
+        decode_siblings[(shape.programs(launch), triton.cdiv(max(siblings.outs), shape.settings.block_out), parts)](
             siblings.table,
             like,
             x,

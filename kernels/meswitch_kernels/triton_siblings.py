@@ -95,10 +95,10 @@ def decode_siblings(
     out_features = table_multiple(entry, OUT)
     before = tl.load(entry + BEFORE) * tokens
     scaled += part * scaled_rows * scaled_stride
-    if tl.program_id(0) * BLOCK_OUT < out_features:
+    if tl.program_id(1) * BLOCK_OUT < out_features:
         decode_rows(
-            tl.program_id(0),
             tl.program_id(1),
+            tl.program_id(0),
             x,
             scaled,
             table_pointer(entry, WEIGHT, x.dtype.element_ty),

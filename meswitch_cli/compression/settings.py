@@ -37,10 +37,10 @@ def default_channel_scale(bits: float, code: CodeName) -> ChannelScale:
 
 #: Directions cut KL to a tenth at 1 bit, to a sixteenth at 2 (docs/results/compression.md).
 DEFAULT_RANK = 16
-#: Of embedding and head. A few tokens hold most of such a factor, and 4 bits, with one step for all of them, leave
-#: five times the noise of codes and directions together (docs/results/trellis.md).
+#: Of embedding and head. A few tokens hold most of such a factor: with 4 bits, and one step for all of them, the KL of
+#: the whole is 1.6 times as large (docs/results/trellis.md).
 EMBEDDING_FACTOR_BITS = 8
-#: Beside them an eighth of a bit doubles the KL of the whole.
+#: An eighth of a bit beside them makes it 1.6 times as large, too.
 LEAST_EMBEDDING_BITS = 0.25
 
 

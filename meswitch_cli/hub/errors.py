@@ -12,8 +12,10 @@ _CLIENTS = ("httpx", "httpx2", "huggingface_hub", "hf_xet")
 
 
 @contextlib.contextmanager
-def hub_errors(what: str, advice: str) -> Iterator[None]:
+def hub_errors(what: str, advice: str, offline: str = "or give a folder") -> Iterator[None]:
     """Turn whatever the Hub's client raises into one error: what could not be done, the reason, what to do.
+
+    `offline` is what there is to do beside going online.
 
     Raises:
         ArtifactError: in place of the client's errors, and of the operating system's.
@@ -25,7 +27,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_the_client(error):
             raise
-        why = why_unreachable(error) or f"{refusal(error)}. {advice}"
+        why = why_unreachable(error, offline) or f"{refusal(error)}. {advice}"
         raise ArtifactError(f"{what}: {why}") from error
 
 

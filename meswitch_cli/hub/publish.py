@@ -89,6 +89,7 @@ def _commit(
     with hub_errors(
         f"{repo}: cannot be pushed to",
         "Check name and rights (`hf auth login`, or HF_TOKEN); the same command goes on, and sends no file twice",
+        "and give the same command: it goes on, and sends no file twice",
     ):
         api.create_repo(repo, exist_ok=True, private=not public)
         if revision not in (None, _MAIN):

@@ -107,10 +107,12 @@ class Bench:
         write_atomically(self.file, json.dumps({"key": self.key, "machine": describe(), "rows": self.rows}).encode())
 
     def _candidate(self, row: str) -> Candidate:
-        if row == BY_ITSELF:
+        made, _, option = row.partition(":")
+        if made == BY_ITSELF:
             base, expert = (weights.checkpoint.source.path for weights in (self.base, self.expert.weights))
             out = CACHE / "compressed" / self.name
-            meswitch.compress(base, expert, out, force=True)
+            name, _, value = option.partition("=")
+            meswitch.compress(base, expert, out, force=True, **({name: int(value)} if option else {}))
             return open_artifact(out, self.base, [self.expert], [])
         return baseline_candidate(row, self.base, self.expert, self.activations, several=False)
 

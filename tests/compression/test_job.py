@@ -20,9 +20,7 @@ from meswitch_cli.calibration.data import read_calibration
 from meswitch_cli.checkpoint.checkpoint import Checkpoint
 from meswitch_cli.compression.job import compress, prepare
 from meswitch_cli.compression.settings import RANDOM, CompressionSettings
-from meswitch_cli.compression.size import expected_bytes
 from meswitch_cli.errors import ArtifactError, CheckpointError, UsageError
-from zoo.adapter import make_adapter
 from zoo.tiny import Pair, make_pair
 
 Make = Callable[..., Artifact]
@@ -84,30 +82,6 @@ def test_artifact_holds_what_the_manifest_lists_and_nothing_else(pair: Pair, mak
     text = "".join(path.read_text() for path in artifact.path.glob("*") if path.suffix in (".json", ".md"))
     assert str(pair[0].parent) not in text and os.path.expanduser("~") not in text  # noqa: PTH111
     assert not list(artifact.path.parent.glob(".*"))  # no partial work, no lock
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"channel_scale": "rms", "group_size": 32},
-        {"channel_scale": "rms", "group_size": 32, "rank": 8},
-        {"channel_scale": "rms", "bits": 0.25, "rank": 8},
-        {"channel_scale": "rms", "bits": 0.125},
-        {"bits": 0, "rank": 4},
-    ],
-    ids=str,
-)
-def test_expected_size_is_near_the_real_size(pair: Pair, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Of the files, as the summary prints it, headers with it: on a model this small these are a fifth."""
-    job = prepare(str(pair[0]), str(pair[1]), tmp_path / "a", CompressionSettings(salient=4, **options), None)
-    manifest = compress(job, keep_weak=True)
-    assert manifest.nbytes == pytest.approx(expected_bytes(job), rel=0.02)
-
-
-def test_expected_size_of_an_adapter(pair: Pair, tmp_path: Path) -> None:
-    adapter = make_adapter(pair[0], tmp_path / "adapter")
-    job = prepare(str(pair[0]), str(adapter), tmp_path / "a", CompressionSettings(), None)
-    assert compress(job).nbytes == pytest.approx(expected_bytes(job), rel=0.02)
 
 
 def test_random_tokens_find_a_channel_of_large_activation(pair: Pair, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine.family import Family, make_family, requests
 from engine.graphs import Recorded, stand_in
 from patience import PATIENCE
 
-from meswitch_cli.engine import TransformersEngine, generate, proof
+from meswitch_cli.engine import TransformersEngine, batching, generate, proof
 from meswitch_cli.engine.contract import BASE
 from meswitch_cli.engine.runner import Runner
 
@@ -51,6 +52,14 @@ def test_the_first_batch_of_a_graph_is_right(
     before = len(recorded.captures)
     check(engine, family, 12, seed=3)
     assert len(recorded.captures) > before
+
+
+@pytest.mark.parametrize(("backend", "captured"), [("triton", True), ("naive", False)])
+def test_only_what_a_graph_can_hold_is_captured(backend: str, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The naive backend waits for the device."""
+    monkeypatch.setattr(batching, "default_backend", lambda device: backend)
+    assert batching.captures_graphs(torch.device("cuda")) is captured
+    assert not batching.captures_graphs(torch.device("cpu"))
 
 
 def test_a_batch_of_the_base_alone_has_a_graph_of_its_own(family: Family, start: Start, recorded: Recorded) -> None:

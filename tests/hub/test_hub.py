@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
 from command_line import fails, meswitch
 from hub.standin import StandIn
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from meswitch_cli.artifact.artifact import Artifact
 from meswitch_cli.artifact.card import Card
@@ -143,6 +145,31 @@ def test_a_private_repository_needs_the_token(
         pull(REPO)
     with pytest.raises(ArtifactError, match=r"bob/x: cannot be pushed to.*401"):
         push(artifact, "bob/x")
+
+
+@pytest.mark.parametrize(
+    ("offline", "error", "told"),
+    [
+        (
+            False,
+            httpx2.ConnectError("no route"),
+            r"the Hub cannot be reached \(no route\); go online, and give the same",
+        ),
+        (True, OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set; unset the variable, and give the same command"),
+    ],
+    ids=["no net", "offline"],
+)
+def test_a_hub_out_of_reach_is_no_question_of_rights(
+    hub: StandIn, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, offline: bool, error: Exception, told: str
+) -> None:
+    def unreached(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreached)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    with pytest.raises(ArtifactError, match=rf"^{REPO}: cannot be pushed to: {told}") as caught:
+        push(artifact, REPO)
+    assert "rights" not in str(caught.value)
 
 
 def test_damage_is_found_before_a_push_and_after_a_pull(hub: StandIn, artifact: Artifact, tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ def test_triton_launches_on_the_card_of_its_tensors(needs_triton, monkeypatch):
     groups = triton_ops.group_tokens(slots, bank.slot_bits.shape[0])
     entries = {
         "expert_linear": (triton_ops, (call.x, call.weight, None, bank, slots)),
+        "summed_linear": (
+            triton_ops,
+            (torch.zeros(2, 32, device=device), call.x, call.weight, None, bank, slots, groups),
+        ),
         "expert_embedding": (triton_ops, (ids, call.weight, bank, added, slots)),
         "added_logits": (triton_ops, (call.x, added, counts, slots)),
         "rms_norm": (triton_ops, (call.x, 1e-5, torch.ones(1, 64, device=device), rows)),
@@ -89,6 +93,8 @@ def test_triton_launches_on_the_card_of_its_tensors(needs_triton, monkeypatch):
         "to_planes": (triton_planes, (words, 1, torch.empty_like(words))),
         "sort_tokens": (triton_groups, (slots, 4, 16, 2)),
     }
+    guards = {name for name, item in vars(triton_ops).items() if hasattr(item, "__wrapped__") and name[0] != "_"}
+    assert guards <= entries.keys()
     for name, (module, arguments) in entries.items():
         guarded = []
 

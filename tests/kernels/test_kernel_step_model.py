@@ -20,7 +20,7 @@ def modules(monkeypatch):
 def loop(machine_code, **counts):
     given = {"arch": 90, "dtype": "bf16", "bits": 1, "code": "scalar", "tile_tokens": 8, "weights": 1000}
     given |= {"instructions": 1000, "unpacking": 600, "tensor": 100, "shared_loads": 0, "shared_stores": 0}
-    given |= {"copies": 0, "copy_bytes": 16, "registers": 200, "shared_cycles": 100}
+    given |= {"copies": 0, "copy_bytes": 16, "registers": 200, "shared_cycles": 100, "spills": 0}
     return machine_code.Loop(**(given | counts))
 
 
