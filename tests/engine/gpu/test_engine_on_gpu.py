@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine.family import Family, make_family, requests
+from patience import PATIENCE
 
 from meswitch_cli.engine import TransformersEngine, generate
 from meswitch_cli.engine.contract import BASE, GenerationRequest, Sampling
@@ -138,7 +139,7 @@ def test_experts_change_places_while_others_generate(family: Family, start: Star
         request = GenerationRequest(f"r{index}", name, (5, 6), Sampling(temperature=0, max_tokens=2, ignore_eos=True))
         assert wrong(engine, family, [request]) == []
         index += 1
-    assert done.wait(60) and tuple(got) == family.greedy(long)
+    assert done.wait(PATIENCE) and tuple(got) == family.greedy(long)
     assert engine.statistics().slot_loads >= 2
 
 
