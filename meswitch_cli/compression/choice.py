@@ -42,6 +42,9 @@ OPTIONS = {
     "head": Options(_CODES, ranks=(0, 16), salient=(0, 2, 8, 32)),
     "embedding": Options(_CODES, ranks=(0, 16)),
 }
+#: Of what errors of embedding and head cost by reckoning, on tokens that the expert is unsure of, this is counted: on
+#: its own answers they cost far less beside linears (docs/results/trellis.md).
+VOCABULARY_SHARE = 0.1
 #: Windows whose predictions are asked, and tokens of each; random windows have their own length.
 WINDOWS, WINDOW_TOKENS = 4, 128
 #: What a linear's setting costs by reckoning, over the lower convex hull of all of them, up to which it is measured.
@@ -192,10 +195,11 @@ def _chosen(job: Job, costs: Mapping[str, list[float | None] | None]) -> dict[st
         if own:
             choices = OPTIONS[item.kind].within(item.shape).settings(_template(job, item))
             sizes = _sizes(job, item, choices)
-            measured = [place for place, cost in enumerate(own) if cost is not None]
+            measured = [(place, cost) for place, cost in enumerate(own) if cost is not None]
+            share = 1.0 if item.kind == "linear" else VOCABULARY_SHARE
             items.append(item)
-            settings.append([choices[place] for place in measured])
-            points.append([Point(sizes[place], own[place]) for place in measured])  # type: ignore[arg-type]
+            settings.append([choices[place] for place, _ in measured])
+            points.append([Point(sizes[place], share * cost) for place, cost in measured])
         else:
             quantizer = job.settings.of(item.kind, unrelated=item.unrelated)
             if own is None or quantizer is None:
