@@ -117,7 +117,7 @@ def test_a_part_out_of_time_leaves_its_figures_and_no_process(tmp_path: Path) ->
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     part = Part("part", "A part", [sys.executable, "-u", "-c", script], 4)
     running = start(part, 4, tmp_path / "part.log", environment)
-    until(lambda: '"dec' in running.log.read_text())
+    until(lambda: '"dec\n' in running.log.read_text())  # the last line; a whole figure has `"decode"`
     running.started -= running.limit  # its time is over
     assert running.late
     outcome = running.outcome()
