@@ -24,18 +24,19 @@ def coded(artifact: Artifact, stored: dict[str, StoredDelta], base: CheckpointWe
     """
     code = served_code(artifact.manifest)
     entries = {entry.name: entry for entry in artifact.manifest.tensors if entry.exact}
-    return {
-        name: _coded(artifact, entries[name], delta, base, code) if name in entries else delta
-        for name, delta in stored.items()
+    made = {
+        name: _coded(artifact, entry, stored[name], base.read(entry.base), code)
+        for name, entry in entries.items()
+        if name in stored
     }
+    return stored | made
 
 
 def _coded(
-    artifact: Artifact, entry: TensorEntry, delta: StoredDelta, base: CheckpointWeights, code: ServedCode
+    artifact: Artifact, entry: TensorEntry, delta: StoredDelta, own: torch.Tensor, code: ServedCode
 ) -> StoredDelta:
-    """What a slot is given of one tensor that is stored bit for bit."""
+    """What a slot is given of one tensor that is stored bit for bit; `own` is the base's."""
     assert delta.exact is not None
-    own = base.read(entry.base)
     shared = own if entry.shape == entry.base_shape else own[: entry.rows]
     try:
         value = decode(delta.exact, shared)
@@ -60,4 +61,5 @@ class ServedWeights(ArtifactWeights):
         if entry is None or not entry.exact:
             return super().read(name)
         delta = self.artifact.shard(entry.shard).delta(entry.name)
-        return value_of(_coded(self.artifact, entry, delta, self.base, self._code), entry, self.base.read(entry.base))
+        own = self.base.read(entry.base)
+        return value_of(_coded(self.artifact, entry, delta, own, self._code), entry, own)

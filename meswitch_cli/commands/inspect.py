@@ -79,4 +79,4 @@ def _print_fine_tune(base: str, expert: str, as_json: bool) -> None:
     if found.sizes and found.sizes.best == "exact":
         typer.echo("compress keeps it bit for bit by itself, as that takes no more than its code")
     if found.sizes and found.sizes.best == "product":
-        typer.echo(f"compress keeps its products of rank {found.rank} alone by itself, as they take less than its code")
+        typer.echo(f"compress keeps its products of rank {found.rank} alone by itself: nearer than a code of that size")

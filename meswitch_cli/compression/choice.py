@@ -47,7 +47,7 @@ OPTIONS = {
 VOCABULARY_SHARE = 0.1
 #: Windows whose predictions are asked, and tokens of each; random windows have their own length.
 WINDOWS, WINDOW_TOKENS = 4, 128
-#: What a linear's setting costs by reckoning, over the lower convex hull of all of them, up to which it is measured.
+#: What a setting costs by reckoning, over the lower convex hull of all of them, up to which it is measured.
 MARGIN = 1.2
 #: Weights of a tensor from which settings are left out so. On short rows noise depends on more than a code's own.
 LEAST_WEIGHTS = 1 << 16

@@ -1,5 +1,5 @@
 """How an expert is stored where a user leaves that open: bit for bit, as a merged LoRA's products alone, or in codes,
-whichever takes the fewest bytes; and what code a server is to make of one that is bit for bit."""
+whichever `FormSizes.best` says; and what code a server is to make of one that is bit for bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class FormSizes:
 
 def choose_form(job: Job, options: Mapping[str, Any]) -> tuple[Job, FormSizes | None]:
     """What a user leaves open in options, by their names in `CompressionSettings.with_defaults`: the job in its
-    smallest form, with the code that a server makes of one that is bit for bit; and the sizes where there is a choice.
+    best form, with the code that a server makes of one that is bit for bit; and the sizes where there is a choice.
 
     The weights are not asked again where an interrupted run of the same work has kept the answer.
 
@@ -124,7 +124,7 @@ def leaves_form_open(options: Mapping[str, Any]) -> bool:
 
 
 def in_smallest_form(job: Job) -> tuple[Job, FormSizes | None]:
-    """The job in the form that takes the fewest bytes; and the sizes, None of what has no choice.
+    """The job in the form that `FormSizes.best` says; and the sizes, None of what has no choice.
 
     Raises:
         CheckpointError: a weight cannot be read, is NaN or infinite.

@@ -36,7 +36,7 @@ def compress(
         force: replace the artifact there.
         keep_weak: write an artifact that is farther from the expert than the base is.
         settings: the command's other options by name, `bits=1` or `rank=16`; those left out have its defaults. Without
-            any the expert is stored bit for bit, or as a merged LoRA's products alone, where that is smaller than the
+            any the expert is stored bit for bit, or as a merged LoRA's products alone, where that is as small as the
             default code.
 
     Raises:

@@ -47,13 +47,11 @@ class Hold:
 def held(engine: SlottedEngine[Any], *, after: int = 0) -> Iterator[Callable[[], None]]:
     """Hold an engine within, until what is given is called."""
     released = threading.Event()
-    go_on = engine.before_batch
-    engine.before_batch = Hold(engine, lambda: not released.is_set(), after)
-    try:
-        yield released.set
-    finally:
-        engine.before_batch = go_on
-        released.set()
+    with _before_batches(engine, Hold(engine, lambda: not released.is_set(), after)):
+        try:
+            yield released.set
+        finally:
+            released.set()
 
 
 @contextmanager
@@ -67,8 +65,14 @@ def gathered(engine: SlottedEngine[Any], requests: int) -> Iterator[None]:
         seen = seen or numbers.running + numbers.waiting >= requests
         return not seen
 
+    with _before_batches(engine, Hold(engine, too_few, 0)):
+        yield
+
+
+@contextmanager
+def _before_batches(engine: SlottedEngine[Any], hold: Hold) -> Iterator[None]:
     go_on = engine.before_batch
-    engine.before_batch = Hold(engine, too_few, 0)
+    engine.before_batch = hold
     try:
         yield
     finally:
